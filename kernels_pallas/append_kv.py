@@ -1,0 +1,51 @@
+"""KV append: this step's K (after rotary embedding) and V into their pages, in place when the pages are donated."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.checks import check_backend, check_vector
+
+
+def append_kv(
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    slots: jax.Array,
+    *,
+    backend: str = "xla",
+) -> tuple[jax.Array, jax.Array]:
+    """Writes row i of k and v to page pages[i], slot slots[i].
+
+    k_pages  [N, Hkv, page_size, d], v_pages alike
+    k, v     [n, Hkv, d]
+    pages    [n] int32; N marks a padding row, which is dropped
+    slots    [n] int32 in [0, page_size)
+
+    Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does not fit.
+    """
+    check_backend(backend)
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} must both be [pages, KV heads, page size, head size]"
+        )
+    if k.shape != v.shape or k.shape[1:] != (k_pages.shape[1], k_pages.shape[3]):
+        raise ValueError(f"k, v: shapes {k.shape}, {v.shape} must both be [n, {k_pages.shape[1]}, {k_pages.shape[3]}]")
+    check_vector("pages", pages, k.shape[0])
+    check_vector("slots", slots, k.shape[0])
+
+    count, heads, page_size, d = k_pages.shape
+    # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole pool.
+    head = jnp.arange(heads, dtype=jnp.int32)
+    row = (pages[:, None] * heads + head[None, :]) * page_size + slots[:, None]
+    row = jnp.where(pages[:, None] < count, row, count * heads * page_size).reshape(-1)
+
+    def write(into: jax.Array, rows: jax.Array) -> jax.Array:
+        # Not unique_indices: padding rows repeat an index, and the promise would make that undefined.
+        flat = into.reshape(count * heads * page_size, d)
+        return flat.at[row].set(rows.reshape(-1, d).astype(into.dtype), mode="drop").reshape(into.shape)
+
+    return write(k_pages, k), write(v_pages, v)

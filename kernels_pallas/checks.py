@@ -1,0 +1,39 @@
+"""Argument checks shared by the wrappers: one line that names the argument and what would be accepted."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+
+BACKENDS = ("xla",)
+
+
+def check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: {backend!r} is not available; accepted: {', '.join(map(repr, BACKENDS))}")
+
+
+def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array) -> None:
+    """Shapes of the queries [R, Hq, d], the pages [N, Hkv, page_size, d] and the table [R or S, pages]."""
+    if q.ndim != 3:
+        raise ValueError(f"q: shape {q.shape} must be [rows, query heads, head size]")
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
+        raise ValueError(
+            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} must both be [pages, KV heads, page size, head size]"
+        )
+    if k_pages.shape[3] != q.shape[2]:
+        raise ValueError(f"q: head size {q.shape[2]} must equal the pages' {k_pages.shape[3]}")
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(f"q: {q.shape[1]} query heads must be a multiple of the pages' {k_pages.shape[1]} KV heads")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table: shape {page_table.shape} must be [requests, pages of a request]")
+
+
+def default_scale(head_dim: int) -> float:
+    return 1.0 / math.sqrt(head_dim)
+
+
+def check_vector(name: str, x: jax.Array, size: int) -> None:
+    if x.shape != (size,):
+        raise ValueError(f"{name}: shape {x.shape} must be [{size}]")

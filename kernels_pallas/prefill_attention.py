@@ -1,0 +1,57 @@
+"""Prefill attention (the paper's PF): causal attention of packed prompt chunks over paged context plus themselves."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.checks import check_backend, check_paged, check_vector, default_scale
+from kernels_pallas.paged_xla import attend_paged
+
+TILE_ROWS = 16  # rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    row_starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float | None = None,
+    backend: str = "xla",
+) -> jax.Array:
+    """Causal attention of S segments (chunks of requests) packed one after another, K and V already in the pages.
+
+    q           [P, Hq, d]; segment s owns rows [row_starts[s], row_starts[s + 1]); rows past row_starts[S] are padding
+    k_pages     [N, Hkv, page_size, d], v_pages alike
+    page_table  [S, M] int32, entries in [0, N)
+    row_starts  [S + 1] int32, ascending from 0
+    lengths     [S] int32: tokens of context after this chunk; the segment's last row is token lengths[s] - 1
+
+    Returns out [P, Hq, d] in q's dtype; padding rows give 0. Raises ValueError naming the argument that does not fit.
+    """
+    check_backend(backend)
+    check_paged(q, k_pages, v_pages, page_table)
+    segments = page_table.shape[0]
+    check_vector("row_starts", row_starts, segments + 1)
+    check_vector("lengths", lengths, segments)
+    scale = default_scale(q.shape[2]) if scale is None else scale
+    rows = q.shape[0]
+
+    # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any packing.
+    tiles = rows // TILE_ROWS + segments
+    counts = row_starts[1:] - row_starts[:-1]
+    tile_ends = jnp.cumsum((counts + (TILE_ROWS - 1)) // TILE_ROWS)
+    tile = jnp.arange(tiles, dtype=jnp.int32)
+    segment = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), segments - 1)
+    first_tile = jnp.where(segment > 0, tile_ends[segment - 1], 0)
+    row = row_starts[segment][:, None] + ((tile - first_tile) * TILE_ROWS)[:, None] + jnp.arange(TILE_ROWS, dtype=jnp.int32)
+    inside = row < row_starts[segment + 1][:, None]  # tiles past the last one start past their segment's end
+    visible = jnp.where(inside, lengths[segment][:, None] - (row_starts[segment + 1][:, None] - row) + 1, 0)
+    row = jnp.where(inside, row, rows)
+
+    q_tiles = q.at[row].get(mode="fill", fill_value=0)  # [tiles, TILE_ROWS, Hq, d]
+    out, _ = attend_paged(q_tiles, k_pages, v_pages, page_table[segment], visible, scale)
+    return jnp.zeros_like(q).at[row.reshape(-1)].set(out.reshape(-1, *q.shape[1:]), mode="drop")

@@ -1,0 +1,74 @@
+"""Float32 definitions of the kernels: slow, direct, and the judge of every other implementation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def _context(pages: jax.Array, table: jax.Array, length: int) -> jax.Array:
+    """The first `length` tokens of one request, [length, Hkv, d] float32."""
+    size = pages.shape[2]
+    tokens = [pages[table[t // size], :, t % size] for t in range(length)]
+    return jnp.stack(tokens).astype(jnp.float32)
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
+    """One query row: q [Hq, d] over k, v [length, Hkv, d] -> out [Hq, d], log-sum-exp [Hq]."""
+    repeats = q.shape[0] // k.shape[1]
+    k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
+    scores = jnp.einsum("hd,thd->ht", q.astype(jnp.float32), k, precision="highest") * scale
+    top = scores.max(axis=1, keepdims=True)
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=1, keepdims=True)
+    return jnp.einsum("ht,thd->hd", weights / total, v, precision="highest"), (top + jnp.log(total))[:, 0]
+
+
+def decode_attention(
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
+) -> tuple[jax.Array, jax.Array]:
+    """Row r attends to the first lengths[r] tokens of its pages. See `kernels_pallas.decode_attention` for the shapes.
+
+    Empty rows (length 0) give zeros and a log-sum-exp of -inf.
+    """
+    out = jnp.zeros(q.shape, jnp.float32)
+    lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    for row, length in enumerate(np.asarray(lengths)):
+        if length:
+            k, v = (_context(p, page_table[row], int(length)) for p in (k_pages, v_pages))
+            row_out, row_lse = _attend(q[row], k, v, scale)
+            out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
+    return out, lse
+
+
+def prefill_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    row_starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Each row of segment s attends to its pages up to and including itself. See `kernels_pallas.prefill_attention`."""
+    out = jnp.zeros(q.shape, jnp.float32)
+    starts = np.asarray(row_starts)
+    for s, length in enumerate(np.asarray(lengths)):
+        for row in range(starts[s], starts[s + 1]):
+            context = int(length) - (int(starts[s + 1]) - row) + 1
+            k, v = (_context(p, page_table[s], context) for p in (k_pages, v_pages))
+            out = out.at[row].set(_attend(q[row], k, v, scale)[0])
+    return out
+
+
+def append_kv(
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Writes row i of k, v [n, Hkv, d] into (pages[i], slots[i]); rows whose page is out of range are dropped."""
+    for row, (page, slot) in enumerate(zip(np.asarray(pages), np.asarray(slots), strict=True)):
+        if 0 <= page < k_pages.shape[0]:
+            k_pages = k_pages.at[page, :, slot].set(k[row].astype(k_pages.dtype))
+            v_pages = v_pages.at[page, :, slot].set(v[row].astype(v_pages.dtype))
+    return k_pages, v_pages

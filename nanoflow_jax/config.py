@@ -1,0 +1,275 @@
+"""Configuration: frozen dataclasses parsed once, strictly, from Hugging Face `config.json` files.
+
+Every problem is a `ConfigError` whose one line names the field and what would be accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line naming the field and the fix."""
+
+
+def configs_root() -> Path:
+    """The folder `configs/`: beside the package in a checkout, inside it when installed from a wheel."""
+    package = Path(__file__).parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if folder.is_dir():
+            return folder
+    raise ConfigError(f"configs: folder not found beside or inside {package}")
+
+
+def config_path(kind: str, name: str) -> Path:
+    """Path of a named configuration: `kind` is a folder of `configs/`, `name` a file stem there or a path of the user's."""
+    if os.sep in name or name.endswith((".toml", ".json")):
+        if Path(name).is_file():
+            return Path(name)
+        raise ConfigError(f"{kind}: no file {name!r}")
+    folder = configs_root() / kind
+    for suffix in (".toml", ".json"):
+        if (folder / (name + suffix)).is_file():
+            return folder / (name + suffix)
+    known = ", ".join(sorted(p.stem for p in folder.iterdir() if p.suffix in (".toml", ".json")))
+    raise ConfigError(f"{kind}: unknown name {name!r}; accepted: {known}, or a path to a file")
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `kind` is default, linear or llama3 (Llama 3.1's frequency-dependent scaling)."""
+
+    kind: str = "default"
+    theta: float = 10000.0
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the LLaMA family. Sizes are global (before any sharding)."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+
+    @property
+    def heads_per_kv_head(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights, as published (tied embeddings counted once)."""
+        hidden, ffn, qd, kvd = self.hidden_size, self.intermediate_size, *self._attention_widths()
+        layer = hidden * (qd + 2 * kvd) + qd * hidden + 3 * hidden * ffn + 2 * hidden
+        layer += (qd + 2 * kvd + hidden) * self.attention_bias + (2 * ffn + hidden) * self.mlp_bias
+        embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
+        return self.num_layers * layer + embeddings + hidden
+
+    def _attention_widths(self) -> tuple[int, int]:
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    @staticmethod
+    def from_file(path: str | Path) -> ModelConfig:
+        """Reads a `config.json`. Raises ConfigError naming the file."""
+        path = Path(path)
+        try:
+            fields = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
+        try:
+            return ModelConfig.from_hf(fields)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    @staticmethod
+    def from_hf(fields: dict[str, Any]) -> ModelConfig:
+        """Parses Hugging Face fields: both `rope_scaling` + `rope_theta` and transformers 5's `rope_parameters`.
+
+        Raises ConfigError for an unknown architecture, an unknown field, or a value this library does not run.
+        """
+        read = _Fields(fields)
+        architectures = read.take("architectures", list, [])
+        architecture = architectures[0] if architectures else "LlamaForCausalLM"
+        if architecture not in _ARCHITECTURES or len(architectures) > 1:
+            raise ConfigError(f"architectures: {architectures} is not supported; accepted: {sorted(_ARCHITECTURES)}")
+        if (model_type := read.take("model_type", str, "llama")) != "llama":
+            raise ConfigError(f"model_type: {model_type!r} is not supported; accepted: 'llama'")
+        heads = read.positive("num_attention_heads")
+        hidden = read.positive("hidden_size")
+        max_positions = read.positive("max_position_embeddings", 2048)
+        config = ModelConfig(
+            architecture=architecture,
+            vocab_size=read.positive("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=read.positive("intermediate_size"),
+            num_layers=read.positive("num_hidden_layers"),
+            num_heads=heads,
+            num_kv_heads=read.positive("num_key_value_heads", heads),
+            head_dim=read.positive("head_dim", hidden // heads),
+            max_position_embeddings=max_positions,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            rope=_rope(read, max_positions),
+            tie_word_embeddings=read.take("tie_word_embeddings", bool, False),
+            attention_bias=read.take("attention_bias", bool, False),
+            mlp_bias=read.take("mlp_bias", bool, False),
+            bos_token_id=read.take("bos_token_id", int, None),
+            eos_token_ids=token_id_tuple("eos_token_id", read.take("eos_token_id", (int, list), None)),
+            dtype=_dtype(read),
+        )
+        if config.num_heads % config.num_kv_heads:
+            raise ConfigError(f"num_key_value_heads: {config.num_kv_heads} must divide num_attention_heads = {heads}")
+        if config.head_dim % 2:
+            raise ConfigError(f"head_dim: {config.head_dim} must be even (rotary embedding turns pairs)")
+        read.finish()
+        return config
+
+
+def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:
+    """Normalises Hugging Face's `eos_token_id` (absent, one id, or a list) to a tuple of ids."""
+    values = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+        raise ConfigError(f"{name}: {value!r} must be a token id or a list of token ids")
+    return tuple(values)
+
+
+_ARCHITECTURES = {"LlamaForCausalLM"}
+
+# Fields that change nothing about inference: training settings, provenance, and defaults of the Hugging Face base class.
+_INERT = {
+    "_name_or_path", "_attn_implementation_autoset", "attention_dropout", "attn_implementation", "initializer_range",
+    "transformers_version", "use_cache", "pad_token_id", "hidden_dropout_prob", "pretraining_tp", "max_sequence_length",
+    "unsloth_fixed", "unsloth_version", "eos_token", "bos_token", "id2label", "label2id", "problem_type", "sep_token_id",
+    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "finetuning_task",
+    "torchscript", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "vision_config",
+}  # fmt: skip
+
+# Fields accepted only with the values at which they change nothing.
+_REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "quantization_config": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "partial_rotary_factor": (1, None),
+    "logits_soft_cap": (None,),
+    "rope_interleaved": (False,),
+}
+
+
+class _Fields:
+    """A dict of fields that remembers which were read, so that the rest can be reported."""
+
+    def __init__(self, fields: dict[str, Any]):
+        self.fields, self.seen = fields, set[str]()
+
+    def take(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
+        self.seen.add(name)
+        value = self.fields.get(name)
+        if value is None:
+            return default
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(k.__name__ for k in kinds)
+            raise ConfigError(f"{name}: {value!r} must be {expected}, not {type(value).__name__}")
+        return value
+
+    def positive(self, name: str, default: int | None = None) -> int:
+        value = self.take(name, int, default)
+        if value is None:
+            raise ConfigError(f"{name}: missing; a positive integer is needed")
+        if value <= 0:
+            raise ConfigError(f"{name}: {value} must be a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.take(name, (int, float), default)
+        if value is None or not value > 0:
+            raise ConfigError(f"{name}: {value!r} must be a positive number")
+        return float(value)
+
+    def finish(self) -> None:
+        for name, value in self.fields.items():
+            if name in self.seen or name in _INERT:
+                continue
+            if name not in _REQUIRED_VALUES:
+                raise ConfigError(f"{name}: unknown field (value {value!r}); this library would have to ignore it")
+            if value not in _REQUIRED_VALUES[name]:
+                accepted = " or ".join(repr(v) for v in _REQUIRED_VALUES[name])
+                raise ConfigError(f"{name}: {value!r} is not supported; accepted: {accepted}")
+
+
+def _dtype(read: _Fields) -> str:
+    """`dtype` (transformers 5) or `torch_dtype` (older files); float16 checkpoints run in bfloat16."""
+    old, new = read.take("torch_dtype", str, None), read.take("dtype", str, None)
+    if old and new and old != new:
+        raise ConfigError(f"dtype: {new!r} contradicts torch_dtype = {old!r}")
+    dtype = new or old or "bfloat16"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype: {dtype!r} is not supported; accepted: 'float32', 'bfloat16', 'float16'")
+    return dtype
+
+
+def _rope(read: _Fields, max_positions: int) -> RopeConfig:
+    parameters = read.take("rope_parameters", dict, None)
+    scaling = read.take("rope_scaling", dict, None)
+    theta = read.number("rope_theta", 10000.0)
+    if parameters is not None and scaling not in (None, parameters):
+        raise ConfigError("rope_parameters: given together with a different rope_scaling; keep one of them")
+    block = "rope_parameters" if parameters is not None else "rope_scaling"
+    rope = _Fields(dict(parameters or scaling or {}))
+    try:
+        kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")
+        rope.seen.update({"type", "rope_type"})
+        if kind not in ("default", "linear", "llama3"):
+            raise ConfigError(f"rope_type: {kind!r} is not supported; accepted: 'default', 'linear', 'llama3'")
+        theta = rope.number("rope_theta", theta)
+        if kind == "default":
+            config = RopeConfig(kind, theta)
+        elif kind == "linear":
+            config = RopeConfig(kind, theta, rope.number("factor"))
+        else:
+            config = RopeConfig(
+                kind,
+                theta,
+                rope.number("factor"),
+                rope.number("low_freq_factor"),
+                rope.number("high_freq_factor"),
+                rope.positive("original_max_position_embeddings", max_positions),
+            )
+            if config.high_freq_factor <= config.low_freq_factor:
+                raise ConfigError(
+                    f"high_freq_factor: {config.high_freq_factor} must be above low_freq_factor = {config.low_freq_factor}"
+                )
+        rope.finish()
+    except ConfigError as error:
+        raise ConfigError(f"{block}.{error}") from None
+    return config

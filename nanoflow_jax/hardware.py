@@ -1,0 +1,125 @@
+"""A GPU and its node as figures: what the latency model divides by and what XLA compiles for.
+
+The files in `configs/hardware/*.toml` carry the source of each figure. A user's own file has the same fields.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from nanoflow_jax.config import ConfigError, config_path
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How much of the data sheet is reached. Efficiencies are shares in (0, 1], latencies microseconds."""
+
+    gemm_efficiency: float
+    memory_efficiency: float
+    network_efficiency: float
+    network_latency_us: float
+    kernel_latency_us: float
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One GPU of a node of `node_size`. Rates are per second and per GPU, sizes are bytes.
+
+    `nvlink_bandwidth` and `pcie_bandwidth` count one direction. `fp8_flops` is 0 where there are no fp8 tensor cores.
+    """
+
+    name: str
+    device_name: str
+    compute_capability: str
+    sm_count: int
+    fpus_per_sm: int
+    clock_ghz: float
+    bf16_flops: float
+    fp8_flops: float
+    memory_bytes: int
+    memory_bandwidth: float
+    l2_bytes: int
+    shared_memory_per_sm: int
+    nvlink_bandwidth: float
+    nvlink_links: int
+    pcie_bandwidth: float
+    node_size: int
+    calibration: Calibration
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """Compute capability as (major, minor)."""
+        major, minor = self.compute_capability.split(".")
+        return int(major), int(minor)
+
+    def flops(self, dtype: str) -> float:
+        """Dense FLOP/s of the tensor cores for operands of an HLO dtype; fp8 without fp8 units runs at the bf16
+        rate."""
+        if dtype.startswith("f8") and self.fp8_flops:
+            return self.fp8_flops
+        if dtype == "f32":  # TF32 on every generation here: half the bf16 rate
+            return self.bf16_flops / 2
+        return self.bf16_flops
+
+
+def _number(where: str, value: Any, kind: str, low: float, high: float | None) -> float | int:
+    wanted = "a whole number" if kind == "int" else "a number"
+    accepted = f"{wanted} above {low:g}" if high is None else f"{wanted} above {low:g} and at most {high:g}"
+    good_type = isinstance(value, int) if kind == "int" else isinstance(value, int | float)
+    if isinstance(value, bool) or not good_type or not low < value or (high is not None and value > high):
+        raise ConfigError(f"{where}: {value!r} is not accepted; expected {accepted}")
+    return int(value) if kind == "int" else float(value)
+
+
+def _read_field(where: str, name: str, kind: str, value: Any) -> Any:
+    if kind == "str":
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{where}: {value!r} is not accepted; expected a text")
+        if name == "compute_capability":
+            parts = value.split(".")
+            if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+                raise ConfigError(f'{where}: {value!r} is not accepted; expected a text like "9.0"')
+        return value
+    if name.endswith("efficiency"):
+        return _number(where, value, kind, 0, 1)
+    zero_allowed = name == "fp8_flops" or name.endswith("latency_us")
+    if zero_allowed and not isinstance(value, bool) and value == 0:
+        return 0.0
+    return _number(where, value, kind, 0, None)
+
+
+def _read_table(path: Path, table: dict[str, Any], cls: type, prefix: str, given: dict[str, Any]) -> Any:
+    wanted = {field.name: str(field.type) for field in fields(cls) if field.name not in given}
+    for name in table:
+        if name not in wanted and name not in given:
+            raise ConfigError(f"{path.name}: unknown field {prefix}{name!r}; accepted: {', '.join(sorted(wanted))}")
+    missing = [name for name in wanted if name not in table]
+    if missing:
+        raise ConfigError(
+            f"{path.name}: missing field {prefix}{missing[0]!r}; a hardware file needs {', '.join(wanted)}"
+        )
+    read = {name: _read_field(f"{path.name}: {prefix}{name}", name, kind, table[name]) for name, kind in wanted.items()}
+    return cls(**read, **given)
+
+
+def load_hardware(name_or_path: str | Path) -> Hardware:
+    """Hardware from a name of `configs/hardware` ("h200") or the path of a TOML file.
+
+    Raises ConfigError, one line naming the field and what is accepted.
+    """
+    path = config_path("hardware", str(name_or_path))
+    try:
+        table = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    inner = table.pop("calibration", None)
+    if not isinstance(inner, dict):
+        names = ", ".join(field.name for field in fields(Calibration))
+        raise ConfigError(f"{path.name}: missing table [calibration]; it holds {names}")
+    calibration = _read_table(path, inner, Calibration, "calibration.", {})
+    if "name" in table:
+        raise ConfigError(f"{path.name}: unknown field 'name'; the file's own name is used")
+    return _read_table(path, table, Hardware, "", {"name": path.stem, "calibration": calibration})

@@ -1,0 +1,220 @@
+"""What each instruction of a compiled program is and costs: its kind, FLOP, bytes, and for collectives the wire."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from nanoflow_jax.hardware import Hardware
+from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
+from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
+from nanoflow_jax.search import latency
+from nanoflow_jax.search.latency import Prediction
+
+FREE = frozenset(
+    """parameter constant bitcast tuple get-tuple-element after-all opt-barrier partition-id replica-id add-dependency
+    domain async-update""".split()  # noqa: SIM905
+)
+READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
+UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
+ATTENTION_OPS = frozenset(["GEMV", "PF"])
+Costs = Mapping[tuple[str, int], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """kind: gemm, attention, kernel (another Mosaic kernel), elementwise (all else on the GPU), collective,
+    host_copy, free.
+
+    flops, bytes: of memory; for a collective `bytes` is the whole tensor and `collective` its HLO name. pieces: of
+    the GEMM or the collective inside a fusion, whose own name may be that of an epilogue.
+    """
+
+    kind: str
+    prediction: Prediction
+    flops: float = 0.0
+    bytes: float = 0.0
+    collective: str = ""
+    pieces: tuple[Piece, ...] = ()
+
+
+def dots(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
+    """Every `dot` inside the computations that a fusion (or call) runs."""
+    for computation in module.called(instruction):
+        for inner in computation.instructions:
+            if inner.opcode == "dot":
+                yield computation, inner
+            elif inner.opcode in ("fusion", "call"):
+                yield from dots(module, inner)
+
+
+def dot_flops(computation: Computation, dot: Instruction) -> float:
+    """2 · result elements · contracted size, from the shapes of a dot or of a GEMM library's call."""
+    lhs = computation.by_name[dot.operands[0]].shapes[0]
+    if dot.opcode == "dot":
+        contracted = re.findall(r"\d+", dot.attributes.get("lhs_contracting_dims", ""))
+    else:
+        found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', dot.config)
+        contracted = re.findall(r"\d+", found.group(1)) if found else []
+    return 2.0 * dot.shapes[0].elements * math.prod(lhs.dims[int(axis)] for axis in contracted)
+
+
+def gemm_pieces(module: Module, instruction: Instruction) -> tuple[Piece, ...]:
+    """Op pieces of the GEMMs of an instruction: of the dots inside a fusion, where these have names."""
+    inner = tuple(dict.fromkeys(piece for _, dot in dots(module, instruction) for piece in dot.pieces))
+    return inner or instruction.pieces
+
+
+def is_library_gemm(instruction: Instruction) -> bool:
+    return instruction.opcode == "custom-call" and instruction.target.startswith(GEMM_LIBRARIES)
+
+
+def collective_kind(module: Module, instruction: Instruction) -> str:
+    """HLO name of the collective that an instruction starts or runs, "" for none: also inside async and fusion
+    wrappers."""
+    if instruction.opcode.endswith("-done"):
+        return ""
+    if instruction.base in COLLECTIVES:
+        return instruction.base
+    if instruction.base in ("async", "fusion", "call"):
+        for computation in module.called(instruction):
+            for inner in computation.instructions:
+                if kind := collective_kind(module, inner):
+                    return kind
+    return ""
+
+
+def inner_collective(module: Module, instruction: Instruction) -> Instruction:
+    """The collective itself, where `instruction` wraps it: it holds the replica groups."""
+    if instruction.base in COLLECTIVES:
+        return instruction
+    for computation in module.called(instruction):
+        for inner in computation.instructions:
+            if collective_kind(module, inner):
+                return inner_collective(module, inner)
+    return instruction
+
+
+def group_size(instruction: Instruction, devices: int) -> int:
+    """GPUs of one replica group: `mesh['tp'=8] {'tp'}`, `{{0,1,2,3}}` or `[2,4]<=[8]`; all devices when none are
+    named."""
+    text = instruction.attributes.get("replica_groups", "")
+    if text.startswith("mesh["):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", text)}
+        axes = re.findall(r"'([^']+)'", text[text.index("]") :])
+        return math.prod(sizes.get(axis, 1) for axis in axes)
+    if iota := re.match(r"\[(\d+),(\d+)\]", text):
+        return int(iota.group(2))
+    if first := re.match(r"\{\{([\d,]+)\}", text):
+        return len(first.group(1).split(","))
+    return devices
+
+
+def operand_bytes(computation: Computation, instruction: Instruction) -> int:
+    return sum(computation.by_name[name].bytes for name in instruction.operands if name in computation.by_name)
+
+
+def fusion_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
+    """Bytes that a fusion reads and writes. A parameter of which only slices are read counts with those slices, and one
+    that is updated in place (KV append) with the update: the rest of a page pool does not move."""
+    total, updated = 0, 0
+    for inner in module.called(instruction):
+        for parameter in inner.instructions:
+            if parameter.opcode != "parameter":
+                continue
+            users = [user for user in inner.instructions if parameter.name in user.operands]
+            if users and all(user.opcode in READS_PART and user.operands[0] == parameter.name for user in users):
+                total += sum(user.bytes for user in users)
+            elif users and all(user.opcode in UPDATES_PART and user.operands[0] == parameter.name for user in users):
+                update = sum(inner.by_name[user.operands[2 if user.opcode == "scatter" else 1]].bytes for user in users)
+                total += update
+                updated += sum(user.bytes for user in users)
+            else:
+                total += parameter.bytes
+        return max(total + instruction.bytes - updated, total)
+    return operand_bytes(computation, instruction) + instruction.bytes
+
+
+def _aliased(instruction: Instruction) -> bool:
+    return "output_to_operand_aliasing" in instruction.attributes
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Costs of the instructions of one module. `costs` gives (FLOP, bytes) of Mosaic kernels by (op, piece), per
+    layer."""
+
+    module: Module
+    hardware: Hardware
+    devices: int
+    costs: Costs
+    mosaic_calls: Mapping[Piece, int]
+
+    @staticmethod
+    def of(module: Module, hardware: Hardware, devices: int, costs: Costs | None) -> CostModel:
+        calls = (i for c in module.computations.values() for i in c.instructions if i.target.startswith(MOSAIC))
+        return CostModel(module, hardware, devices, costs or {}, Counter(i.piece for i in calls if i.piece))
+
+    def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
+        """Cost of one instruction, an async start counting for the whole pair. Control flow is not costed here."""
+        if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
+            return Cost("free", Prediction(0.0, "none", "free"))
+        if kind := collective_kind(self.module, instruction):
+            return self._collective(kind, computation, instruction)
+        if instruction.base == "copy" and any(shape.host for shape in self._ends(computation, instruction)):
+            moved = operand_bytes(computation, instruction)
+            return Cost("host_copy", latency.host_copy(self.hardware, moved), 0.0, moved, "", instruction.pieces)
+        if instruction.target.startswith(MOSAIC):
+            return self._mosaic(computation, instruction)
+        return self._kernel(computation, instruction)
+
+    def _ends(self, computation: Computation, instruction: Instruction) -> tuple:
+        sources = [computation.by_name[name] for name in instruction.operands if name in computation.by_name]
+        return instruction.shapes + tuple(shape for source in sources for shape in source.shapes)
+
+    def _collective(self, kind: str, computation: Computation, instruction: Instruction) -> Cost:
+        inner = inner_collective(self.module, instruction)
+        size = group_size(inner, self.devices)
+        whole = operand_bytes(computation, instruction) * (size if kind == "all-gather" else 1)
+        prediction = latency.collective(self.hardware, kind, whole, size)
+        return Cost("collective", prediction, 0.0, whole, kind, instruction.pieces or inner.pieces)
+
+    def _mosaic(self, computation: Computation, instruction: Instruction) -> Cost:
+        piece = instruction.piece
+        kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
+        given = self.costs.get((piece.op, piece.piece)) if piece else None
+        if piece and given is not None:
+            share = 1 / self.mosaic_calls[piece]
+            flops, moved, source = given[0] * share, given[1] * share, "roofline of the caller's cost"
+        else:
+            flops, source = 0.0, "roofline of operand bytes"
+            moved = operand_bytes(computation, instruction) + (0 if _aliased(instruction) else instruction.bytes)
+        found = latency.kernel(self.hardware, flops, moved)
+        prediction = Prediction(found.us, found.bound, source, flops, moved)
+        return Cost(kind, prediction, flops, moved, "", instruction.pieces)
+
+    def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
+        if is_library_gemm(instruction) or instruction.opcode == "dot":
+            flops = dot_flops(computation, instruction)
+            results = [
+                s for s in instruction.shapes if s.dtype != "s8" or len(instruction.shapes) == 1
+            ]  # s8: workspace
+            moved = operand_bytes(computation, instruction) + sum(shape.bytes for shape in results)
+            dtype = computation.by_name[instruction.operands[0]].shapes[0].dtype
+        elif instruction.base in ("fusion", "call", "async"):
+            found = list(dots(self.module, instruction))
+            flops = sum(dot_flops(inner, dot) for inner, dot in found)
+            moved = fusion_bytes(self.module, computation, instruction)
+            inner, dot = found[0] if found else (computation, instruction)
+            dtype = inner.by_name[dot.operands[0]].shapes[0].dtype if found else "bf16"
+        else:
+            flops, dtype = 0.0, "bf16"
+            moved = operand_bytes(computation, instruction) + instruction.bytes
+        kind, pieces = "elementwise", instruction.pieces
+        if flops:
+            pieces = gemm_pieces(self.module, instruction)
+            kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
+        return Cost(kind, latency.kernel(self.hardware, flops, moved, dtype), flops, moved, "", pieces)

@@ -1,0 +1,117 @@
+"""The predicted timeline as a picture: memory, compute and network as lanes, a colour per nano-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.inspect.overlap import Event
+from nanoflow_jax.inspect.report import Report
+
+# From top to bottom: the network right under compute, so that a collective stands under the GEMM that hides it.
+LANES = ("memory", "compute", "network")
+COLORS = ("#2b6cb0", "#dd7a1f", "#2f8f5b", "#8a4fb0", "#b5872b", "#4a9fb5")
+PLAIN, WAIT, INK = "#b8bcc2", "#c62828", "#1d2430"
+HEIGHT = 0.72
+
+
+def _window(report: Report, layers: tuple[int, int] | None) -> tuple[tuple[int, int], float, float]:
+    """Layers (first, last), and the microseconds from their first kernel's start to their last one's end."""
+    known = sorted({e.piece.layer for e in report.timeline.events if e.piece and e.piece.layer is not None})
+    if not known:
+        raise ConfigError("plot: no instruction of this program could be traced to a layer; nothing to draw")
+    middle = len(known) // 2
+    first, last = layers or (known[max(0, middle - 1)], known[min(middle, len(known) - 1)])
+    chosen = [
+        e for e in report.timeline.events if e.piece and e.piece.layer is not None and first <= e.piece.layer <= last
+    ]
+    if not chosen:
+        raise ConfigError(f"layers: {first} to {last} is not accepted; the program has {known[0]} to {known[-1]}")
+    return (first, last), min(e.start_us for e in chosen), max(e.end_us for e in chosen)
+
+
+def _draw(ax: Axes, event: Event, lane: int, origin: float, color: str, inside: bool, inches_per_us: float) -> None:
+    """One kernel. A label is written where it fits: flat, else upright, else not."""
+    start, width = event.start_us - origin, event.us
+    y = lane - HEIGHT / 2
+    box = Rectangle(
+        (start, y), width, HEIGHT, facecolor=color, edgecolor="white", linewidth=0.6, alpha=1 if inside else 0.22
+    )
+    ax.add_patch(box)
+    if event.kind == "elementwise" or event.piece is None:
+        return
+    short = f"{event.piece.op} {event.piece.piece}"
+    full = short if event.piece.layer is None else f"{short}\nlayer {event.piece.layer}"
+    room, line = width * inches_per_us, 0.13
+    ink = "white" if inside else color
+    style: dict[str, Any] = {"ha": "center", "va": "center", "color": ink, "clip_on": True, "fontweight": "bold"}
+    wide = max(len(part) for part in full.split("\n")) * 8.5 * 0.66 / 72
+    if wide <= room:
+        ax.text(start + width / 2, lane, full, fontsize=8.5, **style)
+    elif room > line:
+        ax.text(start + width / 2, lane, full if room > 2 * line else short, rotation=90, fontsize=7.5, **style)
+
+
+def plot(
+    report: Report,
+    path: str | Path | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+    nano_batches: Mapping[tuple[str, int], int] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """Draws the timeline of layers (first, last), the middle two when left out, and writes it when a path is given.
+
+    nano_batches: the nano-batch of each (op, piece) whose number is another, such as KQV in four pieces; otherwise the
+    piece's own number counts. Neighbouring layers that run in the window are drawn pale. Raises ConfigError.
+    """
+    (first, last), start, end = _window(report, layers)
+    figure = Figure(figsize=(16, 4.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.add_subplot()
+    inches_per_us = 14.6 / (end - start)
+    used: set[int] = set()
+    for event in report.timeline.events:
+        if event.end_us <= start or event.start_us >= end or event.lane not in LANES:
+            continue
+        piece = event.piece
+        inside = bool(piece and piece.layer is not None and first <= piece.layer <= last)
+        color = PLAIN
+        if piece:
+            batch = (nano_batches or {}).get((piece.op, piece.piece), piece.piece)
+            color = COLORS[(batch - 1) % len(COLORS)]
+            used.add(batch)
+        _draw(ax, event, LANES[::-1].index(event.lane), start, color, inside, inches_per_us)
+        if event.exposed_us > 0 and event.stream == "network":
+            wait = event.end_us - event.exposed_us - start
+            stripe = Rectangle((wait, 1 - HEIGHT / 2), event.exposed_us, HEIGHT, facecolor="#fdecea", edgecolor=WAIT)
+            stripe.set(hatch="////", linewidth=0.8)
+            ax.add_patch(stripe)
+    exposed = sum(c.exposed_us for c in report.collectives if c.layer is not None and first <= c.layer <= last)
+    ax.set(xlim=(0, end - start), ylim=(-0.55, len(LANES) - 0.45), xlabel="microseconds (predicted)")
+    ax.set_yticks(range(len(LANES)), [lane.capitalize() for lane in LANES[::-1]], fontsize=11, color=INK)
+    ax.tick_params(axis="y", length=0)
+    ax.grid(axis="x", color="#e3e6ea", linewidth=0.8)
+    ax.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        ax.spines[side].set_visible(False)
+    span = f"layer {first}" if first == last else f"layers {first} to {last}"
+    default = f"{report.hardware} x {report.devices}, {span}: compute waits {exposed:.0f} µs for the network"
+    ax.set_title(title or default, loc="left", fontsize=12, color=INK)
+    legend = [Patch(color=COLORS[(batch - 1) % len(COLORS)], label=f"nano-batch {batch}") for batch in sorted(used)]
+    legend.append(Patch(facecolor="#fdecea", edgecolor=WAIT, hatch="////", label="compute waits for the network"))
+    if last != first or used:
+        legend.append(Patch(color=COLORS[0], alpha=0.22, label="other layers"))
+    ax.legend(
+        handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(legend), frameon=False, fontsize=9.5
+    )
+    if path is not None:
+        figure.savefig(str(path))
+    return figure

@@ -1,0 +1,263 @@
+"""The inspector's report: from a compiled program's text to collectives, totals, findings and memory."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nanoflow_jax.hardware import Hardware
+from nanoflow_jax.inspect.costs import CostModel, Costs
+from nanoflow_jax.inspect.findings import Finding, find
+from nanoflow_jax.inspect.hlo import parse
+from nanoflow_jax.inspect.overlap import Collective, Event, Timeline, simulate
+from nanoflow_jax.search.latency import optimal_tokens_per_second
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerTotals:
+    """Microseconds of one layer's kernels by the resource that binds them; layer None: outside of layers, or untraced.
+
+    exposed_network_us: how long the compute stream stood still for the layer's collectives.
+    """
+
+    layer: int | None
+    compute_us: float
+    memory_us: float
+    network_us: float
+    exposed_network_us: float
+
+
+@dataclass(frozen=True)
+class Totals:
+    """The step. us: its length; bubble_us: compute stream idle for another reason than the network.
+
+    binding: the resource that is busy longest. tokens_per_second_per_gpu and share_of_optimum (of FLOP/s ÷
+    2·parameters, data sheet rate): None unless the caller gave tokens and parameters.
+    """
+
+    us: float
+    compute_us: float
+    memory_us: float
+    network_us: float
+    exposed_network_us: float
+    bubble_us: float
+    host_us: float
+    flops: float
+    binding: str
+    layers: tuple[LayerTotals, ...]
+    tokens_per_second_per_gpu: float | None = None
+    share_of_optimum: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes per GPU. headroom: device memory minus arguments, results that alias no argument, temporaries and code."""
+
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    code: int
+    device: int
+    headroom: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that the inspector says of one compiled step. `notes` are what the figures rest on."""
+
+    hardware: str
+    devices: int
+    collectives: tuple[Collective, ...]
+    findings: tuple[Finding, ...]
+    totals: Totals
+    memory: Memory | None
+    notes: tuple[str, ...]
+    timeline: Timeline
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: hardware, devices, collectives, findings, totals, memory, notes. The timeline goes into a
+        trace."""
+        names = ("hardware", "devices", "notes")
+        data: dict[str, Any] = {name: getattr(self, name) for name in names}
+        data["notes"] = list(self.notes)
+        data["collectives"] = [
+            {**asdict(c), "beside": list(c.beside), "beside_other": list(c.beside_other)} for c in self.collectives
+        ]
+        data["findings"] = [asdict(finding) for finding in self.findings]
+        data["totals"] = {**asdict(self.totals), "layers": [asdict(layer) for layer in self.totals.layers]}
+        data["memory"] = asdict(self.memory) if self.memory else None
+        return data
+
+
+def _layer(event: Event) -> int | None:
+    return event.piece.layer if event.piece else None
+
+
+def _totals(
+    timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
+) -> Totals:
+    busy: defaultdict[str, float] = defaultdict(float)
+    layers: dict[int | None, defaultdict[str, float]] = {}
+    for event in timeline.events:
+        busy[event.lane] += event.us
+        busy["exposed"] += event.exposed_us
+        layer = layers.setdefault(_layer(event), defaultdict(float))
+        layer[event.lane] += event.us
+        layer["exposed"] += event.exposed_us
+    order = sorted(layers, key=lambda layer: (layer is None, layer or 0))
+    per_layer = tuple(
+        LayerTotals(i, layers[i]["compute"], layers[i]["memory"], layers[i]["network"], layers[i]["exposed"])
+        for i in order
+    )
+    rate = tokens / (timeline.us * 1e-6) / devices if tokens and timeline.us else None
+    share = rate / optimal_tokens_per_second(hardware, parameters) if rate and parameters else None
+    return Totals(
+        us=timeline.us,
+        compute_us=busy["compute"],
+        memory_us=busy["memory"],
+        network_us=busy["network"],
+        exposed_network_us=busy["exposed"],
+        bubble_us=timeline.bubble_us,
+        host_us=busy["host"],
+        flops=sum(event.flops for event in timeline.events),
+        binding=max(("compute", "memory", "network"), key=lambda lane: busy[lane]),
+        layers=per_layer,
+        tokens_per_second_per_gpu=rate,
+        share_of_optimum=share,
+    )
+
+
+def _memory(analysis: Any, hardware: Hardware) -> Memory | None:
+    if analysis is None:
+        return None
+    arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
+    aliased, temporaries = analysis.alias_size_in_bytes, analysis.temp_size_in_bytes
+    code = analysis.generated_code_size_in_bytes
+    headroom = hardware.memory_bytes - (arguments + outputs - aliased + temporaries + code)
+    return Memory(arguments, outputs, aliased, temporaries, code, hardware.memory_bytes, headroom)
+
+
+def _notes(timeline: Timeline, hardware: Hardware) -> tuple[str, ...]:
+    notes = [f"times: {source}" for source in sorted({event.source for event in timeline.events})]
+    guessed = sorted({f"{e.piece.op}" for e in timeline.events if e.source.endswith("operand bytes") and e.piece})
+    if guessed:
+        notes.append(f"no cost was given for the kernels of {', '.join(guessed)}: their operands' bytes are used")
+    figures = ", ".join(f"{name} {value:g}" for name, value in asdict(hardware.calibration).items())
+    notes.append(f"{hardware.name}: {figures}; kernels side by side are not slowed by each other")
+    return tuple(notes)
+
+
+def inspect_compiled(
+    text: str,
+    memory_analysis: Any,
+    hardware: Hardware,
+    devices: int,
+    *,
+    costs: Costs | None = None,
+    tokens: int | None = None,
+    parameters: float | None = None,
+) -> Report:
+    """Report on a compiled step.
+
+    text: `compiled.as_text()`, scheduled HLO; memory_analysis: `compiled.memory_analysis()`, or None.
+    costs: (FLOP, bytes) per layer of Mosaic kernels by (op, piece), for example {("GEMV", 1): (1.3e9, 3.7e8)};
+    without them their operands' bytes count, and the report says so. tokens: rows of the step; parameters: of the
+    whole model. Raises ValueError when the text is no compiled HLO module. What the reader does not know is a
+    finding, `unknown_hlo`.
+    """
+    module = parse(text)
+    timeline = simulate(CostModel.of(module, hardware, devices, costs))
+    return Report(
+        hardware=hardware.name,
+        devices=devices,
+        collectives=timeline.collectives,
+        findings=find(module, timeline),
+        totals=_totals(timeline, hardware, devices, tokens, parameters),
+        memory=_memory(memory_analysis, hardware),
+        notes=_notes(timeline, hardware),
+        timeline=timeline,
+    )
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    numeric = [all(row[i].replace(".", "").isdigit() or row[i] == "-" for row in rows[1:]) for i in range(len(widths))]
+    cells = [
+        [cell.rjust(w) if right else cell.ljust(w) for cell, w, right in zip(row, widths, numeric, strict=True)]
+        for row in rows
+    ]
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+
+
+def render(report: Report, *, all_layers: bool = False) -> str:
+    """Text for a terminal: collectives, totals, findings, memory. Without all_layers, the collectives of the
+    middle two layers."""
+    totals = report.totals
+    layers = sorted({c.layer for c in report.collectives if c.layer is not None})
+    middle = layers if all_layers or len(layers) <= 2 else layers[len(layers) // 2 - 1 : len(layers) // 2 + 1]
+    shown = [c for c in report.collectives if all_layers or c.layer in middle or c.op is None]
+    rows = [("layer", "op", "batch", "MiB", "async", "us", "exposed us", "beside")]
+    for c in shown:
+        state = "yes" if c.is_async else "NO"
+        beside = ", ".join(c.beside) or "NOTHING"
+        mib = f"{c.bytes / 2**20:.1f}"
+        rows.append(
+            (
+                _text(c.layer),
+                c.op or c.name,
+                _text(c.nano_batch),
+                mib,
+                state,
+                _text(c.predicted_us),
+                _text(c.exposed_us),
+                beside,
+            )
+        )
+    lines = [f"{report.hardware} x {report.devices}"]
+    if len(rows) > 1:
+        lines += ["", f"Collectives, layers {middle[0]} to {middle[-1]}" if middle else "Collectives", *_table(rows)]
+    lines += ["", "Totals, us"]
+    head = ("layer", "compute", "memory", "network", "exposed", "bubbles", "length")
+    step = (
+        "step",
+        totals.compute_us,
+        totals.memory_us,
+        totals.network_us,
+        totals.exposed_network_us,
+        totals.bubble_us,
+        totals.us,
+    )
+    rows = [head, tuple(map(_text, step))]
+    for layer in totals.layers:
+        if layer.layer in middle or layer.layer is None:
+            parts = (layer.compute_us, layer.memory_us, layer.network_us, layer.exposed_network_us)
+            rows.append(("outside" if layer.layer is None else str(layer.layer), *map(_text, parts), "-", "-"))
+    lines += _table(rows)
+    lines.append(f"busiest: {totals.binding}")
+    if totals.tokens_per_second_per_gpu is not None:
+        share = "" if totals.share_of_optimum is None else f", {totals.share_of_optimum:.1%} of the optimum"
+        lines.append(f"predicted: {totals.tokens_per_second_per_gpu:.0f} tokens/s/GPU{share}")
+    lines += ["", f"Findings: {len(report.findings) or 'none'}"]
+    counted = Counter((finding.kind, finding.op) for finding in report.findings)
+    for (kind, op), number in counted.items():
+        first = next(f for f in report.findings if (f.kind, f.op) == (kind, op))
+        where = "" if first.layer is None else f" in layer {first.layer}"
+        lines.append(f"  {kind} {op or ''} x {number}: {first.detail}{where}")
+    if report.memory:
+        m = report.memory
+        parts = (
+            ("arguments", m.arguments),
+            ("temporaries", m.temporaries),
+            ("outputs", m.outputs - m.aliased),
+            ("headroom", m.headroom),
+        )
+        lines += ["", "Memory per GPU, GiB: " + ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts)]
+    return "\n".join([*lines, "", *report.notes])

@@ -1,0 +1,89 @@
+"""`ParamInfo`: the one declaration of a weight, from which initialisation, sharding, loading and checkpoints all follow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Index = tuple[slice, ...]
+ReadSlice = Callable[[str, Index], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the Hugging Face checkpoint: its name and its shape there."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """One weight.
+
+    shape:    global shape, padding included
+    spec:     how it is split over the mesh
+    init:     "normal" (scaled by fan-in, the last dimension), "ones" or "zeros"
+    sources:  the checkpoint tensors that it is made of
+    read:     (read_slice, index) -> the values at a global `index` (one slice per dimension, step 1), reading no more than it
+              needs; `read_slice(name, index)` reads part of a checkpoint tensor
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: P
+    init: str
+    sources: tuple[Source, ...]
+    read: Callable[[ReadSlice, Index], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+    def sharding(self, mesh: Mesh) -> NamedSharding:
+        return NamedSharding(mesh, self.spec)
+
+    def aval(self, mesh: Mesh) -> jax.ShapeDtypeStruct:
+        """The abstract array, for compiling without allocating."""
+        return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding(mesh))
+
+
+def is_info(x: Any) -> bool:
+    return isinstance(x, ParamInfo)
+
+
+def abstract_params(infos: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda info: info.aval(mesh), infos, is_leaf=is_info)
+
+
+def param_specs(infos: Any) -> Any:
+    return jax.tree.map(lambda info: info.spec, infos, is_leaf=is_info)
+
+
+def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:
+    """Random weights made on the devices, shard by shard, without a host copy (for benchmarks and tests)."""
+    makers: dict[Any, Any] = {}  # weights of equal shape share one compiled program
+
+    def make(info: ParamInfo, key: jax.Array) -> jax.Array:
+        kind = (info.shape, str(info.dtype), info.spec, info.init)
+        if kind not in makers:
+
+            def init(key: jax.Array) -> jax.Array:
+                if info.init == "normal":
+                    return (jax.random.normal(key, info.shape, jnp.float32) * info.shape[-1] ** -0.5).astype(info.dtype)
+                return jnp.full(info.shape, 1 if info.init == "ones" else 0, info.dtype)
+
+            makers[kind] = jax.jit(init, out_shardings=info.sharding(mesh))
+        return makers[kind](key)
+
+    leaves, tree = jax.tree.flatten(infos, is_leaf=is_info)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(tree, [make(info, key) for info, key in zip(leaves, keys, strict=True)])

@@ -1,0 +1,46 @@
+"""The one-axis tensor-parallel mesh, and which sizes a model can be split into."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanoflow_jax.config import ConfigError, ModelConfig
+
+AXIS = "tp"
+
+
+def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> Mesh:
+    """A mesh of `tensor_parallel_size` devices over axis "tp"; None takes as many of all devices as the model divides into.
+
+    Raises ConfigError when there are too few devices, or when the size does not divide the model.
+    """
+    devices = jax.devices()
+    size = len(devices) if tensor_parallel_size is None else tensor_parallel_size
+    if not 1 <= size <= len(devices):
+        raise ConfigError(f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}")
+    check_divides(config, size)
+    return Mesh(np.array(devices[:size]), (AXIS,))
+
+
+def check_divides(config: ModelConfig, size: int) -> None:
+    """Raises ConfigError, listing the sizes that work, unless the model can be split into `size` equal parts."""
+    if size not in valid_sizes(config):
+        raise ConfigError(
+            f"tensor_parallel_size: {size} does not divide {config.num_heads} heads, {config.num_kv_heads} KV heads "
+            f"(or a multiple of them), hidden {config.hidden_size} and intermediate {config.intermediate_size}; "
+            f"sizes that work: {', '.join(map(str, valid_sizes(config)))}"
+        )
+
+
+def valid_sizes(config: ModelConfig) -> list[int]:
+    """Mesh sizes that split query heads, hidden and intermediate evenly, and split or evenly replicate the KV heads."""
+    heads, kv = config.num_heads, config.num_kv_heads
+    widths = (heads, config.hidden_size, config.intermediate_size)
+    return [n for n in range(1, heads + 1) if not any(w % n for w in widths) and (kv % n == 0 or n % kv == 0)]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

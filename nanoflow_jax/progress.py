@@ -1,0 +1,42 @@
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Counts to `total`. Use as a context manager; `advance` moves on, `note` sets what stands behind the count."""
+
+    def __init__(self, total: int, title: str, unit: str = "it", enabled: bool = True):
+        self._bar: Any = None
+        self._lines = enabled and not sys.stderr.isatty()
+        self._title, self._total, self._unit, self._done, self._note = title, total, unit, 0, ""
+        self._last = time.monotonic()
+        if enabled and not self._lines:
+            self._bar = tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", dynamic_ncols=True)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(count)
+        elif self._lines and (self._done == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES):
+            self._last = time.monotonic()
+            scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
+            count = f"{self._done / scale:.4g}/{self._total / scale:.4g}"
+            print(f"{self._title}: {count} {unit} {self._note}".rstrip(), file=sys.stderr)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

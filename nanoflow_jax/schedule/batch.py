@@ -1,0 +1,98 @@
+"""What one step needs besides weights and pages: the arrays the host fills, and the shape they are compiled for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The static sizes of a compiled step.
+
+    decode_rows       rows that each belong to one running request (one token of input each)
+    prefill_rows      rows after them, filled with packed chunks of prompts
+    prefill_segments  the most chunks that share those rows
+    pages_per_request width of the page tables
+    """
+
+    decode_rows: int
+    prefill_rows: int
+    prefill_segments: int
+    pages_per_request: int
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_rows
+
+    @property
+    def sampled_rows(self) -> int:
+        """One token is sampled per decode row and per prefill segment."""
+        return self.decode_rows + self.prefill_segments
+
+
+@struct.dataclass
+class SamplingArrays:
+    """Per sampled row [B]. Rows with temperature 0 are greedy."""
+
+    temperature: Any  # float32
+    top_p: Any  # float32 in (0, 1]
+    top_k: Any  # int32; 0 keeps all
+    seed: Any  # uint32
+    position: Any  # int32: index of the sampled token in its sequence; with the seed, the key of its noise
+
+
+@struct.dataclass
+class StepBatch:
+    """Inputs of a step, the same on every device. T rows, D decode rows, S segments, M pages per request."""
+
+    token_ids: Any  # [T] int32
+    positions: Any  # [T] int32
+    write_pages: Any  # [T] int32; the number of pages marks a padding row
+    write_slots: Any  # [T] int32
+    decode_table: Any  # [D, M] int32
+    decode_lengths: Any  # [D] int32; 0 marks an empty row
+    prefill_table: Any  # [S, M] int32
+    prefill_starts: Any  # [S + 1] int32, counted from the first prefill row
+    prefill_lengths: Any  # [S] int32: context after this chunk
+    sampled: Any  # [B] int32: the rows whose next token is sampled
+    sampling: SamplingArrays
+
+
+def empty_batch(shape: StepShape, num_pages: int) -> StepBatch:
+    """A batch of padding only, as NumPy arrays for the host to fill (and for warm-up)."""
+
+    def zeros(*dims: int, dtype: Any = np.int32) -> np.ndarray:
+        return np.zeros(dims, dtype)
+
+    rows, tables, count = shape.rows, shape.pages_per_request, shape.sampled_rows
+    return StepBatch(
+        token_ids=zeros(rows),
+        positions=zeros(rows),
+        write_pages=np.full(rows, num_pages, np.int32),
+        write_slots=zeros(rows),
+        decode_table=zeros(shape.decode_rows, tables),
+        decode_lengths=zeros(shape.decode_rows),
+        prefill_table=zeros(shape.prefill_segments, tables),
+        prefill_starts=zeros(shape.prefill_segments + 1),
+        prefill_lengths=zeros(shape.prefill_segments),
+        sampled=np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), zeros(shape.prefill_segments)]),
+        sampling=SamplingArrays(
+            temperature=zeros(count, dtype=np.float32),
+            top_p=np.ones(count, np.float32),
+            top_k=zeros(count),
+            seed=zeros(count, dtype=np.uint32),
+            position=zeros(count),
+        ),
+    )
+
+
+def abstract_batch(shape: StepShape, num_pages: int, sharding: Any) -> StepBatch:
+    """The same as abstract arrays, for compiling ahead of time."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), empty_batch(shape, num_pages)
+    )

@@ -1,0 +1,272 @@
+"""`SchedulePlan`: how a step's rows are cut into nano-batches and op pieces, and in which order one layer issues them.
+
+A plan is a TOML file in `configs/plans` that people and the search read and write:
+
+    description = "..."
+    tokens_per_step = 2048            # the rows that the sizes below add up to, decode rows first
+    decode_tokens = 1280
+    order = ["KQV.1", "GEMV.1", ...]  # optional: one layer's issue order, OP.PIECE counted from 1
+
+    [[nano_batches]]
+    rows = 640                        # left out when there is one nano-batch: all rows
+    attention_output = "gather"       # or "reduce", "scatter": see `ops`
+
+    [splits]                          # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
+    KQV = [256, 384, 768, 640]
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.schedule.ops import RESOURCE, SPLITTABLE, STRATEGIES
+
+ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
+SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
+
+
+@dataclass(frozen=True)
+class NanoBatch:
+    """Rows that go through O, UG, D and their collectives together. rows None: all of the step's."""
+
+    rows: int | None
+    attention_output: str
+
+
+@dataclass(frozen=True)
+class OpPiece:
+    """One op on rows [start, stop) of the step."""
+
+    op: str
+    piece: int  # counted from 1
+    start: int
+    stop: int
+    nano_batch: int  # counted from 1; the one that holds `start`
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.piece}"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """See the module's docstring for the fields and the file format."""
+
+    name: str
+    nano_batches: tuple[NanoBatch, ...]
+    description: str = ""
+    tokens_per_step: int | None = None
+    decode_tokens: int | None = None
+    splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.nano_batches, self.tokens_per_step, self.decode_tokens, self.order))
+
+    @property
+    def strategies(self) -> frozenset[str]:
+        return frozenset(nb.attention_output for nb in self.nano_batches)
+
+    @property
+    def needs_o_rows(self) -> bool:
+        """O split over N is used by some nano-batch."""
+        return "gather" in self.strategies
+
+    @property
+    def needs_o_columns(self) -> bool:
+        """O split over K is used by some nano-batch."""
+        return bool(self.strategies & {"reduce", "scatter"})
+
+    def pieces(self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM) -> tuple[OpPiece, ...]:
+        """The plan on a step of `decode_rows + prefill_rows` rows, in issue order.
+
+        At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and prefill rows each by
+        their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below `SPLIT_ABOVE` rows there is one
+        nano-batch, with the last one's strategy.
+        """
+        total = decode_rows + prefill_rows
+        planned_total, planned_decode = self.tokens_per_step or total, self.decode_tokens or 0
+        if self.tokens_per_step is None:
+            planned_decode = decode_rows
+        elif (total, decode_rows) != (planned_total, planned_decode) and total < SPLIT_ABOVE:
+            return SchedulePlan(self.name, (NanoBatch(None, self.nano_batches[-1].attention_output),)).pieces(
+                decode_rows, prefill_rows
+            )
+
+        def place(row: int) -> int:
+            """A row of the plan -> a row of this step; monotone, so pieces stay nested."""
+            if (total, decode_rows) == (planned_total, planned_decode):
+                return row
+            if row <= planned_decode:
+                first, last, share = 0, decode_rows, row / max(planned_decode, 1)
+            else:
+                first, last, share = decode_rows, total, (row - planned_decode) / (planned_total - planned_decode)
+            return last if share == 1 else min(last, first + round(share * (last - first) / quantum) * quantum)
+
+        batches = [place(row) for row in self._cuts("O", planned_total, planned_decode)]
+        found: dict[str, OpPiece] = {}
+        for op in RESOURCE:
+            cuts = [place(row) for row in self._cuts(op, planned_total, planned_decode)]
+            for i, (start, stop) in enumerate(pairwise(cuts), start=1):
+                used = op in SPLITTABLE or op in STRATEGIES[self.nano_batches[i - 1].attention_output]
+                if used and start < stop:
+                    batch = max(j for j, edge in enumerate(batches[:-1], start=1) if edge <= start)
+                    found[f"{op}.{i}"] = OpPiece(op, i, start, stop, batch)
+        order = self.order or tuple(f"{op}.{i}" for op in RESOURCE for i in range(1, len(self._cuts(op, 2, 1))))
+        return tuple(found[name] for name in order if name in found)
+
+    def _cuts(self, op: str, total: int, decode: int) -> list[int]:
+        """Rows at which `op` is cut in a step of the plan's own size, both ends included."""
+        first, last = {"GEMV": (0, decode), "PF": (decode, total)}.get(op, (0, total))
+        if op in self.splits:
+            return [first, *(first + rows for rows in accumulate(self.splits[op]))]
+        batches = [0, *accumulate(total if nb.rows is None else nb.rows for nb in self.nano_batches)]
+        return [min(max(row, first), last) for row in batches]
+
+
+def load_plan(name: str) -> SchedulePlan:
+    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and the fix."""
+    path = config_path("plans", name)
+    text = path.read_text()
+    try:
+        return parse_plan(path.stem, tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ConfigError) as error:
+        line = _line_of(text, str(error))
+        raise ConfigError(f"{path}{line}: {error}") from None
+
+
+def _line_of(text: str, message: str) -> str:
+    """":N" of the line that holds the first thing the message quotes or its field, when there is one."""
+    for wanted in (*re.findall(r"'([^']+)'", message), message.split(":")[0].split("[")[0]):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if re.search(rf"(?<![\w.]){re.escape(wanted)}(?![\w.])", line.split("#")[0]):
+                return f":{number}"
+    return ""
+
+
+def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
+    """The plan in parsed TOML. Raises ConfigError naming the field."""
+    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits"}
+    if unknown := sorted(set(fields) - known):
+        raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
+    batches = _typed("nano_batches", fields.get("nano_batches"), list)
+    parsed = []
+    for i, batch in enumerate(batches, start=1):
+        where = f"nano_batches[{i}]"
+        _typed(where, batch, dict)
+        if unknown := sorted(set(batch) - {"rows", "attention_output"}):
+            raise ConfigError(f"{where}.{unknown[0]}: unknown field; accepted: attention_output, rows")
+        rows = batch.get("rows")
+        parsed.append(NanoBatch(None if rows is None else _typed(f"{where}.rows", rows, int), str(batch.get("attention_output"))))
+    splits = {op: tuple(_sizes(f"splits.{op}", s)) for op, s in _typed("splits", fields.get("splits", {}), dict).items()}
+    order = _typed("order", fields.get("order", []), list)
+    if not all(isinstance(o, str) for o in order):
+        raise ConfigError("order: must be a list of strings such as 'KQV.1'")
+    sized = {k: _typed(k, fields[k], int) for k in ("tokens_per_step", "decode_tokens") if k in fields}
+    description = _typed("description", fields.get("description", ""), str)
+    return SchedulePlan(name, tuple(parsed), description, splits=splits, order=tuple(order), **sized)
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r} must be {kind.__name__}")
+    return value
+
+
+def _sizes(name: str, value: Any) -> list[int]:
+    return [_typed(f"{name}[{i}]", v, int) for i, v in enumerate(_typed(name, value, list), start=1)]
+
+
+def _check(plan: SchedulePlan) -> None:
+    """Everything that makes a plan unable to run. Raises ConfigError."""
+    if not plan.nano_batches:
+        raise ConfigError("nano_batches: at least one is needed")
+    for i, batch in enumerate(plan.nano_batches, start=1):
+        if batch.attention_output not in STRATEGIES:
+            raise ConfigError(
+                f"nano_batches[{i}].attention_output: {batch.attention_output!r} is unknown; accepted: {', '.join(STRATEGIES)}"
+            )
+    if plan.tokens_per_step is None:
+        if len(plan.nano_batches) > 1 or plan.splits or plan.decode_tokens is not None or plan.nano_batches[0].rows is not None:
+            raise ConfigError("tokens_per_step: needed by a plan that gives rows, splits or decode_tokens")
+    else:
+        total, decode = plan.tokens_per_step, plan.decode_tokens
+        if decode is None or not 0 <= decode <= total:
+            raise ConfigError(f"decode_tokens: {decode} must be between 0 and tokens_per_step = {total}")
+        _check_sum("nano_batches", [nb.rows for nb in plan.nano_batches], total, "tokens_per_step")
+        sums = {
+            "KQV": (total, "tokens_per_step"),
+            "GEMV": (decode, "decode_tokens"),
+            "PF": (total - decode, "tokens_per_step - decode_tokens"),
+        }
+        for op, sizes in plan.splits.items():
+            if op not in sums:
+                raise ConfigError(f"splits.{op}: op {op!r} is not one that can be split; accepted: {', '.join(sums)}")
+            _check_sum(f"splits.{op}", list(sizes), *sums[op])
+        missing = set(plan._cuts("O", total, decode)) - set(plan._cuts("KQV", total, decode))
+        if missing:
+            raise ConfigError(f"splits.KQV: pieces must end where nano-batches end, at row {min(missing)}")
+    if plan.order:
+        _check_order(plan)
+
+
+def _check_sum(name: str, sizes: list[int | None], total: int, what: str) -> None:
+    if any(s is None or s <= 0 for s in sizes):
+        raise ConfigError(f"{name}: every size must be a positive number of rows, not {sizes}")
+    if (found := sum(s or 0 for s in sizes)) != total:
+        raise ConfigError(f"{name}: sizes {sizes} add up to {found}, not to {what} = {total}")
+
+
+def _check_order(plan: SchedulePlan) -> None:
+    unordered = SchedulePlan(plan.name, plan.nano_batches, "", plan.tokens_per_step, plan.decode_tokens, plan.splits)
+    total = plan.tokens_per_step or 2 * ROW_QUANTUM
+    decode = plan.decode_tokens if plan.decode_tokens is not None else total // 2
+    pieces = {p.name: p for p in unordered.pieces(decode, total - decode)}
+    seen: set[str] = set()
+    for name in plan.order:
+        if name.rsplit(".", 1)[0] not in RESOURCE:
+            raise ConfigError(f"order: {name!r} is not a known op; accepted: {', '.join(RESOURCE)}, each with its piece, as 'KQV.1'")
+        if name not in pieces:
+            raise ConfigError(f"order: {name!r} is not a piece of this plan; its pieces: {', '.join(pieces)}")
+        if name in seen:
+            raise ConfigError(f"order: {name!r} is listed twice")
+        for need in needs(pieces[name], pieces):
+            if need not in seen:
+                raise ConfigError(f"order: {name!r} needs {need}, which must come before it")
+        seen.add(name)
+    if left := [name for name in pieces if name not in seen]:
+        raise ConfigError(f"order: {left[0]!r} is missing")
+
+
+def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:
+    """Names of the pieces of the same layer whose results `piece` reads."""
+
+    def overlapping(op: str, start: int, stop: int) -> list[str]:
+        return [p.name for p in pieces.values() if p.op == op and p.start < stop and start < p.stop]
+
+    match piece.op:
+        case "KQV":
+            return []
+        case "GEMV":
+            return overlapping("KQV", piece.start, piece.stop)
+        case "PF":  # a chunk's later rows see its earlier ones
+            return overlapping("KQV", min(p.start for p in pieces.values() if p.op == "PF"), piece.stop)
+    chain = next(ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops))
+    at = chain.index(piece.op)
+    if at == 0:
+        return overlapping("GEMV", piece.start, piece.stop) + overlapping("PF", piece.start, piece.stop)
+    return [f"{chain[at - 1]}.{piece.piece}"]

@@ -1,0 +1,340 @@
+"""From a plan to one compiled step: embedding, layers of op pieces in the plan's order, head and sampling, under `shard_map`.
+
+Inside, shapes are local: n rows, H hidden, p devices, g KV groups and h query heads of this device, d head size, V/p vocabulary rows.
+Layers are unrolled: a scan would copy each layer's weights and could not overlap collectives across layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import append_kv, decode_attention, prefill_attention
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.engine.sampler import sample
+from nanoflow_jax.models import llama
+from nanoflow_jax.models.llama import LayerParams, LlamaParams
+from nanoflow_jax.models.params import param_specs
+from nanoflow_jax.parallel import collectives
+from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.schedule.batch import StepBatch, StepShape
+from nanoflow_jax.schedule.order import IssueOrder
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan
+from nanoflow_jax.schedule.rows import Rows
+
+
+@struct.dataclass
+class KVCache:
+    """Pages of every layer, `[num_pages, KV groups, page_size, d]` each, split over the groups. Donated to each step."""
+
+    k: tuple[Any, ...]
+    v: tuple[Any, ...]
+
+
+CACHE_SPEC = P(None, AXIS)
+
+
+def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
+    """Global shape of one layer's K (or V) pages."""
+    return num_pages, llama.kv_groups(config, devices), page_size, config.head_dim
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that a compiled step depends on, besides the arrays."""
+
+    config: ModelConfig
+    plan: SchedulePlan
+    shape: StepShape
+    attention_backend: str = "xla"
+    logits: bool = False  # return the logits of every row instead of sampling (tests, scoring)
+    enforce_order: bool = field(default=False)
+
+
+def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> Callable[..., Any]:
+    """The step as a jitted function `(params, cache, batch) -> (cache, tokens [B] int32)`, cache donated.
+
+    With `spec.logits` the second result is float32 `[T, vocabulary]` instead.
+    """
+    cache_specs = KVCache(*((CACHE_SPEC,) * spec.config.num_layers,) * 2)
+    sharded = jax.shard_map(
+        partial(_step, spec),
+        mesh=mesh,
+        in_specs=(param_specs(infos), cache_specs, P()),
+        out_specs=(cache_specs, P()),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=(1,))
+
+
+def _step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+    run = _StepRun(spec, params, cache, batch)
+    for layer in range(spec.config.num_layers):
+        run.layer(layer)
+    hidden = run.hidden()
+    head = params.embedding if params.head is None else params.head
+    rows = hidden if spec.logits else hidden[batch.sampled]
+    with jax.named_scope("HEAD.1"):
+        normed = llama.rms_norm(rows, params.final_norm, spec.config.rms_norm_eps)
+        local = llama.contract(normed, head, 1, out_dtype=jnp.float32)  # [B, V/p]
+    first = collectives.device_index() * head.shape[0]  # this device's first vocabulary row
+    local = jnp.where((first + jnp.arange(head.shape[0])) < spec.config.vocab_size, local, -jnp.inf)
+    cache = KVCache(tuple(run.k_pages), tuple(run.v_pages))
+    if spec.logits:
+        gathered = collectives.all_gather(local)  # [p, T, V/p]
+        return cache, gathered.transpose(1, 0, 2).reshape(rows.shape[0], -1)[:, : spec.config.vocab_size]
+    with jax.named_scope("SAMPLE.1"):
+        return cache, sample(local, first, batch.sampling)
+
+
+class _StepRun:
+    """The state of a step while it is traced: residual, normed input of the next GEMM, and pages.
+
+    A collective's result is added to the residual by the op that reads it first (`_settle`), together with the norm.
+    """
+
+    def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
+        self.config, self.shape, self.backend = spec.config, spec.shape, spec.attention_backend
+        self.params, self.batch = params, batch
+        self.k_pages, self.v_pages = list(cache.k), list(cache.v)
+        self.devices = collectives.device_count()
+        self.pieces = spec.plan.pieces(spec.shape.decode_rows, spec.shape.prefill_rows, quantum=max(8, self.devices))
+        self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
+        self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
+        self.order = IssueOrder(spec.enforce_order)
+        self.cos, self.sin = llama.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
+        self.residual: dict[int, jax.Array] = {}  # nano-batch -> [n, H], or this device's rows [n/p, H] when scattered
+        self.pending: dict[int, tuple[jax.Array, jax.Array | None]] = {}  # nano-batch -> collective's result, bias
+        self.normed = Rows()  # [n, H]: the input of the next KQV or UG
+        self._embed()
+
+    def _embed(self) -> None:
+        """Each device looks up the tokens of its vocabulary rows; the sum over devices is the embedding."""
+        table = self.params.embedding
+        with jax.named_scope("EMBED.1"):
+            local = self.batch.token_ids - collectives.device_index() * table.shape[0]
+            mine = (local >= 0) & (local < table.shape[0])
+            x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+        with jax.named_scope("EMBED.AR.1"):
+            x = collectives.all_reduce(x)
+        for number, piece in self.nano_batches.items():
+            rows = x[piece.start : piece.stop]
+            self.residual[number] = rows
+            if number in self.scattered:
+                share = piece.rows // self.devices
+                self.residual[number] = lax.dynamic_slice_in_dim(rows, collectives.device_index() * share, share)
+                self.normed.put(piece.start, piece.stop, self._norm(rows, self.params.layers[0].attention_norm))
+
+    def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
+        return llama.rms_norm(x, weight, self.config.rms_norm_eps)
+
+    def _settle(self, number: int, norm_weight: jax.Array) -> jax.Array:
+        """Adds what is pending to the residual of a nano-batch and returns the norm of the sum, in one ordered op."""
+        x = self.residual[number]
+        if number not in self.pending:
+            return self.order.run(self._norm, x, norm_weight)
+
+        def add_and_norm(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            x = _add(x, update, bias)
+            return x, self._norm(x, norm_weight)
+
+        self.residual[number], normed = self.order.run(add_and_norm, x, *self.pending.pop(number))
+        return normed
+
+    def layer(self, index: int) -> None:
+        """Issues the pieces of one layer in the plan's order."""
+        state = _LayerState(index, self.params.layers[index])
+        for piece in self.pieces:
+            with jax.named_scope(f"L{index}/{piece.name}"):
+                getattr(self, _METHODS[piece.op])(piece, state)
+
+    def hidden(self) -> jax.Array:
+        """The residual of all rows after the last layer, [T, H]."""
+        for number, pending in self.pending.items():
+            self.residual[number] = _add(self.residual[number], *pending)
+        parts = [self.residual[number] for number in sorted(self.nano_batches)]
+        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+    # -- attention
+
+    def _kqv(self, piece: OpPiece, s: _LayerState) -> None:
+        number = piece.nano_batch
+        if number not in s.attention_normed and number not in self.scattered:
+            rows = self.nano_batches[number]
+            self.normed.put(rows.start, rows.stop, self._settle(number, s.params.attention_norm))
+            s.attention_normed.add(number)
+        rows = slice(piece.start, piece.stop)
+        span, inputs = self.normed.get(piece.start, piece.stop)
+
+        def project(*inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            q, k, v = llama.kqv_projection(span(*inputs), s.params)
+            cos, sin = self.cos[rows], self.sin[rows]
+            q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
+            return q, llama.apply_rope(k, cos, sin), v
+
+        q, k, v = self.order.run(project, *inputs)
+        s.q.put(piece.start, piece.stop, q)
+        with jax.named_scope(f"KV.APPEND.{piece.piece}"):
+            self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
+                partial(append_kv, backend=self.backend),
+                self.k_pages[s.index],
+                self.v_pages[s.index],
+                k,
+                v,
+                self.batch.write_pages[rows],
+                self.batch.write_slots[rows],
+            )
+
+    def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
+        rows = slice(piece.start, piece.stop)
+        span, q = s.q.get(piece.start, piece.stop)
+
+        def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
+            table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
+            out, _ = decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend)
+            return out.reshape(piece.rows, -1)
+
+        out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)
+        s.attention.put(piece.start, piece.stop, out)
+
+    def _pf(self, piece: OpPiece, s: _LayerState) -> None:
+        first = self.shape.decode_rows
+        span, q = s.q.get(piece.start, piece.stop)
+
+        def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
+            batch = self.batch
+            starts, lengths = clip_segments(
+                batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
+            )
+            out = prefill_attention(
+                span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths, backend=self.backend
+            )
+            return out.reshape(piece.rows, -1)
+
+        out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)
+        s.attention.put(piece.start, piece.stop, out)
+
+    # -- attention output to residual
+
+    def _gemv_ag(self, piece: OpPiece, s: _LayerState) -> None:
+        # Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it is.
+        span, parts = s.attention.get(piece.start, piece.stop)
+        local = self.order.run(lambda *parts: span(*parts).T, *parts)
+        s.gathered[piece.piece] = self.order.start(collectives.all_gather_rows, local)
+
+    def _o(self, piece: OpPiece, s: _LayerState) -> None:
+        if piece.piece in s.gathered:
+
+            def over_n(gathered: jax.Array) -> jax.Array:  # [w, n] x [H/p, w] -> [n, H/p]
+                return llama.contract(gathered, s.params.o_rows, 0)
+
+            s.projected[piece.piece] = self.order.run(over_n, s.gathered.pop(piece.piece))
+        else:
+            span, parts = s.attention.get(piece.start, piece.stop)
+
+            def over_k(*parts: jax.Array) -> jax.Array:  # [n, w/p] x [H, w/p] -> partial sums [n, H]
+                return llama.contract(span(*parts), s.params.o_columns, 1)
+
+            s.projected[piece.piece] = self.order.run(over_k, *parts)
+
+    def _o_ag(self, piece: OpPiece, s: _LayerState) -> None:
+        if piece.piece in self.scattered:
+            normed = self._settle(piece.piece, s.params.mlp_norm)
+            self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
+        else:  # [n, H/p] -> [p, n, H/p]
+            gathered = self.order.start(collectives.all_gather, s.projected.pop(piece.piece))
+            self.pending[piece.piece] = gathered, s.params.o_bias
+
+    def _o_ar(self, piece: OpPiece, s: _LayerState) -> None:
+        self._finish(collectives.all_reduce, piece, s, s.params.o_bias)
+
+    def _o_rs(self, piece: OpPiece, s: _LayerState) -> None:
+        self._finish(collectives.reduce_scatter_rows, piece, s, s.params.o_bias)
+
+    def _finish(
+        self, collective: Callable[[jax.Array], jax.Array], piece: OpPiece, s: _LayerState, bias: jax.Array | None
+    ) -> None:
+        """Starts the collective of O or D; its result is added when it is read."""
+        self.pending[piece.piece] = self.order.start(collective, s.projected.pop(piece.piece)), bias
+
+    # -- MLP
+
+    def _ug(self, piece: OpPiece, s: _LayerState) -> None:
+        if piece.piece not in self.scattered:
+            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, s.params.mlp_norm))
+        span, inputs = self.normed.get(piece.start, piece.stop)
+        s.activated[piece.piece] = self.order.run(lambda *x: llama.gated_mlp_up(span(*x), s.params), *inputs)
+
+    def _d(self, piece: OpPiece, s: _LayerState) -> None:
+        x = s.activated.pop(piece.piece)
+        s.projected[piece.piece] = self.order.run(lambda x: llama.contract(x, s.params.down, 1), x)
+
+    def _d_ar(self, piece: OpPiece, s: _LayerState) -> None:
+        self._finish(collectives.all_reduce, piece, s, s.params.down_bias)
+
+    def _d_rs(self, piece: OpPiece, s: _LayerState) -> None:
+        self._finish(collectives.reduce_scatter_rows, piece, s, s.params.down_bias)
+
+    def _d_ag(self, piece: OpPiece, s: _LayerState) -> None:
+        """Gathers the next layer's normed input; after the last layer, the residual itself."""
+        number = piece.piece
+        if s.index + 1 < self.config.num_layers:
+            normed = self._settle(number, self.params.layers[s.index + 1].attention_norm)
+            self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
+        else:
+            shard = self.order.run(_add, self.residual[number], *self.pending.pop(number))
+            self.residual[number] = self.order.start(collectives.all_gather_rows, shard)
+
+
+def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
+    if update.ndim == 3:
+        update = update.transpose(1, 0, 2).reshape(x.shape)
+    return x + update if bias is None else x + update + bias[None, :]
+
+
+@dataclass
+class _LayerState:
+    """Values of one layer on their way from op to op, by rows or by nano-batch."""
+
+    index: int
+    params: LayerParams
+    attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
+    q: Rows = field(default_factory=Rows)  # [n, h, d]
+    attention: Rows = field(default_factory=Rows)  # [n, h * d]
+    gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]
+    projected: dict[int, jax.Array] = field(default_factory=dict)  # O or D before its collective
+    activated: dict[int, jax.Array] = field(default_factory=dict)  # [n, F/p]
+
+
+_METHODS = {
+    "KQV": "_kqv",
+    "GEMV": "_gemv",
+    "PF": "_pf",
+    "GEMV.AG": "_gemv_ag",
+    "O": "_o",
+    "O.AG": "_o_ag",
+    "O.AR": "_o_ar",
+    "O.RS": "_o_rs",
+    "UG": "_ug",
+    "D": "_d",
+    "D.AR": "_d_ar",
+    "D.RS": "_d_rs",
+    "D.AG": "_d_ag",
+}
+
+
+def clip_segments(starts: jax.Array, lengths: jax.Array, first: int, last: int) -> tuple[jax.Array, jax.Array]:
+    """Segments restricted to prefill rows [first, last): their row starts there, and each one's context after its last row there."""
+    clipped = jnp.clip(starts, first, last)
+    cut_off = starts[1:] - clipped[1:]  # rows of the segment past `last`
+    return clipped - first, jnp.maximum(lengths - jnp.maximum(cut_off, 0), 0)

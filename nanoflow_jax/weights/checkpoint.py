@@ -1,0 +1,239 @@
+"""`nanoflow convert`: a model folder rewritten as an orbax checkpoint, block by block, and wholly or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.weights import orbax_files
+from nanoflow_jax.weights.load import open_weights
+from nanoflow_jax.weights.source import (
+    DTYPES,
+    OnProgress,
+    WeightsError,
+    WeightSource,
+    check_tensors,
+    expected_shapes,
+    one_line,
+)
+
+_SAMPLE_ROWS = 16  # rows of each tensor that enter the fingerprint
+_COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "USE_POLICY*")
+_NOT_COPIED = ("config.json", "*.index.json", orbax_files.MANIFEST)
+
+
+def convert(
+    model_folder: str | Path, output: str | Path, dtype: str = "auto", progress: OnProgress | None = None
+) -> Path:
+    """Writes a checkpoint of `model_folder` (safetensors or another checkpoint) to the new folder `output`; returns it.
+
+    dtype: "float32", "bfloat16", or "auto": each tensor's own, but bfloat16 for float16, which this library does not run.
+    The config.json written says so too. `output` appears only when it is complete: it is written beside its final place and renamed
+    last; what an interrupted conversion to the same `output` left is removed. Host memory stays at about one block.
+    Raises ConfigError for a bad config.json, WeightsError for bad weights or an `output` that is not new or empty.
+    """
+    model_folder, output = Path(model_folder), Path(output)
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
+    config = ModelConfig.from_file(model_folder / "config.json")
+    infos = param_infos(config, devices=1)
+    source = open_weights(model_folder)
+    check_tensors(source, config, infos)
+    blocks: dict[str, list[str]] = {}
+    for name in expected_shapes(infos):
+        blocks.setdefault(_block(name), []).append(name)
+
+    try:
+        with _workspace(output) as folder:
+            tensors = _write_blocks(source, folder, blocks, dtype, progress)
+            config_json = _copy_side_files(model_folder, folder, dtype)
+            manifest = {
+                "format": orbax_files.FORMAT,
+                "version": orbax_files.VERSION,
+                "dtype": dtype,
+                "fingerprint": orbax_files.fingerprint(config_json, tensors),
+                "tensors": tensors,
+                "files": orbax_files.weight_files(folder),
+            }
+            _sync(folder)  # the data is on the disk before the manifest says so
+            (folder / orbax_files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+            _sync(folder / orbax_files.MANIFEST)
+            _sync(folder)
+            os.rename(folder, output)  # refuses a folder that is no longer empty
+            _sync_path(output.parent)
+    except OSError as error:
+        raise WeightsError(f"{output}: could not be written ({one_line(error)})") from None
+    return output
+
+
+def _block(name: str) -> str:
+    if layer := re.search(r"\blayers\.(\d+)\.", name):
+        return f"layer_{int(layer[1]):04d}"
+    return "embedding" if "embed" in name else "head"
+
+
+def _write_blocks(
+    source: WeightSource, folder: Path, blocks: dict[str, list[str]], dtype: str, progress: OnProgress | None
+) -> dict[str, Any]:
+    """Writes every block below `folder`; returns the manifest's entry per tensor."""
+    import orbax.checkpoint as ocp  # here: its import takes seconds, and reading does not need it
+
+    tensors: dict[str, Any] = {}
+    dtypes = {name: _stored_dtype(source, name, dtype) for names in blocks.values() for name in names}
+    sizes = {name: math.prod(source.table[name].shape) * dtypes[name].itemsize for name in dtypes}
+    done, total = 0, sum(sizes.values())
+    (folder / orbax_files.WEIGHTS).mkdir()
+    with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
+        for block, names in blocks.items():
+            stored = {}
+            for name in names:
+                values = _read_whole(source, name, dtypes[name])
+                stored[name] = _pad(values)
+                tensors[name] = {
+                    "shape": list(values.shape),
+                    "dtype": values.dtype.name,
+                    "block": block,
+                    "sample_sha256": _sample(values),
+                }
+            options = {name: ocp.SaveArgs(chunk_byte_size=orbax_files.CHUNK_BYTES) for name in names}
+            path = (folder / orbax_files.WEIGHTS / block).resolve()
+            try:
+                checkpointer.save(path, args=ocp.args.PyTreeSave(stored, save_args=options))
+            except ValueError as error:  # how tensorstore reports a full disk, among others
+                raise WeightsError(f"{path}: could not be written ({one_line(error)})") from None
+            done += sum(sizes[name] for name in names)
+            del values, stored  # before the next block is read
+            if progress is not None:
+                progress(block, done, total)
+    return tensors
+
+
+def _stored_dtype(source: WeightSource, name: str, dtype: str) -> np.dtype:
+    own = source.table[name].dtype
+    return DTYPES[dtype if dtype != "auto" else "bfloat16" if own == "float16" else own]
+
+
+def _read_whole(source: WeightSource, name: str, dtype: np.dtype) -> np.ndarray:
+    values = source.read_slice(name, tuple(slice(0, size) for size in source.table[name].shape))
+    return np.require(values, dtype, ["C", "A"])
+
+
+def _pad(values: np.ndarray) -> np.ndarray:
+    """Zero rows up to the stored shape."""
+    shape = orbax_files.stored_shape(values.shape, values.itemsize)
+    if shape == values.shape:
+        return values
+    padded = np.zeros(shape, values.dtype)
+    padded[: len(values)] = values
+    return padded
+
+
+def _sample(values: np.ndarray) -> str:
+    """SHA-256 of up to _SAMPLE_ROWS evenly spaced rows, the first and last among them."""
+    rows = np.unique(np.linspace(0, len(values) - 1, _SAMPLE_ROWS).astype(np.int64))
+    return hashlib.sha256(values[rows].tobytes()).hexdigest()
+
+
+def _copy_side_files(model_folder: Path, folder: Path, dtype: str) -> dict[str, Any]:
+    """Copies what makes `folder` a model folder of its own; returns the fields of the config.json written."""
+    for path in sorted(model_folder.iterdir()):
+        wanted = any(path.match(pattern) for pattern in _COPIED) and not any(path.match(p) for p in _NOT_COPIED)
+        if wanted and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+    fields: dict[str, Any] = json.loads((model_folder / "config.json").read_text())
+    if dtype == "auto" and "float16" in (fields.get("dtype"), fields.get("torch_dtype")):
+        dtype = "bfloat16"
+    if dtype != "auto":
+        fields.pop("torch_dtype", None)
+        fields["dtype"] = dtype
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return fields
+
+
+@contextmanager
+def _workspace(output: Path) -> Iterator[Path]:
+    """A new folder beside `output`, locked while this process lives, removed if it is still there at the end.
+
+    Raises WeightsError when `output` is not new or empty.
+    """
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise WeightsError(f"output: {output} exists and is not an empty folder; give a new one")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}{orbax_files.PARTIAL}"
+    _remove_leftovers(output.parent, prefix)
+    folder = output.parent / f"{prefix}{uuid.uuid4().hex[:8]}"
+    with _lock(folder) as locked:
+        if not locked:  # only in the instant between creating the lock and taking it
+            raise WeightsError(f"output: another conversion to {output} has just begun; try again")
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    """Removes the temporary folders of conversions whose process has ended; one that still runs holds its lock."""
+    names = {path.name.removesuffix(".lock") for path in parent.iterdir() if path.name.startswith(prefix)}
+    for name in names:
+        with _lock(parent / name) as locked:
+            if locked:
+                shutil.rmtree(parent / name, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Takes the lock file beside `folder`, which the system frees when the process ends; yields whether it was free."""
+    path = folder.with_name(folder.name + ".lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file, or a folder with all that it holds, durable."""
+    for entry in path.rglob("*") if path.is_dir() else ():
+        _sync_path(entry)
+    _sync_path(path)
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps orbax's notes to its developers (absl log) off the user's stderr; errors still show."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

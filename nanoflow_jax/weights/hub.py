@@ -1,0 +1,64 @@
+"""From what the user calls a model (`tiny`, a folder, a Hub id) to a folder on this machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nanoflow_jax.weights.source import WeightsError, one_line
+
+EMBEDDED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_llama"}
+
+# What a model folder consists of; `original/`, PyTorch files and other frameworks' weights stay on the Hub.
+_WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*"]
+_UNWANTED = ["*/*", "*.bin.index.json"]
+
+_ACCEPTED = f"accepted: {', '.join(map(repr, EMBEDDED))}, a local folder, or a Hub id such as 'owner/name'"
+
+
+def resolve_model(model: str, revision: str | None = None) -> Path:
+    """The local folder of a model, downloaded first if it is a Hub id; `revision` is a branch, tag or commit there.
+
+    Raises WeightsError when the name is neither a folder nor a Hub id, or when the Hub does not give it.
+    """
+    local = EMBEDDED.get(model, Path(model).expanduser())
+    if local.is_dir():
+        if revision is not None:
+            raise WeightsError(
+                f"revision: {revision!r} given with {model!r}, a local folder; it goes with a Hub id only"
+            )
+        return local
+    if not model or local.exists() or model.startswith((".", "~", os.sep)) or model.count("/") > 1:
+        raise WeightsError(f"model: {model!r} is {'not a folder' if local.exists() else 'no folder'}; {_ACCEPTED}")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    import huggingface_hub  # here, because a local model does not need it
+    from huggingface_hub import errors
+
+    what = f"model: {model!r}" + (f" at revision {revision!r}" if revision else "")
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+            )
+        )
+    except errors.HFValidationError:
+        raise WeightsError(f"{what} is neither a folder nor a Hub id; {_ACCEPTED}") from None
+    except errors.GatedRepoError:
+        raise WeightsError(
+            f"{what} is gated on the Hub: accept its terms there and log in with `hf auth login`"
+        ) from None
+    except (errors.RevisionNotFoundError, errors.RevisionResolutionError):
+        raise WeightsError(f"{what} is not on the Hub; accepted: a branch, tag or commit of that repository") from None
+    except errors.RepositoryNotFoundError:
+        raise WeightsError(
+            f"{what} is no folder here and not on the Hub (or private: log in with `hf auth login`); {_ACCEPTED}"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise WeightsError(
+            f"{what} is not in the local cache and the Hub cannot be reached; download it first, or name a folder"
+        ) from None
+    except (errors.HTTPError, OSError) as error:
+        raise WeightsError(f"{what} could not be downloaded: {one_line(error)}") from None

@@ -1,0 +1,94 @@
+"""What every store of weights offers (a table and slice reads), and the check of that table against the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.params import Index, is_info
+
+OnProgress = Callable[[str, int, int], None]  # (what is done now, bytes done, bytes in all)
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+# Buffers that old checkpoints hold; they follow from config.json.
+_INERT = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_TIED_HEAD = "lm_head.weight"
+
+
+class WeightsError(ConfigError):
+    """Weights that cannot be used; the message is one line naming the file or tensor and what would be accepted."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor stored in `file`; `dtype` is a key of DTYPES, or the file's own word for one that is not accepted."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+
+class WeightSource(Protocol):
+    """A model folder, opened: `table` says what it holds, `read_slice` reads no more than the part asked for."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def table(self) -> Mapping[str, TensorInfo]: ...
+
+    def read_slice(self, name: str, index: Index) -> np.ndarray:
+        """Tensor `name` at `index` (one slice per dimension, step 1), in its stored dtype; may be a view."""
+        ...
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of another library's message, for use inside ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+
+
+def some(names: Iterable[str]) -> str:
+    """At most three names, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def expected_shapes(infos: Any) -> dict[str, tuple[int, ...]]:
+    """The checkpoint tensors that a tree of ParamInfo is made of, with their shapes."""
+    leaves = jax.tree.leaves(infos, is_leaf=is_info)
+    return {source.name: source.shape for info in leaves for source in info.sources}
+
+
+def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None:
+    """Accounts for every tensor. Raises WeightsError for a missing or unknown one, or a wrong shape or dtype."""
+    expected = expected_shapes(infos)
+    missing = [name for name in expected if name not in source.table]
+    unknown = [name for name in source.table if name not in expected and not _ignored(name, config)]
+    if missing or unknown:
+        parts = [f"missing {some(missing)}"] if missing else []
+        parts += [f"unknown {some(unknown)}"] if unknown else []
+        hint = "exactly the tensors of the model in config.json are accepted"
+        if missing == [_TIED_HEAD]:
+            hint = "needed because tie_word_embeddings is false in config.json"
+        raise WeightsError(f"{source.folder}: tensors do not match the model: {'; '.join(parts)} ({hint})")
+    for name, shape in expected.items():
+        tensor = source.table[name]
+        if tensor.dtype not in DTYPES:
+            accepted = ", ".join(DTYPES)
+            raise WeightsError(f"{tensor.file}: {name} has dtype {tensor.dtype}; accepted: {accepted}")
+        if tensor.shape != shape:
+            raise WeightsError(f"{tensor.file}: {name} has shape {tensor.shape}; config.json asks for {shape}")
+
+
+def _ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor that no weight is made of may be there: rotary buffers, and the copy of a tied embedding."""
+    return bool(_INERT.search(name)) or (name == _TIED_HEAD and config.tie_word_embeddings)

@@ -1,0 +1,237 @@
+"""Compute the reference outputs in data/ with Hugging Face transformers on the CPU (README.md says how to run it).
+
+Each checkpoint is written to a temporary folder and loaded from it unmodified, with eager attention. Greedy decoding
+runs the whole sequence anew at every step, one prompt at a time: no cache, no padding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import json
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+# isort: split
+from checkpoints import CASES, DATA, GREEDY_TOKENS, fingerprint, make_prompts, make_weights, write_checkpoint
+
+MIN_GAP = 1e-3  # a smaller gap between the two best logits would let rounding choose another greedy token
+MIN_DISTINCT = 8  # of the tokens of one greedy continuation
+MAX_BFLOAT16_ERROR = 0.02  # per row: what a bfloat16 test may allow must hold for the reference itself
+MIN_ROPE_EFFECT = 0.2  # on the last row of the longest prompt, when rope scaling is left out
+TINY_MODEL = Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama"
+TINY_TOKENS = 80
+_KEYS = [first + second for first in "kvz" for second in "abcdefghijklmnopqr"]
+LONG_LOOKUP = "".join(f"{key}={37 * n % 100:02d};" for n, key in enumerate(_KEYS))  # 324 tokens
+TINY_PROMPTS: list[str | list[dict[str, str]]] = [
+    "12+30=",
+    "97+68=",
+    "reverse abcdef=",
+    "sort 52917=",
+    "kx=48;ab=17;kx?",
+    f"{LONG_LOOKUP}vc?",
+    [{"role": "user", "content": "What is 12+30?"}],
+    [{"role": "user", "content": "Who are you?"}],
+    [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hello! I can add, reverse, sort and look things up."},
+        {"role": "user", "content": "Reverse xyz"},
+    ],
+]
+
+
+def load_model(folder: Path, dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
+    """The model of a folder, every weight accounted for; rotary frequencies stay float32 (`.to` would round them)."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **overrides
+    )
+    model, info = loaded
+    assert not info["missing_keys"] and not info["mismatched_keys"], info
+    assert all("inv_freq" in key for key in info["unexpected_keys"]), info
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    return model.eval()
+
+
+@torch.inference_mode()
+def all_logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
+    """Logits of every position, float32 [len(tokens), V], from one forward pass without a cache."""
+    return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+def greedy(
+    model: PreTrainedModel, prompt: list[int], max_tokens: int, stop_ids: tuple[int, ...] = ()
+) -> tuple[list[int], np.ndarray]:
+    """Greedy tokens, up to and with the first of stop_ids, and the logits [T, V] that chose each of them."""
+    tokens: list[int] = []
+    rows: list[np.ndarray] = []
+    while len(tokens) < max_tokens and not (tokens and tokens[-1] in stop_ids):
+        rows.append(all_logits(model, prompt + tokens)[-1])
+        tokens.append(int(rows[-1].argmax()))
+    return tokens, np.stack(rows)
+
+
+def top_gaps(logits: np.ndarray) -> np.ndarray:
+    """The best logit minus the second best: [..., V] -> [...]."""
+    best = np.sort(logits, axis=-1)[..., -2:]
+    return best[..., 1] - best[..., 0]
+
+
+def row_errors(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Norm of the difference of each row over the norm of the reference's row: [N, V] -> [N]."""
+    return np.linalg.norm(values - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
+
+
+def _metadata(**fields: Any) -> str:
+    versions = {
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return json.dumps({"date": datetime.date.today().isoformat(), "versions": versions, **fields})
+
+
+def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arrays of data/<name>.npz, and the figures measured on the way that `check` judges."""
+    prompts = make_prompts(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = write_checkpoint(name, temporary, seed)
+        model = load_model(folder, torch.float32)
+        logits = np.concatenate([all_logits(model, prompt) for prompt in prompts])
+        rows = [greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts]
+        rope_effect = None
+        if model.config.rope_parameters["rope_type"] != "default":
+            plain = {"rope_type": "default", "rope_theta": model.config.rope_parameters["rope_theta"]}
+            config = transformers.AutoConfig.from_pretrained(folder)
+            config.rope_parameters = plain
+            unscaled = load_model(folder, torch.float32, config=config)
+            rope_effect = float(row_errors(all_logits(unscaled, prompts[-1])[-1:], logits[-1:])[0])
+        double = load_model(folder, torch.float64)
+        logits_double = np.concatenate([all_logits(double, prompt) for prompt in prompts])
+        half = load_model(folder, torch.bfloat16)
+        logits_bfloat16 = np.concatenate([all_logits(half, prompt) for prompt in prompts])
+
+    gaps = np.stack([top_gaps(step_logits) for _, step_logits in rows])
+    tokens = np.array([step_tokens for step_tokens, _ in rows], np.int32)
+    figures = {
+        "min_gap": float(gaps.min()),
+        "min_distinct_greedy_tokens": min(len(set(row)) for row in tokens.tolist()),
+        "max_row_error_float32": float(row_errors(logits, logits_double).max()),
+        "max_row_error_bfloat16": float(row_errors(logits_bfloat16, logits).max()),
+        "mean_row_error_bfloat16": float(row_errors(logits_bfloat16, logits).mean()),
+        "rope_scaling_effect": rope_effect,
+        "logit_std": float(logits.std()),
+    }
+    weights = make_weights(name, seed)
+    arrays = {
+        "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
+        "prompt_tokens": np.concatenate(prompts).astype(np.int32),
+        "logits_float32": logits,
+        "logits_bfloat16": logits_bfloat16,
+        "greedy_tokens": tokens,
+        "greedy_gaps": gaps,
+        "metadata": _metadata(
+            case=name,
+            seed=CASES[name].seed if seed is None else seed,
+            parameters=sum(values.size for values in weights.values()),
+            weights_sha256=fingerprint(weights),
+            **figures,
+        ),
+    }
+    return arrays, figures
+
+
+def check(name: str, figures: dict[str, Any]) -> None:
+    """Refuse a case whose greedy tokens are near ties or collapse, or whose rope scaling hardly matters."""
+    hint = f"{name}: give it another seed in checkpoints.py; {figures}"
+    assert figures["min_gap"] > MIN_GAP, hint
+    assert figures["min_distinct_greedy_tokens"] >= MIN_DISTINCT, hint
+    assert figures["max_row_error_bfloat16"] < MAX_BFLOAT16_ERROR, hint
+    assert figures["rope_scaling_effect"] is None or figures["rope_scaling_effect"] > MIN_ROPE_EFFECT, hint
+
+
+def make_tiny(folder: Path) -> dict[str, Any]:
+    """Arrays of data/tiny_llama.npz: greedy continuations of TINY_PROMPTS in float32, stopping at EOS."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load_model(folder, torch.float32)
+    eos = model.generation_config.eos_token_id
+    stop_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    prompts, prompt_ids, continuations = [], [], []
+    for prompt in TINY_PROMPTS:
+        if isinstance(prompt, str):
+            prompts.append({"text": prompt, "chat": None})
+            prompt_ids.append(tokenizer(prompt)["input_ids"])
+        else:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+            prompts.append({"text": text, "chat": prompt})
+            prompt_ids.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+        continuations.append(greedy(model, prompt_ids[-1], TINY_TOKENS, stop_ids))
+    tokens = np.concatenate([tokens for tokens, _ in continuations]).astype(np.int32)
+    logits = np.concatenate([logits for _, logits in continuations])
+    logprobs = torch.from_numpy(logits).double().log_softmax(-1).numpy()
+    gaps = top_gaps(logits)
+    if gaps.min() < MIN_GAP:
+        print(f"tiny: the smallest gap is {gaps.min():.1e}: a test must allow another token there", file=sys.stderr)
+    return {
+        "prompts": np.array(json.dumps(prompts)),
+        "prompt_lengths": np.array([len(ids) for ids in prompt_ids], np.int32),
+        "prompt_tokens": np.concatenate(prompt_ids).astype(np.int32),
+        "lengths": np.array([len(tokens) for tokens, _ in continuations], np.int32),
+        "tokens": tokens,
+        "texts": np.array(json.dumps([tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in continuations])),
+        "logprobs": logprobs[np.arange(len(tokens)), tokens].astype(np.float32),
+        "gaps": gaps,
+        "metadata": _metadata(
+            max_tokens=TINY_TOKENS,
+            stop_token_ids=stop_ids,
+            min_gap=float(gaps.min()),
+            model_sha256={
+                path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                for path in sorted(folder.glob("*.safetensors"))
+            },
+        ),
+    }
+
+
+def _save(name: str, arrays: dict[str, Any], folder: Path) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.npz"
+    np.savez_compressed(path, **arrays)
+    return path.stat().st_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
+    parser.add_argument("--tiny", action="store_true", help="make tiny_llama.npz, of the embedded model, instead")
+    parser.add_argument("--model", type=Path, default=TINY_MODEL, help="folder for --tiny (the embedded model)")
+    parser.add_argument("--output", type=Path, default=DATA, help="folder to write to (data/ beside this file)")
+    options = parser.parse_args()
+    if unknown := sorted(set(options.cases) - set(CASES)):
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    torch.set_num_threads(1)
+    if options.tiny:
+        arrays = make_tiny(options.model)
+        size = _save("tiny_llama", arrays, options.output)
+        for prompt, text in zip(json.loads(str(arrays["prompts"])), json.loads(str(arrays["texts"])), strict=True):
+            print(f"{prompt['text']!r} -> {text!r}")
+        print(f"tiny_llama: {size} bytes")
+        return
+    for name in options.cases or CASES:
+        arrays, figures = make_case(name)
+        check(name, figures)
+        size = _save(name, arrays, options.output)
+        print(f"{name}: {size} bytes; " + ", ".join(f"{key} {value}" for key, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()
