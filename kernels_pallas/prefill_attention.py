@@ -47,7 +47,8 @@ def prefill_attention(
     tile = jnp.arange(tiles, dtype=jnp.int32)
     segment = jnp.minimum(jnp.searchsorted(tile_ends, tile, side="right"), segments - 1)
     first_tile = jnp.where(segment > 0, tile_ends[segment - 1], 0)
-    row = row_starts[segment][:, None] + ((tile - first_tile) * TILE_ROWS)[:, None] + jnp.arange(TILE_ROWS, dtype=jnp.int32)
+    lane = jnp.arange(TILE_ROWS, dtype=jnp.int32)
+    row = (row_starts[segment] + (tile - first_tile) * TILE_ROWS)[:, None] + lane[None, :]
     inside = row < row_starts[segment + 1][:, None]  # tiles past the last one start past their segment's end
     visible = jnp.where(inside, lengths[segment][:, None] - (row_starts[segment + 1][:, None] - row) + 1, 0)
     row = jnp.where(inside, row, rows)

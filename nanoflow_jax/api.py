@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import operator
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
-
 
 import jax
 from jax.sharding import Mesh
@@ -67,7 +68,7 @@ class LLM:
         tokenizer: str | None = None,
         dtype: str = "auto",
         tensor_parallel_size: int | None = None,
-        plan: str | SchedulePlan = "auto",
+        plan: str | Path | SchedulePlan = "auto",
         max_model_len: int | None = None,
         tokens_per_step: int = 2048,
         decode_slots: int | None = None,
@@ -92,13 +93,26 @@ class LLM:
         _only("dtype", dtype, "auto", "bfloat16", "float32")
         for name, value in (("page_size", page_size), ("tokens_per_step", tokens_per_step)):
             _at_least(name, value, 1)
+        for name, value in (
+            ("tensor_parallel_size", tensor_parallel_size),
+            ("max_model_len", max_model_len),
+            ("decode_slots", decode_slots),
+            ("kv_cache_tokens", kv_cache_tokens),
+        ):
+            if value is not None:
+                _at_least(name, value, 1)
+        _at_least("seed", seed, 0)
+        if not _is_number(memory_utilization) or not 0 < memory_utilization <= 1:
+            raise ConfigError(f"memory_utilization: {memory_utilization!r} is not accepted; it must be above 0 and at most 1")
         use_compile_cache()
         folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
         self.config = replace(config, dtype=dtype)
-        self.plan = load_plan("two_gather_one_reduce" if plan == "auto" else plan) if isinstance(plan, str) else plan
+        if not isinstance(plan, SchedulePlan):
+            plan = load_plan("two_gather_one_reduce" if plan == "auto" else str(plan))
+        self.plan = plan
         self.mesh = make_mesh(self.config, tensor_parallel_size)
         self.tokenizer = Tokenizer(tokenizer or folder)
         self._defaults, eos = _generation_defaults(folder, self.config)
@@ -112,14 +126,13 @@ class LLM:
         if decode_slots is None:
             decode_slots = tokens_per_step * 5 // 8
             decode_slots = min(decode_slots, CPU_DECODE_SLOTS) if on_cpu else decode_slots
-        _at_least("decode_slots", decode_slots, 1)
         quantum = max(8, self.mesh.size)
         if decode_slots % quantum or tokens_per_step % quantum or tokens_per_step <= decode_slots:
             raise ConfigError(
                 f"decode_slots: {decode_slots} of tokens_per_step = {tokens_per_step}; accepted: multiples of {quantum}, decode_slots "
                 f"the smaller, so that prefill rows are left"
             )
-        limit = max_model_len or self.config.max_position_embeddings
+        limit = self.config.max_position_embeddings if max_model_len is None else max_model_len
         if not 1 < limit <= self.config.max_position_embeddings:
             raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {self.config.max_position_embeddings}")
         if kv_cache_tokens is None:
@@ -151,8 +164,6 @@ class LLM:
 
     def _tokens_that_fit(self, memory_utilization: float) -> int:
         """KV tokens that fit beside the weights, with a twentieth of the memory left to a step's temporaries."""
-        if not 0 < memory_utilization <= 1:
-            raise ConfigError(f"memory_utilization: {memory_utilization} is not accepted; it must be above 0 and at most 1")
         stats = self.mesh.devices.flat[0].memory_stats()
         free = stats["bytes_limit"] * (memory_utilization - 0.05) - stats["bytes_in_use"]
         groups = kv_groups(self.config, self.mesh.size) // self.mesh.size
@@ -190,7 +201,10 @@ class LLM:
     def _tokens(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt, add_special_tokens)
-        return None, [int(t) for t in prompt]
+        try:
+            return None, [operator.index(t) for t in prompt]
+        except TypeError:
+            raise ValueError(f"prompt: {prompt!r} is not accepted; it must be text or a list of token ids") from None
 
     def _run(
         self,
@@ -201,6 +215,8 @@ class LLM:
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
         params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        if wrong := [p for p in params if not isinstance(p, SamplingParams)]:
+            raise ValueError(f"sampling_params: {wrong[0]!r} is not accepted; it must be a SamplingParams, or one per prompt")
         if len(params) != len(prompts):
             raise ValueError(f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt")
         for _, tokens in prompts:
@@ -214,8 +230,8 @@ class LLM:
                         produced += len(request.output_token_ids)
                         bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
         finally:
-            for request in requests:  # after an interruption, the engine must be usable again
-                if request.finish_reason is None:
+            if self.engine.has_work:  # after an interruption, the engine must be usable again
+                for request in requests:
                     self.engine.abort(request)
         return [self._output(r) for r in requests]
 
@@ -228,7 +244,7 @@ class LLM:
         return request.output(text)
 
 
-def generate(model: str | Path, prompts: Sequence[Prompt], **options: Any) -> list[str]:
+def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:
     """Completions of `prompts`, one string each, in order: `generate("tiny", ["12+30="], max_tokens=8)`.
 
     Options are those of SamplingParams (defaults: the model's own, greedy where it names none) and of LLM. The model is loaded for this
@@ -238,7 +254,7 @@ def generate(model: str | Path, prompts: Sequence[Prompt], **options: Any) -> li
     if "seed" in options:
         sampling["seed"] = options["seed"]
     llm = LLM(model, **{"progress": False, **options})
-    return [o.outputs[0].text for o in llm.generate(list(prompts), llm.default_sampling_params(**sampling), use_tqdm=False)]
+    return [o.outputs[0].text for o in llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)]
 
 
 def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, progress: bool) -> LlamaParams:
@@ -259,13 +275,17 @@ def _only(name: str, value: Any, *accepted: Any) -> None:
         raise ConfigError(f"{name}: {value!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _at_least(name: str, value: int, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ConfigError(f"{name}: {value!r} is not accepted; it must be an integer of at least {low}")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
 
@@ -274,12 +294,19 @@ def _generation_defaults(folder: Path, config: ModelConfig) -> tuple[dict[str, A
     """Sampling defaults and end tokens of generation_config.json; greedy, and config.json's end tokens, without one."""
     path = folder / "generation_config.json"
     try:
-        fields = json.loads(path.read_text()) if path.is_file() else {}
-    except json.JSONDecodeError as error:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
     eos = token_id_tuple("eos_token_id", fields.get("eos_token_id")) or config.eos_token_ids
     if not fields.get("do_sample"):
         return {"temperature": 0.0}, eos
-    return {k: fields[k] for k in ("temperature", "top_p", "top_k") if fields.get(k) is not None}, eos
+    defaults = {k: fields[k] for k in ("temperature", "top_p", "top_k") if fields.get(k) is not None}
+    try:
+        SamplingParams(**defaults)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return defaults, eos
 
 

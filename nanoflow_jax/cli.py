@@ -44,10 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be an integer of at least 1")
+    return int(text)
 
 
 def _add_generate(commands: Any) -> None:
@@ -112,11 +111,9 @@ def _make_llm(args: argparse.Namespace) -> Any:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    prompts = list(args.prompts)
-    if args.input == "-":
-        prompts += sys.stdin.read().splitlines()
-    elif args.input:
-        prompts += Path(args.input).read_text(encoding="utf-8").splitlines()
+    from nanoflow_jax.engine.sampling_params import SamplingParams
+
+    prompts = list(args.prompts) + (_read_lines(args.input) if args.input else [])
     if not prompts:
         print("nanoflow generate: no prompts; give them as arguments, or --input FILE ('-' for standard input)", file=sys.stderr)
         return 2
@@ -124,9 +121,11 @@ def _generate(args: argparse.Namespace) -> int:
         raise ValueError(f"prompt {empty[0]} is empty; every line must hold a prompt")
     names = ("max_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos")
     wanted = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
+    for seed in (seeds[0], seeds[-1]):
+        SamplingParams(**wanted, **seed)  # a bad setting is told before the model is loaded
     with _open_output(args.output) as write:
         llm = _make_llm(args)
-        seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
         params = [llm.default_sampling_params(**wanted, **seed) for seed in seeds]
         if args.chat:
             outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params, use_tqdm=not args.quiet)
@@ -146,6 +145,17 @@ def _generate(args: argparse.Namespace) -> int:
             else:
                 write(done.text if args.chat else prompt + done.text)
     return 0
+
+
+def _read_lines(source: str) -> list[str]:
+    """The lines of a UTF-8 file, or of standard input for "-"."""
+    name, data = ("standard input", sys.stdin.buffer.read()) if source == "-" else (source, Path(source).read_bytes())
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--input: {name} is not UTF-8 text (byte {error.start}); one prompt per line is needed") from None
+    lines = text.replace("\r\n", "\n").split("\n")  # not splitlines, which also cuts at form feeds and the like
+    return lines[:-1] if not lines[-1] else lines
 
 
 class _open_output:
@@ -184,10 +194,25 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from nanoflow_jax.progress import Progress
     from nanoflow_jax.weights.checkpoint import convert
     from nanoflow_jax.weights.hub import resolve_model
 
-    folder = convert(resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype, progress=not args.quiet)
+    bar: Progress | None = None
+    seen = 0
+
+    def report(_: str, done: int, total: int) -> None:
+        nonlocal bar, seen
+        if bar is None:
+            bar = Progress(total, "converting", "B", not args.quiet).__enter__()
+        bar.advance(done - seen)
+        seen = done
+
+    try:
+        folder = convert(resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype, progress=report)
+    finally:
+        if bar is not None:
+            bar.__exit__()
     print(folder)
     return 0
 

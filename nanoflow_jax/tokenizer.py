@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jinja2 import TemplateError
 
 from nanoflow_jax.config import ConfigError
 
@@ -19,11 +21,16 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(source))
-        except (OSError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
+        except Exception as error:  # the library raises whatever a malformed file leads to: KeyError, TypeError, Exception itself
+            first = (str(error).strip().splitlines() or [""])[0]
+            first = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
             raise ConfigError(f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed") from None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prompt: character {error.start} is half of a surrogate pair; accepted: text that UTF-8 can hold") from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -31,9 +38,15 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Any]) -> str:
         """The conversation as the model's template renders it, ready for the assistant's turn."""
+        if not messages:
+            raise ValueError("messages: the conversation is empty; at least one message is needed")
         for message in messages:
-            if not isinstance(message, dict) or not {"role", "content"} <= set(message):
-                raise ValueError(f"messages: {message!r} is not accepted; each is a dict with 'role' and 'content'")
+            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+                raise ValueError(f"messages: {message!r} is not accepted; each is a dict with texts 'role' and 'content'")
         if self._tokenizer.chat_template is None:
             raise ValueError("messages: this model has no chat template; use generate")
-        return self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        conversation = [dict(m) for m in messages]
+        try:
+            return self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:  # how a template refuses a role, or an order of roles
+            raise ValueError(f"messages: the model's chat template refuses them ({error})") from None

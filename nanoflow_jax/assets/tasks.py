@@ -59,8 +59,8 @@ class Problem:
 def problems(task: str, split: Split, seed: int) -> Iterator[Problem]:
     """Yield problems of `task` without end; the same arguments give the same stream.
 
-    `addition` goes through all pairs of the split in a random order before it repeats one: the first 1,000 test problems
-    are different pairs of two-digit numbers. The other streams draw at random (a short problem may come twice).
+    `addition` goes through all pairs of the split in a random order before it repeats one: the first 1,000 test
+    problems are different pairs of two-digit numbers. The other streams draw at random; a short problem may come twice.
     """
     if task not in _STREAMS:
         raise ValueError(f"unknown task {task!r}: expected one of {', '.join(TASKS)}")
@@ -118,7 +118,7 @@ def _lookup(rng: random.Random, split: Split) -> Iterator[Problem]:
 
 
 def _chat(rng: random.Random, split: Split) -> Iterator[Problem]:
-    """Mix sums (1/2), words to reverse (1/6), symbols to sort (1/6) and fixed phrases (1/6; the same in both splits)."""
+    """Mix sums (1/2), words to reverse (1/6), symbols to sort (1/6) and fixed phrases (1/6; alike in both splits)."""
     addends = _addends(rng, split)
     while True:
         kind = rng.randrange(6)

@@ -2,9 +2,9 @@
 
     python nanoflow_jax/assets/train_tiny_llama.py --minutes 30
 
-needs only `torch` (CPU), `transformers` and `tokenizers`. It makes the tokenizer and the training data itself (tasks.py),
-and writes a Hugging Face model folder: config.json, generation_config.json, model.safetensors (float32), tokenizer.json,
-tokenizer_config.json and chat_template.jinja.
+needs only `torch` (CPU), `transformers` and `tokenizers`. It makes the tokenizer and the training data itself (see
+tasks.py), and writes a Hugging Face model folder: config.json, generation_config.json, model.safetensors (float32),
+tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
 RESULTS_PLACEHOLDER
 """
@@ -49,7 +49,7 @@ Row = tuple[list[int], list[int]]  # tokens [length], and for each position the 
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the lossless byte tokenizer: token id = byte value, then the special tokens; begin-of-text is added first."""
+    """Build the lossless byte tokenizer: token id = byte value, then the special tokens. It adds begin-of-text."""
     alphabet = _byte_to_symbol()
     backend = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(alphabet)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -94,7 +94,7 @@ def build_model() -> LlamaForCausalLM:
         head_dim=16,
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
         tie_word_embeddings=True,
         initializer_range=0.05,
         bos_token_id=BOS,
@@ -103,8 +103,24 @@ def build_model() -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     model = LlamaForCausalLM(config)
+    attend_to_the_like(model)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=[EOS, END_OF_TURN], pad_token_id=EOS)
     return model
+
+
+@torch.no_grad()
+def attend_to_the_like(model: LlamaForCausalLM) -> None:
+    """Start half of the query heads with the projection of their keys, and their output with that of their values.
+
+    Such a head attends to positions like its own and passes on what it finds, which is close to what look-up needs.
+    """
+    head_dim, groups = model.config.head_dim, model.config.num_key_value_heads
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        queries = attention.q_proj.weight.view(groups, -1, head_dim, model.config.hidden_size)
+        outputs = attention.o_proj.weight.view(model.config.hidden_size, groups, -1, head_dim)
+        queries[:, 0] = attention.k_proj.weight.view(groups, head_dim, -1)
+        outputs[:, :, 0] = attention.v_proj.weight.view(groups, head_dim, -1).permute(2, 0, 1)
 
 
 # Training data: rows of tokens, each with its targets. Loss is on the answers only.
@@ -131,11 +147,14 @@ def chat_row(turns: list[Problem], system: str | None) -> Row:
 
 
 def lookup_row(rng: random.Random, num_pairs: int, num_queries: int) -> Row:
-    """Lay out one list and several queries to it, "kx?48;ab?17;": each answer is trained to be followed by end-of-text."""
+    """Lay out one list and several queries to it, "kx?48;ab?17;". Each answer is trained to be the end of the text.
+
+    A query may come twice: if none did, the values not given so far would be a hint, and the keys would go unread.
+    """
     pairs = lookup_pairs(rng, num_pairs, "train")
     tokens = [BOS, *lookup_context(pairs).encode()]
     targets = [NO_TARGET] * len(tokens)
-    for key in rng.sample(list(pairs), min(num_queries, num_pairs)):
+    for key in rng.choices(list(pairs), k=num_queries):
         value = [*pairs[key].encode()]
         tokens += [*key.encode(), ord("?"), *value, ord(";")]
         targets += [NO_TARGET, NO_TARGET, *value, EOS, NO_TARGET]
@@ -145,8 +164,8 @@ def lookup_row(rng: random.Random, num_pairs: int, num_queries: int) -> Row:
 class TrainingData:
     """Streams of training rows, one batch of each kind per step.
 
-    Two things follow the running losses: look-up lists get longer as the model learns them, and once the short tasks are
-    learnt their batches are halved and the room goes to the look-ups.
+    Two things follow the running losses: look-up lists get longer as the model learns them, and once the short tasks
+    are learnt their batches are halved and the room goes to the look-ups.
     """
 
     def __init__(self, seed: int) -> None:
@@ -158,7 +177,7 @@ class TrainingData:
     def batches(self) -> dict[str, list[Row]]:
         """Draw the batches of one step: rows of similar length together, so that little is padding."""
         settled = max(self.losses["addition"], self.losses["words"]) < 0.1
-        sums, words, chats, lookup_tokens = (64, 16, 6, 3000) if settled else (128, 32, 10, 1500)
+        sums, words, chats, lookup_tokens = (32, 12, 4, 3000) if settled else (64, 24, 6, 2000)
         num_pairs = self.rng.randint(max(MIN_LOOKUP_PAIRS, self.max_pairs // 2), self.max_pairs)
         num_queries = min(num_pairs, 16)
         lookups = max(3, lookup_tokens // (6 * (num_pairs + num_queries)))
@@ -251,8 +270,7 @@ def evaluate(model: LlamaForCausalLM, counts: dict[str, int]) -> dict[str, str]:
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of each weight matrix is made orthogonal, in float32.
 
-    It needs about half the steps of AdamW here. The update is scaled to the size of an AdamW update, so that one learning
-    rate serves both.
+    The update is scaled to the size of an AdamW update, so that one learning rate serves both.
     """
 
     def __init__(self, params: list[torch.nn.Parameter]) -> None:

@@ -82,7 +82,8 @@ def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int)
     shapes = []
     for decode in sorted({min(few, decode_slots), decode_slots}):
         most = tokens_per_step - decode
-        for prefill in sorted({0, min(most, max(64, tokens_per_step // 16)), most}):
+        little = max(64, tokens_per_step // 128 * 8)  # rows come in eights
+        for prefill in sorted({0, min(most, little), most}):
             segments = max(1, min(64, prefill // 16))
             shapes.append(StepShape(decode, prefill, segments if prefill else 0, pages_per_request))
     return shapes

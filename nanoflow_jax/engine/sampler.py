@@ -17,6 +17,7 @@ from nanoflow_jax.parallel import collectives
 from nanoflow_jax.schedule.batch import SamplingArrays
 
 BITS_PER_ROUND = 4
+MIN_TEMPERATURE = 1e-30  # below it a quotient could leave float32; the choice is greedy long before
 
 
 def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays) -> jax.Array:
@@ -28,11 +29,16 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays) -> jax.A
     """
     greedy = params.temperature <= 0
     filtered = (params.top_k > 0) | (params.top_p < 1)
-    scaled = logits / jnp.where(greedy, 1.0, params.temperature)[:, None]
+
+    def perturb(logits: jax.Array) -> jax.Array:
+        # Relative to the largest: nothing overflows, however low the temperature.
+        top = collectives.all_reduce_max(logits.max(axis=1))
+        scaled = (logits - top[:, None]) / jnp.maximum(params.temperature, MIN_TEMPERATURE)[:, None]
+        scaled = lax.cond(jnp.any(filtered & ~greedy), lambda x: _filter(x, params), lambda x: x, scaled)
+        return jnp.where(greedy[:, None], logits, scaled + _gumbel(first, logits.shape[1], params))
+
     # The predicates are the same on all devices, so all take the same branch and its collectives meet.
-    scaled = lax.cond(jnp.any(filtered & ~greedy), lambda x: _filter(x, params), lambda x: x, scaled)
-    noisy = lax.cond(jnp.any(~greedy), lambda x: x + _gumbel(first, x.shape[1], params), lambda x: x, scaled)
-    return _argmax(jnp.where(greedy[:, None], logits, noisy), first)
+    return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, logits), first)
 
 
 def _argmax(values: jax.Array, first: jax.Array) -> jax.Array:
@@ -57,7 +63,7 @@ def _gumbel(first: jax.Array, columns: int, params: SamplingArrays) -> jax.Array
 
 
 def _filter(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
-    """-inf for what top-k, then top-p among the rest, leave out."""
+    """-inf for what top-k, then top-p among the rest, leave out. The largest entry of each row is 0."""
     ordered = _sortable(scaled)
     wanted = jnp.where(params.top_k > 0, params.top_k, jnp.iinfo(jnp.int32).max).astype(jnp.float32)
 
@@ -67,11 +73,11 @@ def _filter(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
     # Largest threshold that still leaves at least k tokens at or above it.
     threshold = _search(ordered, count, wanted)
     kept = jnp.where(ordered >= threshold[:, None], scaled, -jnp.inf)
-    top = collectives.all_reduce_max(kept.max(axis=1))
-    mass = jnp.exp(kept - top[:, None])
+    mass = jnp.exp(kept)
     total = collectives.all_reduce(mass.sum(axis=1))
-    # The smallest set of the likeliest tokens whose mass reaches top_p.
-    threshold = _search(ordered, lambda above: above(mass), jnp.where(params.top_p < 1, params.top_p * total, jnp.inf))
+    # The smallest set of the likeliest tokens whose mass reaches top_p; never nothing, however small top_p.
+    wanted = jnp.maximum(params.top_p * total, jnp.finfo(jnp.float32).tiny)
+    threshold = _search(ordered, lambda above: above(mass), jnp.where(params.top_p < 1, wanted, jnp.inf))
     return jnp.where(ordered >= threshold[:, None], kept, -jnp.inf)
 
 

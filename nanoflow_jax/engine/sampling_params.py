@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,6 +60,11 @@ class SamplingParams:
             _integer("seed", self.seed, 0, 2**32 - 1)
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        for name in ("ignore_eos", "skip_special_tokens", "detokenize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}: {getattr(self, name)!r} is not accepted; it must be True or False")
+        if not isinstance(self.stop_token_ids, Collection) or isinstance(self.stop_token_ids, str):
+            raise ValueError(f"stop_token_ids: {self.stop_token_ids!r} is not accepted; it must be a list of token ids")
         for token in self.stop_token_ids:
             _integer("stop_token_ids", token, 0, 2**31 - 1)
 

@@ -81,7 +81,7 @@ class Scheduler:
         """A row for each running request whose next token is due, pages secured, earliest first."""
         chunks = []
         for request in list(self.running):
-            if request.remaining != 1 or request not in self.running:  # the latter: preempted by an earlier one just now
+            if request.remaining != 1 or not request.pages:  # the latter: preempted by an earlier one just now
                 continue
             if self._extend(request):
                 chunks.append(Chunk(request, request.num_computed, len(request.tokens)))

@@ -1,5 +1,6 @@
-"""The inspector: compile a step for GPUs that are not there, read the scheduled program, say what overlaps and what is wrong.
+"""The inspector: compile a step for GPUs that are not there, read the scheduled program, say what overlaps and
+what is wrong.
 
-gpu_target (figures → compile-only mesh) → hlo (text → Module) → costs (each instruction) → overlap (timeline) → findings → report;
-trace and plot draw a report. Start at `report.inspect_compiled`.
+gpu_target (figures → compile-only mesh) → hlo (text → Module) → costs (each instruction) → overlap (timeline) →
+findings → report; trace and plot draw a report. Start at `report.inspect_compiled`.
 """

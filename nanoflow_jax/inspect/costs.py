@@ -21,6 +21,7 @@ FREE = frozenset(
 READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 ATTENTION_OPS = frozenset(["GEMV", "PF"])
+CONTROL = frozenset(["while", "conditional", "call"])
 Costs = Mapping[tuple[str, int], tuple[float, float]]
 
 
@@ -42,10 +43,10 @@ class Cost:
 
 
 def dots(module: Module, instruction: Instruction) -> Iterator[tuple[Computation, Instruction]]:
-    """Every `dot` inside the computations that a fusion (or call) runs."""
+    """Every `dot`, and every GEMM library's call, inside the computations that a fusion (or call) runs."""
     for computation in module.called(instruction):
         for inner in computation.instructions:
-            if inner.opcode == "dot":
+            if inner.opcode == "dot" or is_library_gemm(inner):
                 yield computation, inner
             elif inner.opcode in ("fusion", "call"):
                 yield from dots(module, inner)
@@ -117,6 +118,12 @@ def operand_bytes(computation: Computation, instruction: Instruction) -> int:
     return sum(computation.by_name[name].bytes for name in instruction.operands if name in computation.by_name)
 
 
+def result_bytes(instruction: Instruction, of_library_gemm: bool) -> int:
+    """Bytes of the results. A GEMM library's workspace, an s8 beside the result, is not written in full: left out."""
+    alone = len(instruction.shapes) == 1
+    return sum(s.bytes for s in instruction.shapes if alone or not of_library_gemm or s.dtype != "s8")
+
+
 def fusion_bytes(module: Module, computation: Computation, instruction: Instruction) -> int:
     """Bytes that a fusion reads and writes. A parameter of which only slices are read counts with those slices, and one
     that is updated in place (KV append) with the update: the rest of a page pool does not move."""
@@ -134,7 +141,8 @@ def fusion_bytes(module: Module, computation: Computation, instruction: Instruct
                 updated += sum(user.bytes for user in users)
             else:
                 total += parameter.bytes
-        return max(total + instruction.bytes - updated, total)
+        written = result_bytes(instruction, any(is_library_gemm(i) for i in inner.instructions))
+        return max(total + written - updated, total)
     return operand_bytes(computation, instruction) + instruction.bytes
 
 
@@ -144,19 +152,31 @@ def _aliased(instruction: Instruction) -> bool:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of the instructions of one module. `costs` gives (FLOP, bytes) of Mosaic kernels by (op, piece), per
-    layer."""
+    """Costs of the instructions of one module. `costs` gives (FLOP, bytes) of Mosaic kernels, and of loops and
+    branches, by (op, piece) and per layer; those of one piece share it."""
 
     module: Module
     hardware: Hardware
     devices: int
     costs: Costs
     mosaic_calls: Mapping[Piece, int]
+    loops: Mapping[Piece, int]
 
     @staticmethod
     def of(module: Module, hardware: Hardware, devices: int, costs: Costs | None) -> CostModel:
-        calls = (i for c in module.computations.values() for i in c.instructions if i.target.startswith(MOSAIC))
-        return CostModel(module, hardware, devices, costs or {}, Counter(i.piece for i in calls if i.piece))
+        every = [i for c in module.computations.values() for i in c.instructions]
+        calls = Counter(i.piece for i in every if i.target.startswith(MOSAIC) and i.piece)
+        loops = Counter(i.piece for i in every if i.opcode in CONTROL and i.piece)
+        return CostModel(module, hardware, devices, costs or {}, calls, loops)
+
+    def given(self, piece: Piece | None, sharers: Mapping[Piece, int]) -> Cost | None:
+        """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
+        if piece is None or (piece.op, piece.piece) not in self.costs:
+            return None
+        flops, moved = (value / sharers[piece] for value in self.costs[piece.op, piece.piece])
+        found = latency.kernel(self.hardware, flops, moved)
+        prediction = Prediction(found.us, found.bound, "roofline of the caller's cost", flops, moved)
+        return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
 
     def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
         """Cost of one instruction, an async start counting for the whole pair. Control flow is not costed here."""
@@ -184,25 +204,18 @@ class CostModel:
 
     def _mosaic(self, computation: Computation, instruction: Instruction) -> Cost:
         piece = instruction.piece
+        if (given := self.given(piece, self.mosaic_calls)) is not None:
+            return given
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
-        given = self.costs.get((piece.op, piece.piece)) if piece else None
-        if piece and given is not None:
-            share = 1 / self.mosaic_calls[piece]
-            flops, moved, source = given[0] * share, given[1] * share, "roofline of the caller's cost"
-        else:
-            flops, source = 0.0, "roofline of operand bytes"
-            moved = operand_bytes(computation, instruction) + (0 if _aliased(instruction) else instruction.bytes)
-        found = latency.kernel(self.hardware, flops, moved)
-        prediction = Prediction(found.us, found.bound, source, flops, moved)
-        return Cost(kind, prediction, flops, moved, "", instruction.pieces)
+        moved = operand_bytes(computation, instruction) + (0 if _aliased(instruction) else instruction.bytes)
+        found = latency.kernel(self.hardware, 0.0, moved)
+        prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
+        return Cost(kind, prediction, 0.0, moved, "", instruction.pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
         if is_library_gemm(instruction) or instruction.opcode == "dot":
             flops = dot_flops(computation, instruction)
-            results = [
-                s for s in instruction.shapes if s.dtype != "s8" or len(instruction.shapes) == 1
-            ]  # s8: workspace
-            moved = operand_bytes(computation, instruction) + sum(shape.bytes for shape in results)
+            moved = operand_bytes(computation, instruction) + result_bytes(instruction, is_library_gemm(instruction))
             dtype = computation.by_name[instruction.operands[0]].shapes[0].dtype
         elif instruction.base in ("fusion", "call", "async"):
             found = list(dots(self.module, instruction))
@@ -214,6 +227,8 @@ class CostModel:
             flops, dtype = 0.0, "bf16"
             moved = operand_bytes(computation, instruction) + instruction.bytes
         kind, pieces = "elementwise", instruction.pieces
+        for inner in self.module.called(instruction) if not pieces else ():
+            pieces = pieces or inner.root.pieces  # XLA leaves some fusions without a name of their own
         if flops:
             pieces = gemm_pieces(self.module, instruction)
             kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"

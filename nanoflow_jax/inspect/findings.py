@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from nanoflow_jax.inspect.costs import FREE, collective_kind, dots, gemm_pieces, inner_collective, is_library_gemm
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
-from nanoflow_jax.inspect.overlap import Timeline, is_sync, trip_count
+from nanoflow_jax.inspect.overlap import Timeline, is_sync
 
 GEMM_OPS = frozenset(["KQV", "O", "UG", "D"])
 NANO_BATCH_OPS = frozenset(["O", "O.AG", "O.AR", "O.RS", "UG", "D", "D.AR", "D.RS", "D.AG", "GEMV.AG"])
@@ -26,7 +26,7 @@ STACK = 256  # a leading dimension up to this is taken for stacked layers, not f
 @dataclass(frozen=True)
 class Finding:
     """kind: merged_gemm, merged_collective, weight_copy, kv_copy, transpose_before_collective, synchronous_collective,
-    exposed_collective, untraced_gemm, untraced_collective, unknown_loop or unknown_hlo. op and layer: None when
+    exposed_collective, untraced_gemm, untraced_collective or unknown_hlo. op and layer: None when
     untraced."""
 
     kind: str
@@ -151,6 +151,12 @@ def merged_gemms(program: _Program) -> Iterator[Finding]:
                 )
             for piece in pieces:
                 found.setdefault((piece.layer, piece.op), {})[piece.piece] = instruction
+    layers = {
+        piece.layer for c in program.running for i in c.instructions for piece in i.pieces if piece.op in GEMM_OPS
+    }
+    for layer, op in sorted(((layer, op) for layer in layers for op in expected), key=str):
+        if (layer, op) not in found and (layer, op) not in merged:
+            yield Finding("untraced_gemm", op, layer, f"no GEMM of {op} was found in this layer")
     for (layer, op), gemms in found.items():
         if (layer, op) in merged:
             continue
@@ -186,7 +192,8 @@ def collective_faults(program: _Program) -> Iterator[Finding]:
                 if made is not None and made.base == "fusion":
                     for inner in program.module.called(made):
                         root = program.producer(inner, inner.root.name)
-                if made is not None and root is not None and root.opcode in ("transpose", "copy"):
+                written = made is not None and made.op_name.endswith("/transpose")  # by the program, not by XLA
+                if made is not None and root is not None and root.opcode in ("transpose", "copy") and not written:
                     detail = f"{made.name} rearranges {list(made.shapes[0].dims)} for {instruction.name}"
                     yield Finding("transpose_before_collective", op, layer, detail)
 
@@ -203,7 +210,7 @@ def _moved(program: _Program, computation: Computation, instruction: Instruction
             if not all(i.opcode in MOVES for i in large):
                 widened = all(i.opcode in MOVES or i.opcode == "multiply" for i in large)
                 return narrow if widened else []
-        return sources
+        return sources if program.module.called(instruction) else []
     if instruction.base == "copy" and not sources:  # of an updated page pool: no longer the parameter, but as large
         made = instruction.shapes[0]
         entry = program.module.entry.instructions
@@ -246,11 +253,6 @@ def find(module: Module, timeline: Timeline) -> tuple[Finding, ...]:
             what = "only " + ", ".join(collective.beside_other) if collective.beside_other else "nothing"
             detail = f"{collective.name} of nano-batch {collective.nano_batch} has {what} between start and done"
             found.append(Finding("exposed_collective", collective.op, collective.layer, detail))
-    for computation in program.running:
-        for instruction in computation.instructions:
-            if instruction.opcode == "while" and trip_count(instruction) is None:
-                detail = f"{instruction.name}: no known trip count; its body is counted once"
-                found.append(Finding("unknown_loop", *_where(instruction.piece), detail))
     for (kind, text), number in Counter((u.kind, u.text) for u in module.unknown).items():
         where = next(u.where for u in module.unknown if (u.kind, u.text) == (kind, text))
         found.append(Finding("unknown_hlo", None, None, f"{kind} {text!r}, {number} times, first in {where}"))

@@ -177,14 +177,20 @@ def expand_names(op_name: str) -> list[str]:
 
 
 def parse_pieces(op_name: str) -> tuple[Piece, ...]:
-    """Op pieces named in an op_name, innermost scope of each path, without repeats, in order."""
+    """Op pieces named in an op_name, innermost scope of each path, without repeats, in order.
+
+    A scope inside another's takes its layer: `L0/KQV.3/KV.APPEND.3` is layer 0's KV.APPEND.3.
+    """
     found: dict[Piece, None] = {}
     for path in expand_names(op_name):
-        for match in reversed(list(_PIECE.finditer(path))):
-            layer, op, piece = match.groups()
-            if op in (LAYER_OPS if layer else OUTER_OPS):
-                found[Piece(int(layer) if layer else None, op, int(piece))] = None
-                break
+        layer, inner = None, None
+        for match in _PIECE.finditer(path):
+            layer = int(match.group(1)) if match.group(1) else layer
+            op = match.group(2)
+            if op in (OUTER_OPS if layer is None else LAYER_OPS):
+                inner = Piece(layer, op, int(match.group(3)))
+        if inner is not None:
+            found[inner] = None
     return tuple(found)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import count
 
-from nanoflow_jax.inspect.costs import Cost, CostModel
+from nanoflow_jax.inspect.costs import CONTROL, Cost, CostModel
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 
 HEAVY = ("gemm", "attention")
@@ -73,17 +73,20 @@ class Collective:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Events in order of issue, and the collectives. `us`: until the last stream is done."""
+    """Events in order of issue, and the collectives. us: until the last stream is done. unknown_loops: ops of the loops
+    whose trip count XLA does not give; their bodies are counted once."""
 
     events: tuple[Event, ...]
     collectives: tuple[Collective, ...]
     us: float
     bubble_us: float
+    unknown_loops: tuple[str, ...] = ()
 
 
 @dataclass
 class _Open:
-    """A start whose done has not come. `beside` fills up meanwhile; `at` is the event's place in the list (a region has none)."""
+    """A start whose done has not come. `beside` fills up meanwhile; `at` is the event's place in the list (a
+    region has none)."""
 
     event: Event
     instruction: Instruction
@@ -119,6 +122,8 @@ class _Player:
         self.closed: list[_Open] = []
         self.sent: list[int] = []  # places of the network's events
         self.exposed: dict[int, float] = {}  # place of an event → how long the compute stream stood still for it
+        self.inside: tuple[Piece, ...] = ()  # pieces of the loop, branch or region that is being played
+        self.unknown_loops: dict[str, None] = {}
         self.waited_us = 0.0  # compute stream standing still for other than the network
         self.cache: dict[tuple[str, str], Cost] = {}
 
@@ -136,7 +141,8 @@ class _Player:
         end = start + cost.prediction.us
         self.clock[stream] = end
         lane = LANES.get(cost.prediction.bound, "memory")
-        pieces = cost.pieces
+        # XLA shares a loop's body between layers: inside one, the loop's own name says whose work it is.
+        pieces = self.inside or cost.pieces
         source = cost.prediction.source
         event = Event(instruction.name, cost.kind, lane, stream, start, end, pieces, cost.flops, cost.bytes, source)
         self.events.append(event)
@@ -156,22 +162,30 @@ class _Player:
                     started[instruction.name] = source
                 elif source is not None:
                     self.finish(source)
-            elif instruction.opcode in ("while", "conditional", "call"):
+            elif instruction.opcode in CONTROL:
                 self.control(instruction, stream)
             else:
                 self.issue(computation, instruction, stream, started)
 
     def control(self, instruction: Instruction, stream: str) -> None:
-        called = self.module.called(instruction)
+        given = self.model.given(instruction.piece, self.model.loops)
+        if given is not None and not self.inside:
+            self.record(instruction, given, stream)
+            return
+        called, outer = self.module.called(instruction), self.inside
+        self.inside = outer or instruction.pieces
         if instruction.opcode == "while":
-            body = instruction.attributes["body"].lstrip("%")
-            for _ in range(trip_count(instruction) or 1):
+            body, trips = instruction.attributes["body"].lstrip("%"), trip_count(instruction)
+            if trips is None:
+                self.unknown_loops[self.inside[0].op if self.inside else instruction.name] = None
+            for _ in range(trips or 1):
                 self.run(self.module.computations[body], stream)
         elif instruction.opcode == "conditional" and called:
             self.run(max(called, key=self._weight), stream)
         else:
             for computation in called:
                 self.run(computation, stream)
+        self.inside = outer
 
     def _weight(self, computation: Computation) -> float:
         return sum(self.cost(computation, instruction).prediction.us for instruction in computation.instructions)
@@ -204,8 +218,10 @@ class _Player:
         stream = f"stream {found.group(1)}" if found else "side"
         begin = max(self.clock["compute"], self.clock.get(stream, 0.0))
         self.clock[stream] = begin
+        outer, self.inside = self.inside, self.inside or instruction.pieces
         for computation in self.module.called(instruction):
             self.run(computation, stream)
+        self.inside = outer
         end, source = self.clock[stream], cost.prediction.source
         event = Event(instruction.name, "region", "region", stream, begin, end, instruction.pieces, 0.0, 0.0, source)
         self.begin(_Open(event, instruction, cost), started)
@@ -235,7 +251,8 @@ class _Player:
         events = tuple(replace(event, exposed_us=self.exposed.get(at, 0.0)) for at, event in enumerate(self.events))
         rows = sorted((_row(opened, self.exposed.get(_place(opened), 0.0)) for opened in self.closed), key=_start)
         us = max(self.clock.values())
-        return Timeline(events, tuple(rows), us, self.waited_us + us - self.clock["compute"])
+        bubbles = self.waited_us + us - self.clock["compute"]
+        return Timeline(events, tuple(rows), us, bubbles, tuple(self.unknown_loops))
 
 
 def _start(row: Collective) -> float:

@@ -85,7 +85,8 @@ def plot(
         inside = bool(piece and piece.layer is not None and first <= piece.layer <= last)
         color = PLAIN
         if piece:
-            batch = (nano_batches or {}).get((piece.op, piece.piece), piece.piece)
+            op = "KQV" if piece.op == "KV.APPEND" else piece.op  # appended by the piece that made them
+            batch = (nano_batches or {}).get((op, piece.piece), piece.piece)
             color = COLORS[(batch - 1) % len(COLORS)]
             used.add(batch)
         _draw(ax, event, LANES[::-1].index(event.lane), start, color, inside, inches_per_us)

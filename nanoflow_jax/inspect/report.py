@@ -146,6 +146,8 @@ def _notes(timeline: Timeline, hardware: Hardware) -> tuple[str, ...]:
     guessed = sorted({f"{e.piece.op}" for e in timeline.events if e.source.endswith("operand bytes") and e.piece})
     if guessed:
         notes.append(f"no cost was given for the kernels of {', '.join(guessed)}: their operands' bytes are used")
+    if timeline.unknown_loops:
+        notes.append(f"loops of unknown length are counted once: {', '.join(timeline.unknown_loops)}; give their costs")
     figures = ", ".join(f"{name} {value:g}" for name, value in asdict(hardware.calibration).items())
     notes.append(f"{hardware.name}: {figures}; kernels side by side are not slowed by each other")
     return tuple(notes)

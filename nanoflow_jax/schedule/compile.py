@@ -1,17 +1,98 @@
-"""The compiler options of a step, in one place, each with its reason."""
+"""Compiling a step: the same way for the devices at hand and for GPUs that are not, with every compiler option in one place."""
 
 from __future__ import annotations
 
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-def compiler_options(platform: str) -> dict[str, str | int | bool]:
-    """Options for `lowered.compile(compiler_options=...)` on platform "gpu" (or "cuda"); none elsewhere."""
-    if platform not in ("gpu", "cuda"):
-        return {}
-    return {
-        # Two nano-batches share a weight: merged, their GEMMs become one and nothing is left to overlap with.
-        "xla_gpu_dot_merger_threshold_mb": 0,
-        # Combined, collectives of different nano-batches would wait for each other.
-        "xla_gpu_all_gather_combine_threshold_bytes": 0,
-        "xla_gpu_all_reduce_combine_threshold_bytes": 0,
-        "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
-    }
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.llama import LlamaParams
+from nanoflow_jax.models.params import abstract_params, is_info
+from nanoflow_jax.parallel.mesh import replicated
+from nanoflow_jax.schedule.batch import abstract_batch
+from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_step, cache_shape
+
+Option = str | int | bool
+
+GPU_OPTIONS: Mapping[str, Option] = {
+    # Off by default below compute capability 9.0, where every collective would then be synchronous.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # Two nano-batches share a weight: merged, their GEMMs become one and nothing is left to overlap with.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # Combined, collectives of different nano-batches would wait for each other.
+    "xla_gpu_all_gather_combine_threshold_bytes": 0,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+    # XLA counts the donated pages twice: with a pool that fills the memory it would recompute, and move collectives to where
+    # nothing runs beside them.
+    "xla_disable_hlo_passes": "rematerialization",
+    # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
+
+
+def compiler_options(platform: str) -> dict[str, Option]:
+    """Options for `lowered.compile(compiler_options=...)` on platform "gpu" or "cuda"; none elsewhere."""
+    return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+
+
+def abstract_cache(config: ModelConfig, mesh: Mesh, dtype: Any, num_pages: int, page_size: int) -> KVCache:
+    """The KV cache as abstract arrays on `mesh`."""
+    shape = cache_shape(config, mesh.size, num_pages, page_size)
+    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
+    return KVCache((pages,) * config.num_layers, (pages,) * config.num_layers)
+
+
+def lower_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, *, num_pages: int, page_size: int) -> jax.stages.Lowered:
+    """Traces a step for `mesh`, whose devices may be compile-only."""
+    dtype = jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
+    return build_step(spec, mesh, infos).lower(
+        abstract_params(infos, mesh),
+        abstract_cache(spec.config, mesh, dtype, num_pages, page_size),
+        abstract_batch(spec.shape, num_pages, replicated(mesh)),
+    )
+
+
+def compile_step(
+    lowered: jax.stages.Lowered, platform: str, *, pin_starts: bool = False, options: Mapping[str, Option] | None = None
+) -> Any:
+    """Compiles a lowered step. `options` are added to, or replace, the project's own.
+
+    The order that `IssueOrder` names binds kernels, while a collective's start may still slide by an op or two: XLA starts it when its
+    own estimate says it must. `pin_starts` compiles a second time with a profile in which collectives are dear and kernels cheap, so
+    that each starts exactly where the plan issues it.
+    """
+    chosen = {**compiler_options(platform), **(options or {})}
+    compiled = lowered.compile(compiler_options=chosen)
+    if not pin_starts or PROFILE_OPTION in chosen:
+        return compiled
+    profile = _start_early_profile(compiled.as_text())
+    if not profile:
+        return compiled
+    with tempfile.TemporaryDirectory(prefix="nanoflow-profile-") as folder:
+        path = Path(folder) / "profile.pbtxt"
+        path.write_text(profile)
+        return lowered.compile(compiler_options={**chosen, PROFILE_OPTION: str(path)})
+
+
+def _start_early_profile(hlo: str) -> str:
+    """XLA's text profile (instruction name, microseconds): collectives 10 ms, kernels 1 us."""
+    lines = []
+    for line in hlo.rpartition("\nENTRY")[2].splitlines():
+        match = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?)(?:metadata=|$)", line)
+        if match is None:
+            continue
+        name, text = match.groups()
+        if re.search(r"(all-gather|all-reduce|reduce-scatter|async)-start\(", text):
+            lines.append(f'costs {{ name: "{name}" cost_us: 10000 }}')
+        elif re.search(r" (fusion|custom-call)\(", text):
+            lines.append(f'costs {{ name: "{name}" cost_us: 1 }}')
+    return "\n".join(lines) + "\n" if any("10000" in line for line in lines) else ""

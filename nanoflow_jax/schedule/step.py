@@ -118,21 +118,20 @@ class _StepRun:
         self._embed()
 
     def _embed(self) -> None:
-        """Each device looks up the tokens of its vocabulary rows; the sum over devices is the embedding."""
+        """Each device looks up the tokens of its vocabulary rows; the sum over devices, per nano-batch, is the embedding."""
         table = self.params.embedding
-        with jax.named_scope("EMBED.1"):
-            local = self.batch.token_ids - collectives.device_index() * table.shape[0]
-            mine = (local >= 0) & (local < table.shape[0])
-            x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
-        with jax.named_scope("EMBED.AR.1"):
-            x = collectives.all_reduce(x)
         for number, piece in self.nano_batches.items():
-            rows = x[piece.start : piece.stop]
-            self.residual[number] = rows
+            with jax.named_scope(f"EMBED.{number}"):
+                local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
+                mine = (local >= 0) & (local < table.shape[0])
+                x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+            with jax.named_scope(f"EMBED.AR.{number}"):
+                x = self.order.start(collectives.all_reduce, x)
+            self.residual[number] = x
             if number in self.scattered:
                 share = piece.rows // self.devices
-                self.residual[number] = lax.dynamic_slice_in_dim(rows, collectives.device_index() * share, share)
-                self.normed.put(piece.start, piece.stop, self._norm(rows, self.params.layers[0].attention_norm))
+                self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
+                self.normed.put(piece.start, piece.stop, self._norm(x, self.params.layers[0].attention_norm))
 
     def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         return llama.rms_norm(x, weight, self.config.rms_norm_eps)
@@ -160,7 +159,7 @@ class _StepRun:
     def hidden(self) -> jax.Array:
         """The residual of all rows after the last layer, [T, H]."""
         for number, pending in self.pending.items():
-            self.residual[number] = _add(self.residual[number], *pending)
+            self.residual[number] = self.order.run(_add, self.residual[number], *pending)
         parts = [self.residual[number] for number in sorted(self.nano_batches)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

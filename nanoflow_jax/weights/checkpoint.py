@@ -42,12 +42,13 @@ def convert(
 ) -> Path:
     """Writes a checkpoint of `model_folder` (safetensors or another checkpoint) to the new folder `output`; returns it.
 
-    dtype: "float32", "bfloat16", or "auto": each tensor's own, but bfloat16 for float16, which this library does not run.
-    The config.json written says so too. `output` appears only when it is complete: it is written beside its final place and renamed
-    last; what an interrupted conversion to the same `output` left is removed. Host memory stays at about one block.
+    dtype: "float32", "bfloat16", or "auto": each tensor's own, but bfloat16 for float16, as which the library runs it;
+    the config.json written says so too.
+    `output` appears only when it is complete: it is written beside its final place and renamed last; what an
+    interrupted conversion to the same `output` left is removed. Host memory stays at about one block.
     Raises ConfigError for a bad config.json, WeightsError for bad weights or an `output` that is not new or empty.
     """
-    model_folder, output = Path(model_folder), Path(output)
+    model_folder, output = Path(model_folder), Path(os.path.abspath(output))
     if dtype not in ("auto", "float32", "bfloat16"):
         raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
     config = ModelConfig.from_file(model_folder / "config.json")
@@ -72,8 +73,8 @@ def convert(
             }
             _sync(folder)  # the data is on the disk before the manifest says so
             (folder / orbax_files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-            _sync(folder / orbax_files.MANIFEST)
-            _sync(folder)
+            _sync_path(folder / orbax_files.MANIFEST)
+            _sync_path(folder)
             os.rename(folder, output)  # refuses a folder that is no longer empty
             _sync_path(output.parent)
     except OSError as error:
@@ -212,11 +213,10 @@ def _lock(folder: Path) -> Iterator[bool]:
             path.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Makes a file, or a folder with all that it holds, durable."""
-    for entry in path.rglob("*") if path.is_dir() else ():
-        _sync_path(entry)
-    _sync_path(path)
+def _sync(folder: Path) -> None:
+    """Makes a folder with all that it holds durable."""
+    for path in (*folder.rglob("*"), folder):
+        _sync_path(path)
 
 
 def _sync_path(path: Path) -> None:

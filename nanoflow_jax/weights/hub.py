@@ -22,7 +22,7 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     Raises WeightsError when the name is neither a folder nor a Hub id, or when the Hub does not give it.
     """
     local = EMBEDDED.get(model, Path(model).expanduser())
-    if local.is_dir():
+    if model and local.is_dir():
         if revision is not None:
             raise WeightsError(
                 f"revision: {revision!r} given with {model!r}, a local folder; it goes with a Hub id only"

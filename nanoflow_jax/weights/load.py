@@ -15,7 +15,7 @@ from nanoflow_jax.weights.orbax_files import OrbaxFiles, is_checkpoint
 from nanoflow_jax.weights.safetensors_files import SafetensorsFiles
 from nanoflow_jax.weights.source import OnProgress, WeightSource, check_tensors
 
-CHUNK_BYTES = 32 << 20  # values are assembled and cast in pieces of about this many bytes
+CHUNK_BYTES = 16 << 20  # values are assembled and cast in pieces of about this many bytes
 
 
 def open_weights(folder: str | Path) -> WeightSource:

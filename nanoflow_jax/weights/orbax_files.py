@@ -28,8 +28,9 @@ FORMAT, VERSION = "nanoflow_jax checkpoint", 1
 PARTIAL = ".partial-"  # part of the name of a conversion's temporary folder
 
 ROW_MULTIPLE = 256  # the stored rows of a tensor above CHUNK_BYTES are padded to this: orbax's chunks must divide them
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 2 << 20
 _NODE_CACHE_BYTES = 16 << 20
+_PARALLEL_CHUNKS = 8  # read and decoded at once; bounds the memory beside the slice
 _AGAIN = "; run nanoflow convert again"
 
 
@@ -115,7 +116,12 @@ class OrbaxFiles:
     def _open_all(self) -> dict[str, ts.TensorStore]:
         # Decoded chunks are not cached, so that reading takes little more memory than the slice; the store's nodes are.
         context = ts.Context(
-            {"cache_pool": {"total_bytes_limit": 0}, "cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES}}
+            {
+                "cache_pool": {"total_bytes_limit": 0},
+                "cache_pool#nodes": {"total_bytes_limit": _NODE_CACHE_BYTES},
+                "file_io_concurrency": {"limit": _PARALLEL_CHUNKS},
+                "data_copy_concurrency": {"limit": _PARALLEL_CHUNKS},
+            }
         )
         opening = {
             name: ts.open(

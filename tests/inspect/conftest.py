@@ -1,4 +1,5 @@
-"""A stand-in for the step: two nano-batches (or one) of LLaMA-shaped layers, traced under the same scopes as the real one."""
+"""A stand-in for the step: two nano-batches (or one) of LLaMA-shaped layers, traced under the same scopes as the
+real one."""
 
 from __future__ import annotations
 
@@ -25,21 +26,20 @@ SPLIT = {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "aot: compiles for GPUs without one; needs the CUDA plugin")
-
-
 def norm(x: jax.Array) -> jax.Array:
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.square(x32).mean(-1, keepdims=True) + 1e-5)).astype(x.dtype)
 
 
 def gather(x: jax.Array) -> jax.Array:
-    """[n, c] local → [n, 8c]: gathered along the leading axis of [c, n], which needs no transpose before the collective."""
+    """[n, c] local → [n, 8c]: gathered along the leading axis of [c, n], which needs no transpose before the
+    collective."""
     return jax.lax.all_gather(x, "tp", axis=1, tiled=True)
 
 
-def layer(index: int, xs: list[jax.Array], w: dict[str, jax.Array], ways: tuple[str, ...], attention: Any) -> list[jax.Array]:
+def layer(
+    index: int, xs: list[jax.Array], w: dict[str, jax.Array], ways: tuple[str, ...], attention: Any
+) -> list[jax.Array]:
     def scope(op: str, batch: int):
         return jax.named_scope(f"L{index}/{op}.{batch + 1}")
 
@@ -120,7 +120,8 @@ def stand_in(
     columns, whole = P(None, "tp"), tuple(P() for _ in rows)
     spec = {"kqv": columns, "o_n": columns, "o_k": P("tp", None), "up": columns, "down": P("tp", None)}
     wide = hidden * 10 // 8
-    shape = {"kqv": (hidden, wide), "o_n": (hidden, hidden), "o_k": (hidden, hidden), "up": (hidden, ffn), "down": (ffn, hidden)}
+    shape = {"kqv": (hidden, wide), "o_n": (hidden, hidden), "o_k": (hidden, hidden)}
+    shape |= {"up": (hidden, ffn), "down": (ffn, hidden)}
 
     def aval(dims: tuple[int, ...], where: P) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=NamedSharding(mesh, where))
@@ -139,15 +140,15 @@ def compile_stand_in() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def compile_mapped() -> Callable[..., Any]:
-    """Compiles any function of per-GPU arrays for 8 x H200: (f, in_specs, out_specs, [(shape, dtype), ...], donate, options)."""
+    """Compiles a function of per-GPU arrays for 8 x H200; arrays: (shape, dtype) of the whole array, per argument."""
 
-    def compiled(f: Any, in_specs: Any, out_specs: Any, arrays: list, donate: tuple[int, ...] = (), **options: Any) -> Any:
+    def compiled(f: Any, in_specs: Any, out_specs: Any, arrays: list, donate: tuple[int, ...] = ()) -> Any:
         mesh = gpu_mesh(load_hardware("h200"), DEVICES)
         avals = [
             jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
             for (shape, dtype), spec in zip(arrays, in_specs, strict=True)
         ]
         sharded = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        return jax.jit(sharded, donate_argnums=donate).lower(*avals).compile(compiler_options=options)
+        return jax.jit(sharded, donate_argnums=donate).lower(*avals).compile()
 
     return compiled

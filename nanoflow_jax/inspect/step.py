@@ -1,0 +1,189 @@
+"""From names to a report: compile the real step of a model and a plan for a GPU that need not be there, and inspect it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.hardware import Hardware, load_hardware
+from nanoflow_jax.inspect.gpu_target import gpu_mesh
+from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
+from nanoflow_jax.models.llama import kv_groups, param_infos
+from nanoflow_jax.models.params import is_info
+from nanoflow_jax.parallel.mesh import check_divides
+from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan
+from nanoflow_jax.schedule.step import StepSpec
+
+PAGE_SIZE = 64
+MEMORY_UTILIZATION = 0.9
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on one GPU. kv_pages: the pool the step was compiled with; kv_tokens: how many tokens fit beside weights and temporaries
+    in `MEMORY_UTILIZATION` of the memory; headroom: what is then left without any page (negative: the model does not fit)."""
+
+    weights: int
+    kv_pages: int
+    temporaries: int
+    device: int
+    headroom: int
+    kv_bytes_per_token: int
+    kv_tokens: int
+
+
+@dataclass(frozen=True)
+class StepInspection:
+    """A report with what it was made from. `layers`: layers compiled; totals of a shortened model are scaled to all of them."""
+
+    model: str
+    plan: SchedulePlan
+    hardware: Hardware
+    devices: int
+    tokens: int
+    decode_tokens: int
+    context: int
+    layers: int
+    model_layers: int
+    compile_seconds: float
+    memory: StepMemory
+    report: Report
+    hlo: str
+
+    def to_json(self) -> dict[str, Any]:
+        data = self.report.to_json()
+        data["memory"] = asdict(self.memory)
+        names = ("model", "devices", "tokens", "decode_tokens", "context", "layers", "model_layers", "compile_seconds")
+        return {**{name: getattr(self, name) for name in names}, "plan": self.plan.name, **data}
+
+    def text(self) -> str:
+        """For a terminal: what was compiled, the report, the memory."""
+        m = self.memory
+        shortened = "" if self.layers == self.model_layers else f", {self.layers} of its {self.model_layers} layers compiled"
+        return "\n".join(
+            [
+                f"{self.model}, plan {self.plan.name}, {self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
+                f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
+                render(self.report),
+                f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}, device "
+                f"{m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for KV pages: "
+                f"{m.kv_tokens:,} tokens",
+            ]
+        )
+
+
+def model_config(model: str) -> tuple[str, ModelConfig]:
+    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder with one."""
+    if (folder := Path(model)).is_dir():
+        return folder.name, ModelConfig.from_file(folder / "config.json")
+    path = config_path("models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_"))
+    return path.stem, ModelConfig.from_file(path)
+
+
+def inspect_step(
+    model: str,
+    gpu: str | Hardware,
+    plan: str | SchedulePlan,
+    *,
+    devices: int = 8,
+    tokens: int = 2048,
+    decode_tokens: int | None = None,
+    context: int = 1024,
+    layers: int | None = None,
+    options: Mapping[str, Option] | None = None,
+    enforce_order: bool = True,
+) -> StepInspection:
+    """Compiles one step and reports on it.
+
+    model, gpu, plan  names in `configs/`, or paths of the user's own files
+    tokens            rows of the step, decode_tokens of them decode (default: the plan's own, else 5/8)
+    context           tokens of context that each row attends to, for the cost of attention (the program does not depend on it)
+    layers            compile only this many layers (all are alike, and 80 take minutes); None: all
+    options           compiler options added to, or replacing, the project's own
+    enforce_order     False leaves the issue order to XLA
+
+    Raises ConfigError naming what cannot be used.
+    """
+    name, full = model_config(model)
+    plan = load_plan(plan) if isinstance(plan, str) else plan
+    hardware = load_hardware(gpu) if isinstance(gpu, str) else gpu
+    check_divides(full, devices)
+    config = replace(full, num_layers=layers or full.num_layers)
+    if not 1 <= config.num_layers <= full.num_layers:
+        raise ConfigError(f"layers: {layers} is not accepted; it must be from 1 to the model's {full.num_layers}")
+    if decode_tokens is None:
+        exact = plan.tokens_per_step == tokens and plan.decode_tokens is not None
+        decode_tokens = plan.decode_tokens if exact else tokens * 5 // 64 * 8
+    assert decode_tokens is not None
+    if not 0 <= decode_tokens <= tokens or tokens < 1:
+        raise ConfigError(f"decode_tokens: {decode_tokens} must be from 0 to tokens = {tokens}")
+    prefill = tokens - decode_tokens
+    shape = StepShape(decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1)
+
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
+    per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * 2
+    pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
+    pages = min(pool, 2**31 // (PAGE_SIZE * kv_groups(config, devices)))
+
+    started = time.monotonic()
+    mesh = gpu_mesh(hardware, devices)
+    spec = StepSpec(config, plan, shape, enforce_order=enforce_order)
+    lowered = lower_step(spec, mesh, infos, num_pages=pages, page_size=PAGE_SIZE)
+    compiled = compile_step(lowered, "cuda", pin_starts=enforce_order, options=options)
+    hlo, analysis = compiled.as_text(), compiled.memory_analysis()
+    seconds = time.monotonic() - started
+    report = inspect_compiled(
+        hlo,
+        analysis,
+        hardware,
+        devices,
+        costs=attention_costs(config, plan.pieces(decode_tokens, prefill), devices, context),
+        tokens=tokens,
+        parameters=config.num_params,
+    )
+    return StepInspection(
+        name, plan, hardware, devices, tokens, decode_tokens, context, config.num_layers, full.num_layers, seconds,
+        _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token), report, hlo,
+    )  # fmt: skip
+
+
+def _local_bytes(info: Any, devices: int) -> int:
+    return info.nbytes // (devices if any(axis is not None for axis in info.spec) else 1)
+
+
+def _memory(
+    config: ModelConfig, plan: SchedulePlan, hardware: Hardware, devices: int, temporaries: int, kv_pages: int
+) -> StepMemory:
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
+    per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * 2
+    headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
+    return StepMemory(
+        weights, kv_pages, temporaries, hardware.memory_bytes, headroom, per_token, max(0, headroom // per_token)
+    )
+
+
+def attention_costs(
+    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int
+) -> dict[tuple[str, int], tuple[float, float]]:
+    """(FLOP, bytes) of each attention piece of one layer on one device, every row with `context` tokens before it.
+
+    GEMV reads each row's K and V once; PF reads a chunk's pages once per tile of rows, counted as once per 128 rows.
+    """
+    heads, groups = config.num_heads // devices, kv_groups(config, devices) // devices
+    costs = {}
+    for piece in pieces:
+        if piece.op in ("GEMV", "PF"):
+            flops = 4.0 * piece.rows * context * heads * config.head_dim
+            readers = piece.rows if piece.op == "GEMV" else piece.rows / 128
+            costs[piece.op, piece.piece] = flops, readers * context * groups * config.head_dim * 2 * 2.0
+    return costs

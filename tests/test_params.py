@@ -1,0 +1,113 @@
+"""Random weights are made on the devices, where their declaration says, and are those of a usual initialisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.llama import LlamaParams, kv_groups, padded_vocab, param_infos
+from nanoflow_jax.models.params import ParamInfo, abstract_params, is_info, random_params
+from nanoflow_jax.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "mlp_bias": True, "dtype": "float32",
+    }
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Mesh, LlamaParams, LlamaParams]:
+    """(mesh of 8, declarations, random weights)"""
+    mesh = make_mesh(CONFIG, 8)
+    infos = param_infos(CONFIG, 8)
+    return mesh, infos, random_params(infos, mesh)
+
+
+def pairs(infos: LlamaParams, params: LlamaParams) -> list[tuple[ParamInfo, jax.Array]]:
+    return list(zip(jax.tree.leaves(infos, is_leaf=is_info), jax.tree.leaves(params), strict=True))
+
+
+def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+    """Each device holds its shard and nothing else; KV heads are replicated to 8 groups, the vocabulary is padded."""
+    mesh, infos, params = made
+    split = 0
+    for info, array in pairs(infos, params):
+        assert array.shape == info.shape
+        assert array.dtype == info.dtype
+        assert array.sharding.is_equivalent_to(info.sharding(mesh), array.ndim)
+        assert {s.data.size for s in array.addressable_shards} == {array.size if info.spec == () else array.size // 8}
+        assert info.nbytes == array.nbytes
+        split += info.spec != ()
+    assert split == 2 + 2 * 7  # embedding, head; per layer KQV and its bias, O twice, UG and its bias, D
+    assert params.layers[0].kqv.shape == (kv_groups(CONFIG, 8), 3, 32, 128) == (8, 3, 32, 128)
+    assert params.embedding.shape == (padded_vocab(CONFIG, 8), 128) == (1024, 128)
+    abstract = jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), abstract_params(infos, mesh))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), params) == abstract
+
+
+def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+    """Normal with a variance of 1 / fan-in, norms one, biases zero; no two weights alike, no shard a copy of another."""
+    _, infos, params = made
+    seen: set[bytes] = set()
+    for info, array in pairs(infos, params):
+        values, name = np.asarray(array), info.sources[0].name
+        if "norm" in name:
+            assert (values == 1).all(), name
+        elif name.endswith("bias"):
+            assert (values == 0).all(), name
+        else:
+            unit = values * np.sqrt(values.shape[-1])
+            assert abs(unit.std() - 1) < 0.03, f"{name}: {unit.std()}"
+            assert abs(unit.mean()) < 0.03, name
+            assert 3 < abs(unit).max() < 7, name
+            if info.spec != ():
+                for shard in array.addressable_shards:
+                    start = np.asarray(shard.data).ravel()[:16].tobytes()
+                    assert start not in seen, f"{name}: a shard's values are seen twice"
+                    seen.add(start)
+
+
+def test_deterministic(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+    """The seed decides, not the mesh: the same again, and for weights of equal shape the same on 4 devices; another seed differs."""
+    mesh, infos, params = made
+
+    def leaf(tree: Any, number: int) -> np.ndarray:
+        return np.asarray(jax.tree.leaves(tree)[number])
+
+    again = random_params(infos, mesh)
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    four = random_params(param_infos(CONFIG, 4), make_mesh(CONFIG, 4))
+    np.testing.assert_array_equal(np.asarray(params.layers[1].down), np.asarray(four.layers[1].down))
+    other = random_params(infos, mesh, seed=1)
+    assert not (leaf(params, 0) == leaf(other, 0)).any()
+
+
+def test_declarations_for_a_plan() -> None:
+    """Only the layouts of O that a plan needs are declared; tied and unbiased models have no head and no biases; the dtype is chosen."""
+    infos = param_infos(CONFIG, 2, o_rows=False, dtype="bfloat16")
+    assert infos.layers[0].o_rows is None
+    assert infos.layers[0].o_columns is not None
+    assert {info.dtype for info in jax.tree.leaves(infos, is_leaf=is_info)} == {jnp.dtype(jnp.bfloat16)}
+    assert param_infos(CONFIG, 2, o_columns=False).layers[0].o_columns is None
+    plain = ModelConfig.from_hf(
+        {
+            "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
+            "tie_word_embeddings": True,
+        }
+    )  # fmt: skip
+    tied = param_infos(plain, 8, o_columns=False)
+    assert tied.head is None
+    assert (
+        tied.layers[0].kqv_bias is tied.layers[0].o_bias is tied.layers[0].ug_bias is tied.layers[0].down_bias is None
+    )
+    # Every weight of the model is declared once, but for padding: none here, with 96 = 12 * 8 rows padded to 128.
+    total = sum(info.nbytes // 2 for info in jax.tree.leaves(tied, is_leaf=is_info))
+    assert total == plain.num_params + (128 - 96) * 64
