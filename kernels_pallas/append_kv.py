@@ -25,12 +25,14 @@ def append_kv(
     pages    [n] int32; N marks a padding row, which is dropped
     slots    [n] int32 in [0, page_size)
 
-    Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does not fit.
+    Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does
+    not fit.
     """
     check_backend(backend)
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
         raise ValueError(
-            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} must both be [pages, KV heads, page size, head size]"
+            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} "
+            "must both be [pages, KV heads, page size, head size]"
         )
     if k.shape != v.shape or k.shape[1:] != (k_pages.shape[1], k_pages.shape[3]):
         raise ValueError(f"k, v: shapes {k.shape}, {v.shape} must both be [n, {k_pages.shape[1]}, {k_pages.shape[3]}]")
@@ -38,7 +40,8 @@ def append_kv(
     check_vector("slots", slots, k.shape[0])
 
     count, heads, page_size, d = k_pages.shape
-    # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole pool.
+    # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole
+    # pool.
     head = jnp.arange(heads, dtype=jnp.int32)
     row = (pages[:, None] * heads + head[None, :]) * page_size + slots[:, None]
     row = jnp.where(pages[:, None] < count, row, count * heads * page_size).reshape(-1)

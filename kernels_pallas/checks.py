@@ -20,7 +20,8 @@ def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"q: shape {q.shape} must be [rows, query heads, head size]")
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
         raise ValueError(
-            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} must both be [pages, KV heads, page size, head size]"
+            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} "
+            "must both be [pages, KV heads, page size, head size]"
         )
     if k_pages.shape[3] != q.shape[2]:
         raise ValueError(f"q: head size {q.shape[2]} must equal the pages' {k_pages.shape[3]}")

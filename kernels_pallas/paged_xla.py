@@ -1,7 +1,8 @@
 """The core of the XLA path: online softmax over blocks of pages, for tiles of query rows.
 
-Runs on every device. Memory is bounded by one block of context, whatever the lengths; the loop ends at the longest length present.
-A block past a row's length changes nothing, bit for bit, so a row's answer does not depend on its neighbours' lengths.
+Runs on every device. Memory is bounded by one block of context, whatever the lengths; the loop ends at the longest
+length present. A block past a row's length changes nothing, bit for bit, so a row's answer does not depend on its
+neighbours' lengths.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def attend_paged(
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = carry
         k, v = gather(k_pages, i), gather(v_pages, i)
-        scores = jnp.einsum("tgmd,tgkd->tgmk", q_tgmd, k, precision=precision, preferred_element_type=jnp.float32) * scale
+        scores = (
+            jnp.einsum("tgmd,tgkd->tgmk", q_tgmd, k, precision=precision, preferred_element_type=jnp.float32) * scale
+        )
         inside = (i * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :] < seen
         scores = jnp.where(inside, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from kernels_pallas.checks import check_backend, check_paged, check_vector, default_scale
 from kernels_pallas.paged_xla import attend_paged
 
-TILE_ROWS = 16  # rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM
+TILE_ROWS = (
+    16  # rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM
+)
 
 
 def prefill_attention(
@@ -40,7 +42,8 @@ def prefill_attention(
     scale = default_scale(q.shape[2]) if scale is None else scale
     rows = q.shape[0]
 
-    # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any packing.
+    # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any
+    # packing.
     tiles = rows // TILE_ROWS + segments
     counts = row_starts[1:] - row_starts[:-1]
     tile_ends = jnp.cumsum((counts + (TILE_ROWS - 1)) // TILE_ROWS)

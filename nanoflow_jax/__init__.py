@@ -1,7 +1,7 @@
 """Throughput-first LLM inference in JAX: nano-batches whose GEMMs run beside attention and collectives.
 
-    from nanoflow_jax import LLM, SamplingParams, generate
-    generate("tiny", ["12+30="], max_tokens=8)
+from nanoflow_jax import LLM, SamplingParams, generate
+generate("tiny", ["12+30="], max_tokens=8)
 """
 
 from __future__ import annotations

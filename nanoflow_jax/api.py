@@ -42,17 +42,20 @@ CPU_CACHE_TOKENS = 65536
 class LLM:
     """A model ready to generate, sharded over a mesh of local devices.
 
-    model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`, or a Hub id
+    model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`,
+                          or a Hub id
     revision              branch, tag or commit of a Hub id
     tokenizer             folder or Hub id of another tokenizer
     dtype                 "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32"
     tensor_parallel_size  devices in the mesh; None takes all that are present
-    plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is two_gather_one_reduce
+    plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
+                          two_gather_one_reduce
     max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
     tokens_per_step       rows of the largest step, decode and prefill together
     decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
     page_size             tokens per KV page
-    kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights, on a CPU 65,536
+    kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights, on a CPU
+                          65,536
     memory_utilization    share of a GPU's memory for weights and pages
     seed                  of requests that bring none
 
@@ -103,7 +106,9 @@ class LLM:
                 _at_least(name, value, 1)
         _at_least("seed", seed, 0)
         if not _is_number(memory_utilization) or not 0 < memory_utilization <= 1:
-            raise ConfigError(f"memory_utilization: {memory_utilization!r} is not accepted; it must be above 0 and at most 1")
+            raise ConfigError(
+                f"memory_utilization: {memory_utilization!r} is not accepted; it must be above 0 and at most 1"
+            )
         use_compile_cache()
         folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
@@ -129,12 +134,15 @@ class LLM:
         quantum = max(8, self.mesh.size)
         if decode_slots % quantum or tokens_per_step % quantum or tokens_per_step <= decode_slots:
             raise ConfigError(
-                f"decode_slots: {decode_slots} of tokens_per_step = {tokens_per_step}; accepted: multiples of {quantum}, decode_slots "
+                f"decode_slots: {decode_slots} of tokens_per_step = {tokens_per_step}; "
+                f"accepted: multiples of {quantum}, decode_slots "
                 f"the smaller, so that prefill rows are left"
             )
         limit = self.config.max_position_embeddings if max_model_len is None else max_model_len
         if not 1 < limit <= self.config.max_position_embeddings:
-            raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {self.config.max_position_embeddings}")
+            raise ConfigError(
+                f"max_model_len: {limit}; accepted: 2 to the model's {self.config.max_position_embeddings}"
+            )
         if kv_cache_tokens is None:
             kv_cache_tokens = CPU_CACHE_TOKENS if on_cpu else self._tokens_that_fit(memory_utilization)
             kv_cache_tokens = min(kv_cache_tokens, decode_slots * (limit + page_size))
@@ -142,7 +150,8 @@ class LLM:
         if num_pages * page_size < limit:
             if max_model_len is not None or num_pages * page_size < 2:
                 raise ConfigError(
-                    f"kv_cache_tokens: {num_pages} pages of {page_size} tokens cannot hold one request of max_model_len = {limit}; "
+                    f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
+                    f"cannot hold one request of max_model_len = {limit}; "
                     f"accepted: at least {-(-limit // page_size) * page_size}, or a smaller max_model_len"
                 )
             limit = num_pages * page_size
@@ -167,7 +176,9 @@ class LLM:
         stats = self.mesh.devices.flat[0].memory_stats()
         free = stats["bytes_limit"] * (memory_utilization - 0.05) - stats["bytes_in_use"]
         groups = kv_groups(self.config, self.mesh.size) // self.mesh.size
-        per_token = 2 * self.config.num_layers * groups * self.config.head_dim * (4 if self.config.dtype == "float32" else 2)
+        per_token = (
+            2 * self.config.num_layers * groups * self.config.head_dim * (4 if self.config.dtype == "float32" else 2)
+        )
         return max(0, int(free / per_token))
 
     def generate(
@@ -181,7 +192,9 @@ class LLM:
         `sampling_params`: one for all, or one per prompt; None takes the model's own defaults (generation_config.json).
         Raises ValueError for a prompt that cannot be served, before any is run.
         """
-        return self._run([self._tokens(p, add_special_tokens=True) for p in _as_list(prompts)], sampling_params, use_tqdm)
+        return self._run(
+            [self._tokens(p, add_special_tokens=True) for p in _as_list(prompts)], sampling_params, use_tqdm
+        )
 
     def chat(
         self,
@@ -189,7 +202,8 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers one conversation (a list of {"role", "content"}) or a list of them, through the model's chat template."""
+        """Answers one conversation (a list of {"role", "content"}) or a list of them, through the model's chat
+        template."""
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         rendered = [self.tokenizer.chat(m) for m in ([messages] if one else messages)]  # type: ignore[list-item]
         return self._run([self._tokens(p, add_special_tokens=False) for p in rendered], sampling_params, use_tqdm)
@@ -214,11 +228,17 @@ class LLM:
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
-        params = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        params = (
+            [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
+        )
         if wrong := [p for p in params if not isinstance(p, SamplingParams)]:
-            raise ValueError(f"sampling_params: {wrong[0]!r} is not accepted; it must be a SamplingParams, or one per prompt")
+            raise ValueError(
+                f"sampling_params: {wrong[0]!r} is not accepted; it must be a SamplingParams, or one per prompt"
+            )
         if len(params) != len(prompts):
-            raise ValueError(f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt")
+            raise ValueError(
+                f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt"
+            )
         for _, tokens in prompts:
             self.engine.check(tokens, self.config.vocab_size)
         requests = [self.engine.add(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
@@ -247,8 +267,8 @@ class LLM:
 def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:
     """Completions of `prompts`, one string each, in order: `generate("tiny", ["12+30="], max_tokens=8)`.
 
-    Options are those of SamplingParams (defaults: the model's own, greedy where it names none) and of LLM. The model is loaded for this
-    call; make an LLM to keep it.
+    Options are those of SamplingParams (defaults: the model's own, greedy where it names none) and of LLM. The model
+    is loaded for this call; make an LLM to keep it.
     """
     sampling = {k: options.pop(k) for k in list(options) if k in SamplingParams.__dataclass_fields__ and k != "seed"}
     if "seed" in options:
@@ -308,5 +328,3 @@ def _generation_defaults(folder: Path, config: ModelConfig) -> tuple[dict[str, A
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     return defaults, eos
-
-

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax import __version__
+from nanoflow_jax.inspect import command as inspect_command
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -27,6 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_generate, _add_convert):
         add(commands)
+    inspect_command.add(commands, _Defaults)
     args = parser.parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("nanoflow_jax").setLevel(logging.INFO if getattr(args, "verbose", False) else logging.WARNING)
@@ -62,8 +64,12 @@ def _add_generate(commands: Any) -> None:
     p.add_argument("prompts", nargs="*", metavar="PROMPT", help="prompts; each is completed")
     p.add_argument("--input", metavar="FILE", help="read prompts from FILE, one per line ('-': standard input)")
     p.add_argument("--output", metavar="FILE", help="write results to FILE instead of standard output")
-    p.add_argument("--json", action="store_true", help="one JSON object per line: prompt, text, token_ids, finish_reason")
-    p.add_argument("--chat", action="store_true", help="each prompt is a user's message, through the model's chat template")
+    p.add_argument(
+        "--json", action="store_true", help="one JSON object per line: prompt, text, token_ids, finish_reason"
+    )
+    p.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message, through the model's chat template"
+    )
     sampling = p.add_argument_group("sampling (defaults: the model's generation_config.json, else greedy)")
     sampling.add_argument("--max-tokens", type=_positive, default=64, help="tokens to generate at most")
     for name, kind, text in (
@@ -73,8 +79,12 @@ def _add_generate(commands: Any) -> None:
         ("seed", int, "noise of the first prompt; prompt i has seed + i"),
     ):
         sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
-    sampling.add_argument("--stop-token-ids", type=int, nargs="+", default=argparse.SUPPRESS, help="tokens that end a completion")
-    sampling.add_argument("--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the model's end token")
+    sampling.add_argument(
+        "--stop-token-ids", type=int, nargs="+", default=argparse.SUPPRESS, help="tokens that end a completion"
+    )
+    sampling.add_argument(
+        "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the model's end token"
+    )
     _add_model_options(p)
     p.set_defaults(run=_generate)
 
@@ -85,22 +95,36 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--revision", help="branch, tag or commit of a Hub id")
     group.add_argument("--tokenizer", help="folder or Hub id of another tokenizer")
     group.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    group.add_argument("--tensor-parallel-size", type=_positive, help="devices in the mesh; all local devices when not given")
+    group.add_argument(
+        "--tensor-parallel-size", type=_positive, help="devices in the mesh; all local devices when not given"
+    )
     group.add_argument("--plan", default="auto", help="a name in configs/plans, or a path to a TOML file")
-    group.add_argument("--max-model-len", type=_positive, help="tokens of prompt and output together; the model's own when not given")
-    group.add_argument("--tokens-per-step", type=_positive, default=2048, help="rows of the largest step, decode and prefill together")
-    group.add_argument("--decode-slots", type=_positive, help="requests that run at once; 5/8 of --tokens-per-step when not given, 64 on a CPU")
+    group.add_argument(
+        "--max-model-len", type=_positive, help="tokens of prompt and output together; the model's own when not given"
+    )
+    group.add_argument(
+        "--tokens-per-step", type=_positive, default=2048, help="rows of the largest step, decode and prefill together"
+    )
+    group.add_argument(
+        "--decode-slots",
+        type=_positive,
+        help="requests that run at once; 5/8 of --tokens-per-step when not given, 64 on a CPU",
+    )
     group.add_argument("--page-size", type=_positive, default=64, help="tokens per KV page")
-    group.add_argument("--kv-cache-tokens", type=_positive, help="size of the KV pool; what memory allows when not given")
-    group.add_argument("--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages")
+    group.add_argument(
+        "--kv-cache-tokens", type=_positive, help="size of the KV pool; what memory allows when not given"
+    )
+    group.add_argument(
+        "--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages"
+    )
     group.add_argument("--cpu-devices", type=_positive, metavar="N", help="run on the CPU as N devices")
     group.add_argument("--quiet", action="store_true", help="no progress on standard error")
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 
 _MODEL_OPTIONS = (
-    "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-    "page_size", "kv_cache_tokens", "memory_utilization",
+    "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
+    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization",
 )  # fmt: skip
 
 
@@ -115,7 +139,10 @@ def _generate(args: argparse.Namespace) -> int:
 
     prompts = list(args.prompts) + (_read_lines(args.input) if args.input else [])
     if not prompts:
-        print("nanoflow generate: no prompts; give them as arguments, or --input FILE ('-' for standard input)", file=sys.stderr)
+        print(
+            "nanoflow generate: no prompts; give them as arguments, or --input FILE ('-' for standard input)",
+            file=sys.stderr,
+        )
         return 2
     if empty := [i for i, prompt in enumerate(prompts, start=1) if not prompt]:
         raise ValueError(f"prompt {empty[0]} is empty; every line must hold a prompt")
@@ -153,13 +180,16 @@ def _read_lines(source: str) -> list[str]:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--input: {name} is not UTF-8 text (byte {error.start}); one prompt per line is needed") from None
+        raise ValueError(
+            f"--input: {name} is not UTF-8 text (byte {error.start}); one prompt per line is needed"
+        ) from None
     lines = text.replace("\r\n", "\n").split("\n")  # not splitlines, which also cuts at form feeds and the like
     return lines[:-1] if not lines[-1] else lines
 
 
 class _open_output:
-    """A function that writes a line to `path`, or to stdout. The path is tried before any work is done, never truncated on failure."""
+    """A function that writes a line to `path`, or to stdout. The path is tried before any work is done, never
+    truncated on failure."""
 
     def __init__(self, path: str | None):
         self._path = path
@@ -169,7 +199,7 @@ class _open_output:
         if self._path is not None:
             if os.path.exists(self._path) and os.path.getsize(self._path):
                 raise ValueError(f"--output: {self._path} exists and is not empty; name a new file")
-            self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file = open(self._path, "a", encoding="utf-8")
         return lambda line: print(line, file=self._file or sys.stdout, flush=True)
 
     def __exit__(self, *_: object) -> None:

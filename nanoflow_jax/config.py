@@ -26,7 +26,8 @@ def configs_root() -> Path:
 
 
 def config_path(kind: str, name: str) -> Path:
-    """Path of a named configuration: `kind` is a folder of `configs/`, `name` a file stem there or a path of the user's."""
+    """Path of a named configuration: `kind` is a folder of `configs/`, `name` a file stem there or a path of the
+    user's."""
     if os.sep in name or name.endswith((".toml", ".json")):
         if Path(name).is_file():
             return Path(name)
@@ -159,11 +160,13 @@ def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:
 
 _ARCHITECTURES = {"LlamaForCausalLM"}
 
-# Fields that change nothing about inference: training settings, provenance, and defaults of the Hugging Face base class.
+# Fields that change nothing about inference: training settings, provenance, and defaults of the Hugging Face base
+# class.
 _INERT = {
     "_name_or_path", "_attn_implementation_autoset", "attention_dropout", "attn_implementation", "initializer_range",
     "transformers_version", "use_cache", "pad_token_id", "hidden_dropout_prob", "pretraining_tp", "max_sequence_length",
-    "unsloth_fixed", "unsloth_version", "eos_token", "bos_token", "id2label", "label2id", "problem_type", "sep_token_id",
+    "unsloth_fixed", "unsloth_version", "eos_token", "bos_token", "id2label", "label2id", "problem_type",
+    "sep_token_id",
     "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "finetuning_task",
     "torchscript", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "vision_config",
 }  # fmt: skip
@@ -267,7 +270,8 @@ def _rope(read: _Fields, max_positions: int) -> RopeConfig:
             )
             if config.high_freq_factor <= config.low_freq_factor:
                 raise ConfigError(
-                    f"high_freq_factor: {config.high_freq_factor} must be above low_freq_factor = {config.low_freq_factor}"
+                    f"high_freq_factor: {config.high_freq_factor} must be above "
+                    f"low_freq_factor = {config.low_freq_factor}"
                 )
         rope.finish()
     except ConfigError as error:

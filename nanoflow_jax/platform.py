@@ -15,9 +15,14 @@ logger = logging.getLogger("nanoflow_jax")
 def prefer_cpu_without_gpu() -> None:
     """Sets JAX_PLATFORMS=cpu where the CUDA plugin is installed but no NVIDIA device is present.
 
-    Otherwise the plugin prints a page of cuDNN errors before JAX falls back to the CPU. A platform the user chose is kept.
+    Otherwise the plugin prints a page of cuDNN errors before JAX falls back to the CPU. A platform the user chose is
+    kept.
     """
-    if "JAX_PLATFORMS" in os.environ or os.path.exists("/dev/nvidiactl") or os.path.exists("/proc/driver/nvidia/version"):
+    if (
+        "JAX_PLATFORMS" in os.environ
+        or os.path.exists("/dev/nvidiactl")
+        or os.path.exists("/proc/driver/nvidia/version")
+    ):
         return
     if not any(importlib.util.find_spec(f"jax_cuda{n}_plugin") for n in (12, 13)):
         return
@@ -29,8 +34,8 @@ def prefer_cpu_without_gpu() -> None:
 def use_compile_cache() -> None:
     """Keeps compiled steps in a folder of the user's, so that the next start does not compile.
 
-    `NANOFLOW_COMPILE_CACHE` names another folder, or turns the cache off when empty; a cache that JAX already has is kept. The files are
-    executables: a folder that others own or can write to is not used.
+    `NANOFLOW_COMPILE_CACHE` names another folder, or turns the cache off when empty; a cache that JAX already has is
+    kept. The files are executables: a folder that others own or can write to is not used.
     """
     import jax
 

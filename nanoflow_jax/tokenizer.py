@@ -21,16 +21,22 @@ class Tokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(source))
-        except Exception as error:  # the library raises whatever a malformed file leads to: KeyError, TypeError, Exception itself
+        except (
+            Exception
+        ) as error:  # the library raises whatever a malformed file leads to: KeyError, TypeError, Exception itself
             first = (str(error).strip().splitlines() or [""])[0]
             first = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
-            raise ConfigError(f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed") from None
+            raise ConfigError(
+                f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed"
+            ) from None
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"prompt: character {error.start} is half of a surrogate pair; accepted: text that UTF-8 can hold") from None
+            raise ValueError(
+                f"prompt: character {error.start} is half of a surrogate pair; accepted: text that UTF-8 can hold"
+            ) from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -41,8 +47,12 @@ class Tokenizer:
         if not messages:
             raise ValueError("messages: the conversation is empty; at least one message is needed")
         for message in messages:
-            if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise ValueError(f"messages: {message!r} is not accepted; each is a dict with texts 'role' and 'content'")
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise ValueError(
+                    f"messages: {message!r} is not accepted; each is a dict with texts 'role' and 'content'"
+                )
         if self._tokenizer.chat_template is None:
             raise ValueError("messages: this model has no chat template; use generate")
         conversation = [dict(m) for m in messages]

@@ -80,9 +80,8 @@ class Driver:
     def step(self) -> Any:
         spec = StepSpec(self.config, self.plan, self.shape, logits=self.logits, enforce_order=self.enforce_order)
         batch = abstract_batch(self.shape, self.num_pages, replicated(self.mesh))
-        lowered = build_step(spec, self.mesh, self.infos).lower(
-            abstract_params(self.infos, self.mesh), self._abstract_cache, batch
-        )
+        step: Any = build_step(spec, self.mesh, self.infos)  # jitted
+        lowered = step.lower(abstract_params(self.infos, self.mesh), self._abstract_cache, batch)
         return lowered.compile(compiler_options=FAST_COMPILE)
 
     def new_cache(self, fill: float = float("nan")) -> KVCache:

@@ -1,4 +1,4 @@
-"""config.json files: every published dialect is read, and whatever would have to be ignored is a one-line error naming the field."""
+"""config.json files: every published dialect is read; what would have to be ignored is an error naming the field."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
 }
 LLAMA3_ROPE: dict[str, Any] = {
-    "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
     "rope_type": "llama3",
-}  # fmt: skip
+}
 
 
 def parse(**fields: Any) -> ModelConfig:
@@ -31,33 +34,77 @@ def parse(**fields: Any) -> ModelConfig:
 
 # The fields of the published files, as their config.json spells them.
 LLAMA_2_7B: dict[str, Any] = {
-    "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
-    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
-    "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 32,
-    "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
-    "tie_word_embeddings": False, "torch_dtype": "float16", "transformers_version": "4.31.0.dev0", "use_cache": True,
+    "_name_or_path": "meta-llama/Llama-2-7b-hf",
+    "architectures": ["LlamaForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0.dev0",
+    "use_cache": True,
     "vocab_size": 32000,
-}  # fmt: skip
+}
 LLAMA_3_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
-    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "llama", "num_attention_heads": 32,
-    "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None,
-    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.40.0.dev0",
-    "use_cache": True, "vocab_size": 128256,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
 LLAMA_3_1_8B = {
-    **LLAMA_3_8B, "mlp_bias": False, "max_position_embeddings": 131072, "rope_scaling": LLAMA3_ROPE,
+    **LLAMA_3_8B,
+    "mlp_bias": False,
+    "max_position_embeddings": 131072,
+    "rope_scaling": LLAMA3_ROPE,
     "eos_token_id": [128001, 128008, 128009],
-}  # fmt: skip
+}
 LLAMA_3_2_1B = {
-    **LLAMA_3_1_8B, "head_dim": 64, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-    "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0}, "tie_word_embeddings": True,
-}  # fmt: skip
+    **LLAMA_3_1_8B,
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "rope_scaling": {**LLAMA3_ROPE, "factor": 32.0},
+    "tie_word_embeddings": True,
+}
 LLAMA_3_3_70B = {
-    **LLAMA_3_1_8B, "head_dim": 128, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
+    **LLAMA_3_1_8B,
+    "head_dim": 128,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
     "num_hidden_layers": 80,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
@@ -94,10 +141,24 @@ def test_configs_of_the_repository(name: str, billions: float) -> None:
 def test_defaults() -> None:
     """A file with the sizes only: Hugging Face's defaults."""
     assert parse() == ModelConfig(
-        architecture="LlamaForCausalLM", vocab_size=96, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=8,
-        num_kv_heads=8, head_dim=8, max_position_embeddings=2048, rms_norm_eps=1e-6, rope=RopeConfig("default", 10000.0),
-        tie_word_embeddings=False, attention_bias=False, mlp_bias=False, bos_token_id=None, eos_token_ids=(), dtype="bfloat16",
-    )  # fmt: skip
+        architecture="LlamaForCausalLM",
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=8,
+        head_dim=8,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-6,
+        rope=RopeConfig("default", 10000.0),
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        bos_token_id=None,
+        eos_token_ids=(),
+        dtype="bfloat16",
+    )
     assert parse(head_dim=None, rope_scaling=None, dtype=None, eos_token_id=None) == parse()  # null is absent
 
 
@@ -208,7 +269,7 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
         ({"rope_scaling": "linear"}, "rope_scaling", "must be dict"),
         ({"rope_parameters": [1]}, "rope_parameters", "must be dict"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type", "'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type", "'dynamic' is not supported"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type", "'dynamic' is not"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_scaling.beta", "unknown field"),
@@ -216,7 +277,7 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
         ({"rope_scaling": llama3_rope(factor=...)}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": llama3_rope(low_freq_factor=...)}, "rope_scaling.low_freq_factor", "positive number"),
         ({"rope_parameters": llama3_rope(high_freq_factor=...)}, "rope_parameters.high_freq_factor", "positive number"),
-        ({"rope_parameters": llama3_rope(high_freq_factor=1.0)}, "rope_parameters.high_freq_factor", "must be above low_freq_factor"),
+        ({"rope_parameters": llama3_rope(high_freq_factor=1.0)}, "rope_parameters.high_freq_factor", "must be above"),
         (
             {"rope_parameters": llama3_rope(original_max_position_embeddings=8192.5)},
             "rope_parameters.original_max_position_embeddings",
@@ -228,7 +289,7 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
             "given together with a different rope_scaling",
         ),
     ],
-)  # fmt: skip
+)
 def test_errors_name_the_field(fields: dict[str, Any], field: str, says: str, tmp_path: Path) -> None:
     """One line: the file, the field, and what would be accepted."""
     with pytest.raises(ConfigError) as caught:

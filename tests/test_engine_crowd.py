@@ -1,12 +1,12 @@
 """A request's tokens do not depend on its neighbours; it ends when it should; an interrupted engine goes on.
 
-The model is a random checkpoint of tests/reference in float32, on two devices; its greedy tokens by `transformers` are committed.
+The model is a random checkpoint of tests/reference in float32, on two devices; its greedy tokens by `transformers`
+are committed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,9 @@ def crowd() -> tuple[list[list[int]], list[SamplingParams]]:
     rng = np.random.default_rng(4)
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in rng.permutation(np.linspace(1, 60, 40).astype(int))]
     params = [
-        SamplingParams(temperature=float(i % 2), top_p=0.9, seed=i, max_tokens=int(rng.integers(1, 51)), ignore_eos=True)
+        SamplingParams(
+            temperature=float(i % 2), top_p=0.9, seed=i, max_tokens=int(rng.integers(1, 51)), ignore_eos=True
+        )
         for i in range(40)
     ]
     return prompts, params
@@ -98,7 +100,8 @@ def test_greedy_tokens_are_those_of_transformers(llm: LLM, reference: Reference)
 def test_alone_and_among_forty_others(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, num_pages: int
 ) -> None:
-    """Greedy and seeded tokens are the same alone and in a crowd, with pages for all and with so few that requests are preempted
+    """Greedy and seeded tokens are the same alone and in a crowd, with pages for all and with so few that requests
+    are preempted
     and computed again, those looked at among them."""
     prompt = reference.prompts[2]
     alone = tokens(llm.generate([prompt, prompt], [greedy(), SAMPLED], use_tqdm=False))
@@ -182,7 +185,8 @@ def test_stops_at_stop_token_ids(llm: LLM, reference: Reference) -> None:
 
 
 def test_stops_at_eos_unless_told_to_ignore_it(llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EOS ends a request without a stop_reason. The engine's EOS is set to a token that the reference is known to give."""
+    """EOS ends a request without a stop_reason. The engine's EOS is set to a token that the reference is known to
+    give."""
     assert llm.engine._eos == (EOS,)
     expected = reference.greedy_tokens[0].tolist()
     place = first_repeat_free(expected)
@@ -222,7 +226,8 @@ def test_a_request_as_long_as_the_pool_finishes(llm: LLM, monkeypatch: pytest.Mo
 def test_after_an_interruption_the_engine_goes_on(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException, when: str
 ) -> None:
-    """Raised in the middle of generate, before the step or when it has already taken the donated pages: nothing is left queued, no
+    """Raised in the middle of generate, before the step or when it has already taken the donated pages: nothing is
+    left queued, no
     page leaks, and the next answers are right."""
     runner, run = llm.engine.runner, llm.engine.runner.run
     calls = 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import LlamaParams, kv_groups, padded_vocab, param_infos
@@ -17,10 +16,18 @@ from nanoflow_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig.from_hf(
     {
-        "vocab_size": 1001, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "head_dim": 32, "attention_bias": True, "mlp_bias": True, "dtype": "float32",
+        "vocab_size": 1001,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "dtype": "float32",
     }
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +50,9 @@ def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, 
         assert array.shape == info.shape
         assert array.dtype == info.dtype
         assert array.sharding.is_equivalent_to(info.sharding(mesh), array.ndim)
-        assert {s.data.size for s in array.addressable_shards} == {array.size if info.spec == () else array.size // 8}
+        assert {s.data.size for s in array.addressable_shards} == {array.size if info.spec == P() else array.size // 8}
         assert info.nbytes == array.nbytes
-        split += info.spec != ()
+        split += info.spec != P()
     assert split == 2 + 2 * 7  # embedding, head; per layer KQV and its bias, O twice, UG and its bias, D
     assert params.layers[0].kqv.shape == (kv_groups(CONFIG, 8), 3, 32, 128) == (8, 3, 32, 128)
     assert params.embedding.shape == (padded_vocab(CONFIG, 8), 128) == (1024, 128)
@@ -54,7 +61,7 @@ def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, 
 
 
 def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
-    """Normal with a variance of 1 / fan-in, norms one, biases zero; no two weights alike, no shard a copy of another."""
+    """Normal with a variance of 1 / fan-in, norms one, biases zero; no weight or shard is a copy of another."""
     _, infos, params = made
     seen: set[bytes] = set()
     for info, array in pairs(infos, params):
@@ -68,7 +75,7 @@ def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
             assert abs(unit.std() - 1) < 0.03, f"{name}: {unit.std()}"
             assert abs(unit.mean()) < 0.03, name
             assert 3 < abs(unit).max() < 7, name
-            if info.spec != ():
+            if info.spec != P():
                 for shard in array.addressable_shards:
                     start = np.asarray(shard.data).ravel()[:16].tobytes()
                     assert start not in seen, f"{name}: a shard's values are seen twice"
@@ -76,22 +83,18 @@ def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
 
 
 def test_deterministic(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
-    """The seed decides, not the mesh: the same again, and for weights of equal shape the same on 4 devices; another seed differs."""
-    mesh, infos, params = made
-
-    def leaf(tree: Any, number: int) -> np.ndarray:
-        return np.asarray(jax.tree.leaves(tree)[number])
-
-    again = random_params(infos, mesh)
-    jax.tree.map(np.testing.assert_array_equal, params, again)
-    four = random_params(param_infos(CONFIG, 4), make_mesh(CONFIG, 4))
-    np.testing.assert_array_equal(np.asarray(params.layers[1].down), np.asarray(four.layers[1].down))
-    other = random_params(infos, mesh, seed=1)
-    assert not (leaf(params, 0) == leaf(other, 0)).any()
+    """The seed decides: the same again, the same on 4 devices where the shape is; other with another seed."""
+    mesh, infos, _ = made
+    some = (infos.layers[0].down, infos.layers[1].down)
+    first, again, other = (random_params(some, mesh, seed) for seed in (7, 7, 8))
+    four = random_params(tuple(layer.down for layer in param_infos(CONFIG, 4).layers), make_mesh(CONFIG, 4), 7)
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    jax.tree.map(np.testing.assert_array_equal, four, first)
+    assert not any((np.asarray(a) == np.asarray(b)).any() for a, b in zip(other, first, strict=True))
 
 
 def test_declarations_for_a_plan() -> None:
-    """Only the layouts of O that a plan needs are declared; tied and unbiased models have no head and no biases; the dtype is chosen."""
+    """Only what the plan and the model need: layouts of O, head, biases; in the dtype asked for."""
     infos = param_infos(CONFIG, 2, o_rows=False, dtype="bfloat16")
     assert infos.layers[0].o_rows is None
     assert infos.layers[0].o_columns is not None
@@ -99,10 +102,14 @@ def test_declarations_for_a_plan() -> None:
     assert param_infos(CONFIG, 2, o_columns=False).layers[0].o_columns is None
     plain = ModelConfig.from_hf(
         {
-            "vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 8,
+            "vocab_size": 96,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 8,
             "tie_word_embeddings": True,
         }
-    )  # fmt: skip
+    )
     tied = param_infos(plain, 8, o_columns=False)
     assert tied.head is None
     assert (

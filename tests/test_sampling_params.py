@@ -58,11 +58,29 @@ def test_every_field_of_the_interface_is_in_a_table() -> None:
     names = [f.name for f in fields(SamplingParams)]
     assert set(names) == set(ACCEPTED) | set(NOT_YET)
     assert set(ACCEPTED) == set(REFUSED)
-    assert names == (
-        "n temperature top_p top_k min_p seed max_tokens min_tokens stop stop_token_ids ignore_eos presence_penalty "
-        "frequency_penalty repetition_penalty logit_bias allowed_token_ids logprobs prompt_logprobs "
-        "include_stop_str_in_output skip_special_tokens detokenize"
-    ).split()
+    assert names == [
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "seed",
+        "max_tokens",
+        "min_tokens",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "presence_penalty",
+        "frequency_penalty",
+        "repetition_penalty",
+        "logit_bias",
+        "allowed_token_ids",
+        "logprobs",
+        "prompt_logprobs",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "detokenize",
+    ]
 
 
 @pytest.mark.parametrize(("name", "value"), cases(ACCEPTED))
@@ -87,7 +105,7 @@ def test_fields_that_are_not_applied_are_refused_by_name(name: str, value: Any) 
     message = str(caught.value)
     assert message.startswith(f"{name}: ")
     assert "not supported yet" in message and "\n" not in message
-    default = next(f.default for f in fields(SamplingParams) if f.name == name)
+    default: Any = next(f.default for f in fields(SamplingParams) if f.name == name)
     assert getattr(SamplingParams(**{name: default}), name) == default
 
 

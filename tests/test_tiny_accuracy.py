@@ -28,7 +28,8 @@ def llm() -> LLM:
 
 @pytest.mark.parametrize(("task", "count"), [("addition", 200), ("lookup", 60)])
 def test_greedy_accuracy(llm: LLM, task: str, count: int) -> None:
-    """At least 95 % of held-out two-digit additions, and of look-ups in a context of 300 to 500 tokens, are exactly right."""
+    """At least 95 % of held-out two-digit additions, and of look-ups in a context of 300 to 500 tokens, are exactly
+    right."""
     asked = list(itertools.islice(problems(task, "test", seed=1), count))
     outputs = llm.generate([p.prompt for p in asked], SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)
     if task == "lookup":

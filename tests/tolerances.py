@@ -33,5 +33,6 @@ def assert_rows_close(got: Any, want: Any, dtype: str) -> None:
     worst = np.unravel_index(np.argmax(errors), errors.shape)
     place = tuple(map(int, worst))
     assert errors[worst] <= limit, (
-        f"row {place} is off by {errors[worst]:.3g}, tolerance {limit:g} in {dtype}; {(errors > limit).sum()} of {errors.size} rows fail"
+        f"row {place} is off by {errors[worst]:.3g}, tolerance {limit:g} in {dtype}; "
+        f"{(errors > limit).sum()} of {errors.size} rows fail"
     )

@@ -380,7 +380,7 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
         if now - saved > 60 * args.save_minutes:
             save(averaged, tokenizer, args.output)
             save_state(args.checkpoint, model, averaged, optimizers, progress, data)
-            print("held out:", evaluate(averaged, {task: 200 for task in TASKS}), flush=True)
+            print("held out:", evaluate(averaged, dict.fromkeys(TASKS, 200)), flush=True)
             saved = logged = time.monotonic()
     save(averaged, tokenizer, args.output)
     save_state(args.checkpoint, model, averaged, optimizers, progress, data)

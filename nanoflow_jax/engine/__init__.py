@@ -1,1 +1,2 @@
-"""The engine: requests in, tokens out. Scheduling and pages are plain Python and NumPy; the device runs compiled steps."""
+"""The engine: requests in, tokens out. Scheduling and pages are plain Python and NumPy; the device runs compiled
+steps."""

@@ -17,7 +17,14 @@ class Engine:
     """Takes requests at any time; each `step` moves all of them on and returns those that it finished."""
 
     def __init__(
-        self, runner: Runner, shapes: list[StepShape], *, page_size: int, max_model_len: int, eos_token_ids: tuple[int, ...], seed: int
+        self,
+        runner: Runner,
+        shapes: list[StepShape],
+        *,
+        page_size: int,
+        max_model_len: int,
+        eos_token_ids: tuple[int, ...],
+        seed: int,
     ):
         self.runner, self.page_size, self.max_model_len = runner, page_size, max_model_len
         self.scheduler = Scheduler(shapes, PageAllocator(runner.num_pages), page_size)
@@ -34,7 +41,8 @@ class Engine:
             raise ValueError("prompt: it is empty; at least one token is needed")
         if len(prompt_token_ids) >= self.max_model_len:
             raise ValueError(
-                f"prompt: {len(prompt_token_ids)} tokens; accepted: at most {self.max_model_len - 1} (max_model_len - 1)"
+                f"prompt: {len(prompt_token_ids)} tokens; "
+                f"accepted: at most {self.max_model_len - 1} (max_model_len - 1)"
             )
         for token in prompt_token_ids:
             if not 0 <= token < vocab_size:
@@ -74,7 +82,8 @@ class Engine:
 
 
 def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int) -> list[StepShape]:
-    """The compiled shapes: few decode rows or all of them, each with no prefill, a little, or all that the budget leaves.
+    """The compiled shapes: few decode rows or all of them, each with no prefill, a little, or all that the budget
+    leaves.
 
     A shape is chosen by load, so that one request does not pay for a full step's rows.
     """

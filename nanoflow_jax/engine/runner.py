@@ -51,7 +51,10 @@ class Runner:
             return compile_step(lowered, platform, pin_starts=ordered)
 
         self._steps: dict[StepShape, Any] = {}
-        with Progress(len(shapes), "compiling steps", "shapes", progress) as bar, ThreadPoolExecutor(COMPILE_THREADS) as pool:
+        with (
+            Progress(len(shapes), "compiling steps", "shapes", progress) as bar,
+            ThreadPoolExecutor(COMPILE_THREADS) as pool,
+        ):
             for shape, compiled in zip(shapes, pool.map(compile_for, shapes), strict=True):
                 self._steps[shape] = compiled
                 bar.advance(note=f"{shape.decode_rows} decode + {shape.prefill_rows} prefill rows")

@@ -1,8 +1,9 @@
 """Sampling on vocabulary shards: no device ever sees another's logits, only a few numbers per row.
 
-Greedy is an argmax of argmaxes. Temperature sampling adds Gumbel noise that is a function of (seed, position, token) alone, so that a
-token does not depend on the row, the neighbours or the mesh. top-k and top-p keep the tokens above a threshold that a radix search
-finds exactly, counting (or summing) over all shards; tokens that tie with the threshold are all kept.
+Greedy is an argmax of argmaxes. Temperature sampling adds Gumbel noise that is a function of (seed, position, token)
+alone, so that a token does not depend on the row, the neighbours or the mesh. top-k and top-p keep the tokens above
+a threshold that a radix search finds exactly, counting (or summing) over all shards; tokens that tie with the
+threshold are all kept.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ def _sortable(x: jax.Array) -> jax.Array:
 def _search(
     ordered: jax.Array, weigh: Callable[[Callable[[jax.Array], jax.Array]], jax.Array], wanted: jax.Array
 ) -> jax.Array:
-    """Per row, the largest uint32 t such that the weight of entries with ordered >= t is at least `wanted`; 0 when none is.
+    """Per row, the largest uint32 t such that the weight of entries with ordered >= t is at least `wanted`; 0 when
+    none is.
 
     Finds the bits of t from the top, BITS_PER_ROUND at a time: one small all-reduce per round.
     """

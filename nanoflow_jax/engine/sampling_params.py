@@ -17,7 +17,8 @@ class SamplingParams:
     top_k                keep this many likeliest tokens; 0 or -1 keeps all
     seed                 the request's noise; None draws from the engine's seed and the request's number
     max_tokens           tokens to generate at most; None: up to the model's length
-    stop_token_ids       tokens that end the request, besides the model's own end tokens; the stop token is not part of the text
+    stop_token_ids       tokens that end the request, besides the model's own end tokens; the stop token is not part
+                         of the text
     ignore_eos           go on past the model's end tokens
     skip_special_tokens  leave special tokens out of the text
     detokenize           False: no text, token ids only

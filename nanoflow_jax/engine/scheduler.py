@@ -1,8 +1,9 @@
 """The scheduler: which rows of which requests make up the next step.
 
-Decode rows come first, one per running request whose next token is due; chunks of prompts fill the rest of the token budget. A request
-is admitted when the pages of all its tokens so far are there. When a decode row needs a page and none is free, the request that
-arrived last gives up its pages and is recomputed later; the one that arrived first always goes on, so every request ends.
+Decode rows come first, one per running request whose next token is due; chunks of prompts fill the rest of the token
+budget. A request is admitted when the pages of all its tokens so far are there. When a decode row needs a page and
+none is free, the request that arrived last gives up its pages and is recomputed later; the one that arrived first
+always goes on, so every request ends.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A shape and what fills it: at most `decode_rows` single tokens, at most `prefill_segments` chunks in `prefill_rows`."""
+    """A shape and what fills it: at most `decode_rows` single tokens, at most `prefill_segments` chunks in
+    `prefill_rows`."""
 
     shape: StepShape
     decode: list[Chunk]
@@ -109,7 +111,8 @@ class Scheduler:
         self.waiting.insert(place, request)
 
     def _admit(self, pending: list[Request], decode_count: int) -> None:
-        """Moves waiting requests to running, in order, while there are slots, prefill rows and pages for all their tokens."""
+        """Moves waiting requests to running, in order, while there are slots, prefill rows and pages for all their
+        tokens."""
         budget = max(s.prefill_rows for s in self.shapes) - sum(r.remaining for r in pending)
         segments = max(s.prefill_segments for s in self.shapes) - len(pending)
         while self.waiting and len(self.running) < self.max_running and budget > 0 and segments > 0:
@@ -130,7 +133,8 @@ class Scheduler:
             segments -= 1
 
     def _choose(self, decode: int, prefill: list[int]) -> StepShape:
-        """The smallest shape that holds all rows due; else, with all decode rows, the one with the most prefill rows."""
+        """The smallest shape that holds all rows due; else, with all decode rows, the one with the most prefill
+        rows."""
         wide = [s for s in self.shapes if s.decode_rows >= decode]
         total = sum(prefill)
         for shape in wide:

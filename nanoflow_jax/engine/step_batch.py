@@ -10,7 +10,8 @@ from nanoflow_jax.schedule.batch import StepBatch, empty_batch
 
 
 def build_batch(step: ScheduledStep, num_pages: int, page_size: int) -> StepBatch:
-    """Fills a padded batch of the step's shape. Sampled row i belongs to decode chunk i, then (from decode_rows) prefill chunk i."""
+    """Fills a padded batch of the step's shape. Sampled row i belongs to decode chunk i, then (from decode_rows)
+    prefill chunk i."""
     shape = step.shape
     batch = empty_batch(shape, num_pages)
     for row, chunk in enumerate(step.decode):

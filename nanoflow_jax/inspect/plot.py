@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib.patches import Patch, Rectangle
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.inspect.overlap import Event
 from nanoflow_jax.inspect.report import Report
+from nanoflow_jax.inspect.step import StepInspection
 
 # From top to bottom: the network right under compute, so that a collective stands under the GEMM that hides it.
 LANES = ("memory", "compute", "network")
@@ -59,24 +60,22 @@ def _draw(ax: Axes, event: Event, lane: int, origin: float, color: str, inside: 
         ax.text(start + width / 2, lane, full if room > 2 * line else short, rotation=90, fontsize=7.5, **style)
 
 
-def plot(
+def draw_timeline(
+    ax: Axes,
     report: Report,
-    path: str | Path | None = None,
+    width_inches: float,
     *,
     layers: tuple[int, int] | None = None,
     nano_batches: Mapping[tuple[str, int], int] | None = None,
     title: str | None = None,
-) -> Figure:
-    """Draws the timeline of layers (first, last), the middle two when left out, and writes it when a path is given.
+) -> set[int]:
+    """Draws layers (first, last), the middle two when left out, into axes `width_inches` wide; returns the
+    nano-batches seen.
 
     nano_batches: the nano-batch of each (op, piece) whose number is another, such as KQV in four pieces; otherwise the
     piece's own number counts. Neighbouring layers that run in the window are drawn pale. Raises ConfigError.
     """
     (first, last), start, end = _window(report, layers)
-    figure = Figure(figsize=(16, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    ax = figure.add_subplot()
-    inches_per_us = 14.6 / (end - start)
     used: set[int] = set()
     for event in report.timeline.events:
         if event.end_us <= start or event.start_us >= end or event.lane not in LANES:
@@ -89,14 +88,14 @@ def plot(
             batch = (nano_batches or {}).get((op, piece.piece), piece.piece)
             color = COLORS[(batch - 1) % len(COLORS)]
             used.add(batch)
-        _draw(ax, event, LANES[::-1].index(event.lane), start, color, inside, inches_per_us)
+        _draw(ax, event, LANES[::-1].index(event.lane), start, color, inside, width_inches / (end - start))
         if event.exposed_us > 0 and event.stream == "network":
             wait = event.end_us - event.exposed_us - start
             stripe = Rectangle((wait, 1 - HEIGHT / 2), event.exposed_us, HEIGHT, facecolor="#fdecea", edgecolor=WAIT)
             stripe.set(hatch="////", linewidth=0.8)
             ax.add_patch(stripe)
     exposed = sum(c.exposed_us for c in report.collectives if c.layer is not None and first <= c.layer <= last)
-    ax.set(xlim=(0, end - start), ylim=(-0.55, len(LANES) - 0.45), xlabel="microseconds (predicted)")
+    ax.set(xlim=(0, end - start), ylim=(-0.55, len(LANES) - 0.45))
     ax.set_yticks(range(len(LANES)), [lane.capitalize() for lane in LANES[::-1]], fontsize=11, color=INK)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e3e6ea", linewidth=0.8)
@@ -106,13 +105,61 @@ def plot(
     span = f"layer {first}" if first == last else f"layers {first} to {last}"
     default = f"{report.hardware} x {report.devices}, {span}: compute waits {exposed:.0f} µs for the network"
     ax.set_title(title or default, loc="left", fontsize=12, color=INK)
+    return used
+
+
+def _figure(panels: int) -> Figure:
+    figure = Figure(figsize=(16, 1.6 + 3.2 * panels), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _finish(figure: Figure, ax: Axes, used: set[int], path: str | Path | None) -> Figure:
+    ax.set_xlabel("microseconds (predicted)")
     legend = [Patch(color=COLORS[(batch - 1) % len(COLORS)], label=f"nano-batch {batch}") for batch in sorted(used)]
     legend.append(Patch(facecolor="#fdecea", edgecolor=WAIT, hatch="////", label="compute waits for the network"))
-    if last != first or used:
-        legend.append(Patch(color=COLORS[0], alpha=0.22, label="other layers"))
+    legend.append(Patch(color=COLORS[0], alpha=0.22, label="other layers"))
     ax.legend(
-        handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(legend), frameon=False, fontsize=9.5
+        handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(legend), frameon=False, fontsize=9.5
     )
     if path is not None:
         figure.savefig(str(path))
     return figure
+
+
+def plot(
+    report: Report,
+    path: str | Path | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+    nano_batches: Mapping[tuple[str, int], int] | None = None,
+    title: str | None = None,
+) -> Figure:
+    """One report's timeline, as `draw_timeline` draws it, written when a path is given."""
+    figure = _figure(1)
+    ax = figure.add_subplot()
+    used = draw_timeline(ax, report, 14.6, layers=layers, nano_batches=nano_batches, title=title)
+    return _finish(figure, ax, used, path)
+
+
+def plot_inspections(inspections: Sequence[StepInspection], path: str | Path | None = None) -> Figure:
+    """The timelines of several plans below each other, on one time scale, written when a path is given."""
+    figure = _figure(len(inspections))
+    panels = figure.subplots(len(inspections), squeeze=False)[:, 0]
+    longest = max(end - start for _, start, end in (_window(i.report, None) for i in inspections))
+    used: set[int] = set()
+    for ax, inspection in zip(panels, inspections, strict=True):
+        (first, last), start, end = _window(inspection.report, None)
+        batches = {(p.op, p.piece): p.nano_batch for p in inspection.pieces}
+        seen = draw_timeline(ax, inspection.report, 14.6 * (end - start) / longest, nano_batches=batches)
+        exposed = sum(
+            c.exposed_us for c in inspection.report.collectives if c.layer is not None and first <= c.layer <= last
+        )
+        ax.set_title(
+            f"{inspection.plan.name} on {inspection.devices} x {inspection.hardware.name}, layers {first} to {last}: "
+            f"compute waits {exposed:.0f} µs for the network",
+            loc="left", fontsize=12, color=INK,
+        )  # fmt: skip
+        ax.set_xlim(0, longest)
+        used |= seen
+    return _finish(figure, panels[-1], used, path)

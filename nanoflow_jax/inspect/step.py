@@ -1,9 +1,10 @@
-"""From names to a report: compile the real step of a model and a plan for a GPU that need not be there, and inspect it."""
+"""From names to a report: compile the real step of a model and a plan for a GPU that need not be there, and inspect
+it."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
-from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
+from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, render
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
@@ -21,6 +22,7 @@ from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan
 from nanoflow_jax.schedule.step import StepSpec
+from nanoflow_jax.search.latency import optimal_tokens_per_second
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9
@@ -28,8 +30,10 @@ MEMORY_UTILIZATION = 0.9
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one GPU. kv_pages: the pool the step was compiled with; kv_tokens: how many tokens fit beside weights and temporaries
-    in `MEMORY_UTILIZATION` of the memory; headroom: what is then left without any page (negative: the model does not fit)."""
+    """Bytes on one GPU. kv_pages: the pool the step was compiled with; kv_tokens: how many tokens fit beside weights
+    and temporaries in `MEMORY_UTILIZATION` of the memory; headroom: what is then left without any page (negative:
+    the model does not
+    fit)."""
 
     weights: int
     kv_pages: int
@@ -42,7 +46,8 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class StepInspection:
-    """A report with what it was made from. `layers`: layers compiled; totals of a shortened model are scaled to all of them."""
+    """A report with what it was made from. `layers`: layers compiled; totals of a shortened model are scaled to all
+    of them."""
 
     model: str
     plan: SchedulePlan
@@ -58,6 +63,11 @@ class StepInspection:
     report: Report
     hlo: str
 
+    @property
+    def pieces(self) -> tuple[OpPiece, ...]:
+        """The plan's op pieces at this step's size, in issue order."""
+        return self.plan.pieces(self.decode_tokens, self.tokens - self.decode_tokens, quantum=max(8, self.devices))
+
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
         data["memory"] = asdict(self.memory)
@@ -67,24 +77,30 @@ class StepInspection:
     def text(self) -> str:
         """For a terminal: what was compiled, the report, the memory."""
         m = self.memory
-        shortened = "" if self.layers == self.model_layers else f", {self.layers} of its {self.model_layers} layers compiled"
+        shortened = (
+            "" if self.layers == self.model_layers else f", {self.layers} of its {self.model_layers} layers compiled"
+        )
         return "\n".join(
             [
-                f"{self.model}, plan {self.plan.name}, {self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
+                f"{self.model}, plan {self.plan.name}, "
+                f"{self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}, device "
-                f"{m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for KV pages: "
+                f"{m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for KV: "
                 f"{m.kv_tokens:,} tokens",
             ]
         )
 
 
 def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder with one."""
+    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
+    with one."""
     if (folder := Path(model)).is_dir():
         return folder.name, ModelConfig.from_file(folder / "config.json")
-    path = config_path("models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_"))
+    path = config_path(
+        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
+    )
     return path.stem, ModelConfig.from_file(path)
 
 
@@ -105,7 +121,8 @@ def inspect_step(
 
     model, gpu, plan  names in `configs/`, or paths of the user's own files
     tokens            rows of the step, decode_tokens of them decode (default: the plan's own, else 5/8)
-    context           tokens of context that each row attends to, for the cost of attention (the program does not depend on it)
+    context           tokens of context that each row attends to, for the cost of attention (the program does not
+                      depend on it)
     layers            compile only this many layers (all are alike, and 80 take minutes); None: all
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
@@ -126,7 +143,9 @@ def inspect_step(
     if not 0 <= decode_tokens <= tokens or tokens < 1:
         raise ConfigError(f"decode_tokens: {decode_tokens} must be from 0 to tokens = {tokens}")
     prefill = tokens - decode_tokens
-    shape = StepShape(decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1)
+    shape = StepShape(
+        decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1
+    )
 
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
@@ -146,14 +165,67 @@ def inspect_step(
         analysis,
         hardware,
         devices,
-        costs=attention_costs(config, plan.pieces(decode_tokens, prefill), devices, context),
-        tokens=tokens,
-        parameters=config.num_params,
+        costs=attention_costs(config, plan.pieces(decode_tokens, prefill, max(8, devices)), devices, context),
     )
+    report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
     return StepInspection(
         name, plan, hardware, devices, tokens, decode_tokens, context, config.num_layers, full.num_layers, seconds,
         _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token), report, hlo,
     )  # fmt: skip
+
+
+def _whole_model(report: Report, config: ModelConfig, hardware: Hardware, devices: int, tokens: int) -> Totals:
+    """Totals of a step with all layers: those compiled, and inner layers like them for the rest."""
+    totals, layers = report.totals, [layer for layer in report.totals.layers if layer.layer is not None]
+    missing = config.num_layers - len(layers)
+    if missing:
+        inner = layers[1:-1] or layers
+        names = ("compute_us", "memory_us", "network_us", "exposed_network_us")
+        extra = {name: missing * sum(getattr(layer, name) for layer in inner) / len(inner) for name in names}
+        grown = {name: getattr(totals, name) + value for name, value in extra.items()}
+        busy = extra["compute_us"] + extra["memory_us"] + extra["exposed_network_us"]
+        flops = totals.flops * config.num_layers / len(layers)  # the head's share is small
+        totals = replace(totals, us=totals.us + busy, flops=flops, **grown)
+        totals = replace(totals, binding=max(names[:3], key=lambda name: getattr(totals, name)).removesuffix("_us"))
+    rate = tokens / (totals.us * 1e-6) / devices
+    optimum = optimal_tokens_per_second(hardware, config.num_params)
+    return replace(totals, tokens_per_second_per_gpu=rate, share_of_optimum=rate / optimum)
+
+
+def compare(inspections: Sequence[StepInspection]) -> str:
+    """The plans side by side: per inner layer, then per step."""
+    rows = [
+        ("plan", "collectives", "MiB", "network us", "exposed us", "step ms", "tokens/s/GPU", "of optimum", "findings")
+    ]
+    for i in inspections:
+        report = i.report
+        inner = [layer for layer in report.totals.layers if layer.layer is not None]
+        inner = inner[1:-1] or inner
+        ids = {layer.layer for layer in inner}
+        moved = [c for c in report.collectives if c.layer in ids]
+        totals = report.totals
+        faults = sum(f.layer in ids for f in report.findings)
+        rows.append(
+            (
+                i.plan.name,
+                f"{len(moved) / len(ids):g}",
+                f"{sum(c.bytes for c in moved) / len(ids) / 2**20:.1f}",
+                f"{sum(layer.network_us for layer in inner) / len(inner):.0f}",
+                f"{sum(layer.exposed_network_us for layer in inner) / len(inner):.0f}",
+                f"{totals.us / 1e3:.1f}",
+                f"{totals.tokens_per_second_per_gpu:.0f}",
+                f"{totals.share_of_optimum:.1%}",
+                f"{faults / len(ids):g}",
+            )
+        )
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    return "\n".join(["Per inner layer: collectives, MiB, network, exposed network, findings. Predicted.", *lines])
 
 
 def _local_bytes(info: Any, devices: int) -> int:

@@ -1,8 +1,8 @@
 """LLaMA 2 / 3 / 3.1 / 3.2 / 3.3: its weights as `ParamInfo`, and the maths of a layer on local shards.
 
-Weights keep Hugging Face's [out, in] order, so that every GEMM contracts the last dimension of both operands and loading never
-transposes. Fused weights are laid out so that a contiguous shard is what one device needs, whatever the mesh size:
-KQV groups each KV head with the query heads it serves; UG keeps gate and up on a leading axis.
+Weights keep Hugging Face's [out, in] order, so that every GEMM contracts the last dimension of both operands and
+loading never transposes. Fused weights are laid out so that a contiguous shard is what one device needs, whatever
+the mesh size: KQV groups each KV head with the query heads it serves; UG keeps gate and up on a leading axis.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ VOCAB_MULTIPLE = 8  # a device's share of the vocabulary is a multiple of this, 
 
 @struct.dataclass
 class LayerParams:
-    """One decoder layer. G: KV groups (KV heads, replicated up to the mesh size); r: query heads per group; d: head size.
+    """One decoder layer. G: KV groups (KV heads, replicated up to the mesh size); r: query heads per group; d: head
+    size.
 
-    `o_rows` and `o_columns` are the same matrix split over its outputs (N) and over its inputs (K); a plan that needs one
-    layout only has None for the other.
+    `o_rows` and `o_columns` are the same matrix split over its outputs (N) and over its inputs (K); a plan that
+    needs one layout only has None for the other.
     """
 
     attention_norm: Any  # [H]
@@ -164,7 +165,8 @@ def _read_kqv(read_slice: ReadSlice, names: list[str], config: ModelConfig, grou
     return np.concatenate([q.reshape(stop - start, q_heads, *q.shape[1:]), k[:, None], v[:, None]], axis=1)
 
 
-# ---- the maths of a layer, on local shards ------------------------------------------------------------------------------
+# ---- the maths of a layer, on local shards
+# ------------------------------------------------------------------------------
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -175,7 +177,8 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def contract(x: jax.Array, weight: jax.Array, axis: int, out_dtype: Any = None) -> jax.Array:
-    """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [N, K] -> [n, N]. float32 is computed in full precision everywhere."""
+    """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [N, K] -> [n, N]. float32 is computed in full
+    precision everywhere."""
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         x, weight, (((axis,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype
@@ -207,7 +210,8 @@ def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
     """Inverse frequencies [head_dim / 2], float32.
 
-    llama3: long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 model card).
+    llama3: long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 model
+    card).
     """
     inv = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
     if rope.kind == "linear":

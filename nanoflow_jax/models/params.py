@@ -1,4 +1,5 @@
-"""`ParamInfo`: the one declaration of a weight, from which initialisation, sharding, loading and checkpoints all follow."""
+"""`ParamInfo`: the one declaration of a weight, from which initialisation, sharding, loading and checkpoints all
+follow."""
 
 from __future__ import annotations
 
@@ -33,8 +34,8 @@ class ParamInfo:
     spec:     how it is split over the mesh
     init:     "normal" (scaled by fan-in, the last dimension), "ones" or "zeros"
     sources:  the checkpoint tensors that it is made of
-    read:     (read_slice, index) -> the values at a global `index` (one slice per dimension, step 1), reading no more than it
-              needs; `read_slice(name, index)` reads part of a checkpoint tensor
+    read:     (read_slice, index) -> the values at a global `index` (one slice per dimension, step 1), reading no
+              more than it needs; `read_slice(name, index)` reads part of a checkpoint tensor
     """
 
     shape: tuple[int, ...]

@@ -1,8 +1,9 @@
 """Every collective of the compiled step, in one place.
 
-Each runs inside `shard_map` over axis "tp" and under the caller's named scope (the paper's op name), so that the compiled
-instruction can be traced back to its op and nano-batch. Gathers run along the leading axis: gathering along another axis makes
-XLA transpose before the collective, and whoever consumes the result reads the leading layout for free (a fusion) or contracts it.
+Each runs inside `shard_map` over axis "tp" and under the caller's named scope (the paper's op name), so that the
+compiled instruction can be traced back to its op and nano-batch. Gathers run along the leading axis: gathering along
+another axis makes XLA transpose before the collective, and whoever consumes the result reads the leading layout for
+free (a fusion) or contracts it.
 """
 
 from __future__ import annotations

@@ -13,14 +13,17 @@ AXIS = "tp"
 
 
 def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> Mesh:
-    """A mesh of `tensor_parallel_size` devices over axis "tp"; None takes as many of all devices as the model divides into.
+    """A mesh of `tensor_parallel_size` devices over axis "tp"; None takes as many of all devices as the model
+    divides into.
 
     Raises ConfigError when there are too few devices, or when the size does not divide the model.
     """
     devices = jax.devices()
     size = len(devices) if tensor_parallel_size is None else tensor_parallel_size
     if not 1 <= size <= len(devices):
-        raise ConfigError(f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}")
+        raise ConfigError(
+            f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}"
+        )
     check_divides(config, size)
     return Mesh(np.array(devices[:size]), (AXIS,))
 

@@ -1,4 +1,5 @@
-"""Compiling a step: the same way for the devices at hand and for GPUs that are not, with every compiler option in one place."""
+"""Compiling a step: the same way for the devices at hand and for GPUs that are not, with every compiler option in
+one place."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ GPU_OPTIONS: Mapping[str, Option] = {
     "xla_gpu_all_gather_combine_threshold_bytes": 0,
     "xla_gpu_all_reduce_combine_threshold_bytes": 0,
     "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
-    # XLA counts the donated pages twice: with a pool that fills the memory it would recompute, and move collectives to where
-    # nothing runs beside them.
+    # XLA counts the donated pages twice: with a pool that fills the memory it would recompute, and move collectives
+    # to where nothing runs beside them.
     "xla_disable_hlo_passes": "rematerialization",
     # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
     "xla_gpu_enable_triton_gemm": False,
@@ -66,9 +67,9 @@ def compile_step(
 ) -> Any:
     """Compiles a lowered step. `options` are added to, or replace, the project's own.
 
-    The order that `IssueOrder` names binds kernels, while a collective's start may still slide by an op or two: XLA starts it when its
-    own estimate says it must. `pin_starts` compiles a second time with a profile in which collectives are dear and kernels cheap, so
-    that each starts exactly where the plan issues it.
+    The order that `IssueOrder` names binds kernels, while a collective's start may still slide by an op or two: XLA
+    starts it when its own estimate says it must. `pin_starts` compiles a second time with a profile in which
+    collectives are dear and kernels cheap, so that each starts exactly where the plan issues it.
     """
     chosen = {**compiler_options(platform), **(options or {})}
     compiled = lowered.compile(compiler_options=chosen)

@@ -1,7 +1,8 @@
 """The op graph of one layer, in the paper's names, and the resource that each op is bound by.
 
-KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the product.
-How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden H, head width w = heads * d):
+KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the
+product. How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden
+H, head width w = heads * d):
 
     gather   GEMV.AG [n, w/p] -> [n, w],  O split over N [n, H/p],  O.AG -> [n, H]           D.AR
     reduce   O split over K: partial sums [n, H],  O.AR                                      D.AR

@@ -11,7 +11,8 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     rows = 640                        # left out when there is one nano-batch: all rows
     attention_output = "gather"       # or "reduce", "scatter": see `ops`
 
-    [splits]                          # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
+    # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
+    [splits]
     KQV = [256, 384, 768, 640]
 """
 
@@ -22,7 +23,6 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, config_path
@@ -94,9 +94,9 @@ class SchedulePlan:
     def pieces(self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM) -> tuple[OpPiece, ...]:
         """The plan on a step of `decode_rows + prefill_rows` rows, in issue order.
 
-        At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and prefill rows each by
-        their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below `SPLIT_ABOVE` rows there is one
-        nano-batch, with the last one's strategy.
+        At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and
+        prefill rows each by their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below
+        `SPLIT_ABOVE` rows there is one nano-batch, with the last one's strategy.
         """
         total = decode_rows + prefill_rows
         planned_total, planned_decode = self.tokens_per_step or total, self.decode_tokens or 0
@@ -139,7 +139,8 @@ class SchedulePlan:
 
 
 def load_plan(name: str) -> SchedulePlan:
-    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and the fix."""
+    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and
+    the fix."""
     path = config_path("plans", name)
     text = path.read_text()
     try:
@@ -150,7 +151,7 @@ def load_plan(name: str) -> SchedulePlan:
 
 
 def _line_of(text: str, message: str) -> str:
-    """":N" of the line that holds the first thing the message quotes or its field, when there is one."""
+    """ ":N" of the line that holds the first thing the message quotes or its field, when there is one."""
     for wanted in (*re.findall(r"'([^']+)'", message), message.split(":")[0].split("[")[0]):
         for number, line in enumerate(text.splitlines(), start=1):
             if re.search(rf"(?<![\w.]){re.escape(wanted)}(?![\w.])", line.split("#")[0]):
@@ -171,8 +172,12 @@ def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
         if unknown := sorted(set(batch) - {"rows", "attention_output"}):
             raise ConfigError(f"{where}.{unknown[0]}: unknown field; accepted: attention_output, rows")
         rows = batch.get("rows")
-        parsed.append(NanoBatch(None if rows is None else _typed(f"{where}.rows", rows, int), str(batch.get("attention_output"))))
-    splits = {op: tuple(_sizes(f"splits.{op}", s)) for op, s in _typed("splits", fields.get("splits", {}), dict).items()}
+        parsed.append(
+            NanoBatch(None if rows is None else _typed(f"{where}.rows", rows, int), str(batch.get("attention_output")))
+        )
+    splits = {
+        op: tuple(_sizes(f"splits.{op}", s)) for op, s in _typed("splits", fields.get("splits", {}), dict).items()
+    }
     order = _typed("order", fields.get("order", []), list)
     if not all(isinstance(o, str) for o in order):
         raise ConfigError("order: must be a list of strings such as 'KQV.1'")
@@ -198,10 +203,16 @@ def _check(plan: SchedulePlan) -> None:
     for i, batch in enumerate(plan.nano_batches, start=1):
         if batch.attention_output not in STRATEGIES:
             raise ConfigError(
-                f"nano_batches[{i}].attention_output: {batch.attention_output!r} is unknown; accepted: {', '.join(STRATEGIES)}"
+                f"nano_batches[{i}].attention_output: {batch.attention_output!r} is unknown; "
+                f"accepted: {', '.join(STRATEGIES)}"
             )
     if plan.tokens_per_step is None:
-        if len(plan.nano_batches) > 1 or plan.splits or plan.decode_tokens is not None or plan.nano_batches[0].rows is not None:
+        if (
+            len(plan.nano_batches) > 1
+            or plan.splits
+            or plan.decode_tokens is not None
+            or plan.nano_batches[0].rows is not None
+        ):
             raise ConfigError("tokens_per_step: needed by a plan that gives rows, splits or decode_tokens")
     else:
         total, decode = plan.tokens_per_step, plan.decode_tokens
@@ -239,7 +250,9 @@ def _check_order(plan: SchedulePlan) -> None:
     seen: set[str] = set()
     for name in plan.order:
         if name.rsplit(".", 1)[0] not in RESOURCE:
-            raise ConfigError(f"order: {name!r} is not a known op; accepted: {', '.join(RESOURCE)}, each with its piece, as 'KQV.1'")
+            raise ConfigError(
+                f"order: {name!r} is not a known op; accepted: {', '.join(RESOURCE)}, each with its piece, as 'KQV.1'"
+            )
         if name not in pieces:
             raise ConfigError(f"order: {name!r} is not a piece of this plan; its pieces: {', '.join(pieces)}")
         if name in seen:
@@ -265,7 +278,9 @@ def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:
             return overlapping("KQV", piece.start, piece.stop)
         case "PF":  # a chunk's later rows see its earlier ones
             return overlapping("KQV", min(p.start for p in pieces.values() if p.op == "PF"), piece.stop)
-    chain = next(ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops))
+    chain = next(
+        ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops)
+    )
     at = chain.index(piece.op)
     if at == 0:
         return overlapping("GEMV", piece.start, piece.stop) + overlapping("PF", piece.start, piece.stop)

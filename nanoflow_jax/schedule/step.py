@@ -1,7 +1,9 @@
-"""From a plan to one compiled step: embedding, layers of op pieces in the plan's order, head and sampling, under `shard_map`.
+"""From a plan to one compiled step: embedding, layers of op pieces in the plan's order, head and sampling, under
+`shard_map`.
 
-Inside, shapes are local: n rows, H hidden, p devices, g KV groups and h query heads of this device, d head size, V/p vocabulary rows.
-Layers are unrolled: a scan would copy each layer's weights and could not overlap collectives across layers.
+Inside, shapes are local: n rows, H hidden, p devices, g KV groups and h query heads of this device, d head size, V/p
+vocabulary rows. Layers are unrolled: a scan would copy each layer's weights and could not overlap collectives across
+layers.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ from nanoflow_jax.schedule.rows import Rows
 
 @struct.dataclass
 class KVCache:
-    """Pages of every layer, `[num_pages, KV groups, page_size, d]` each, split over the groups. Donated to each step."""
+    """Pages of every layer, `[num_pages, KV groups, page_size, d]` each, split over the groups. Donated to each
+    step."""
 
     k: tuple[Any, ...]
     v: tuple[Any, ...]
@@ -118,7 +121,8 @@ class _StepRun:
         self._embed()
 
     def _embed(self) -> None:
-        """Each device looks up the tokens of its vocabulary rows; the sum over devices, per nano-batch, is the embedding."""
+        """Each device looks up the tokens of its vocabulary rows; the sum over devices, per nano-batch, is the
+        embedding."""
         table = self.params.embedding
         for number, piece in self.nano_batches.items():
             with jax.named_scope(f"EMBED.{number}"):
@@ -225,7 +229,8 @@ class _StepRun:
     # -- attention output to residual
 
     def _gemv_ag(self, piece: OpPiece, s: _LayerState) -> None:
-        # Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it is.
+        # Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O
+        # contracts as it is.
         span, parts = s.attention.get(piece.start, piece.stop)
         local = self.order.run(lambda *parts: span(*parts).T, *parts)
         s.gathered[piece.piece] = self.order.start(collectives.all_gather_rows, local)
@@ -333,7 +338,8 @@ _METHODS = {
 
 
 def clip_segments(starts: jax.Array, lengths: jax.Array, first: int, last: int) -> tuple[jax.Array, jax.Array]:
-    """Segments restricted to prefill rows [first, last): their row starts there, and each one's context after its last row there."""
+    """Segments restricted to prefill rows [first, last): their row starts there, and each one's context after its
+    last row there."""
     clipped = jnp.clip(starts, first, last)
     cut_off = starts[1:] - clipped[1:]  # rows of the segment past `last`
     return clipped - first, jnp.maximum(lengths - jnp.maximum(cut_off, 0), 0)

@@ -101,16 +101,11 @@ def _write_blocks(
     (folder / orbax_files.WEIGHTS).mkdir()
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
         for block, names in blocks.items():
-            stored = {}
+            stored = {}  # of the last block, freed before the next is read
             for name in names:
-                values = _read_whole(source, name, dtypes[name])
-                stored[name] = _pad(values)
-                tensors[name] = {
-                    "shape": list(values.shape),
-                    "dtype": values.dtype.name,
-                    "block": block,
-                    "sample_sha256": _sample(values),
-                }
+                stored[name], sample = _read_whole(source, name, dtypes[name])
+                shape = list(source.table[name].shape)
+                tensors[name] = {"shape": shape, "dtype": dtypes[name].name, "block": block, "sample_sha256": sample}
             options = {name: ocp.SaveArgs(chunk_byte_size=orbax_files.CHUNK_BYTES) for name in names}
             path = (folder / orbax_files.WEIGHTS / block).resolve()
             try:
@@ -118,7 +113,6 @@ def _write_blocks(
             except ValueError as error:  # how tensorstore reports a full disk, among others
                 raise WeightsError(f"{path}: could not be written ({one_line(error)})") from None
             done += sum(sizes[name] for name in names)
-            del values, stored  # before the next block is read
             if progress is not None:
                 progress(block, done, total)
     return tensors
@@ -129,19 +123,16 @@ def _stored_dtype(source: WeightSource, name: str, dtype: str) -> np.dtype:
     return DTYPES[dtype if dtype != "auto" else "bfloat16" if own == "float16" else own]
 
 
-def _read_whole(source: WeightSource, name: str, dtype: np.dtype) -> np.ndarray:
+def _read_whole(source: WeightSource, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
+    """A tensor in its stored dtype and shape (zero rows at the end), and the digest of its sample."""
     values = source.read_slice(name, tuple(slice(0, size) for size in source.table[name].shape))
-    return np.require(values, dtype, ["C", "A"])
-
-
-def _pad(values: np.ndarray) -> np.ndarray:
-    """Zero rows up to the stored shape."""
+    values = np.require(values, dtype, ["C", "A"])
     shape = orbax_files.stored_shape(values.shape, values.itemsize)
     if shape == values.shape:
-        return values
+        return values, _sample(values)
     padded = np.zeros(shape, values.dtype)
     padded[: len(values)] = values
-    return padded
+    return padded, _sample(values)
 
 
 def _sample(values: np.ndarray) -> str:

@@ -60,5 +60,5 @@ def _download(model: str, revision: str | None) -> Path:
         raise WeightsError(
             f"{what} is not in the local cache and the Hub cannot be reached; download it first, or name a folder"
         ) from None
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage] - of httpx or httpx2
         raise WeightsError(f"{what} could not be downloaded: {one_line(error)}") from None

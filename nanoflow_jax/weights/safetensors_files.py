@@ -66,7 +66,8 @@ class SafetensorsFiles:
             if name in self.table:
                 files = f"{self.table[name].file.name} and {path.name}"
                 raise WeightsError(f"{self.folder}: {name} is in two files, {files}; each tensor must be in one")
-            self.table[name] = TensorInfo(tuple(entry["shape"]), _CODES.get(entry["dtype"], entry["dtype"]), path)
+            code = str(entry["dtype"])
+            self.table[name] = TensorInfo(tuple(entry["shape"]), _CODES.get(code, code), path)
             self._starts[name] = 8 + length + entry["data_offsets"][0]
 
     def _open_shards(self, index: Path) -> None:

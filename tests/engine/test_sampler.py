@@ -1,4 +1,5 @@
-"""The sampler under shard_map: greedy, the kept sets of top-k and top-p, the distribution, and independence of mesh and row."""
+"""The sampler under shard_map: greedy, the kept sets of top-k and top-p, the distribution, and independence of mesh
+and row."""
 
 from __future__ import annotations
 
@@ -133,7 +134,8 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
 
 
 def kept_set(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """By the definition, in float64: the top_k likeliest, ties with the last included; of their renormalised probabilities, a
+    """By the definition, in float64: the top_k likeliest, ties with the last included; of their renormalised
+    probabilities, a
     token is kept when all that are likelier together have not yet reached top_p."""
     kept = np.ones(len(logits), bool)
     if top_k > 0:
@@ -272,7 +274,8 @@ def draws(devices: int, temperature: float, top_k: int, top_p: float, over: str)
     ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.5, 0, 1.0), (3.0, 0, 1.0), (1.0, 5, 1.0), (1.5, 0, 0.8)]
 )
 def test_distribution(over: str, temperature: float, top_k: int, top_p: float) -> None:
-    """Over seeds, and over the positions of one request: the softmax at that temperature, restricted to the kept set."""
+    """Over seeds, and over the positions of one request: the softmax at that temperature, restricted to the kept
+    set."""
     scaled = WEIGHTS / np.float32(temperature)
     expected = np.where(kept_set(scaled, top_k, top_p), softmax(scaled), 0.0)
     assert p_value(draws(2, temperature, top_k, top_p, over), expected / expected.sum()) > 1e-3
@@ -321,7 +324,8 @@ def test_the_row_does_not_matter(devices: int) -> None:
 
 
 def test_seed_and_position_give_other_noise() -> None:
-    """Of 64 seeds at 32 positions no two rows or columns of tokens are alike, and neighbours agree no more than by chance."""
+    """Of 64 seeds at 32 positions no two rows or columns of tokens are alike, and neighbours agree no more than by
+    chance."""
     logits = np.zeros((ROWS, VOCAB), np.float32)
     tokens = np.stack(
         [sample_on(2)(logits, settings(ROWS, 1.0, seed=np.arange(ROWS), position=p)) for p in range(32)]

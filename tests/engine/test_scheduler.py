@@ -84,7 +84,8 @@ class Run:
     preemptions: int = 0
     steps: int = 0
     computed: dict[int, list[int]] = field(default_factory=dict)  # request -> positions since it was last admitted
-    kv: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # page * page_size + slot -> (request, position, token)
+    # page * page_size + slot -> (request, position, token)
+    kv: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     def go(self) -> list[Request]:
         load = self.load
@@ -130,7 +131,7 @@ class Run:
     def _check(self, step: ScheduledStep, scheduler: Scheduler, everyone: list[Request]) -> None:
         shape = step.shape
         rows = sum(c.stop - c.start for c in step.prefill)
-        assert 0 < len(step.decode) + rows, "an empty step"
+        assert len(step.decode) + rows > 0, "an empty step"
         assert shape in self.load.shapes
         assert len(step.decode) <= shape.decode_rows
         assert rows <= shape.prefill_rows
@@ -219,7 +220,14 @@ def test_chunks_cover_a_long_prompt_in_order() -> None:
         for chunk in [*step.decode, *step.prefill]:
             seen.append((chunk.start, chunk.stop, bool(step.decode)))
             scheduler.computed(chunk, 1 if chunk.samples else None)
-    assert seen == [(0, 24, False), (24, 48, False), (48, 72, False), (72, 96, False), (96, 100, False), (100, 101, True)]
+    assert seen == [
+        (0, 24, False),
+        (24, 48, False),
+        (48, 72, False),
+        (72, 96, False),
+        (96, 100, False),
+        (100, 101, True),
+    ]
 
 
 def test_the_smallest_shape_is_chosen() -> None:

@@ -32,7 +32,9 @@ def random_step(rng: np.random.Generator, shape: StepShape) -> ScheduledStep:
         seed = int(rng.integers(0, 2**32))
         r = Request(number, str(number), None, prompt, params, seed, frozenset(), tokens + 9)
         r.num_computed = computed
-        r.pages = [free.pop() for _ in range(-(-tokens // PAGE_SIZE) + int(rng.integers(0, 2)))][: shape.pages_per_request]
+        r.pages = [free.pop() for _ in range(-(-tokens // PAGE_SIZE) + int(rng.integers(0, 2)))][
+            : shape.pages_per_request
+        ]
         return r
 
     decode = []
@@ -103,7 +105,9 @@ def differences(batch: StepBatch, step: ScheduledStep) -> list[str]:
     found = []
     for name, entries in wanted.items():
         if name == "sampling":
-            found += [f"{k}[{i}]" for k, e in entries.items() for i, v in e.items() if getattr(batch.sampling, k)[i] != v]
+            found += [
+                f"{k}[{i}]" for k, e in entries.items() for i, v in e.items() if getattr(batch.sampling, k)[i] != v
+            ]
         else:
             found += [f"{name}[{i}]" for i, v in entries.items() if getattr(batch, name)[i] != v]
     return found

@@ -37,7 +37,7 @@ def make_paged(
     dtype: str = "float32",
     width: int | None = None,
 ) -> Paged:
-    """Requests of these lengths; `width` pages per table row (the longest request's by default), values exact in `dtype`."""
+    """Requests of these lengths, values exact in `dtype`; `width`: pages per table row (the longest needs)."""
     needed = [-(-n // page_size) for n in lengths]
     width = max(1, *needed) if width is None else width
     num_pages = sum(needed) + 3
@@ -65,7 +65,7 @@ def random_queries(
 
 
 def dense_attention(q: Any, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention of q [Hq, d] over contiguous k, v [length, Hkv, d] in float64: out [Hq, d], log-sum-exp [Hq]."""
+    """Attention of q [Hq, d] over contiguous k, v [length, Hkv, d] in float64: out [Hq, d], log-sum-exp [Hq]."""
     q = np.asarray(q).astype(np.float64)
     repeats = q.shape[0] // k.shape[1]
     k, v = (np.repeat(x.astype(np.float64), repeats, axis=1) for x in (k, v))

@@ -58,6 +58,7 @@ def test_donated_pages_are_updated_in_place() -> None:
     places = jnp.arange(ROWS, dtype=jnp.int32)
     lowered = jax.jit(append_kv, donate_argnums=(0, 1)).lower(*pool(), k, k, places % PAGES, places // PAGES)
     memory = lowered.compile().memory_analysis()
+    assert memory is not None
     assert memory.alias_size_in_bytes == 2 * 4 * PAGES * HEADS * PAGE_SIZE * DIM
 
 
@@ -92,7 +93,7 @@ def test_broken_twins_fail() -> None:
 def test_errors_name_the_argument(changes: dict[str, Any], message: str) -> None:
     shapes: dict[str, Any] = {"k_pages": (PAGES, HEADS, PAGE_SIZE, DIM), "v_pages": (PAGES, HEADS, PAGE_SIZE, DIM)}
     shapes |= {"k": (3, HEADS, DIM), "v": (3, HEADS, DIM), "pages": (3,), "slots": (3,), **changes}
-    arguments = {
+    arguments: dict[str, Any] = {
         n: jnp.zeros(s, jnp.int32 if n in ("pages", "slots") else jnp.float32) if isinstance(s, tuple) else s
         for n, s in shapes.items()
     }

@@ -22,7 +22,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_xla, "BLOCK_TOKENS", BLOCK)
 
 
-# Empty, one token, edges of pages (of 3, 4 and 16 tokens) and of blocks, several blocks; long and short ones side by side.
+# Empty, one token, edges of pages (of 3, 4 and 16 tokens) and of blocks, several blocks; long beside short.
 RAGGED = [3 * BLOCK + 2, 0, 5, 1, BLOCK + 1, 4, BLOCK, 3, BLOCK - 1, 0]
 
 

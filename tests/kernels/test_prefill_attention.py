@@ -1,4 +1,4 @@
-"""prefill_attention (XLA) against its float32 definition: packing, tiles, chunks, and what a wrong one would look like."""
+"""prefill_attention (XLA) against its float32 definition: packing, tiles, chunks, and what wrong ones would give."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ LENGTHS, CHUNKS = [TILE_ROWS + 3, PAGE, 7, 2 * BLOCK + 1], [TILE_ROWS + 1, PAGE,
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_equals_definition(dtype: str) -> None:
-    """Chunks after earlier context, of a whole page, of one row over several blocks, an empty one; padding rows give zeros."""
+    """Chunks after earlier context, of a page, of one row over several blocks, an empty one; padding gives zeros."""
     rng = np.random.default_rng(1)
     starts = pack([5, PAGE, 0, 1])
     paged = make_paged(rng, [6, PAGE, 7, 2 * BLOCK + 1], kv_heads=2, page_size=PAGE, dtype=dtype)
@@ -71,7 +71,7 @@ def test_head_layouts(heads: int, kv_heads: int, page_size: int) -> None:
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_packing(data: st.DataObject) -> None:
-    """Random segments (empty ones too), chunk lengths across tiles, contexts across pages and blocks, padding at the end."""
+    """Random segments, empty ones too; chunks across tiles, contexts across pages and blocks, padding at the end."""
     chunks, left = [], ROWS
     for _ in range(SEGMENTS):
         chunks.append(data.draw(st.integers(0, min(left, 2 * TILE_ROWS + 2))))
@@ -152,8 +152,13 @@ def test_broken_twins_fail() -> None:
 
 def _bad(**changes: Any) -> dict[str, Any]:
     shapes: dict[str, Any] = {
-        "q": (6, 4, 8), "k_pages": (5, 2, 4, 8), "v_pages": (5, 2, 4, 8), "page_table": (2, 3), "row_starts": (3,), "lengths": (2,)
-    }  # fmt: skip
+        "q": (6, 4, 8),
+        "k_pages": (5, 2, 4, 8),
+        "v_pages": (5, 2, 4, 8),
+        "page_table": (2, 3),
+        "row_starts": (3,),
+        "lengths": (2,),
+    }
     shapes.update(changes)
     floats = ("q", "k_pages", "v_pages")
     return {

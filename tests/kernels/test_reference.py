@@ -56,7 +56,7 @@ def test_append_definition() -> None:
 
 
 def test_tolerance_fails_for_zeros_nan_and_other_shapes() -> None:
-    """What the comparison must not let pass: zeros, NaN, one bad row among many, shapes that would broadcast, nothing."""
+    """What must not pass: zeros, NaN, one bad row among many, shapes that would broadcast, no rows."""
     want = np.random.default_rng(3).standard_normal((50, 8))
     assert_rows_close(want * (1 + 0.9e-4), want, "float32")
     one_bad = want.copy()

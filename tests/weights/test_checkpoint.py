@@ -247,7 +247,7 @@ if moment == "rename":
     os.rename = stop
 convert(model, output, progress=progress)
 """
-MOMENTS = ("1", "7", "rename")
+MOMENTS = ("7", "rename")
 LAYERS = 12
 
 

@@ -87,8 +87,8 @@ def test_progress_counts_every_byte(tmp_path: Path) -> None:
 # A process of its own, in which nothing else is allocated. Two figures, each over the largest weight:
 # `transient`: numpy memory while one weight is loaded, its shards included (tracemalloc), the worst weight;
 # `resident`: the process's private memory (which mapped files are not), less what the arrays on the "devices" hold.
-# glibc is told to give every freed buffer back: left alone, its arenas keep up to some 300 MB of what tensorstore's threads
-# freed, however large the checkpoint is.
+# glibc is told to give every freed buffer back: left alone, its arenas keep up to some 300 MB of what tensorstore's
+# threads freed, however large the checkpoint is.
 _MEASURE = """
 import json, sys, threading, time, tracemalloc
 from pathlib import Path
@@ -120,9 +120,9 @@ if wasteful:  # the broken twin: whole tensors, kept
         source = opener(folder)
         read = source.read_slice
         def whole(name, index):
-            if name not in kept:
-                kept[name] = np.array(read(name, tuple(slice(0, n) for n in source.table[name].shape)))
-            return kept[name][index]
+            if (folder, name) not in kept:
+                kept[folder, name] = np.array(read(name, tuple(slice(0, n) for n in source.table[name].shape)))
+            return kept[folder, name][index]
         source.read_slice = whole
         return source
     loading.open_weights = open_weights
@@ -137,7 +137,7 @@ def watch():
     while running:
         peak = max(peak, private())
         time.sleep(0.001)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 tracemalloc.start()
 params = loading.load_params(folder, config, mesh, infos)
@@ -171,19 +171,14 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _measure(folder: Path, devices: int, dtype: str = "bfloat16", mode: str = "") -> dict[str, Any]:
     command = [sys.executable, "-c", _MEASURE, str(folder), str(devices), dtype, mode]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment, timeout=120)
     return json.loads(done.stdout)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the process's memory from /proc")
 def test_host_memory_stays_below_twice_the_largest_weight(large_checkpoint: Path, tmp_path: Path) -> None:
     converted = convert(large_checkpoint, tmp_path / "converted")
-    for folder, devices, dtype in [
-        (large_checkpoint, 1, "bfloat16"),
-        (large_checkpoint, 8, "float32"),
-        (converted, 1, "bfloat16"),
-        (converted, 8, "bfloat16"),
-    ]:
+    for folder, devices, dtype in [(large_checkpoint, 8, "float32"), (converted, 1, "bfloat16")]:
         figures = _measure(folder, devices, dtype)
         print(folder.name, devices, dtype, figures)  # shown with -s
         assert figures["transient"] < 2, figures

@@ -1,0 +1,72 @@
+# make help lists the targets. Needs Python 3.12 or later and pip; everything else goes into .venv and build/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+# Compiled steps, kept between runs and shared by the test processes.
+export NANOFLOW_COMPILE_CACHE ?= $(CURDIR)/build/xla
+# pyright comes with everything it needs; this keeps it from asking for newer versions.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint types pytest notebooks clean
+
+help:
+	@echo "make demo        generate text with the embedded model on eight CPU devices"
+	@echo "make test        lint, types, and all tests (README and notebooks included)"
+	@echo "make lint        ruff check and ruff format --check"
+	@echo "make types       pyright"
+	@echo "make pytest      the tests alone; ARGS='-k words' selects, WORKERS=n sets the processes"
+	@echo "make notebooks   execute the notebooks into build/notebooks"
+	@echo "make clean       remove .venv, build and caches"
+
+demo: $(VENV)/base
+	@$(BIN)/python -c "print('\nCompletions: the embedded model, split over eight CPU devices (a first run compiles for about a minute)')"
+	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 '12+30=' '47+85=' 'reverse nanobatch=' 'sort 52917='
+	@echo; echo "Chat:"
+	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 --quiet --chat 'What is 25+17?' 'Reverse overlap' 'Thank you'
+
+test: lint types pytest
+	@echo "All checks passed."
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+pytest: $(VENV)/dev
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
+
+notebooks: $(VENV)/dev
+	rm -rf build/notebooks && mkdir -p build/notebooks
+	cp notebooks/*.ipynb build/notebooks/
+	$(BIN)/jupyter-execute --inplace build/notebooks/*.ipynb
+	@echo "Executed notebooks are in build/notebooks."
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once, and again when pyproject.toml or constraints.txt change.
+$(VENV)/base: pyproject.toml constraints.txt
+	@for python in $${PYTHON:-} python3.12 python3 python python3.13 python3.14; do \
+	    if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1; then found=$$python; break; fi; \
+	done; \
+	if [ -z "$${found:-}" ]; then \
+	    echo "Python 3.12 or later is needed and was not found; install it, or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi; \
+	echo "Making $(VENV) with $$("$$found" --version); packages are installed quietly, which takes a few minutes"; \
+	"$$found" -m venv --clear $(VENV)
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/base
+	@echo "Installing the development packages"
+	@$(PIP) --editable ".[dev]"
+	@touch $@

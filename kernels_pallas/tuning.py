@@ -1,0 +1,70 @@
+"""Tuning of the Mosaic kernels, per GPU: validated data, no measurement at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PAGE_TOKENS = 64
+SHARED_MEMORY_OTHER = 16 * 1024  # queries, weights, results, barriers and the reduction's scratch: an upper bound
+BLOCK_LIMIT = 232_448  # bytes of shared memory one thread block may have on Hopper
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTuning:
+    """How decode attention fills one GPU.
+
+    sms               programs of the persistent grid, one per SM
+    bytes_in_flight   K and V pages buffered per SM: what covers the memory's latency
+    min_split_pages   a split of a row is not shorter than this
+    max_split_pages   a row whose table is longer is split, whatever the batch: it would be the last to finish
+    max_splits        bounds the partial results
+    """
+
+    sms: int
+    bytes_in_flight: int = 128 * 1024
+    min_split_pages: int = 4
+    max_split_pages: int = 128
+    max_splits: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("sms", "min_split_pages", "max_split_pages", "max_splits"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: {value} must be at least 1")
+        if self.max_split_pages < self.min_split_pages:
+            raise ValueError(
+                f"max_split_pages: {self.max_split_pages} must be at least min_split_pages, {self.min_split_pages}"
+            )
+        low, high = 2 * page_bytes(128), BLOCK_LIMIT - SHARED_MEMORY_OTHER
+        if not low <= self.bytes_in_flight <= high:
+            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+
+    def stages(self, head_dim: int) -> int:
+        """Pages (K and V) in flight."""
+        return self.bytes_in_flight // page_bytes(head_dim)
+
+
+def page_bytes(head_dim: int) -> int:
+    """K and V of one page and one KV head, bf16."""
+    return 2 * PAGE_TOKENS * head_dim * 2
+
+
+DECODE: dict[str, DecodeTuning] = {
+    "h100": DecodeTuning(sms=132, bytes_in_flight=192 * 1024),
+    "h200": DecodeTuning(sms=132, bytes_in_flight=192 * 1024),
+}
+DEFAULT_GPU = "h200"
+
+
+def choose_splits(items: int, table_pages: int, programs: int, tuning: DecodeTuning) -> int:
+    """Splits of every row, from static shapes alone: `items` (rows x KV heads) of up to `table_pages` pages.
+
+    Minimises the pages the busiest program reads, each split costing about one page of its own (start, result, combine),
+    among the counts that keep a split within the tuning's bounds. Ties go to fewer splits.
+    """
+    most = max(1, min(tuning.max_splits, table_pages // tuning.min_split_pages))
+    least = min(most, -(-table_pages // tuning.max_split_pages))
+
+    def busiest(splits: int) -> int:
+        return -(-items * splits // programs) * (-(-table_pages // splits) + (splits > 1))
+
+    return min(range(least, most + 1), key=lambda splits: (busiest(splits), splits))
