@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 
-BACKENDS = ("xla",)
+BACKENDS = ("xla", "mosaic")
 
 
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} is not available; accepted: {', '.join(map(repr, BACKENDS))}")
+def check_backend(backend: str, accepted: Sequence[str] = ("xla",)) -> None:
+    """`accepted`: those of BACKENDS that the kernel has."""
+    if backend not in accepted:
+        raise ValueError(f"backend: {backend!r} is not available; accepted: {', '.join(map(repr, accepted))}")
 
 
 def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 
-from kernels_pallas.checks import check_backend, check_paged, check_vector, default_scale
+from kernels_pallas.checks import BACKENDS, check_backend, check_paged, check_vector, default_scale
 from kernels_pallas.paged_xla import attend_paged
+from kernels_pallas.targets import mosaic_supported
+from kernels_pallas.tuning import DECODE, DEFAULT_GPU, DecodeTuning
 
 
 def decode_attention(
@@ -17,6 +21,9 @@ def decode_attention(
     *,
     scale: float | None = None,
     backend: str = "xla",
+    tuning: DecodeTuning | None = None,
+    sm_budget: int | None = None,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one new token per row, whose K and V are already in the pages.
 
@@ -25,15 +32,56 @@ def decode_attention(
     page_table  [R, M] int32, entries in [0, N)
     lengths     [R] int32: tokens of context, the new one included; 0 marks an empty row
     scale       multiplies the scores; 1 / sqrt(d) by default
+    backend     "xla" everywhere; "mosaic" on Hopper: bf16, page size 64, head size 64 or 128, at most 16 query heads
+                per KV head (`kernels_pallas.targets` says which GPU has it)
+
+    Of backend "mosaic" alone:
+    tuning      one of `kernels_pallas.tuning.DECODE`; the H200's by default
+    sm_budget   how many SMs it may use, to leave the others to a GEMM
+    interpret   `pallas_call`'s interpreter, for tests without a GPU
 
     Returns out [R, Hq, d] in q's dtype and the log-sum-exp [R, Hq] in float32. Empty rows give 0 and -inf.
     Raises ValueError naming the argument that does not fit.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     check_paged(q, k_pages, v_pages, page_table)
     check_vector("lengths", lengths, q.shape[0])
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = default_scale(q.shape[2]) if scale is None else scale
+    if backend == "mosaic":
+        if interpret is None:
+            _check_gpu()
+        # Here, not above: whoever uses the XLA path need not load Mosaic.
+        from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
+
+        tuning = DECODE[DEFAULT_GPU] if tuning is None else tuning
+        return decode_attention_mosaic(
+            q,
+            k_pages,
+            v_pages,
+            page_table,
+            lengths,
+            scale=scale,
+            tuning=tuning,
+            sm_budget=sm_budget,
+            interpret=interpret,
+        )
+    for name, value in (("tuning", tuning), ("sm_budget", sm_budget), ("interpret", interpret)):
+        if value is not None:
+            raise ValueError(f"{name}: {value!r} is not accepted with backend 'xla'; accepted: None")
     out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale)
     return out[:, 0], lse[:, 0]
+
+
+def _check_gpu() -> None:
+    """Refuses a GPU of this process for which lowering would end the process. Without one, a compile-only target is up
+    to the caller, who knows it."""
+    if jax.default_backend() != "gpu":
+        return
+    capability = str(jax.devices()[0].compute_capability)
+    major, minor = (int(part) for part in capability.split("."))
+    if not mosaic_supported((major, minor)):
+        raise ValueError(
+            f"backend: 'mosaic' is not available on compute capability {capability}, only on 9.x; accepted: 'xla'"
+        )

@@ -15,6 +15,7 @@ class DecodeTuning:
 
     sms               programs of the persistent grid, one per SM
     bytes_in_flight   K and V pages buffered per SM: what covers the memory's latency
+    step_pages        pages of one step of the softmax, 1 or 2: a step's latency is nearly the same for either
     min_split_pages   a split of a row is not shorter than this
     max_split_pages   a row whose table is longer is split, whatever the batch: it would be the last to finish
     max_splits        bounds the partial results
@@ -22,6 +23,7 @@ class DecodeTuning:
 
     sms: int
     bytes_in_flight: int = 128 * 1024
+    step_pages: int = 2
     min_split_pages: int = 4
     max_split_pages: int = 128
     max_splits: int = 64
@@ -30,17 +32,19 @@ class DecodeTuning:
         for name in ("sms", "min_split_pages", "max_split_pages", "max_splits"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: {value} must be at least 1")
+        if self.step_pages not in (1, 2):
+            raise ValueError(f"step_pages: {self.step_pages} must be 1 or 2")
         if self.max_split_pages < self.min_split_pages:
             raise ValueError(
                 f"max_split_pages: {self.max_split_pages} must be at least min_split_pages, {self.min_split_pages}"
             )
-        low, high = 2 * page_bytes(128), BLOCK_LIMIT - SHARED_MEMORY_OTHER
+        low, high = 2 * self.step_pages * page_bytes(128), BLOCK_LIMIT - SHARED_MEMORY_OTHER
         if not low <= self.bytes_in_flight <= high:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
 
     def stages(self, head_dim: int) -> int:
-        """Pages (K and V) in flight."""
-        return self.bytes_in_flight // page_bytes(head_dim)
+        """Steps (K and V) in flight."""
+        return self.bytes_in_flight // (self.step_pages * page_bytes(head_dim))
 
 
 def page_bytes(head_dim: int) -> int:
@@ -58,8 +62,8 @@ DEFAULT_GPU = "h200"
 def choose_splits(items: int, table_pages: int, programs: int, tuning: DecodeTuning) -> int:
     """Splits of every row, from static shapes alone: `items` (rows x KV heads) of up to `table_pages` pages.
 
-    Minimises the pages the busiest program reads, each split costing about one page of its own (start, result, combine),
-    among the counts that keep a split within the tuning's bounds. Ties go to fewer splits.
+    Minimises the pages the busiest program reads, each split costing about one page of its own (start, result,
+    combine), among the counts that keep a split within the tuning's bounds. Ties go to fewer splits.
     """
     most = max(1, min(tuning.max_splits, table_pages // tuning.min_split_pages))
     least = min(most, -(-table_pages // tuning.max_split_pages))

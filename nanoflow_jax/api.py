@@ -25,7 +25,7 @@ from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
+from nanoflow_jax.schedule.plan import SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 from nanoflow_jax.weights.load import load_params
@@ -131,7 +131,7 @@ class LLM:
         if decode_slots is None:
             decode_slots = tokens_per_step * 5 // 8
             decode_slots = min(decode_slots, CPU_DECODE_SLOTS) if on_cpu else decode_slots
-        quantum = max(8, self.mesh.size)
+        quantum = row_quantum(self.mesh.size)
         if decode_slots % quantum or tokens_per_step % quantum or tokens_per_step <= decode_slots:
             raise ConfigError(
                 f"decode_slots: {decode_slots} of tokens_per_step = {tokens_per_step}; "
@@ -156,7 +156,7 @@ class LLM:
                 )
             limit = num_pages * page_size
         self.max_model_len = limit
-        shapes = step_shapes(tokens_per_step, decode_slots, -(-limit // page_size))
+        shapes = step_shapes(tokens_per_step, decode_slots, -(-limit // page_size), quantum)
         runner = Runner(
             self.config,
             self.mesh,

@@ -81,17 +81,18 @@ class Engine:
         self.scheduler.abort(request)
 
 
-def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int) -> list[StepShape]:
+def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int, quantum: int = 8) -> list[StepShape]:
     """The compiled shapes: few decode rows or all of them, each with no prefill, a little, or all that the budget
     leaves.
 
-    A shape is chosen by load, so that one request does not pay for a full step's rows.
+    A shape is chosen by load, so that one request does not pay for a full step's rows. Rows are multiples of `quantum`,
+    as the two sizes given must be.
     """
-    few = max(8, -(-decode_slots // 64) * 8)
+    few = -(-decode_slots // (8 * quantum)) * quantum
     shapes = []
     for decode in sorted({min(few, decode_slots), decode_slots}):
         most = tokens_per_step - decode
-        little = max(64, tokens_per_step // 128 * 8)  # rows come in eights
+        little = max(-(-64 // quantum), tokens_per_step // (16 * quantum)) * quantum
         for prefill in sorted({0, min(most, little), most}):
             segments = max(1, min(64, prefill // 16))
             shapes.append(StepShape(decode, prefill, segments if prefill else 0, pages_per_request))

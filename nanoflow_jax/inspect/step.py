@@ -20,7 +20,7 @@ from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
-from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.search.latency import optimal_tokens_per_second
 
@@ -66,7 +66,7 @@ class StepInspection:
     @property
     def pieces(self) -> tuple[OpPiece, ...]:
         """The plan's op pieces at this step's size, in issue order."""
-        return self.plan.pieces(self.decode_tokens, self.tokens - self.decode_tokens, quantum=max(8, self.devices))
+        return self.plan.pieces(self.decode_tokens, self.tokens - self.decode_tokens, quantum=row_quantum(self.devices))
 
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
@@ -138,7 +138,7 @@ def inspect_step(
         raise ConfigError(f"layers: {layers} is not accepted; it must be from 1 to the model's {full.num_layers}")
     if decode_tokens is None:
         exact = plan.tokens_per_step == tokens and plan.decode_tokens is not None
-        decode_tokens = plan.decode_tokens if exact else tokens * 5 // 64 * 8
+        decode_tokens = plan.decode_tokens if exact else tokens * 5 // 8 // row_quantum(devices) * row_quantum(devices)
     assert decode_tokens is not None
     if not 0 <= decode_tokens <= tokens or tokens < 1:
         raise ConfigError(f"decode_tokens: {decode_tokens} must be from 0 to tokens = {tokens}")
@@ -165,7 +165,7 @@ def inspect_step(
         analysis,
         hardware,
         devices,
-        costs=attention_costs(config, plan.pieces(decode_tokens, prefill, max(8, devices)), devices, context),
+        costs=attention_costs(config, plan.pieces(decode_tokens, prefill, row_quantum(devices)), devices, context),
     )
     report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
     return StepInspection(

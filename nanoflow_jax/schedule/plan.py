@@ -5,7 +5,10 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     description = "..."
     tokens_per_step = 2048            # the rows that the sizes below add up to, decode rows first
     decode_tokens = 1280
-    order = ["KQV.1", "GEMV.1", ...]  # optional: one layer's issue order, OP.PIECE counted from 1
+    # Optional: one layer's issue order, OP.PIECE counted from 1. A collective starts where it is listed and is
+    # waited for by the first op that reads it, in this layer or the next. D.AG ahead of its rows' KQV gathers what
+    # the layer before left.
+    order = ["KQV.1", "GEMV.1", ...]
 
     [[nano_batches]]
     rows = 640                        # left out when there is one nano-batch: all rows
@@ -18,9 +21,10 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
 
 from __future__ import annotations
 
+import math
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
@@ -30,6 +34,12 @@ from nanoflow_jax.schedule.ops import RESOURCE, SPLITTABLE, STRATEGIES
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
 SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
+
+
+def row_quantum(devices: int) -> int:
+    """What the rows of rescaled pieces are multiples of on a mesh of `devices`, so that a scattered nano-batch
+    divides."""
+    return math.lcm(ROW_QUANTUM, devices)
 
 
 @dataclass(frozen=True)
@@ -96,13 +106,18 @@ class SchedulePlan:
 
         At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and
         prefill rows each by their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below
-        `SPLIT_ABOVE` rows there is one nano-batch, with the last one's strategy.
+        `SPLIT_ABOVE` rows there is one nano-batch, with the last one's strategy; so there is in a step with a kind of
+        row (decode, prefill) that the plan has none of.
         """
         total = decode_rows + prefill_rows
         planned_total, planned_decode = self.tokens_per_step or total, self.decode_tokens or 0
         if self.tokens_per_step is None:
             planned_decode = decode_rows
-        elif (total, decode_rows) != (planned_total, planned_decode) and total < SPLIT_ABOVE:
+        elif (total, decode_rows) != (planned_total, planned_decode) and (
+            total < SPLIT_ABOVE
+            or (decode_rows and not planned_decode)  # the plan says nothing of this kind of row
+            or (prefill_rows and planned_decode == planned_total)
+        ):
             return SchedulePlan(self.name, (NanoBatch(None, self.nano_batches[-1].attention_output),)).pieces(
                 decode_rows, prefill_rows
             )
@@ -139,15 +154,20 @@ class SchedulePlan:
 
 
 def load_plan(name: str) -> SchedulePlan:
-    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and
-    the fix."""
+    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and the
+    fix."""
     path = config_path("plans", name)
-    text = path.read_text()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text file; a plan is a TOML file") from None
     try:
         return parse_plan(path.stem, tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, ConfigError) as error:
-        line = _line_of(text, str(error))
-        raise ConfigError(f"{path}{line}: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(f"{path}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}{_line_of(text, str(error))}: {error}") from None
 
 
 def _line_of(text: str, message: str) -> str:
@@ -247,6 +267,14 @@ def _check_order(plan: SchedulePlan) -> None:
     total = plan.tokens_per_step or 2 * ROW_QUANTUM
     decode = plan.decode_tokens if plan.decode_tokens is not None else total // 2
     pieces = {p.name: p for p in unordered.pieces(decode, total - decode)}
+    known = [pieces[name] for name in plan.order if name in pieces]
+    deferred = deferred_gathers(known)
+    for number in deferred:
+        first = next((p.name for p in known if p.op == "KQV" and p.nano_batch == number), "")
+        if first and plan.order.index(first) < plan.order.index(f"D.AG.{number}"):
+            raise ConfigError(
+                f"order: 'D.AG.{number}' must come after D.RS.{number}, or, for the layer before, ahead of {first}"
+            )
     seen: set[str] = set()
     for name in plan.order:
         if name.rsplit(".", 1)[0] not in RESOURCE:
@@ -258,11 +286,18 @@ def _check_order(plan: SchedulePlan) -> None:
         if name in seen:
             raise ConfigError(f"order: {name!r} is listed twice")
         for need in needs(pieces[name], pieces):
-            if need not in seen:
+            if need not in seen and not (name.startswith("D.AG.") and pieces[name].piece in deferred):
                 raise ConfigError(f"order: {name!r} needs {need}, which must come before it")
         seen.add(name)
     if left := [name for name in pieces if name not in seen]:
         raise ConfigError(f"order: {left[0]!r} is missing")
+
+
+def deferred_gathers(pieces: Iterable[OpPiece]) -> set[int]:
+    """Nano-batches whose D.AG is issued before their D.RS: it then gathers what the layer before left."""
+    at = {piece.name: i for i, piece in enumerate(pieces)}
+    numbers = {int(name.rsplit(".", 1)[1]) for name in at if name.startswith("D.AG.")}
+    return {n for n in numbers if at[f"D.AG.{n}"] < at.get(f"D.RS.{n}", len(at))}
 
 
 def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import append_kv, decode_attention, prefill_attention
-from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.sampler import sample
 from nanoflow_jax.models import llama
 from nanoflow_jax.models.llama import LayerParams, LlamaParams
@@ -30,7 +30,7 @@ from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import StepBatch, StepShape
 from nanoflow_jax.schedule.order import IssueOrder
-from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
 from nanoflow_jax.schedule.rows import Rows
 
 
@@ -110,9 +110,18 @@ class _StepRun:
         self.params, self.batch = params, batch
         self.k_pages, self.v_pages = list(cache.k), list(cache.v)
         self.devices = collectives.device_count()
-        self.pieces = spec.plan.pieces(spec.shape.decode_rows, spec.shape.prefill_rows, quantum=max(8, self.devices))
+        self.pieces = spec.plan.pieces(
+            spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
+        )
         self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
         self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
+        for number in self.scattered:
+            if (rows := self.nano_batches[number].rows) % self.devices:
+                raise ConfigError(
+                    f"nano_batches[{number}]: {rows} rows cannot scatter over {self.devices} devices; "
+                    "accepted: a multiple of them"
+                )
+        self.deferred = deferred_gathers(self.pieces)
         self.order = IssueOrder(spec.enforce_order)
         self.cos, self.sin = llama.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
         self.residual: dict[int, jax.Array] = {}  # nano-batch -> [n, H], or this device's rows [n/p, H] when scattered
@@ -162,8 +171,9 @@ class _StepRun:
 
     def hidden(self) -> jax.Array:
         """The residual of all rows after the last layer, [T, H]."""
-        for number, pending in self.pending.items():
-            self.residual[number] = self.order.run(_add, self.residual[number], *pending)
+        for number in sorted(self.pending):
+            x = self.order.run(_add, self.residual[number], *self.pending[number])
+            self.residual[number] = collectives.all_gather_rows(x) if number in self.scattered else x
         parts = [self.residual[number] for number in sorted(self.nano_batches)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
@@ -289,14 +299,14 @@ class _StepRun:
         self._finish(collectives.reduce_scatter_rows, piece, s, s.params.down_bias)
 
     def _d_ag(self, piece: OpPiece, s: _LayerState) -> None:
-        """Gathers the next layer's normed input; after the last layer, the residual itself."""
+        """Gathers the normed input of the next KQV: the next layer's, or this one's when the plan puts it before
+        KQV."""
         number = piece.piece
-        if s.index + 1 < self.config.num_layers:
-            normed = self._settle(number, self.params.layers[s.index + 1].attention_norm)
+        layer = s.index + (number not in self.deferred)
+        # The first layer's input comes whole from the embedding; what the last layer leaves is gathered in `hidden`.
+        if number in self.pending and layer < self.config.num_layers:
+            normed = self._settle(number, self.params.layers[layer].attention_norm)
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
-        else:
-            shard = self.order.run(_add, self.residual[number], *self.pending.pop(number))
-            self.residual[number] = self.order.start(collectives.all_gather_rows, shard)
 
 
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:

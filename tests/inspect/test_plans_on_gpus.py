@@ -1,0 +1,129 @@
+"""The real LLaMA-3.1-70B step, four layers at full size, compiled for eight H200 without one: what the plans
+promise, and what
+the inspector says when the promise is broken."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cache
+
+import pytest
+
+from nanoflow_jax.inspect.overlap import Collective
+from nanoflow_jax.inspect.step import StepInspection, inspect_step
+
+pytestmark = pytest.mark.aot
+
+LAYERS, INNER = 4, (1, 2)
+TOKENS, HIDDEN, DEVICES, BYTES = 2048, 8192, 8, 2
+
+
+@cache
+def inspected(plan: str, order: bool = True, merger_mb: int = 0, layers: int = LAYERS) -> StepInspection:
+    options = {"xla_gpu_dot_merger_threshold_mb": merger_mb} if merger_mb else None
+    return inspect_step(
+        "llama-3.1-70b", "h200", plan, tokens=TOKENS, layers=layers, options=options, enforce_order=order
+    )
+
+
+def inner(step: StepInspection) -> list[Collective]:
+    return [c for c in step.report.collectives if c.layer in INNER]
+
+
+def batches_beside(step: StepInspection, collective: Collective) -> set[int]:
+    """Nano-batches of the GEMMs and attention kernels that run beside a collective."""
+    nano_batch = {p.name: p.nano_batch for p in step.pieces}
+    return {nano_batch[name.split("/")[1]] for name in collective.beside}
+
+
+def moved(step: StepInspection) -> dict[str, float]:
+    """MiB of whole tensors per inner layer, by op."""
+    total: dict[str, float] = defaultdict(float)
+    for c in inner(step):
+        total[str(c.op)] += c.bytes / len(INNER) / 2**20
+    return dict(total)
+
+
+def kinds(step: StepInspection) -> set[str]:
+    return {finding.kind for finding in step.report.findings}
+
+
+@pytest.mark.parametrize("plan", ["nanoflow_70b", "scatter_70b"])
+def test_every_collective_of_an_inner_layer_runs_beside_the_other_nano_batch(plan: str) -> None:
+    """Async, with a GEMM or attention of another nano-batch between start and done; across layers too."""
+    step = inspected(plan)
+    networked = [p for p in step.pieces if p.op.split(".")[-1] in ("AG", "AR", "RS")]
+    found = inner(step)
+    # One instruction for each collective of the plan in each layer: nothing merged, nothing lost.
+    assert sorted((c.layer, c.op, c.nano_batch) for c in found) == sorted(
+        (layer, p.op, p.piece) for layer in INNER for p in networked
+    )
+    for c in found:
+        assert c.is_async, c
+        assert batches_beside(step, c) - {c.nano_batch}, f"L{c.layer}/{c.op}.{c.nano_batch} is beside {c.beside}"
+
+
+def test_the_last_all_reduce_runs_beside_the_next_layer() -> None:
+    rows = {(c.layer, c.op, c.nano_batch): c.beside for c in inner(inspected("nanoflow_70b"))}
+    assert {"L2/KQV.1", "L2/KQV.2", "L2/GEMV.1", "L2/GEMV.2"} <= set(rows[1, "D.AR", 2])
+    assert {"L1/KQV.3", "L1/KQV.4"} <= set(rows[1, "GEMV.AG", 1])
+
+
+@pytest.mark.parametrize("plan", ["nanoflow_70b", "scatter_70b"])
+def test_nothing_is_merged_copied_or_unknown(plan: str) -> None:
+    bad = {"merged_gemm", "merged_collective", "weight_copy", "kv_copy", "transpose_before_collective"}
+    assert not kinds(inspected(plan)) & (bad | {"untraced_gemm", "untraced_collective", "unknown_hlo"})
+
+
+def test_70b_fits_eight_h200() -> None:
+    """The published size over eight devices, plus the second layout of O; more than a million tokens of KV are left."""
+    memory = inspected("nanoflow_70b").memory
+    o_layout = 80 * HIDDEN * HIDDEN * BYTES / DEVICES
+    assert memory.weights == pytest.approx(70.55e9 * BYTES / DEVICES + o_layout, rel=0.01)
+    assert memory.temporaries < 2 * 2**30
+    assert memory.kv_tokens > 1e6
+    assert memory.kv_bytes_per_token == 80 * 2 * 128 * BYTES
+
+
+def test_one_nano_batch_is_reported_as_exposed() -> None:
+    """The twin with nothing to run beside: every collective of every layer is a finding, and the network is waited
+    for.""" step, split = inspected("two_all_reduce"), inspected("nanoflow_70b")
+    reported = {
+        (f.layer, f.op) for f in step.report.findings if f.kind in ("synchronous_collective", "exposed_collective")
+    }
+    assert {(layer, op) for layer in INNER for op in ("O.AR", "D.AR")} <= reported
+    waits = {layer.layer: layer for layer in step.report.totals.layers}
+    for layer in INNER:
+        assert waits[layer].exposed_network_us == pytest.approx(waits[layer].network_us, rel=0.05)
+    assert step.report.totals.exposed_network_us > 3 * split.report.totals.exposed_network_us
+
+
+def test_the_dot_merger_is_reported() -> None:
+    """The twin with XLA's defaults and no enforced order: the nano-batches' GEMMs become one, and the inspector says
+    so."""
+    step = inspected("nanoflow_70b", order=False, merger_mb=32)
+    assert "merged_gemm" in kinds(step)
+    assert "merged_gemm" not in kinds(inspected("nanoflow_70b"))
+
+
+def test_collectives_move_the_bytes_of_the_closed_form() -> None:
+    """2 AG + 1 AR and 2 AR: an all-gather of [n, H] carries what half an all-reduce does, so both send the same bytes.
+
+    Whole tensors, MiB per layer: n * H * 2 bytes each. On the wire, an all-reduce sends twice its tensor, an
+    all-gather and a reduce-scatter once (times 7/8).
+    """
+    whole = TOKENS * HIDDEN * BYTES / 2**20
+    gather, reduce_ = inspected("two_gather_one_reduce"), inspected("two_all_reduce")
+    assert moved(gather) == {"GEMV.AG": whole, "O.AG": whole, "D.AR": whole}
+    assert moved(reduce_) == {"O.AR": whole, "D.AR": whole}
+    wire = {"AG": 1, "RS": 1, "AR": 2}
+
+    def sent(step: StepInspection) -> float:
+        return sum(mib * wire[op.split(".")[-1]] for op, mib in moved(step).items())
+
+    assert sent(gather) == sent(reduce_) == 4 * whole
+    first, second = 640 / TOKENS * whole, 1408 / TOKENS * whole
+    mixed = {"GEMV.AG": first, "O.AG": first, "O.AR": second, "D.AR": whole}
+    assert moved(inspected("nanoflow_70b")) == mixed
+    assert sent(inspected("nanoflow_70b")) == 4 * whole
+    assert moved(inspected("scatter_70b")) == dict.fromkeys(("O.RS", "O.AG", "D.RS", "D.AG"), whole)
