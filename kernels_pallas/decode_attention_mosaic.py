@@ -43,6 +43,7 @@ class Plan:
 
     rows: int
     kv_heads: int
+    row_pages: int  # of the page table
     heads: int  # query heads per KV head, padded to 8 or 16
     head_dim: int
     splits: int
@@ -60,6 +61,10 @@ class Plan:
     @property
     def items(self) -> int:
         return self.rows * self.kv_heads * self.splits
+
+    def pages(self, length: jax.Array) -> jax.Array:
+        """Pages of a row; a length beyond the page table ends with it."""
+        return jnp.minimum(_ceil_div(length, PAGE_SIZE), self.row_pages)
 
     def split_pages(self, pages: Any) -> Any:
         """Pages of one split of a row that has `pages` of them."""
@@ -119,7 +124,7 @@ def _body(plan: Plan) -> Callable[..., None]:
 
         def page_range(length: jax.Array, split: jax.Array) -> tuple[jax.Array, jax.Array]:
             """First page of the split and how many it has (0 beyond the length)."""
-            pages = _ceil_div(length, PAGE_SIZE)
+            pages = plan.pages(length)
             size = plan.split_pages(pages)
             first = split * size
             return first, jnp.clip(pages - first, 0, size)
@@ -290,7 +295,7 @@ def _call(plan: Plan, interpret: Any) -> Callable[..., tuple[jax.Array, jax.Arra
 
 def _combine(plan: Plan, out: jax.Array, lse: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Joins the splits, out [rows, kv_heads, splits, d, heads] and lse [rows, kv_heads, splits, heads] float32."""
-    pages = _ceil_div(lengths, PAGE_SIZE)
+    pages = plan.pages(lengths)
     size = plan.split_pages(pages)
     used = lax.div(pages + size - 1, size)
     alive = (jnp.arange(plan.splits, dtype=jnp.int32)[None, :] < used[:, None])[:, None, :, None]
@@ -364,6 +369,7 @@ def decode_attention_mosaic(
     plan = Plan(
         rows=rows,
         kv_heads=kv_heads,
+        row_pages=page_table.shape[1],
         heads=heads,
         head_dim=d,
         splits=splits,

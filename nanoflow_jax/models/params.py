@@ -4,6 +4,7 @@ follow."""
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:
             makers[kind] = jax.jit(init, out_shardings=info.sharding(mesh))
         return makers[kind](key)
 
-    leaves, tree = jax.tree.flatten(infos, is_leaf=is_info)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(tree, [make(info, key) for info, key in zip(leaves, keys, strict=True)])
+    def key(info: ParamInfo) -> jax.Array:
+        """By the tensor's name: the two layouts of O hold the same matrix."""
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(info.sources[0].name.encode()))
+
+    return jax.tree.map(lambda info: make(info, key(info)), infos, is_leaf=is_info)

@@ -173,7 +173,8 @@ class _StepRun:
         """The residual of all rows after the last layer, [T, H]."""
         for number in sorted(self.pending):
             x = self.order.run(_add, self.residual[number], *self.pending[number])
-            self.residual[number] = collectives.all_gather_rows(x) if number in self.scattered else x
+            with jax.named_scope(f"HEAD.AG.{number}"):
+                self.residual[number] = collectives.all_gather_rows(x) if number in self.scattered else x
         parts = [self.residual[number] for number in sorted(self.nano_batches)]
         return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 

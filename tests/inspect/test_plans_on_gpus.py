@@ -87,7 +87,8 @@ def test_70b_fits_eight_h200() -> None:
 
 def test_one_nano_batch_is_reported_as_exposed() -> None:
     """The twin with nothing to run beside: every collective of every layer is a finding, and the network is waited
-    for.""" step, split = inspected("two_all_reduce"), inspected("nanoflow_70b")
+    for."""
+    step, split = inspected("two_all_reduce"), inspected("nanoflow_70b")
     reported = {
         (f.layer, f.op) for f in step.report.findings if f.kind in ("synchronous_collective", "exposed_collective")
     }

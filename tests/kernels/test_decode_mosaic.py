@@ -34,8 +34,8 @@ def arguments(q: jax.Array, paged: Paged) -> tuple[jax.Array, ...]:
     return q, paged.k_pages, paged.v_pages, jnp.asarray(paged.page_table), jnp.asarray(paged.lengths)
 
 
-def interpreted(tuning: DecodeTuning, **more: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    params = plgpu.InterpretGPUParams(detect_races=True)
+def interpreted(tuning: DecodeTuning, races: bool = True, **more: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    params = plgpu.InterpretGPUParams(detect_races=races)
     return jax.jit(partial(decode_attention, backend="mosaic", tuning=tuning, interpret=params, **more))
 
 
@@ -94,7 +94,7 @@ def test_broken_twins_fail_and_neighbours_do_not_matter() -> None:
     keys, values = jnp.nan_to_num(paged.k_pages), jnp.nan_to_num(paged.v_pages)
     table, lengths = jnp.asarray(paged.page_table), jnp.asarray(paged.lengths)
     q = random_queries(rng, 3, 4, 64, "bfloat16")
-    run = interpreted(SPLIT, scale=0.125, sm_budget=1)
+    run = interpreted(SPLIT, races=False, scale=0.125, sm_budget=1)
     want, _ = expected((q, keys, values, table, lengths), 0.125)
     right = np.asarray(run(q, keys, values, table, lengths)[0])
     assert_rows_close(right, want, "bfloat16")
@@ -111,6 +111,8 @@ def test_broken_twins_fail_and_neighbours_do_not_matter() -> None:
         assert errors.max(axis=1).min() > TOLERANCES["bfloat16"], f"{name}: a row passes ({errors.max(axis=1)})"
     alone = run(q, keys, values, table, lengths * jnp.array([0, 1, 0], jnp.int32))[0]
     np.testing.assert_array_equal(np.asarray(alone)[1], right[1])
+    beyond = run(q, keys, values, table, lengths + 1000)[0]  # than the page table: it ends there
+    assert_rows_close(beyond, expected((q, keys, values, table, jnp.full(3, 192, jnp.int32)), 0.125)[0], "bfloat16")
 
 
 def _bad(**changes: Any) -> dict[str, Any]:
@@ -260,3 +262,34 @@ def test_benchmark_refuses_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> N
     assert out == ""
     assert err.startswith("kernels_pallas.bench: ")
     assert err.count("\n") == 1
+
+
+def test_benchmark_checks_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At small size, the kernel under the interpreter; then a kernel that takes K for V."""
+    for name in ("CALLS", "RUNS", "COLD_BYTES"):
+        monkeypatch.setattr(bench, name, 1)
+    case = bench.Case(3, 4, 1, 200, ragged=True, head_dim=64)
+    params = plgpu.InterpretGPUParams()
+
+    def attend(*args: Any, tuning: DecodeTuning) -> Any:
+        return decode_attention(*args, backend="mosaic", tuning=tuning, interpret=params)
+
+    monkeypatch.setattr(bench, "attend", attend)
+    figures = bench.measure(case, SMALL, 1e9)
+    assert figures["error"] < 5e-3
+    assert figures["bytes"] > 0
+    assert figures["percent_of_copy"] == pytest.approx(figures["bytes"] / figures["us"] / 1e9 * 1e8, rel=1e-6)
+    monkeypatch.setattr(bench, "attend", lambda q, k, v, *rest, tuning: decode_attention(q, k, k, *rest))
+    with pytest.raises(RuntimeError, match="a row is off by"):
+        bench.measure(case, SMALL, 1e9)
+
+
+def test_benchmark_requests_own_their_pages() -> None:
+    for case in bench.CASES.values():
+        if case.pages > 20480:
+            continue
+        tables = bench._tables(case, 2)
+        needed = -(-case.lengths() // 64)
+        used = np.concatenate([t[row, :n] for t in tables for row, n in enumerate(needed)])
+        assert len(np.unique(used)) == len(used) == 2 * case.pages
+        assert case.bytes > case.lengths().sum() * case.kv_heads * 512
