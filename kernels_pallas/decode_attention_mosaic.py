@@ -34,7 +34,10 @@ LOG2_E = math.log2(math.e)
 Q_SLOTS = 2
 
 # K, V, Q and P as wgmma reads them from shared memory: tiles of 8 rows by 128 bytes, swizzled.
-TILED_BF16 = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED_BF16 = (
+    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _body(plan: Plan) -> Callable[..., None]:
 
         def load(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             steps_done, items_done = carry
-            _, row, q_row, split = item_of(turn)
+            row, q_row, split = item_of(turn)[1:]
             kv_head = lax.rem(q_row, jnp.int32(plan.kv_heads))
             first, count = page_range(lengths[row], split)
 
@@ -159,7 +162,7 @@ def _body(plan: Plan) -> Callable[..., None]:
 
         def compute(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             steps_done, items_done, length = carry
-            item, _, _, split = item_of(turn)
+            item, split = item_of(turn)[::3]
             # The next item's length, asked for now: nothing waits for it until this item is done.
             next_length = lengths[item_of(jnp.minimum(turn + 1, turns - 1))[1]]
             first, count = page_range(length, split)
@@ -178,7 +181,7 @@ def _body(plan: Plan) -> Callable[..., None]:
                     plgpu.wgmma(ref, k_s.at[slot], q_s.at[q_slot].transpose((1, 0)))
                     return ref[...]
 
-                s = pl.run_scoped(scores, plgpu.ACC((tokens, heads), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((tokens, heads), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 token = plgpu.broadcasted_iota(jnp.int32, (tokens, heads), 0, layout=plgpu.Layout.WGMMA)
                 s = jnp.where(token < left, s * to_log2, -jnp.inf)
@@ -200,7 +203,7 @@ def _body(plan: Plan) -> Callable[..., None]:
                     plgpu.wgmma(ref, v_s.at[slot].transpose((1, 0)), p_s.transpose((1, 0)))
                     return ref[...]
 
-                update = pl.run_scoped(values, plgpu.ACC((d, heads), jnp.float32))
+                update = pl.run_scoped(values, plgpu.WGMMAAccumulatorRef((d, heads), jnp.float32))
                 acc = acc * lax.broadcast_in_dim(keep, acc.shape, (1,)) + update
                 plgpu.barrier_arrive(v_free.at[slot])
                 return acc, new_top, total

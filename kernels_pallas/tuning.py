@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PAGE_TOKENS = 64
-SHARED_MEMORY_OTHER = 16 * 1024  # queries, weights, results, barriers and the reduction's scratch: an upper bound
+SHARED_MEMORY_OTHER = 25 * 1024  # queries, weights, a result, barriers, the reduction's scratch: 16 heads of 128
 BLOCK_LIMIT = 232_448  # bytes of shared memory one thread block may have on Hopper
 
 

@@ -30,9 +30,10 @@ class Progress:
             self._bar.update(count)
         elif self._lines and (self._done == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES):
             self._last = time.monotonic()
-            scale, unit = (1e6, "MB") if self._unit == "B" else (1, self._unit)
-            count = f"{self._done / scale:.4g}/{self._total / scale:.4g}"
-            print(f"{self._title}: {count} {unit} {self._note}".rstrip(), file=sys.stderr)
+            in_bytes = self._unit == "B"
+            scale, unit = (1e6 if in_bytes else 1), ("MB" if in_bytes else self._unit)
+            done = f"{self._done / scale:.4g}/{self._total / scale:.4g}"
+            print(f"{self._title}: {done} {unit} {self._note}".rstrip(), file=sys.stderr)
 
     def __enter__(self) -> Progress:
         return self

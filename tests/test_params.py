@@ -61,8 +61,8 @@ def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, 
 
 
 def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
-    """Normal with a variance of 1 / fan-in, norms one, biases zero; no weight or shard is a copy of another, but for the
-    two layouts of O, which are one matrix."""
+    """Normal with a variance of 1 / fan-in, norms one, biases zero; no weight or shard is a copy of another, but
+    for the two layouts of O, which are one matrix."""
     _, infos, params = made
     for layer in params.layers:
         np.testing.assert_array_equal(layer.o_rows, layer.o_columns)

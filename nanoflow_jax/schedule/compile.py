@@ -3,6 +3,7 @@ one place."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
@@ -75,11 +76,13 @@ def compile_step(
     compiled = lowered.compile(compiler_options=chosen)
     if not pin_starts or PROFILE_OPTION in chosen:
         return compiled
-    profile = _start_early_profile(compiled.as_text())
+    profile = _start_early_profile(compiled.as_text() or "")
     if not profile:
         return compiled
-    with tempfile.TemporaryDirectory(prefix="nanoflow-profile-") as folder:
-        path = Path(folder) / "profile.pbtxt"
+    with tempfile.TemporaryDirectory(prefix="nanoflow-profile-") as temporary:
+        # In the compile cache, named by content: the path is part of the cache's key.
+        folder = Path(jax.config.jax_compilation_cache_dir or temporary)  # pyright: ignore[reportAttributeAccessIssue]
+        path = folder / f"profile-{hashlib.sha256(profile.encode()).hexdigest()[:16]}.pbtxt"
         path.write_text(profile)
         return lowered.compile(compiler_options={**chosen, PROFILE_OPTION: str(path)})
 

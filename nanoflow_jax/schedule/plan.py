@@ -227,12 +227,8 @@ def _check(plan: SchedulePlan) -> None:
                 f"accepted: {', '.join(STRATEGIES)}"
             )
     if plan.tokens_per_step is None:
-        if (
-            len(plan.nano_batches) > 1
-            or plan.splits
-            or plan.decode_tokens is not None
-            or plan.nano_batches[0].rows is not None
-        ):
+        sized = any(batch.rows is not None for batch in plan.nano_batches)
+        if len(plan.nano_batches) > 1 or sized or plan.splits or plan.decode_tokens is not None:
             raise ConfigError("tokens_per_step: needed by a plan that gives rows, splits or decode_tokens")
     else:
         total, decode = plan.tokens_per_step, plan.decode_tokens

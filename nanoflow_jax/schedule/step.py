@@ -63,7 +63,7 @@ class StepSpec:
     enforce_order: bool = field(default=False)
 
 
-def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> Callable[..., Any]:
+def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.stages.Wrapped:
     """The step as a jitted function `(params, cache, batch) -> (cache, tokens [B] int32)`, cache donated.
 
     With `spec.logits` the second result is float32 `[T, vocabulary]` instead.
