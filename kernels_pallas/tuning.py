@@ -26,7 +26,7 @@ class DecodeTuning:
     step_pages: int = 2
     min_split_pages: int = 4
     max_split_pages: int = 128
-    max_splits: int = 64
+    max_splits: int = 128
 
     def __post_init__(self) -> None:
         for name in ("sms", "min_split_pages", "max_split_pages", "max_splits"):

@@ -25,6 +25,7 @@ from tasks import MIN_LOOKUP_PAIRS, TASKS, TEST_LOOKUP_PAIRS, Problem, lookup_co
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 BOS, EOS, USER, ASSISTANT, SYSTEM, END_OF_TURN = range(256, 262)  # token ids; 0-255 are the bytes
 SPECIAL_TOKENS = {
@@ -44,8 +45,6 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "You are tiny.", "Answer briefly.", "Be precise.")
-
-Row = tuple[list[int], list[int]]  # tokens [length], and for each position the token to predict there or NO_TARGET
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -104,6 +103,7 @@ def build_model() -> LlamaForCausalLM:
     )
     model = LlamaForCausalLM(config)
     attend_to_the_like(model)
+    attend_to_the_previous(model)
     model.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=[EOS, END_OF_TURN], pad_token_id=EOS)
     return model
 
@@ -123,14 +123,57 @@ def attend_to_the_like(model: LlamaForCausalLM) -> None:
         outputs[:, :, 0] = attention.v_proj.weight.view(groups, head_dim, -1).permute(2, 0, 1)
 
 
+@torch.no_grad()
+def attend_to_the_previous(model: LlamaForCausalLM) -> None:
+    """Start twelve heads of the first layer as heads that look one to four tokens back.
+
+    All embeddings get a common component. A key projects it to a fixed vector, and a query to the same vector turned
+    back by the rotary angle of the distance, so that their product is largest at that distance. The two heads of a
+    group write to the same place, one distance apart: the letters of "kx" look alike from the 4 of "kx=48" and from
+    the "?" of "kx?", and again from the 8 and from the position after "kx?4".
+    """
+    config, frequencies = model.config, 3  # the fastest rotations tell distances apart
+    half = config.head_dim // 2
+    common = torch.randn(config.hidden_size)
+    common /= common.norm()
+    embedding = model.model.embed_tokens.weight
+    embedding += common * embedding.norm(dim=1).mean()
+    attention = model.model.layers[0].self_attn
+    queries = attention.q_proj.weight.view(config.num_key_value_heads, 2, config.head_dim, config.hidden_size)
+    keys = attention.k_proj.weight.view(config.num_key_value_heads, config.head_dim, config.hidden_size)
+    outputs = attention.o_proj.weight.view(config.hidden_size, config.num_key_value_heads, 2, config.head_dim)
+    angles = config.rope_parameters["rope_theta"] ** (-torch.arange(frequencies) / half)  # radians per token
+    fixed = 0.625 * common
+    for group in range(6):
+        outputs[:, group, 1] = outputs[:, group, 0]
+        keys[group] *= 0.3
+        keys[group, :frequencies] += fixed
+        for head, distance in enumerate(((1, 2), (2, 3), (3, 4))[group % 3]):
+            queries[group, head] *= 0.3
+            queries[group, head, :frequencies] += torch.cos(distance * angles)[:, None] * fixed
+            queries[group, head, half : half + frequencies] -= torch.sin(distance * angles)[:, None] * fixed
+
+
 # Training data: rows of tokens, each with its targets. Loss is on the answers only.
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training text: its tokens and, for each position, the token to predict there or NO_TARGET (both [length]).
+
+    `links` are pairs of positions of a look-up row: where a digit is to be predicted, and where it is in the list.
+    """
+
+    tokens: list[int]
+    targets: list[int]
+    links: tuple[tuple[int, int], ...] = ()
 
 
 def question_row(problem: Problem) -> Row:
     """Lay out one plain problem: begin-of-text, prompt, answer, end-of-text."""
     prompt = [BOS, *problem.prompt.encode()]
     answer = [*problem.answer.encode(), EOS]
-    return prompt + answer[:-1], [NO_TARGET] * (len(prompt) - 1) + answer
+    return Row(prompt + answer[:-1], [NO_TARGET] * (len(prompt) - 1) + answer)
 
 
 def chat_row(turns: list[Problem], system: str | None) -> Row:
@@ -143,7 +186,7 @@ def chat_row(turns: list[Problem], system: str | None) -> Row:
         tokens += [USER, *turn.prompt.encode(), END_OF_TURN, ASSISTANT]
         targets += [NO_TARGET] * (len(tokens) - 1 - len(targets)) + answer
         tokens += answer
-    return tokens[:-1], targets
+    return Row(tokens[:-1], targets)
 
 
 def lookup_row(rng: random.Random, num_pairs: int, num_queries: int) -> Row:
@@ -154,11 +197,14 @@ def lookup_row(rng: random.Random, num_pairs: int, num_queries: int) -> Row:
     pairs = lookup_pairs(rng, num_pairs, "train")
     tokens = [BOS, *lookup_context(pairs).encode()]
     targets = [NO_TARGET] * len(tokens)
-    for key in rng.choices(list(pairs), k=num_queries):
-        value = [*pairs[key].encode()]
+    links = []
+    for index in rng.choices(range(num_pairs), k=num_queries):
+        key, encoded_value = list(pairs.items())[index]
+        value = [*encoded_value.encode()]
+        links += [(len(tokens) + 2 + digit, 6 * index + 4 + digit) for digit in (0, 1)]
         tokens += [*key.encode(), ord("?"), *value, ord(";")]
         targets += [NO_TARGET, NO_TARGET, *value, EOS, NO_TARGET]
-    return tokens[:-1], targets[:-1]
+    return Row(tokens[:-1], targets[:-1], tuple(links))
 
 
 class TrainingData:
@@ -177,9 +223,9 @@ class TrainingData:
     def batches(self) -> dict[str, list[Row]]:
         """Draw the batches of one step: rows of similar length together, so that little is padding."""
         settled = max(self.losses["addition"], self.losses["words"]) < 0.1
-        sums, words, chats, lookup_tokens = (32, 12, 4, 3000) if settled else (64, 24, 6, 2000)
-        num_pairs = self.rng.randint(max(MIN_LOOKUP_PAIRS, self.max_pairs // 2), self.max_pairs)
-        num_queries = min(num_pairs, 16)
+        sums, words, chats, lookup_tokens = (32, 12, 4, 3000) if settled else (80, 24, 6, 2400)
+        num_pairs = self.rng.randint(max(MIN_LOOKUP_PAIRS, self.max_pairs // 3), self.max_pairs)
+        num_queries = min(num_pairs + 2, 32)
         lookups = max(3, lookup_tokens // (6 * (num_pairs + num_queries)))
         return {
             "addition": [question_row(self._carrying_more_often()) for _ in range(sums)],
@@ -190,8 +236,8 @@ class TrainingData:
 
     def observe(self, losses: dict[str, float]) -> None:
         """Follow the losses of a step; lengthen the look-up lists when the present length is learnt."""
-        for name, loss in losses.items():
-            self.losses[name] += 0.1 * (loss - self.losses[name])
+        for name, mean in self.losses.items():
+            self.losses[name] = mean + 0.1 * (losses[name] - mean)
         if self.losses["lookup"] < 0.25 and self.max_pairs < TEST_LOOKUP_PAIRS[1]:
             self.max_pairs = min(TEST_LOOKUP_PAIRS[1], self.max_pairs * 3 // 2)
             self.losses["lookup"] = 0.5  # look at the new length for some steps first
@@ -215,21 +261,61 @@ class TrainingData:
 
 def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and targets [rows, longest]. Padding is on the right, where causal attention cannot see it."""
-    longest = max(len(tokens) for tokens, _ in rows)
+    longest = max(len(row.tokens) for row in rows)
     tokens = torch.full((len(rows), longest), EOS)
     targets = torch.full((len(rows), longest), NO_TARGET)
-    for i, (row_tokens, row_targets) in enumerate(rows):
-        tokens[i, : len(row_tokens)] = torch.tensor(row_tokens)
-        targets[i, : len(row_targets)] = torch.tensor(row_targets)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        targets[i, : len(row.targets)] = torch.tensor(row.targets)
     return tokens, targets
 
 
-def answer_logits(model: LlamaForCausalLM, rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return logits [answers, vocab], targets [answers] and row numbers [answers] of the answer positions only."""
+@dataclass(frozen=True)
+class Answers:
+    """What the model says at the answer positions of a batch, and what attention_loss needs besides."""
+
+    logits: torch.Tensor  # [answers, vocab]
+    targets: torch.Tensor  # [answers], the right tokens
+    row_numbers: torch.Tensor  # [answers]
+    between: torch.Tensor  # hidden states [rows, longest, hidden] that go into the second layer
+    rotation: tuple[torch.Tensor, torch.Tensor]  # cosines and sines [1, longest, head_dim] of the positions
+
+
+def answer(model: LlamaForCausalLM, rows: list[Row]) -> Answers:
+    """Run the model over the rows."""
     tokens, targets = pad(rows)
-    hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
+    inner = model.model
+    hidden = inner.embed_tokens(tokens)
+    rotation = inner.rotary_emb(hidden, torch.arange(tokens.shape[1])[None])
+    between = hidden
+    for index, layer in enumerate(inner.layers):
+        between = hidden if index == 1 else between
+        hidden = layer(hidden, position_embeddings=rotation)  # without a mask, attention is causal
     is_answer = targets != NO_TARGET
-    return model.lm_head(hidden[is_answer]), targets[is_answer], is_answer.nonzero()[:, 0]
+    logits = model.lm_head(inner.norm(hidden[is_answer]))
+    return Answers(logits, targets[is_answer], is_answer.nonzero()[:, 0], between, rotation)
+
+
+def attention_loss(model: LlamaForCausalLM, rows: list[Row], answers: Answers) -> torch.Tensor:
+    """Return the cross-entropy of the second layer's attention from each query to the linked digit in the list.
+
+    The first head of every group is taught so. Without it the two-letter match takes very long to appear. All rows have
+    the same length and number of links.
+    """
+    config, layer = model.config, model.model.layers[1]
+    normed = layer.input_layernorm(answers.between)
+    shape = (*normed.shape[:2], config.num_key_value_heads, -1, config.head_dim)
+    queries = layer.self_attn.q_proj(normed).view(shape)[:, :, :, 0].transpose(1, 2)  # [rows, groups, length, head_dim]
+    keys = layer.self_attn.k_proj(normed).view(shape)[:, :, :, 0].transpose(1, 2)
+    queries, keys = apply_rotary_pos_emb(queries, keys, *answers.rotation)
+    links = torch.tensor([row.links for row in rows])  # [rows, links, 2]
+    asking, value = links[:, None, :, 0], links[:, None, :, 1]
+    asking_queries = queries.take_along_dim(asking[..., None], dim=2)  # [rows, groups, links, head_dim]
+    scores = asking_queries @ keys.transpose(2, 3) / math.sqrt(config.head_dim)
+    later = torch.arange(scores.shape[-1]) > asking[..., None]
+    log_attention = scores.masked_fill(later, -torch.inf).log_softmax(-1)
+    groups = config.num_key_value_heads
+    return -log_attention.take_along_dim(value[..., None].expand(-1, groups, -1, -1), dim=3).mean()
 
 
 # Evaluation
@@ -250,11 +336,11 @@ def count_right(model: LlamaForCausalLM, rows: list[Row]) -> int:
     tokens before it, so one forward pass over the whole row decides.
     """
     right = 0
-    rows = sorted(rows, key=lambda row: len(row[0]))
+    rows = sorted(rows, key=lambda row: len(row.tokens))
     for start in range(0, len(rows), 50):
         batch = rows[start : start + 50]
-        logits, targets, row_numbers = answer_logits(model, batch)
-        wrong = row_numbers[logits.argmax(-1) != targets]
+        answers = answer(model, batch)
+        wrong = answers.row_numbers[answers.logits.argmax(-1) != answers.targets]
         right += len(batch) - len(wrong.unique())
     return right
 
@@ -338,7 +424,8 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
     if args.resume:
         data.max_pairs, data.losses = state["data"]["max_pairs"], state["data"]["losses"]
     if args.compile:
-        model.model.compile(dynamic=True)
+        for layer in model.model.layers:
+            layer.compile(dynamic=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
 
     losses: dict[str, float] = {}
@@ -353,11 +440,15 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
             break
         rate = learning_rate(args.learning_rate, done, progress.step)
         for name, rows in data.batches().items():
-            logits, targets, _ = answer_logits(model, rows)
-            loss = functional.cross_entropy(logits, targets)
-            loss.backward()
+            answers = answer(model, rows)
+            loss = functional.cross_entropy(answers.logits, answers.targets)
             losses[name] = loss.item()
-            tokens_since_log += sum(len(tokens) for tokens, _ in rows)
+            if name == "lookup":
+                guidance = attention_loss(model, rows, answers)
+                losses["attention"] = guidance.item()
+                loss = loss + guidance
+            loss.backward()
+            tokens_since_log += sum(len(row.tokens) for row in rows)
         data.observe(losses)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -31,6 +31,7 @@ def add(commands: Any, formatter: Any) -> None:
     p.add_argument("--decode-tokens", type=int, help="how many of them decode; the plan's own when not given, else 5/8")
     p.add_argument("--context", type=int, default=1024, help="tokens of context per row, for the cost of attention")
     p.add_argument("--layers", type=int, help="compile only this many layers (totals are scaled); all when not given")
+    p.add_argument("--attention-backend", default="auto", help="of decode attention: auto, mosaic (Hopper) or xla")
     p.add_argument(
         "--xla-option",
         action="append",
@@ -68,6 +69,7 @@ def _run(args: argparse.Namespace) -> int:
                 decode_tokens=args.decode_tokens,
                 context=args.context,
                 layers=args.layers,
+                attention_backend=args.attention_backend,
                 options=options,
                 enforce_order=not args.free_order,
             )

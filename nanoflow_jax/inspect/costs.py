@@ -73,6 +73,14 @@ def is_library_gemm(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and instruction.target.startswith(GEMM_LIBRARIES)
 
 
+def is_mosaic(module: Module, instruction: Instruction) -> bool:
+    """A Mosaic kernel, or a fusion that only cuts its operands' rows for one."""
+    if instruction.target.startswith(MOSAIC):
+        return True
+    inner = module.called(instruction) if instruction.opcode == "fusion" else ()
+    return any(i.target.startswith(MOSAIC) for computation in inner for i in computation.instructions)
+
+
 def collective_kind(module: Module, instruction: Instruction) -> str:
     """HLO name of the collective that an instruction starts or runs, "" for none: also inside async and fusion
     wrappers."""
@@ -173,7 +181,7 @@ class CostModel:
         """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
         if piece is None or (piece.op, piece.piece) not in self.costs:
             return None
-        flops, moved = (value / sharers[piece] for value in self.costs[piece.op, piece.piece])
+        flops, moved = (value / max(sharers[piece], 1) for value in self.costs[piece.op, piece.piece])
         found = latency.kernel(self.hardware, flops, moved)
         prediction = Prediction(found.us, found.bound, "roofline of the caller's cost", flops, moved)
         return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
@@ -187,7 +195,7 @@ class CostModel:
         if instruction.base == "copy" and any(shape.host for shape in self._ends(computation, instruction)):
             moved = operand_bytes(computation, instruction)
             return Cost("host_copy", latency.host_copy(self.hardware, moved), 0.0, moved, "", instruction.pieces)
-        if instruction.target.startswith(MOSAIC):
+        if is_mosaic(self.module, instruction):
             return self._mosaic(computation, instruction)
         return self._kernel(computation, instruction)
 

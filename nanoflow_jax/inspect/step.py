@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
@@ -56,6 +57,7 @@ class StepInspection:
     tokens: int
     decode_tokens: int
     context: int
+    attention_backend: str
     layers: int
     model_layers: int
     compile_seconds: float
@@ -71,7 +73,17 @@ class StepInspection:
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
         data["memory"] = asdict(self.memory)
-        names = ("model", "devices", "tokens", "decode_tokens", "context", "layers", "model_layers", "compile_seconds")
+        names = (
+            "model",
+            "devices",
+            "tokens",
+            "decode_tokens",
+            "context",
+            "attention_backend",
+            "layers",
+            "model_layers",
+            "compile_seconds",
+        )
         return {**{name: getattr(self, name) for name in names}, "plan": self.plan.name, **data}
 
     def text(self) -> str:
@@ -84,6 +96,7 @@ class StepInspection:
             [
                 f"{self.model}, plan {self.plan.name}, "
                 f"{self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
+                f"decode attention {self.attention_backend}, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}, device "
@@ -114,6 +127,7 @@ def inspect_step(
     decode_tokens: int | None = None,
     context: int = 1024,
     layers: int | None = None,
+    attention_backend: str = "auto",
     options: Mapping[str, Option] | None = None,
     enforce_order: bool = True,
 ) -> StepInspection:
@@ -124,6 +138,7 @@ def inspect_step(
     context           tokens of context that each row attends to, for the cost of attention (the program does not
                       depend on it)
     layers            compile only this many layers (all are alike, and 80 take minutes); None: all
+    attention_backend of decode attention: "mosaic" on Hopper, "xla"; "auto" takes Mosaic where the GPU has it
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
 
@@ -147,6 +162,12 @@ def inspect_step(
         decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1
     )
 
+    has_mosaic = mosaic_supported(hardware.capability)
+    if attention_backend == "auto":
+        attention_backend = "mosaic" if has_mosaic else "xla"
+    if attention_backend not in ("mosaic", "xla") or (attention_backend == "mosaic" and not has_mosaic):
+        accepted = "'auto', 'mosaic', 'xla'" if has_mosaic else f"'auto', 'xla' on {hardware.name}"
+        raise ConfigError(f"attention_backend: {attention_backend!r} is not accepted; accepted: {accepted}")
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
     per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * 2
@@ -155,7 +176,7 @@ def inspect_step(
 
     started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)
-    spec = StepSpec(config, plan, shape, enforce_order=enforce_order)
+    spec = StepSpec(config, plan, shape, attention_backend, enforce_order=enforce_order)
     lowered = lower_step(spec, mesh, infos, num_pages=pages, page_size=PAGE_SIZE)
     compiled = compile_step(lowered, "cuda", pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
@@ -168,10 +189,23 @@ def inspect_step(
         costs=attention_costs(config, plan.pieces(decode_tokens, prefill, row_quantum(devices)), devices, context),
     )
     report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
+    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token)
     return StepInspection(
-        name, plan, hardware, devices, tokens, decode_tokens, context, config.num_layers, full.num_layers, seconds,
-        _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token), report, hlo,
-    )  # fmt: skip
+        model=name,
+        plan=plan,
+        hardware=hardware,
+        devices=devices,
+        tokens=tokens,
+        decode_tokens=decode_tokens,
+        context=context,
+        attention_backend=attention_backend,
+        layers=config.num_layers,
+        model_layers=full.num_layers,
+        compile_seconds=seconds,
+        memory=memory,
+        report=report,
+        hlo=hlo,
+    )
 
 
 def _whole_model(report: Report, config: ModelConfig, hardware: Hardware, devices: int, tokens: int) -> Totals:

@@ -37,5 +37,8 @@ STRATEGIES = {
     "scatter": ("O", "O.RS", "O.AG", "UG", "D", "D.RS", "D.AG"),
 }
 
+# Ops that may run on a stream of their own: bound by memory, with a kernel that can leave SMs to a GEMM.
+LANE_OPS = ("GEMV",)
+
 # Ops whose rows a plan may cut finer than the nano-batches.
 SPLITTABLE = ("KQV", "GEMV", "PF")

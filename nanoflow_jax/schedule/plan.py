@@ -17,6 +17,11 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
     [splits]
     KQV = [256, 384, 768, 640]
+
+    # Optional, on a GPU: decode attention on a second stream, beside GEMMs, on at most so many of the SMs.
+    [lanes.GEMV]
+    stream = 1
+    sms = 48
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, config_path
-from nanoflow_jax.schedule.ops import RESOURCE, SPLITTABLE, STRATEGIES
+from nanoflow_jax.schedule.ops import LANE_OPS, RESOURCE, SPLITTABLE, STRATEGIES
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
 SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
@@ -48,6 +53,14 @@ class NanoBatch:
 
     rows: int | None
     attention_output: str
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A stream beside the main one, and how many SMs (None: all) an op on it may use."""
+
+    stream: int
+    sms: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class SchedulePlan:
     decode_tokens: int | None = None
     splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
+    lanes: Mapping[str, Lane] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -181,7 +195,7 @@ def _line_of(text: str, message: str) -> str:
 
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
-    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits"}
+    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes"}
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
     batches = _typed("nano_batches", fields.get("nano_batches"), list)
@@ -198,12 +212,13 @@ def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     splits = {
         op: tuple(_sizes(f"splits.{op}", s)) for op, s in _typed("splits", fields.get("splits", {}), dict).items()
     }
+    lanes = {op: _lane(f"lanes.{op}", f) for op, f in _typed("lanes", fields.get("lanes", {}), dict).items()}
     order = _typed("order", fields.get("order", []), list)
     if not all(isinstance(o, str) for o in order):
         raise ConfigError("order: must be a list of strings such as 'KQV.1'")
     sized = {k: _typed(k, fields[k], int) for k in ("tokens_per_step", "decode_tokens") if k in fields}
     description = _typed("description", fields.get("description", ""), str)
-    return SchedulePlan(name, tuple(parsed), description, splits=splits, order=tuple(order), **sized)
+    return SchedulePlan(name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, **sized)
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -214,6 +229,16 @@ def _typed(name: str, value: Any, kind: type) -> Any:
 
 def _sizes(name: str, value: Any) -> list[int]:
     return [_typed(f"{name}[{i}]", v, int) for i, v in enumerate(_typed(name, value, list), start=1)]
+
+
+def _lane(name: str, value: Any) -> Lane:
+    fields = _typed(name, value, dict)
+    if unknown := sorted(set(fields) - {"stream", "sms"}):
+        raise ConfigError(f"{name}.{unknown[0]}: unknown field; accepted: stream, sms")
+    numbers = {key: _typed(f"{name}.{key}", number, int) for key, number in fields.items()}
+    if "stream" not in numbers or min(numbers.values()) < 1:
+        raise ConfigError(f"{name}: needs stream (1 or more), and may have sms (1 or more), not {fields}")
+    return Lane(**numbers)
 
 
 def _check(plan: SchedulePlan) -> None:
@@ -247,6 +272,9 @@ def _check(plan: SchedulePlan) -> None:
         missing = set(plan._cuts("O", total, decode)) - set(plan._cuts("KQV", total, decode))
         if missing:
             raise ConfigError(f"splits.KQV: pieces must end where nano-batches end, at row {min(missing)}")
+    for op in plan.lanes:
+        if op not in LANE_OPS:
+            raise ConfigError(f"lanes.{op}: op {op!r} cannot leave the main stream; accepted: {', '.join(LANE_OPS)}")
     if plan.order:
         _check_order(plan)
 

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
+from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -58,7 +59,7 @@ class StepSpec:
     config: ModelConfig
     plan: SchedulePlan
     shape: StepShape
-    attention_backend: str = "xla"
+    attention_backend: str = "xla"  # of decode attention; prefill attention and the append have the XLA path only
     logits: bool = False  # return the logits of every row instead of sampling (tests, scoring)
     enforce_order: bool = field(default=False)
 
@@ -107,7 +108,7 @@ class _StepRun:
 
     def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
         self.config, self.shape, self.backend = spec.config, spec.shape, spec.attention_backend
-        self.params, self.batch = params, batch
+        self.params, self.batch, self.lanes = params, batch, spec.plan.lanes
         self.k_pages, self.v_pages = list(cache.k), list(cache.v)
         self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
@@ -199,7 +200,7 @@ class _StepRun:
         s.q.put(piece.start, piece.stop, q)
         with jax.named_scope(f"KV.APPEND.{piece.piece}"):
             self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
-                partial(append_kv, backend=self.backend),
+                append_kv,
                 self.k_pages[s.index],
                 self.v_pages[s.index],
                 k,
@@ -212,12 +213,23 @@ class _StepRun:
         rows = slice(piece.start, piece.stop)
         span, q = s.q.get(piece.start, piece.stop)
 
+        # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
+        lane = self.lanes.get("GEMV") if self.backend == "mosaic" else None
+        sms = lane.sms if lane else None
+
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
-            out, _ = decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend)
+            out, _ = decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend, sm_budget=sms)
             return out.reshape(piece.rows, -1)
 
-        out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)
+        inputs = (self.k_pages[s.index], self.v_pages[s.index], *q)
+        if lane:  # issued like a collective: what reads the result joins the streams
+            beside = compute_on(
+                attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
+            )
+            out = self.order.start(beside, *inputs)
+        else:
+            out = self.order.run(attend, *inputs)
         s.attention.put(piece.start, piece.stop, out)
 
     def _pf(self, piece: OpPiece, s: _LayerState) -> None:
@@ -229,9 +241,7 @@ class _StepRun:
             starts, lengths = clip_segments(
                 batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
             )
-            out = prefill_attention(
-                span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths, backend=self.backend
-            )
+            out = prefill_attention(span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths)
             return out.reshape(piece.rows, -1)
 
         out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)
