@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.request import Request, RequestOutput
@@ -50,6 +51,7 @@ class LLM:
     tensor_parallel_size  devices in the mesh; None takes all that are present
     plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
                           two_gather_one_reduce
+    attention_backend     of decode attention: "xla", or "mosaic" on Hopper; "auto" is "xla" until Mosaic's is measured
     max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
     tokens_per_step       rows of the largest step, decode and prefill together
     decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
@@ -90,7 +92,7 @@ class LLM:
         _only("enable_prefix_caching", enable_prefix_caching, False)
         _only("kv_offload_gib", kv_offload_gib, 0)
         _only("deterministic", deterministic, False)
-        _only("attention_backend", attention_backend, "auto", "xla")
+        _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
         _only("quantization", quantization, None)
         _only("kv_cache_dtype", kv_cache_dtype, "auto")
         _only("dtype", dtype, "auto", "bfloat16", "float32")
@@ -122,7 +124,8 @@ class LLM:
         self.tokenizer = Tokenizer(tokenizer or folder)
         self._defaults, eos = _generation_defaults(folder, self.config)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        logger.info("attention backend: xla; plan: %s; mesh: %d devices", self.plan.name, self.mesh.size)
+        backend = _attention_backend(attention_backend, self.mesh.devices.flat[0], self.config, page_size)
+        logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, self.plan.name, self.mesh.size)
 
         infos = param_infos(
             self.config, self.mesh.size, o_rows=self.plan.needs_o_rows, o_columns=self.plan.needs_o_columns
@@ -166,7 +169,7 @@ class LLM:
             shapes,
             num_pages=num_pages,
             page_size=page_size,
-            attention_backend="xla",
+            attention_backend=backend,
             progress=progress,
         )
         self.engine = Engine(runner, shapes, page_size=page_size, max_model_len=limit, eos_token_ids=eos, seed=seed)
@@ -288,6 +291,25 @@ def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, pro
             seen = done
 
         return load_params(folder, config, mesh, infos, report)
+
+
+def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size: int) -> str:
+    """The backend of decode attention. "auto" is XLA's everywhere until the Mosaic kernel has been measured on a
+    GPU."""
+    if wanted != "mosaic":
+        return "xla"
+    capability = str(getattr(device, "compute_capability", "")) or "none"
+    major, _, minor = capability.partition(".")
+    if device.platform != "gpu" or not mosaic_supported((int(major), int(minor))):
+        raise ConfigError(
+            f"attention_backend: 'mosaic' needs a Hopper GPU, not {device.platform} (compute capability {capability}); "
+            "accepted: 'auto', 'xla'"
+        )
+    fits = {"dtype": (config.dtype, "bfloat16"), "page_size": (page_size, 64)}
+    for name, (value, needed) in fits.items():
+        if value != needed:
+            raise ConfigError(f"attention_backend: 'mosaic' needs {name} = {needed!r}, not {value!r}; accepted: 'xla'")
+    return "mosaic"
 
 
 def _only(name: str, value: Any, *accepted: Any) -> None:

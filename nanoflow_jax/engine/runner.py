@@ -48,7 +48,7 @@ class Runner:
         def compile_for(shape: StepShape) -> Any:
             spec = StepSpec(config, plan, shape, attention_backend, enforce_order=ordered)
             lowered = lower_step(spec, mesh, infos, num_pages=num_pages, page_size=page_size)
-            return compile_step(lowered, platform, pin_starts=ordered)
+            return compile_step(lowered, platform, plan, pin_starts=ordered)
 
         self._steps: dict[StepShape, Any] = {}
         with (

@@ -178,7 +178,7 @@ def inspect_step(
     mesh = gpu_mesh(hardware, devices)
     spec = StepSpec(config, plan, shape, attention_backend, enforce_order=enforce_order)
     lowered = lower_step(spec, mesh, infos, num_pages=pages, page_size=PAGE_SIZE)
-    compiled = compile_step(lowered, "cuda", pin_starts=enforce_order, options=options)
+    compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
     report = inspect_compiled(

@@ -18,6 +18,7 @@ from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import abstract_params, is_info
 from nanoflow_jax.parallel.mesh import replicated
 from nanoflow_jax.schedule.batch import abstract_batch
+from nanoflow_jax.schedule.plan import SchedulePlan
 from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_step, cache_shape
 
 Option = str | int | bool
@@ -41,9 +42,15 @@ GPU_OPTIONS: Mapping[str, Option] = {
 PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 
 
-def compiler_options(platform: str) -> dict[str, Option]:
+# For programs with kernels on a stream of their own: command buffers would put them back on one.
+STREAM_OPTIONS: Mapping[str, Option] = {"xla_gpu_enable_command_buffer": ""}
+
+
+def compiler_options(platform: str, plan: SchedulePlan) -> dict[str, Option]:
     """Options for `lowered.compile(compiler_options=...)` on platform "gpu" or "cuda"; none elsewhere."""
-    return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan.lanes else {})}
 
 
 def abstract_cache(config: ModelConfig, mesh: Mesh, dtype: Any, num_pages: int, page_size: int) -> KVCache:
@@ -64,7 +71,12 @@ def lower_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, *, num_pages: int
 
 
 def compile_step(
-    lowered: jax.stages.Lowered, platform: str, *, pin_starts: bool = False, options: Mapping[str, Option] | None = None
+    lowered: jax.stages.Lowered,
+    platform: str,
+    plan: SchedulePlan,
+    *,
+    pin_starts: bool = False,
+    options: Mapping[str, Option] | None = None,
 ) -> Any:
     """Compiles a lowered step. `options` are added to, or replace, the project's own.
 
@@ -72,7 +84,7 @@ def compile_step(
     starts it when its own estimate says it must. `pin_starts` compiles a second time with a profile in which
     collectives are dear and kernels cheap, so that each starts exactly where the plan issues it.
     """
-    chosen = {**compiler_options(platform), **(options or {})}
+    chosen = {**compiler_options(platform, plan), **(options or {})}
     compiled = lowered.compile(compiler_options=chosen)
     if not pin_starts or PROFILE_OPTION in chosen:
         return compiled
@@ -88,15 +100,22 @@ def compile_step(
 
 
 def _start_early_profile(hlo: str) -> str:
-    """XLA's text profile (instruction name, microseconds): collectives 10 ms, kernels 1 us."""
+    """XLA's text profile (instruction name, microseconds): collectives 10 ms, kernels 1 us.
+
+    Beside kernels on another stream, those and the heavy kernels count 60 us: were they all cheap, or as dear as a
+    collective, XLA would rather make some collectives synchronous.
+    """
     lines = []
-    for line in hlo.rpartition("\nENTRY")[2].splitlines():
+    entry = hlo.rpartition("\nENTRY")[2].splitlines()
+    heavy_us = 60 if any(" call-start(" in line for line in entry) else 1
+    for line in entry:
         match = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?)(?:metadata=|$)", line)
         if match is None:
             continue
         name, text = match.groups()
         if re.search(r"(all-gather|all-reduce|reduce-scatter|async)-start\(", text):
             lines.append(f'costs {{ name: "{name}" cost_us: 10000 }}')
-        elif re.search(r" (fusion|custom-call)\(", text):
-            lines.append(f'costs {{ name: "{name}" cost_us: 1 }}')
+        elif re.search(r" (fusion|custom-call|call-start)\(", text):
+            heavy = re.search(r"call-start\(|cublas|mosaic|dynamic_slice_fusion", text)
+            lines.append(f'costs {{ name: "{name}" cost_us: {heavy_us if heavy else 1} }}')
     return "\n".join(lines) + "\n" if any("10000" in line for line in lines) else ""

@@ -35,6 +35,12 @@ class IssueOrder:
         """Issues a collective after everything before it; what is issued later does not wait for it."""
         return op(*self._after(inputs))
 
+    def wait(self, value: T) -> T:
+        """What is issued later runs after `value` is there."""
+        if self._token is not None:
+            self._token, value = lax.optimization_barrier((self._token, value))
+        return value
+
     def _after(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         if self._token is None:
             return inputs

@@ -198,18 +198,34 @@ class _StepRun:
 
         q, k, v = self.order.run(project, *inputs)
         s.q.put(piece.start, piece.stop, q)
-        with jax.named_scope(f"KV.APPEND.{piece.piece}"):
-            self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
-                append_kv,
-                self.k_pages[s.index],
-                self.v_pages[s.index],
-                k,
-                v,
-                self.batch.write_pages[rows],
-                self.batch.write_slots[rows],
-            )
+        s.unwritten.append((piece, k, v))
+
+    def _append(self, s: _LayerState) -> None:
+        """Writes the keys and values that are not in the pages yet: ahead of the first op that reads any.
+
+        Attention on a stream of its own reads the pages that are written in place here, so it is waited for first.
+        """
+        if not s.unwritten:
+            return
+        for piece, out in s.in_flight:
+            s.attention.put(piece.start, piece.stop, self.order.wait(out))
+        s.in_flight.clear()
+        for piece, k, v in s.unwritten:
+            rows = slice(piece.start, piece.stop)
+            with jax.named_scope(f"KV.APPEND.{piece.piece}"):
+                self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
+                    append_kv,
+                    self.k_pages[s.index],
+                    self.v_pages[s.index],
+                    k,
+                    v,
+                    self.batch.write_pages[rows],
+                    self.batch.write_slots[rows],
+                )
+        s.unwritten.clear()
 
     def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
+        self._append(s)
         rows = slice(piece.start, piece.stop)
         span, q = s.q.get(piece.start, piece.stop)
 
@@ -228,11 +244,13 @@ class _StepRun:
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
             )
             out = self.order.start(beside, *inputs)
+            s.in_flight.append((piece, out))
         else:
             out = self.order.run(attend, *inputs)
         s.attention.put(piece.start, piece.stop, out)
 
     def _pf(self, piece: OpPiece, s: _LayerState) -> None:
+        self._append(s)
         first = self.shape.decode_rows
         span, q = s.q.get(piece.start, piece.stop)
 
@@ -334,6 +352,8 @@ class _LayerState:
     index: int
     params: LayerParams
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
+    unwritten: list[tuple[OpPiece, jax.Array, jax.Array]] = field(default_factory=list)  # k, v [n, g, d] not in pages
+    in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream
     q: Rows = field(default_factory=Rows)  # [n, h, d]
     attention: Rows = field(default_factory=Rows)  # [n, h * d]
     gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]

@@ -75,6 +75,19 @@ def test_nothing_is_merged_copied_or_unknown(plan: str) -> None:
     assert not kinds(inspected(plan)) & (bad | {"untraced_gemm", "untraced_collective", "unknown_hlo"})
 
 
+def test_attention_on_a_stream_of_its_own() -> None:
+    """The lane: every GEMV leaves the main stream, collectives stay covered, and no page is copied although
+    attention still
+    reads pages while later ones are computed."""
+    step = inspected("nanoflow_70b_streams")
+    assert step.attention_backend == "mosaic"
+    streams = {(e.piece.op, e.stream) for e in step.report.timeline.events if e.kind == "attention" and e.piece}
+    main = {stream for op, stream in streams if op == "PF"}
+    assert not main & {stream for op, stream in streams if op == "GEMV"}
+    assert all(c.is_async and batches_beside(step, c) - {c.nano_batch} for c in inner(step))
+    assert not kinds(step) & {"kv_copy", "weight_copy", "merged_gemm", "merged_collective", "unknown_hlo"}
+
+
 def test_70b_fits_eight_h200() -> None:
     """The published size over eight devices, plus the second layout of O; more than a million tokens of KV are left."""
     memory = inspected("nanoflow_70b").memory
