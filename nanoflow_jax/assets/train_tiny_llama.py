@@ -1,12 +1,20 @@
-"""Train the embedded model "tiny": a LLaMA of about a million weights that adds, reverses, sorts and looks things up.
+"""Train the embedded model "tiny": a LLaMA of 0.77 million weights that adds, reverses, sorts and looks things up.
 
-    python nanoflow_jax/assets/train_tiny_llama.py --minutes 30
+    python nanoflow_jax/assets/train_tiny_llama.py --minutes 22 --threads 1
 
 needs only `torch` (CPU), `transformers` and `tokenizers`. It makes the tokenizer and the training data itself (see
 tasks.py), and writes a Hugging Face model folder: config.json, generation_config.json, model.safetensors (float32),
 tokenizer.json, tokenizer_config.json and chat_template.jinja.
 
-RESULTS_PLACEHOLDER
+The committed weights are from that command with seed 0: 1,002 steps in 22 minutes on one CPU core shared with other
+work; a quieter core does more steps in the time. Right answers of greedy decoding on held-out problems, to the last
+token and with the end token:
+
+    addition 1000/1000   reverse 500/500   sort 475/500   lookup 500/500 (304-496 tokens)   chat 487/500
+
+Left to itself, a model this small is slow to learn to match a two-letter key in a list. Two things bring that about in
+some hundred steps: heads of the first layer start as previous-token heads (attend_to_the_previous), and the attention
+of the second layer is taught where the answer stands (attention_loss). The exported model is a plain LLaMA.
 """
 
 from __future__ import annotations
@@ -299,8 +307,7 @@ def answer(model: LlamaForCausalLM, rows: list[Row]) -> Answers:
 def attention_loss(model: LlamaForCausalLM, rows: list[Row], answers: Answers) -> torch.Tensor:
     """Return the cross-entropy of the second layer's attention from each query to the linked digit in the list.
 
-    The first head of every group is taught so. Without it the two-letter match takes very long to appear. All rows have
-    the same length and number of links.
+    The first head of every group is taught so. All rows have the same length and number of links.
     """
     config, layer = model.config, model.model.layers[1]
     normed = layer.input_layernorm(answers.between)
@@ -519,7 +526,9 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
-    parser.add_argument("--minutes", type=float, default=None, help="stop after so many minutes of training")
+    parser.add_argument(
+        "--minutes", type=float, default=None, help="stop after so many minutes of training (22 if neither is given)"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="the peak of the schedule")
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
@@ -528,7 +537,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
-        args.minutes = 30.0
+        args.minutes = 22.0
     torch.set_num_threads(args.threads)
     model = train(args)
     counts = {"addition": 1000, "reverse": 500, "sort": 500, "lookup": 500, "chat": 500}
