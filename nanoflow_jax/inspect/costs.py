@@ -73,12 +73,13 @@ def is_library_gemm(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and instruction.target.startswith(GEMM_LIBRARIES)
 
 
-def is_mosaic(module: Module, instruction: Instruction) -> bool:
-    """A Mosaic kernel, or a fusion that only cuts its operands' rows for one."""
+def mosaic_call(module: Module, instruction: Instruction) -> Instruction | None:
+    """The Mosaic kernel that an instruction is, or, for a fusion that only cuts its operands' rows, runs: the fusion
+    may be nameless."""
     if instruction.target.startswith(MOSAIC):
-        return True
+        return instruction
     inner = module.called(instruction) if instruction.opcode == "fusion" else ()
-    return any(i.target.startswith(MOSAIC) for computation in inner for i in computation.instructions)
+    return next((i for computation in inner for i in computation.instructions if i.target.startswith(MOSAIC)), None)
 
 
 def collective_kind(module: Module, instruction: Instruction) -> str:
@@ -195,8 +196,8 @@ class CostModel:
         if instruction.base == "copy" and any(shape.host for shape in self._ends(computation, instruction)):
             moved = operand_bytes(computation, instruction)
             return Cost("host_copy", latency.host_copy(self.hardware, moved), 0.0, moved, "", instruction.pieces)
-        if is_mosaic(self.module, instruction):
-            return self._mosaic(computation, instruction)
+        if (call := mosaic_call(self.module, instruction)) is not None:
+            return self._mosaic(computation, instruction, call)
         return self._kernel(computation, instruction)
 
     def _ends(self, computation: Computation, instruction: Instruction) -> tuple:
@@ -210,15 +211,16 @@ class CostModel:
         prediction = latency.collective(self.hardware, kind, whole, size)
         return Cost("collective", prediction, 0.0, whole, kind, instruction.pieces or inner.pieces)
 
-    def _mosaic(self, computation: Computation, instruction: Instruction) -> Cost:
-        piece = instruction.piece
+    def _mosaic(self, computation: Computation, instruction: Instruction, call: Instruction) -> Cost:
+        pieces = instruction.pieces or call.pieces
+        piece = instruction.piece or call.piece
         if (given := self.given(piece, self.mosaic_calls)) is not None:
             return given
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
-        moved = operand_bytes(computation, instruction) + (0 if _aliased(instruction) else instruction.bytes)
+        moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
         found = latency.kernel(self.hardware, 0.0, moved)
         prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
-        return Cost(kind, prediction, 0.0, moved, "", instruction.pieces)
+        return Cost(kind, prediction, 0.0, moved, "", pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
         if is_library_gemm(instruction) or instruction.opcode == "dot":
