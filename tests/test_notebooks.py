@@ -11,7 +11,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the notebooks extra")
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-SECONDS = 180
+SECONDS = 600  # for one cell, on a busy machine
 
 
 def test_there_are_notebooks():

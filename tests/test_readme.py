@@ -20,7 +20,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- not tested: (.+) -->")
-REASONS = {"needs a network", "needs a GPU", "installs packages", "runs all tests", "runs in make demo"}
+REASONS = {
+    "takes a minute",
+    "needs a network",
+    "needs a GPU",
+    "installs packages",
+    "runs all tests",
+    "runs in make demo",
+}
 
 
 @dataclass(frozen=True)
