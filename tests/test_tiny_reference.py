@@ -1,4 +1,4 @@
-"""The embedded model through the library's own tokenizer, template and engine, against committed `transformers` outputs."""
+"""The embedded model through the library's own tokenizer, template and engine, against `transformers` outputs."""
 
 from __future__ import annotations
 
