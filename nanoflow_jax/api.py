@@ -15,7 +15,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.request import Request, RequestOutput
@@ -26,6 +25,7 @@ from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
+from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
@@ -298,17 +298,10 @@ def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size:
     GPU."""
     if wanted != "mosaic":
         return "xla"
-    capability = str(getattr(device, "compute_capability", "")) or "none"
-    major, _, minor = capability.partition(".")
-    if device.platform != "gpu" or not mosaic_supported((int(major), int(minor))):
-        raise ConfigError(
-            f"attention_backend: 'mosaic' needs a Hopper GPU, not {device.platform} (compute capability {capability}); "
-            "accepted: 'auto', 'xla'"
-        )
-    fits = {"dtype": (config.dtype, "bfloat16"), "page_size": (page_size, 64)}
-    for name, (value, needed) in fits.items():
-        if value != needed:
-            raise ConfigError(f"attention_backend: 'mosaic' needs {name} = {needed!r}, not {value!r}; accepted: 'xla'")
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    capability = (int(major), int(minor)) if device.platform == "gpu" else None
+    if reason := why_not_mosaic(config, capability, page_size):
+        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {reason}; accepted: 'auto', 'xla'")
     return "mosaic"
 
 

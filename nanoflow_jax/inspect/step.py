@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
@@ -19,6 +19,7 @@ from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, r
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
+from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
@@ -145,6 +146,7 @@ def inspect_step(
     Raises ConfigError naming what cannot be used.
     """
     name, full = model_config(model)
+    full = replace(full, dtype="bfloat16" if full.dtype == "float16" else full.dtype)
     plan = load_plan(plan) if isinstance(plan, str) else plan
     hardware = load_hardware(gpu) if isinstance(gpu, str) else gpu
     check_divides(full, devices)
@@ -155,22 +157,27 @@ def inspect_step(
         exact = plan.tokens_per_step == tokens and plan.decode_tokens is not None
         decode_tokens = plan.decode_tokens if exact else tokens * 5 // 8 // row_quantum(devices) * row_quantum(devices)
     assert decode_tokens is not None
-    if not 0 <= decode_tokens <= tokens or tokens < 1:
+    if tokens < 1 or context < 1:
+        raise ConfigError(f"tokens: {tokens} and context: {context} must be at least 1")
+    if not 0 <= decode_tokens <= tokens:
         raise ConfigError(f"decode_tokens: {decode_tokens} must be from 0 to tokens = {tokens}")
     prefill = tokens - decode_tokens
     shape = StepShape(
         decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1
     )
 
-    has_mosaic = mosaic_supported(hardware.capability)
+    refusal = why_not_mosaic(config, hardware.capability, PAGE_SIZE)
     if attention_backend == "auto":
-        attention_backend = "mosaic" if has_mosaic else "xla"
-    if attention_backend not in ("mosaic", "xla") or (attention_backend == "mosaic" and not has_mosaic):
-        accepted = "'auto', 'mosaic', 'xla'" if has_mosaic else f"'auto', 'xla' on {hardware.name}"
-        raise ConfigError(f"attention_backend: {attention_backend!r} is not accepted; accepted: {accepted}")
+        attention_backend = "xla" if refusal else "mosaic"
+    if attention_backend not in ("mosaic", "xla"):
+        raise ConfigError(
+            f"attention_backend: {attention_backend!r} is not accepted; accepted: 'auto', 'mosaic', 'xla'"
+        )
+    if attention_backend == "mosaic" and refusal:
+        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {refusal}; accepted: 'auto', 'xla'")
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
-    per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * 2
+    per_token = _kv_bytes_per_token(config, devices)
     pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
     pages = min(pool, 2**31 // (PAGE_SIZE * kv_groups(config, devices)))
 
@@ -262,6 +269,12 @@ def compare(inspections: Sequence[StepInspection]) -> str:
     return "\n".join(["Per inner layer: collectives, MiB, network, exposed network, findings. Predicted.", *lines])
 
 
+def _kv_bytes_per_token(config: ModelConfig, devices: int) -> int:
+    """K and V of one token in all layers, on one device."""
+    groups = kv_groups(config, devices) // devices
+    return 2 * config.num_layers * groups * config.head_dim * jnp.dtype(config.dtype).itemsize
+
+
 def _local_bytes(info: Any, devices: int) -> int:
     return info.nbytes // (devices if any(axis is not None for axis in info.spec) else 1)
 
@@ -271,7 +284,7 @@ def _memory(
 ) -> StepMemory:
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
-    per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * 2
+    per_token = _kv_bytes_per_token(config, devices)
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
     return StepMemory(
         weights, kv_pages, temporaries, hardware.memory_bytes, headroom, per_token, max(0, headroom // per_token)

@@ -1,0 +1,64 @@
+"""`nanoflow inspect` as a user runs it: output forms, files, and one line for each wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanoflow_jax.cli import main
+
+TINY = str(Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h300"], ["hardware", "'h300'", "h200"]),
+        (["--plan", "nanoflow"], ["plans", "'nanoflow'", "nanoflow_70b"]),
+        (["--model", "llama-9"], ["models", "llama_9", "llama_3_1_70b"]),
+        (["--devices", "7"], ["tensor_parallel_size", "7", "sizes that work"]),
+        (["--layers", "81"], ["layers", "81", "80"]),
+        (["--decode-tokens", "4096"], ["decode_tokens", "4096", "2048"]),
+        (["--xla-option", "xla_gpu_dot_merger_threshold_mb"], ["--xla-option", "KEY=VALUE"]),
+        (["--gpu", "a100_sxm_80", "--attention-backend", "mosaic"], ["attention_backend", "Hopper", "8.0"]),
+        (["--attention-backend", "cuda"], ["attention_backend", "'cuda'", "'mosaic'"]),
+        (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),
+    ],
+)
+def test_one_line_names_what_is_wrong(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is compiled; exit status 1, nothing on standard output."""
+    assert main(["inspect", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    line = err.splitlines()[-1]
+    assert all(word in line for word in words), line
+    assert "Traceback" not in err
+
+
+@pytest.mark.aot
+def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small model of the user's own on two A100: the documented JSON, a trace with a lane per resource, a picture."""
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "2", "--tokens", "128", "--plan", "two_all_reduce"]
+    assert main(["inspect", *size, "--json", "--trace", str(trace), "--plot", str(plot)]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert {"collectives", "findings", "totals", "memory"} <= set(data)
+    row = next(c for c in data["collectives"] if c["op"] == "D.AR" and c["layer"] == 1)
+    assert {"op", "nano_batch", "layer", "bytes", "is_async", "beside", "predicted_us", "exposed_us"} <= set(row)
+    assert row["bytes"] == 128 * 128 * 4  # rows, hidden size, float32
+    assert all({"kind", "op", "layer", "detail"} <= set(finding) for finding in data["findings"])
+    assert data["attention_backend"] == "xla"
+    assert data["memory"]["kv_bytes_per_token"] == 2 * 3 * 4 * 16 * 4  # K and V, layers, KV heads, head size, float32
+    lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    assert {"compute", "memory", "network"} <= lanes
+    assert plot.read_bytes().startswith(b"\x89PNG")
