@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import check_backend, check_vector
+from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only, check_vector
+from kernels_pallas.tuning import APPEND, DEFAULT_GPU, AppendTuning
 
 
 def append_kv(
@@ -17,6 +20,9 @@ def append_kv(
     slots: jax.Array,
     *,
     backend: str = "xla",
+    tuning: AppendTuning | None = None,
+    sm_budget: int | None = None,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes row i of k and v to page pages[i], slot slots[i].
 
@@ -24,11 +30,18 @@ def append_kv(
     k, v     [n, Hkv, d]
     pages    [n] int32; N marks a padding row, which is dropped
     slots    [n] int32 in [0, page_size)
+    backend  "xla" everywhere; "mosaic" on Hopper: a token's row, Hkv * d, of a multiple of 128 bytes
+
+    Of backend "mosaic" alone:
+    tuning     one of `kernels_pallas.tuning.APPEND`; the H200's by default
+    sm_budget  how many SMs it may use, to leave the others to a GEMM
+    interpret  `pallas_call`'s interpreter, for tests without a GPU
 
     Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does
     not fit.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
+    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
         raise ValueError(
             f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} "
@@ -38,6 +51,18 @@ def append_kv(
         raise ValueError(f"k, v: shapes {k.shape}, {v.shape} must both be [n, {k_pages.shape[1]}, {k_pages.shape[3]}]")
     check_vector("pages", pages, k.shape[0])
     check_vector("slots", slots, k.shape[0])
+
+    if backend == "mosaic":
+        if interpret is None:
+            check_mosaic_gpu("append_kv")
+        # Here, not above: whoever uses the XLA path need not load Mosaic.
+        from kernels_pallas.append_kv_mosaic import append_kv_mosaic
+
+        tuning = APPEND[DEFAULT_GPU] if tuning is None else tuning
+        k, v = (x.astype(k_pages.dtype) for x in (k, v))
+        return append_kv_mosaic(
+            k_pages, v_pages, k, v, pages, slots, tuning=tuning, sm_budget=sm_budget, interpret=interpret
+        )
 
     count, heads, page_size, d = k_pages.shape
     # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+
+from kernels_pallas.targets import mosaic_supported
 
 BACKENDS = ("xla", "mosaic")
 
@@ -14,6 +17,28 @@ def check_backend(backend: str, accepted: Sequence[str] = ("xla",)) -> None:
     """`accepted`: those of BACKENDS that the kernel has."""
     if backend not in accepted:
         raise ValueError(f"backend: {backend!r} is not available; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_mosaic_gpu(kernel: str) -> None:
+    """Refuses a GPU of this process for which lowering would end the process. Without one, a compile-only target is up
+    to the caller, who knows it."""
+    if jax.default_backend() != "gpu":
+        return
+    capability = str(jax.devices()[0].compute_capability)
+    major, minor = (int(part) for part in capability.split("."))
+    if not mosaic_supported((major, minor), kernel):
+        raise ValueError(
+            f"backend: 'mosaic' is not available on compute capability {capability}, only on 9.x; accepted: 'xla'"
+        )
+
+
+def check_mosaic_only(backend: str, **arguments: Any) -> None:
+    """Refuses, with backend "xla", arguments that only the Mosaic kernels have."""
+    if backend == "mosaic":
+        return
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: {value!r} is not accepted with backend {backend!r}; accepted: None")
 
 
 def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array) -> None:

@@ -6,9 +6,16 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_paged, check_vector, default_scale
+from kernels_pallas.checks import (
+    BACKENDS,
+    check_backend,
+    check_mosaic_gpu,
+    check_mosaic_only,
+    check_paged,
+    check_vector,
+    default_scale,
+)
 from kernels_pallas.paged_xla import attend_paged
-from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, DecodeTuning
 
 
@@ -51,7 +58,7 @@ def decode_attention(
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
         if interpret is None:
-            _check_gpu()
+            check_mosaic_gpu("decode_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
@@ -67,21 +74,6 @@ def decode_attention(
             sm_budget=sm_budget,
             interpret=interpret,
         )
-    for name, value in (("tuning", tuning), ("sm_budget", sm_budget), ("interpret", interpret)):
-        if value is not None:
-            raise ValueError(f"{name}: {value!r} is not accepted with backend 'xla'; accepted: None")
+    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
     out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale)
     return out[:, 0], lse[:, 0]
-
-
-def _check_gpu() -> None:
-    """Refuses a GPU of this process for which lowering would end the process. Without one, a compile-only target is up
-    to the caller, who knows it."""
-    if jax.default_backend() != "gpu":
-        return
-    capability = str(jax.devices()[0].compute_capability)
-    major, minor = (int(part) for part in capability.split("."))
-    if not mosaic_supported((major, minor)):
-        raise ValueError(
-            f"backend: 'mosaic' is not available on compute capability {capability}, only on 9.x; accepted: 'xla'"
-        )
