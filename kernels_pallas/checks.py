@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas.targets import mosaic_supported
 
 BACKENDS = ("xla", "mosaic")
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 def check_backend(backend: str, accepted: Sequence[str] = ("xla",)) -> None:
@@ -65,3 +68,18 @@ def default_scale(head_dim: int) -> float:
 def check_vector(name: str, x: jax.Array, size: int) -> None:
     if x.shape != (size,):
         raise ValueError(f"{name}: shape {x.shape} must be [{size}]")
+
+
+def check_scales(k_pages: jax.Array, v_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """Pages of fp8 have scales [Hkv] float32, others have none."""
+    if (k_pages.dtype == FP8) != (v_pages.dtype == FP8):
+        raise ValueError(f"k_pages, v_pages: dtypes {k_pages.dtype}, {v_pages.dtype} must be the same")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_pages.dtype != FP8:
+            if scale is not None:
+                raise ValueError(f"{name}: is not accepted with pages of {k_pages.dtype}; accepted: None")
+            continue
+        heads = k_pages.shape[1]
+        if scale is None or scale.shape != (heads,) or scale.dtype != jnp.float32:
+            given = None if scale is None else f"{scale.dtype}{list(scale.shape)}"
+            raise ValueError(f"{name}: {given}; pages of {k_pages.dtype} accept float32[{heads}], one of each KV head")

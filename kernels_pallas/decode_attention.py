@@ -12,6 +12,7 @@ from kernels_pallas.checks import (
     check_mosaic_gpu,
     check_mosaic_only,
     check_paged,
+    check_scales,
     check_vector,
     default_scale,
 )
@@ -27,6 +28,8 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     backend: str = "xla",
     tuning: DecodeTuning | None = None,
     sm_budget: int | None = None,
@@ -39,8 +42,9 @@ def decode_attention(
     page_table  [R, M] int32, entries in [0, N)
     lengths     [R] int32: tokens of context, the new one included; 0 marks an empty row
     scale       multiplies the scores; 1 / sqrt(d) by default
-    backend     "xla" everywhere; "mosaic" on Hopper: bf16, page size 64, head size 64 or 128, at most 16 query heads
-                per KV head (`kernels_pallas.targets` says which GPU has it)
+    k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
+    backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
+                128, at most 16 query heads per KV head (`kernels_pallas.targets` says which GPU has it)
 
     Of backend "mosaic" alone:
     tuning      one of `kernels_pallas.tuning.DECODE`; the H200's by default
@@ -52,6 +56,7 @@ def decode_attention(
     """
     check_backend(backend, BACKENDS)
     check_paged(q, k_pages, v_pages, page_table)
+    check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("lengths", lengths, q.shape[0])
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
@@ -70,10 +75,12 @@ def decode_attention(
             page_table,
             lengths,
             scale=scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
             tuning=tuning,
             sm_budget=sm_budget,
             interpret=interpret,
         )
     check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
-    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale)
+    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale, k_scale, v_scale)
     return out[:, 0], lse[:, 0]

@@ -42,14 +42,15 @@ class DecodeTuning:
         if not low <= self.bytes_in_flight <= high:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
 
-    def stages(self, head_dim: int) -> int:
-        """Steps (K and V) in flight."""
-        return self.bytes_in_flight // (self.step_pages * page_bytes(head_dim))
+    def stages(self, head_dim: int, itemsize: int = 2, other_bytes: int = 0) -> int:
+        """Steps (K and V) in flight. `other_bytes`: of shared memory, for what fp8 pages become."""
+        room = min(self.bytes_in_flight, BLOCK_LIMIT - SHARED_MEMORY_OTHER - other_bytes)
+        return room // (self.step_pages * page_bytes(head_dim, itemsize))
 
 
-def page_bytes(head_dim: int) -> int:
-    """K and V of one page and one KV head, bf16."""
-    return 2 * PAGE_TOKENS * head_dim * 2
+def page_bytes(head_dim: int, itemsize: int = 2) -> int:
+    """K and V of one page and one KV head."""
+    return 2 * PAGE_TOKENS * head_dim * itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
