@@ -16,7 +16,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import bench, decode_attention, reference
+from kernels_pallas import decode_attention, reference
+from kernels_pallas.bench.cases import CASES, DecodeCase
+from kernels_pallas.bench.kernels import Setting, programs
+from kernels_pallas.decode_plan import UPCAST_SLOTS
 from kernels_pallas.targets import TARGETS, mosaic_supported
 from kernels_pallas.tuning import BLOCK_LIMIT, DECODE, DecodeTuning, choose_splits, page_bytes
 from nanoflow_jax.hardware import load_hardware
@@ -215,7 +218,15 @@ def test_splits_fill_the_gpu_and_no_more() -> None:
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "case"),
-    [("h200", "70b-1280x1k"), ("h200", "8b-32x4k"), ("h200", "70b-1x32k"), ("h100_sxm", "70b-1280x1k")],
+    [
+        ("h200", "70b-1280x1k"),
+        ("h200", "8b-32x4k"),
+        ("h200", "70b-1x32k"),
+        ("h100_sxm", "70b-1280x1k"),
+        ("h200", "70b-1280x1k-fp8"),
+        ("h200", "8b-32x4k-fp8"),
+        ("h100_sxm", "70b-1x32k-fp8"),
+    ],
 )
 def test_compiles_for_hopper(
     gpu: str, case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -224,18 +235,19 @@ def test_compiles_for_hopper(
     for name in ("PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
     hardware = load_hardware(gpu)
-    tuning = DECODE[gpu.split("_", maxsplit=1)[0]]
+    key = gpu.split("_", maxsplit=1)[0]
+    tuning = DECODE[key]
     assert hardware.sm_count == tuning.sms
     assert mosaic_supported(hardware.capability)
     mesh = gpu_mesh(hardware, 1)
-    shape = bench.CASES[case]
+    shape = CASES[f"decode_attention/{case}"]
+    assert isinstance(shape, DecodeCase)
+    ((attend, avals),) = programs(shape, Setting(gpu=key)).values()
     # A pool of another size for every case: a kernel compiled before would be taken from a cache, without a report.
-    pages = shape.pages + len(gpu)
-    attend = jax.shard_map(
-        partial(bench.attend, tuning=tuning), mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
-    )
-    avals = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())) for x in shape.avals(pages)]
-    text = jax.jit(attend).lower(*avals).compile().as_text() or ""
+    avals = [*avals[:1], *shape.avals(shape.pages + len(gpu))[1:]]
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())) for x in avals]
+    text = jax.jit(sharded).lower(*placed).compile().as_text() or ""
     assert text.count('custom_call_target="mosaic_gpu') == 1
     report = "".join(capfd.readouterr())
     assert "for 'sm_90a'" in report
@@ -243,47 +255,10 @@ def test_compiles_for_hopper(
         ("0", "0", "0")
     ]
     (registers,) = (int(n) for n in re.findall(r"Used (\d+) registers", report))
-    assert registers <= 65536 // 256
+    assert registers <= 65536 // (384 if shape.fp8 else 256)
     (shared,) = (int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", report))
-    stages = tuning.stages(128) * tuning.step_pages
-    assert stages * page_bytes(128) <= shared <= BLOCK_LIMIT - 1024  # and the barriers
-    assert stages * page_bytes(128) >= 64 * 1024
-
-
-def test_benchmark_refuses_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
-    assert bench.main([]) == 2
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert err.startswith("kernels_pallas.bench: ")
-    assert err.count("\n") == 1
-
-
-def test_benchmark_checks_before_it_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At small size, the kernel under the interpreter; then a kernel that takes K for V."""
-    for name in ("CALLS", "RUNS", "COLD_BYTES"):
-        monkeypatch.setattr(bench, name, 1)
-    case = bench.Case(3, 4, 1, 200, ragged=True, head_dim=64)
-    params = plgpu.InterpretGPUParams()
-
-    def attend(*args: Any, tuning: DecodeTuning) -> Any:
-        return decode_attention(*args, backend="mosaic", tuning=tuning, interpret=params)
-
-    monkeypatch.setattr(bench, "attend", attend)
-    figures = bench.measure(case, SMALL, 1e9)
-    assert figures["error"] < 5e-3
-    assert figures["bytes"] > 0
-    assert figures["percent_of_copy"] == pytest.approx(figures["bytes"] / figures["us"] / 1e9 * 1e8, rel=1e-6)
-    monkeypatch.setattr(bench, "attend", lambda q, k, v, *rest, tuning: decode_attention(q, k, k, *rest))
-    with pytest.raises(RuntimeError, match="a row is off by"):
-        bench.measure(case, SMALL, 1e9)
-
-
-def test_benchmark_requests_own_their_pages() -> None:
-    for case in bench.CASES.values():
-        if case.pages > 20480:
-            continue
-        tables = bench._tables(case, 2)
-        needed = -(-case.lengths() // 64)
-        used = np.concatenate([t[row, :n] for t in tables for row, n in enumerate(needed)])
-        assert len(np.unique(used)) == len(used) == 2 * case.pages
-        assert case.bytes > case.lengths().sum() * case.kv_heads * 512
+    wide = UPCAST_SLOTS * tuning.step_pages * 64 * 128 * 2 if shape.fp8 else 0
+    item = shape.dtype.itemsize
+    flight = tuning.stages(128, item, wide) * tuning.step_pages * page_bytes(128, item)
+    assert flight + wide <= shared <= BLOCK_LIMIT - 1024  # and the barriers
+    assert flight >= 64 * 1024

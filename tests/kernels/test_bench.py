@@ -1,0 +1,229 @@
+"""The benchmark: its cases compile for the GPU they are meant for, and tiny ones run from end to end on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import decode_attention
+from kernels_pallas.bench import __main__ as bench
+from kernels_pallas.bench import baselines, cases, kernels, measure, report
+from kernels_pallas.bench.cases import CASES, QUICK, TINY, AppendCase, DecodeCase, PrefillCase
+from kernels_pallas.bench.kernels import Setting
+from kernels_pallas.bench.measure import TINY_EFFORT
+from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.gpu_target import gpu_mesh
+
+
+def test_end_to_end_under_the_interpreter(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every kernel once, as on a GPU: checked, timed, written as JSON and as Markdown."""
+    out, tables = tmp_path / "kernels.json", tmp_path / "kernels.md"
+    assert bench.main(["--interpret", "--out", str(out), "--markdown", str(tables)]) == 0
+    result = json.loads(out.read_text())
+    assert list(result["cases"]) == list(TINY)
+    assert result["finished"]
+    assert result["interpreted"]
+    assert result["versions"]["jax"] == jax.__version__
+    assert "--interpret" in result["command"]
+    for name, case in result["cases"].items():
+        ours = case["results"]["mosaic"]
+        if "not_available" in ours:  # only ever said of a kernel that this GPU has not
+            assert "has no Mosaic path" in ours["not_available"]
+            continue
+        assert ours["us"] > 0
+        bound = "percent_of_gemm" if name.startswith("prefill") else "percent_of_copy"
+        assert ours[bound] > 0
+        assert ours["error"] < (1e-12 if name.startswith("append") else 5e-3)
+    triton = {name: case["results"].get("jax triton", {}) for name, case in result["cases"].items()}
+    assert triton["decode_attention/tiny-2xragged"]["error"] <= measure.TOLERANCE
+    assert "no scale" in triton["decode_attention/tiny-2x70-fp8"]["not_available"]
+    text = tables.read_text()
+    assert text == report.markdown(result)
+    for word in ("tiny-2xragged", "## append_kv", "say nothing about a GPU", "takes no scale per head"):
+        assert word in text
+    assert capfd.readouterr().out == ""
+
+
+def test_refuses_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
+    assert bench.main([]) == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith("kernels_pallas.bench: no NVIDIA GPU")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--case", "decode"], "--case: 'decode' is not a case; --list names them"),
+        (["--out", "/nowhere/x.json"], "/nowhere is not a folder"),
+    ],
+)
+def test_wrong_arguments(arguments: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench.main(arguments)
+    assert caught.value.code == 2
+    assert message in capfd.readouterr().err
+
+
+CHEAP = DecodeCase(model=cases.Model(name="t", q_heads=2, kv_heads=2, head_dim=8), rows=3, context=150, ragged=True)
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """K for V, in fp8 a scale that is ignored, and an append that misses a row: each fails before it is measured."""
+
+    def wrong(q: Any, shared: Any, table: Any) -> Any:
+        keys, _, lengths, *scales = shared
+        named = {"k_scale": scales[0], "v_scale": scales[1] * 1.1} if scales else {}
+        return decode_attention(q, keys, shared[1] if scales else keys, table, lengths, **named)[0]
+
+    def right(q: Any, shared: Any, table: Any) -> Any:
+        keys, values, lengths, *scales = shared
+        named = dict(zip(("k_scale", "v_scale"), scales, strict=True)) if scales else {}
+        return decode_attention(q, keys, values, table, lengths, **named)[0]
+
+    for fp8 in (False, True):
+        case = DecodeCase(**{**vars(CHEAP), "fp8": fp8})
+        inputs = kernels.DecodeInputs.make(case, TINY_EFFORT)
+        if fp8:  # what is wrong above is its factor alone
+            assert kernels.time_decode(right, inputs, TINY_EFFORT)["error"] < 1e-2
+        with pytest.raises(RuntimeError, match="a row is off by"):
+            kernels.time_decode(wrong, inputs, TINY_EFFORT)
+
+    setting = Setting(effort=TINY_EFFORT)
+    append = AppendCase(model=CHEAP.model, rows=5, pages=3)
+    assert kernels.time_append(append, setting, "xla")["seconds"] > 0
+    plain = kernels.append_kv
+    monkeypatch.setattr(kernels, "append_kv", lambda k, v, *rows, **more: (plain(k, v, *rows, **more)[0], v))
+    with pytest.raises(RuntimeError, match="a row is off by inf"):
+        kernels.time_append(append, setting, "xla")
+
+
+def test_failures_and_missing_baselines_are_written_down(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that fails, a library that is not there, and a stop after the first case: the report has what it had."""
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr(bench, "TINY", {"decode_attention/a": CHEAP, "decode_attention/b": CHEAP})
+    calls = []
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        raise RuntimeError("out of memory\nand a long trace")
+
+    monkeypatch.setattr(kernels, "time_decode", fails)
+    monkeypatch.setattr(baselines, "TRITON", "jax.no_such_module")
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--interpret", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert not result["finished"]
+    assert list(result["cases"]) == ["decode_attention/a"]
+    found = result["cases"]["decode_attention/a"]["results"]
+    assert found["mosaic"] == {"failed": "out of memory"}
+    assert found["jax triton"]["not_available"].startswith("jax.no_such_module cannot be imported")
+    assert "did not finish" in report.markdown(result)
+    capfd.readouterr()
+
+
+def test_time_that_has_run_out_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--interpret", "--minutes", "0"]) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result["left_out"] == list(TINY)
+    assert not result["finished"]
+
+
+def test_torch_is_asked_for_in_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    assert baselines.in_torch(QUICK, 1) == {"torch": {"not_available": "torch is not installed"}}
+
+    class Done:
+        returncode = 1
+        stdout = '{"implementation": "torch", "case": "a", "seconds": 1.0}\nnoise\n'
+        stderr = "Traceback\nno GPU"
+
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(baselines.subprocess, "run", lambda *_, **__: Done())
+    assert baselines.in_torch(QUICK, 1) == {"torch": {"a": {"seconds": 1.0}, "not_available": "no GPU"}}
+
+
+def test_cases_cover_what_they_should() -> None:
+    decode = [case for case in CASES.values() if isinstance(case, DecodeCase)]
+    assert {case.rows for case in decode} == {1, 32, 256, 1280}
+    assert {case.context for case in decode if not case.ragged} == {512, 1024, 4096, 32768}
+    assert {(c.model.name, c.ragged, c.fp8) for c in decode} == {
+        (model, ragged, fp8) for model in ("70b", "8b") for ragged in (True, False) for fp8 in (True, False)
+    }
+    assert all(case.pool_bytes <= cases.POOL_LIMIT for case in decode)
+    assert list(CASES)[: len(QUICK)] == [name for name in CASES if name in QUICK]
+    assert {name.split("/")[0] for name in QUICK} == {"decode_attention", "append_kv", "prefill_attention"}
+
+
+def test_bytes_and_operations() -> None:
+    """By hand."""
+    decode = CASES["decode_attention/70b-32x4k"]
+    assert isinstance(decode, DecodeCase)
+    assert decode.bytes == 2 * 32 * 4096 * 128 * 2 + 32 * 8 * (128 * 4 + 4)
+    fp8 = CASES["decode_attention/8b-32x4k-fp8"]
+    assert isinstance(fp8, DecodeCase)
+    assert fp8.bytes == 2 * 32 * 4096 * 8 * 128 + 32 * 32 * (128 * 4 + 4)
+    append = CASES["append_kv/8b-2048"]
+    assert isinstance(append, AppendCase)
+    assert append.bytes == 2 * 2 * (2048 * 8 * 128 * 2) + 2048 * 8
+    prefill = CASES["prefill_attention/8b-2k-after-30k"]
+    assert isinstance(prefill, PrefillCase)
+    assert prefill.flops == 4 * 32 * 128 * sum(30720 + i + 1 for i in range(2048))
+    rated = report.with_rates(decode, {"seconds": 1e-3}, copy=4e12, gemm=None)
+    assert rated["percent_of_copy"] == pytest.approx(100 * decode.bytes / 1e-3 / 4e12)
+    assert "percent_of_gemm" not in report.with_rates(prefill, {"seconds": 1e-3}, copy=4e12, gemm=None)
+
+
+def test_requests_own_their_pages_and_appends_their_places() -> None:
+    for case in CASES.values():
+        if isinstance(case, DecodeCase) and case.pages <= 20480:
+            tables = kernels.decode_tables(case, 2)
+            needed = -(-case.lengths() // 64)
+            used = np.concatenate([t[row, :n] for t in tables for row, n in enumerate(needed)])
+            assert len(np.unique(used)) == len(used) == 2 * case.pages
+        if isinstance(case, AppendCase):
+            for pages, slots in kernels.append_places(case, 2):
+                assert len(np.unique(pages * 64 + slots)) == case.rows
+                assert pages.max() < case.pages
+
+
+def test_large_pools_repeat_and_do_not_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "DRAWN_PAGES", 5)
+    draw = getattr(kernels.draw, "__wrapped__")  # noqa: B009 - not in the type of a jitted function
+    pool = np.asarray(draw(jax.random.key(0), (12, 2, 3, 4), jnp.dtype(jnp.float32), 0.5))
+    np.testing.assert_array_equal(pool[10], pool[0])
+    assert not (pool[5] == pool[1]).any()
+    assert pool.std() == pytest.approx(2, rel=0.3)
+
+
+def test_measures() -> None:
+    assert measure.row_error(jnp.zeros((2, 3)), jnp.ones((2, 3))) == 1
+    assert measure.row_error(jnp.full((1, 3), jnp.nan), jnp.ones((1, 3))) == np.inf
+    with pytest.raises(RuntimeError, match="a row is off by nan"):
+        measure.checked(np.nan)
+    assert measure.FULL.sets(2**30) == 1
+    assert measure.FULL.sets(1000) == measure.FULL.calls
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", QUICK)
+def test_cases_compile_for_their_gpu(name: str) -> None:
+    mesh = gpu_mesh(load_hardware("h200"), 1)
+    for implementation, (function, avals) in kernels.programs(CASES[name], Setting()).items():
+        placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())) for x in avals]
+        sharded = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        text = jax.jit(sharded).lower(*placed).compile().as_text() or ""
+        assert ("mosaic_gpu" in text) == (implementation == "mosaic")
