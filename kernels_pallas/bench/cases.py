@@ -225,7 +225,7 @@ TINY: dict[str, Case] = {
         DecodeCase(model=_TINY, rows=2, context=70, fp8=True),
         AppendCase(model=_TINY, rows=5, pages=3),
         AppendCase(model=replace(_TINY, kv_heads=2), rows=5, pages=3, fp8=True),
-        PrefillCase(model=_TINY, rows=70, prefix=30),
+        PrefillCase(model=_TINY, rows=24, prefix=50),
     )
 }
 

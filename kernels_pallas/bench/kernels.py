@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from kernels_pallas.bench.measure import FULL, Effort, chained, checked, row_err
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.prefill_attention import prefill_attention
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import APPEND, DECODE, DEFAULT_GPU, PAGE_TOKENS
+from kernels_pallas.tuning import APPEND, DECODE, DEFAULT_GPU, PAGE_TOKENS, PREFILL
 
 CHECKED_ROWS = 8
 DRAWN_PAGES = 4099  # a pool repeats after as many: what page is read still shows, and drawing stays quick
@@ -33,10 +33,9 @@ class Setting:
     effort: Effort = FULL
     interpret: Any = None
 
-    def mosaic(self, tunings: dict[str, Any] | None) -> dict[str, Any]:
+    def mosaic(self, tunings: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that choose the Mosaic backend."""
-        chosen = {"backend": "mosaic", "interpret": self.interpret}
-        return chosen if tunings is None else chosen | {"tuning": tunings[self.gpu]}
+        return {"backend": "mosaic", "interpret": self.interpret, "tuning": tunings[self.gpu]}
 
 
 def decode_call(case: DecodeCase, setting: Setting) -> Callable[..., Any]:
@@ -61,7 +60,7 @@ def append_call(case: AppendCase, setting: Setting, backend: str) -> Callable[..
 def prefill_call(setting: Setting) -> Callable[..., Any]:
     def call(q: Any, shared: Any, table: Any) -> Any:
         keys, values, starts, lengths = shared
-        return prefill_attention(q, keys, values, table, starts, lengths, **setting.mosaic(None))
+        return prefill_attention(q, keys, values, table, starts, lengths, **setting.mosaic(PREFILL))
 
     return call
 
