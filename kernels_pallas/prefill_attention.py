@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import check_backend, check_paged, check_scales, check_vector, default_scale
+from kernels_pallas.checks import (
+    BACKENDS,
+    check_backend,
+    check_mosaic_gpu,
+    check_mosaic_only,
+    check_paged,
+    check_scales,
+    check_vector,
+    default_scale,
+)
 from kernels_pallas.paged_xla import attend_paged
+from kernels_pallas.tuning import DEFAULT_GPU, PREFILL, PrefillTuning
 
 TILE_ROWS = (
     16  # rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM
@@ -25,6 +37,9 @@ def prefill_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     backend: str = "xla",
+    tuning: PrefillTuning | None = None,
+    sm_budget: int | None = None,
+    interpret: Any = None,
 ) -> jax.Array:
     """Causal attention of S segments (chunks of requests) packed one after another, K and V already in the pages.
 
@@ -35,16 +50,43 @@ def prefill_attention(
     lengths     [S] int32: tokens of context after this chunk; the segment's last row is token lengths[s] - 1
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
+    backend     "xla" everywhere; "mosaic" on Hopper: q and pages of bf16, page size 64, head size 64 or 128
+                (`kernels_pallas.targets` says which GPU has it)
+
+    Of backend "mosaic" alone:
+    tuning      one of `kernels_pallas.tuning.PREFILL`; the H200's by default
+    sm_budget   how many SMs it may use, to leave the others to a GEMM
+    interpret   `pallas_call`'s interpreter, for tests without a GPU
 
     Returns out [P, Hq, d] in q's dtype; padding rows give 0. Raises ValueError naming the argument that does not fit.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
     check_paged(q, k_pages, v_pages, page_table)
     check_scales(k_pages, v_pages, k_scale, v_scale)
     segments = page_table.shape[0]
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
     scale = default_scale(q.shape[2]) if scale is None else scale
+    if backend == "mosaic":
+        if interpret is None:
+            check_mosaic_gpu("prefill_attention")
+        # Here, not above: whoever uses the XLA path need not load Mosaic.
+        from kernels_pallas.prefill_attention_mosaic import prefill_attention_mosaic
+
+        tuning = PREFILL[DEFAULT_GPU] if tuning is None else tuning
+        return prefill_attention_mosaic(
+            q,
+            k_pages,
+            v_pages,
+            page_table,
+            row_starts,
+            lengths,
+            scale=scale,
+            tuning=tuning,
+            sm_budget=sm_budget,
+            interpret=interpret,
+        )
+    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
     rows = q.shape[0]
 
     # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any

@@ -17,11 +17,12 @@ def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array |
     return context if scale is None else context * scale[None, :, None]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
-    """One query row: q [Hq, d] over k, v [length, Hkv, d] -> out [Hq, d], log-sum-exp [Hq]."""
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: int) -> tuple[jax.Array, jax.Array]:
+    """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d] -> out [Hq, d], log-sum-exp [Hq]."""
     repeats = q.shape[0] // k.shape[1]
     k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
     scores = jnp.einsum("hd,thd->ht", q.astype(jnp.float32), k, precision="highest") * scale
+    scores = jnp.where(jnp.arange(k.shape[0])[None, :] < seen, scores, -jnp.inf)
     top = scores.max(axis=1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=1, keepdims=True)
@@ -49,7 +50,7 @@ def decode_attention(
         if length:
             k = _context(k_pages, page_table[row], int(length), k_scale)
             v = _context(v_pages, page_table[row], int(length), v_scale)
-            row_out, row_lse = _attend(q[row], k, v, scale)
+            row_out, row_lse = _attend(q[row], k, v, scale, int(length))
             out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
     return out, lse
 
@@ -70,11 +71,13 @@ def prefill_attention(
     out = jnp.zeros(q.shape, jnp.float32)
     starts = np.asarray(row_starts)
     for s, length in enumerate(np.asarray(lengths)):
+        if starts[s] == starts[s + 1]:
+            continue
+        k = _context(k_pages, page_table[s], int(length), k_scale)
+        v = _context(v_pages, page_table[s], int(length), v_scale)
         for row in range(starts[s], starts[s + 1]):
-            context = int(length) - (int(starts[s + 1]) - row) + 1
-            k = _context(k_pages, page_table[s], context, k_scale)
-            v = _context(v_pages, page_table[s], context, v_scale)
-            out = out.at[row].set(_attend(q[row], k, v, scale)[0])
+            seen = int(length) - (int(starts[s + 1]) - row) + 1
+            out = out.at[row].set(_attend(q[row], k, v, scale, seen)[0])
     return out
 
 

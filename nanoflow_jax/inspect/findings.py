@@ -26,7 +26,7 @@ STACK = 256  # a leading dimension up to this is taken for stacked layers, not f
 @dataclass(frozen=True)
 class Finding:
     """kind: merged_gemm, merged_collective, weight_copy, kv_copy, transpose_before_collective, synchronous_collective,
-    exposed_collective, untraced_gemm, untraced_collective or unknown_hlo. op and layer: None when
+    exposed_collective, untraced_gemm, untraced_collective, untraced_kernel or unknown_hlo. op and layer: None when
     untraced."""
 
     kind: str
@@ -81,6 +81,14 @@ class _Program:
         while found is not None and found.opcode in ("bitcast", "get-tuple-element"):
             found = computation.by_name.get(found.operands[0])
         return found
+
+    def traced(self, computation: Computation, instruction: Instruction) -> bool:
+        """Whether an instruction, or the fusion, region or loop that runs it, carries the name of an op piece."""
+        while not instruction.pieces:
+            if computation.name not in self.callers:
+                return False
+            computation, instruction = self.callers[computation.name]
+        return True
 
     def is_gemm(self, instruction: Instruction) -> bool:
         if instruction.opcode.endswith("-done") or instruction.base in ("while", "conditional", "call", "async"):
@@ -198,6 +206,17 @@ def collective_faults(program: _Program) -> Iterator[Finding]:
                     yield Finding("transpose_before_collective", op, layer, detail)
 
 
+def untraced_kernels(program: _Program) -> Iterator[Finding]:
+    """Custom calls (Mosaic kernels, sorts) of no op piece: their time and bytes count for no op and no layer."""
+    for computation in program.module.computations.values():
+        for call in computation.instructions:
+            if call.opcode != "custom-call" or is_library_gemm(call) or call.target == "AllocateBuffer":
+                continue
+            if not program.traced(computation, call):
+                detail = f"custom call {call.target!r}, {call.name}: op_name {call.op_name!r}"
+                yield Finding("untraced_kernel", None, None, detail)
+
+
 def _moved(program: _Program, computation: Computation, instruction: Instruction) -> list[Instruction]:
     """Entry parameters that an instruction only moves (or widens), [] when it computes something."""
     sources = [found for name in instruction.operands if (found := program.parameter(computation, name)) is not None]
@@ -247,7 +266,7 @@ def copies(program: _Program) -> Iterator[Finding]:
 def find(module: Module, timeline: Timeline) -> tuple[Finding, ...]:
     """All findings of a module, without repeats. The timeline gives what is exposed although it is asynchronous."""
     program = _Program.of(module)
-    found = [*merged_gemms(program), *collective_faults(program), *copies(program)]
+    found = [*merged_gemms(program), *collective_faults(program), *untraced_kernels(program), *copies(program)]
     for collective in timeline.collectives:
         if collective.is_async and not collective.beside:
             what = "only " + ", ".join(collective.beside_other) if collective.beside_other else "nothing"

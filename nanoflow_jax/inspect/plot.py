@@ -73,7 +73,8 @@ def draw_timeline(
     nano-batches seen.
 
     nano_batches: the nano-batch of each (op, piece) whose number is another, such as KQV in four pieces; otherwise the
-    piece's own number counts. Neighbouring layers that run in the window are drawn pale. Raises ConfigError.
+    piece's own number counts. title: what stands before the layers and their exposed time. Neighbouring layers that
+    run in the window are drawn pale. Raises ConfigError.
     """
     (first, last), start, end = _window(report, layers)
     used: set[int] = set()
@@ -103,8 +104,8 @@ def draw_timeline(
     for side in ("top", "right", "left"):
         ax.spines[side].set_visible(False)
     span = f"layer {first}" if first == last else f"layers {first} to {last}"
-    default = f"{report.hardware} x {report.devices}, {span}: compute waits {exposed:.0f} µs for the network"
-    ax.set_title(title or default, loc="left", fontsize=12, color=INK)
+    head = title or f"{report.hardware} x {report.devices}"
+    ax.set_title(f"{head}, {span}: compute waits {exposed:.0f} µs for the network", loc="left", fontsize=12, color=INK)
     return used
 
 
@@ -128,38 +129,48 @@ def _finish(figure: Figure, ax: Axes, used: set[int], path: str | Path | None) -
 
 
 def plot(
-    report: Report,
+    report: Report | StepInspection,
     path: str | Path | None = None,
     *,
     layers: tuple[int, int] | None = None,
     nano_batches: Mapping[tuple[str, int], int] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """One report's timeline, as `draw_timeline` draws it, written when a path is given."""
+    """One timeline, as `draw_timeline` draws it, written when a path is given.
+
+    An inspection brings its nano-batches.
+    """
+    if isinstance(report, StepInspection):
+        report, nano_batches = report.report, nano_batches or report.nano_batches
     figure = _figure(1)
     ax = figure.add_subplot()
     used = draw_timeline(ax, report, 14.6, layers=layers, nano_batches=nano_batches, title=title)
     return _finish(figure, ax, used, path)
 
 
-def plot_inspections(inspections: Sequence[StepInspection], path: str | Path | None = None) -> Figure:
-    """The timelines of several plans below each other, on one time scale, written when a path is given."""
+def plot_inspections(
+    inspections: Sequence[StepInspection],
+    path: str | Path | None = None,
+    *,
+    layers: tuple[int, int] | None = None,
+) -> Figure:
+    """The timelines of several plans below each other, on one time scale, written when a path is given.
+
+    layers: (first, last), the middle two of each when left out. Raises ConfigError.
+    """
     figure = _figure(len(inspections))
     panels = figure.subplots(len(inspections), squeeze=False)[:, 0]
-    longest = max(end - start for _, start, end in (_window(i.report, None) for i in inspections))
+    windows = [_window(i.report, layers) for i in inspections]
+    longest = max(end - start for _, start, end in windows)
     used: set[int] = set()
-    for ax, inspection in zip(panels, inspections, strict=True):
-        (first, last), start, end = _window(inspection.report, None)
-        batches = {(p.op, p.piece): p.nano_batch for p in inspection.pieces}
-        seen = draw_timeline(ax, inspection.report, 14.6 * (end - start) / longest, nano_batches=batches)
-        exposed = sum(
-            c.exposed_us for c in inspection.report.collectives if c.layer is not None and first <= c.layer <= last
+    for ax, inspection, (shown, start, end) in zip(panels, inspections, windows, strict=True):
+        used |= draw_timeline(
+            ax,
+            inspection.report,
+            14.6 * (end - start) / longest,
+            layers=shown,
+            nano_batches=inspection.nano_batches,
+            title=f"{inspection.plan.name} on {inspection.devices} x {inspection.hardware.name}",
         )
-        ax.set_title(
-            f"{inspection.plan.name} on {inspection.devices} x {inspection.hardware.name}, layers {first} to {last}: "
-            f"compute waits {exposed:.0f} µs for the network",
-            loc="left", fontsize=12, color=INK,
-        )  # fmt: skip
         ax.set_xlim(0, longest)
-        used |= seen
     return _finish(figure, panels[-1], used, path)

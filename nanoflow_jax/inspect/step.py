@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.hardware import Hardware, load_hardware
-from nanoflow_jax.inspect.gpu_target import gpu_mesh
+from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, render
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
@@ -32,10 +32,9 @@ MEMORY_UTILIZATION = 0.9
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes on one GPU. kv_pages: the pool the step was compiled with; kv_tokens: how many tokens fit beside weights
-    and temporaries in `MEMORY_UTILIZATION` of the memory; headroom: what is then left without any page (negative:
-    the model does not
-    fit)."""
+    """Bytes on one GPU. kv_pages: the pool the step was compiled with; temporaries: of the layers compiled, and all
+    layers may need more; kv_tokens: how many tokens fit beside weights and temporaries in `MEMORY_UTILIZATION` of the
+    memory; headroom: what is then left without any page (negative: the model does not fit)."""
 
     weights: int
     kv_pages: int
@@ -44,6 +43,47 @@ class StepMemory:
     headroom: int
     kv_bytes_per_token: int
     kv_tokens: int
+
+
+@dataclass(frozen=True)
+class InnerLayer:
+    """Averages per layer over the inner ones: all but the first and the last, or all when there is none between.
+
+    The times are microseconds, as in `LayerTotals`. collectives, findings: how many; bytes: of the collectives' whole
+    tensors; wire_bytes: what each GPU sends for them.
+    """
+
+    layers: tuple[int, ...]
+    compute_us: float
+    memory_us: float
+    network_us: float
+    exposed_network_us: float
+    collectives: float
+    bytes: float
+    wire_bytes: float
+    findings: float
+
+    @staticmethod
+    def of(report: Report) -> InnerLayer:
+        every = [layer for layer in report.totals.layers if layer.layer is not None]
+        inner = every[1:-1] or every
+        numbers = tuple(layer.layer for layer in inner if layer.layer is not None)
+        moved = [c for c in report.collectives if c.layer in numbers]
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(values) / len(numbers)
+
+        return InnerLayer(
+            layers=numbers,
+            compute_us=mean(layer.compute_us for layer in inner),
+            memory_us=mean(layer.memory_us for layer in inner),
+            network_us=mean(layer.network_us for layer in inner),
+            exposed_network_us=mean(layer.exposed_network_us for layer in inner),
+            collectives=mean(1 for _ in moved),
+            bytes=mean(c.bytes for c in moved),
+            wire_bytes=mean(c.wire_bytes for c in moved),
+            findings=mean(f.layer in numbers for f in report.findings),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,9 +111,19 @@ class StepInspection:
         """The plan's op pieces at this step's size, in issue order."""
         return self.plan.pieces(self.decode_tokens, self.tokens - self.decode_tokens, quantum=row_quantum(self.devices))
 
+    @property
+    def nano_batches(self) -> dict[tuple[str, int], int]:
+        """The nano-batch of each (op, piece)."""
+        return {(piece.op, piece.piece): piece.nano_batch for piece in self.pieces}
+
+    @property
+    def inner_layer(self) -> InnerLayer:
+        return InnerLayer.of(self.report)
+
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
         data["memory"] = asdict(self.memory)
+        data["inner_layer"] = asdict(self.inner_layer)
         names = (
             "model",
             "devices",
@@ -90,9 +140,9 @@ class StepInspection:
     def text(self) -> str:
         """For a terminal: what was compiled, the report, the memory."""
         m = self.memory
-        shortened = (
-            "" if self.layers == self.model_layers else f", {self.layers} of its {self.model_layers} layers compiled"
-        )
+        whole = self.layers == self.model_layers
+        shortened = "" if whole else f", {self.layers} of its {self.model_layers} layers compiled"
+        only = "" if whole else f" (of {self.layers} layers; all {self.model_layers} may need more)"
         return "\n".join(
             [
                 f"{self.model}, plan {self.plan.name}, "
@@ -100,9 +150,9 @@ class StepInspection:
                 f"decode attention {self.attention_backend}, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
-                f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}, device "
-                f"{m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for KV: "
-                f"{m.kv_tokens:,} tokens",
+                f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}{only}, "
+                f"device {m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for "
+                f"KV: {m.kv_tokens:,} tokens",
             ]
         )
 
@@ -185,6 +235,7 @@ def inspect_step(
     mesh = gpu_mesh(hardware, devices)
     spec = StepSpec(config, plan, shape, attention_backend, enforce_order=enforce_order)
     lowered = lower_step(spec, mesh, infos, num_pages=pages, page_size=PAGE_SIZE)
+    options = {**saving_options(hardware), **(options or {})}
     compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
@@ -217,15 +268,16 @@ def inspect_step(
 
 def _whole_model(report: Report, config: ModelConfig, hardware: Hardware, devices: int, tokens: int) -> Totals:
     """Totals of a step with all layers: those compiled, and inner layers like them for the rest."""
-    totals, layers = report.totals, [layer for layer in report.totals.layers if layer.layer is not None]
-    missing = config.num_layers - len(layers)
+    totals = report.totals
+    compiled = sum(layer.layer is not None for layer in totals.layers)
+    missing = config.num_layers - compiled
     if missing:
-        inner = layers[1:-1] or layers
+        inner = InnerLayer.of(report)
         names = ("compute_us", "memory_us", "network_us", "exposed_network_us")
-        extra = {name: missing * sum(getattr(layer, name) for layer in inner) / len(inner) for name in names}
+        extra = {name: missing * getattr(inner, name) for name in names}
         grown = {name: getattr(totals, name) + value for name, value in extra.items()}
         busy = extra["compute_us"] + extra["memory_us"] + extra["exposed_network_us"]
-        flops = totals.flops * config.num_layers / len(layers)  # the head's share is small
+        flops = totals.flops * config.num_layers / compiled  # the head's share is small
         totals = replace(totals, us=totals.us + busy, flops=flops, **grown)
         totals = replace(totals, binding=max(names[:3], key=lambda name: getattr(totals, name)).removesuffix("_us"))
     rate = tokens / (totals.us * 1e-6) / devices
@@ -234,35 +286,31 @@ def _whole_model(report: Report, config: ModelConfig, hardware: Hardware, device
 
 
 def compare(inspections: Sequence[StepInspection]) -> str:
-    """The plans side by side: per inner layer, then per step."""
-    rows = [
-        ("plan", "collectives", "MiB", "network us", "exposed us", "step ms", "tokens/s/GPU", "of optimum", "findings")
-    ]
+    """The plans, or GPUs, side by side: per inner layer, then per step."""
+    titles = "collectives", "MiB", "network us", "exposed us", "step ms", "tokens/s/GPU", "of optimum", "findings"
+    gpus = len({i.hardware.name for i in inspections}) > 1
+    rows: list[tuple[str, ...]] = [("plan", *(("GPU",) if gpus else ()), *titles)]
     for i in inspections:
-        report = i.report
-        inner = [layer for layer in report.totals.layers if layer.layer is not None]
-        inner = inner[1:-1] or inner
-        ids = {layer.layer for layer in inner}
-        moved = [c for c in report.collectives if c.layer in ids]
-        totals = report.totals
-        faults = sum(f.layer in ids for f in report.findings)
+        inner, totals = i.inner_layer, i.report.totals
         rows.append(
             (
                 i.plan.name,
-                f"{len(moved) / len(ids):g}",
-                f"{sum(c.bytes for c in moved) / len(ids) / 2**20:.1f}",
-                f"{sum(layer.network_us for layer in inner) / len(inner):.0f}",
-                f"{sum(layer.exposed_network_us for layer in inner) / len(inner):.0f}",
+                *((i.hardware.name,) if gpus else ()),
+                f"{inner.collectives:g}",
+                f"{inner.bytes / 2**20:.1f}",
+                f"{inner.network_us:.0f}",
+                f"{inner.exposed_network_us:.0f}",
                 f"{totals.us / 1e3:.1f}",
                 f"{totals.tokens_per_second_per_gpu:.0f}",
                 f"{totals.share_of_optimum:.1%}",
-                f"{faults / len(ids):g}",
+                f"{inner.findings:g}",
             )
         )
+    names = 2 if gpus else 1
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(w) if k < names else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -1,17 +1,18 @@
-"""Which decode attention kernel a model can use on a GPU, decided before anything is lowered."""
+"""Which attention kernels a model can use on a GPU, decided before anything is lowered."""
 
 from __future__ import annotations
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ModelConfig
 
-HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # of kernels_pallas.decode_attention's Mosaic backend
+KERNELS = ("decode_attention", "prefill_attention")
+HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of both accept
 
 
 def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str | None:
-    """One line on why the Mosaic kernel cannot run a model; None when it can. `capability` is None where there is no
+    """One line on why the Mosaic kernels cannot run a model; None when it can. `capability` is None where there is no
     GPU."""
-    if capability is None or not mosaic_supported(capability):
+    if capability is None or not all(mosaic_supported(capability, kernel) for kernel in KERNELS):
         found = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
         return f"it needs a Hopper GPU (compute capability 9.x), not {found}"
     if config.dtype != "bfloat16":

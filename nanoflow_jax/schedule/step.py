@@ -46,6 +46,11 @@ class KVCache:
 
 CACHE_SPEC = P(None, AXIS)
 
+# Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
+# second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
+_decode_attention = jax.jit(decode_attention, static_argnames=("backend", "sm_budget"), inline=True)
+_prefill_attention = jax.jit(prefill_attention, static_argnames=("backend",), inline=True)
+
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
     """Global shape of one layer's K (or V) pages."""
@@ -59,7 +64,7 @@ class StepSpec:
     config: ModelConfig
     plan: SchedulePlan
     shape: StepShape
-    attention_backend: str = "xla"  # of decode attention; prefill attention and the append have the XLA path only
+    attention_backend: str = "xla"  # of decode and prefill attention
     logits: bool = False  # return the logits of every row instead of sampling (tests, scoring)
     enforce_order: bool = field(default=False)
 
@@ -235,7 +240,7 @@ class _StepRun:
 
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
-            out, _ = decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend, sm_budget=sms)
+            out, _ = _decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend, sm_budget=sms)
             return out.reshape(piece.rows, -1)
 
         inputs = (self.k_pages[s.index], self.v_pages[s.index], *q)
@@ -259,7 +264,8 @@ class _StepRun:
             starts, lengths = clip_segments(
                 batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
             )
-            out = prefill_attention(span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths)
+            table = batch.prefill_table
+            out = _prefill_attention(span(*q), k_pages, v_pages, table, starts, lengths, backend=self.backend)
             return out.reshape(piece.rows, -1)
 
         out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)

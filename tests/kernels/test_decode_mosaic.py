@@ -172,7 +172,7 @@ def test_targets() -> None:
         ("B200",): False,
     }
     assert not mosaic_supported((8, 9))
-    assert not mosaic_supported((9, 0), "prefill_attention")
+    assert mosaic_supported((9, 0), "prefill_attention")
 
 
 @pytest.mark.parametrize("capability", ["8.0", "10.0"])

@@ -1,0 +1,57 @@
+"""Custom calls that no op piece owns, each beside a twin whose name, or whose caller's, leads to one."""
+
+from __future__ import annotations
+
+import pytest
+
+from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.findings import Finding
+from nanoflow_jax.inspect.report import inspect_compiled
+
+CALL = (
+    '%{name} = bf16[256,8,128]{{2,1,0}} custom-call(%q), custom_call_target="{target}", metadata={{op_name="{scope}"}}'
+)
+MOSAIC, SORT = "mosaic_gpu_v2", "__cub$DeviceRadixSort"
+
+
+def findings(entry: list[str], called: list[str] | None = None) -> list[Finding]:
+    """Of a program with %q; `called`: instructions of a computation %inner, whose own %q is its parameter."""
+    inner = ""
+    if called:
+        body = "\n".join("  " + line for line in called)
+        inner = f"%inner (q: bf16[]) -> bf16[] {{\n  %q = bf16[256,8,128]{{2,1,0}} parameter(0)\n{body}\n}}\n\n"
+    lines = ["%q = bf16[256,8,128]{2,1,0} parameter(0)", *entry, "ROOT %out = () tuple()"]
+    body = "\n".join("  " + line for line in lines)
+    text = f"HloModule m, is_scheduled=true\n\n{inner}ENTRY %main (q: bf16[]) -> () {{\n{body}\n}}\n"
+    return list(inspect_compiled(text, None, load_hardware("h200"), 8).findings)
+
+
+@pytest.mark.parametrize("target", [MOSAIC, SORT])
+def test_a_kernel_without_a_piece_is_reported(target: str) -> None:
+    named = CALL.format(name="attend.1", target=target, scope="jit(step)/L0/GEMV.1/decode_attention")
+    lost = CALL.format(name="attend.2", target=target, scope="jit(step)/decode_attention")
+    assert findings([named]) == []
+    (finding,) = findings([named, lost])
+    assert (finding.kind, finding.op, finding.layer) == ("untraced_kernel", None, None)
+    assert "attend.2" in finding.detail and target in finding.detail and "jit(step)/decode_attention" in finding.detail
+
+
+@pytest.mark.parametrize(
+    "caller",
+    [
+        "bf16[256,8,128]{2,1,0} fusion(%q), kind=kCustom, calls=%inner",
+        "bf16[256,8,128]{2,1,0} call(%q), to_apply=%inner",
+    ],
+)
+def test_the_caller_may_have_the_name(caller: str) -> None:
+    lost = ["ROOT " + CALL.format(name="attend", target=MOSAIC, scope="")]
+    named = ["ROOT " + CALL.format(name="attend", target=MOSAIC, scope="L0/GEMV.1/x")]
+    assert [f.kind for f in findings([f"%outer = {caller}"], lost)] == ["untraced_kernel"]
+    assert findings([f'%outer = {caller}, metadata={{op_name="L0/GEMV.1"}}'], lost) == []
+    assert findings([f"%outer = {caller}"], named) == []
+
+
+def test_gemms_and_buffers_are_no_kernels_of_their_own() -> None:
+    """A GEMM library's call has a finding of its own kind; a buffer runs nothing."""
+    buffer = CALL.format(name="buffer", target="AllocateBuffer", scope="")
+    assert findings([buffer]) == []
