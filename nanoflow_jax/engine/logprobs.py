@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
 from nanoflow_jax.parallel import collectives
 
-MAX_LOGPROBS = 20
 SCORE_CHUNK = 256  # prefill rows whose logits exist at the same time
 
 Head = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
