@@ -12,6 +12,7 @@ tokens that tie with the threshold are all kept.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -68,7 +69,7 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: S
     tokens = _argmax(lax.cond(jnp.any(special), choices, lambda x: x, logits), first)
     logprobs = token_logprobs(logits, first, tokens, params.top_logprobs)
     counts = _count(slots.counts, params.history, tokens - first)
-    return Sampled(tokens, logprobs), slots.replace(counts=counts)
+    return Sampled(tokens, logprobs), replace(slots, counts=counts)
 
 
 def adjust(logits: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:

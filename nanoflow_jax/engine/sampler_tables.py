@@ -4,7 +4,7 @@ and the token counts of the requests with penalties."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import jax
@@ -161,7 +161,7 @@ class SamplerTables:
 
     def _set_slots(self, **tables: jax.Array) -> None:
         state = self._owner.state
-        self._owner.state = state.replace(slots=state.slots.replace(**tables))
+        self._owner.state = replace(state, slots=replace(state.slots, **tables))
 
 
 def history_writes(prompt: Sequence[int], output: Sequence[int]) -> Iterator[tuple[np.ndarray, bool, bool]]:
