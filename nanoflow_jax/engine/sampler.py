@@ -57,16 +57,16 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: S
     greedy = params.temperature <= 0
     special = ~greedy | _biased(params, slots) | _penalized(params, slots)
 
-    def choices(logits: jax.Array) -> jax.Array:
+    def choose(logits: jax.Array) -> jax.Array:
         adjusted = adjust(logits, params, slots)
 
         def perturb(x: jax.Array) -> jax.Array:
             return jnp.where(greedy[:, None], x, temper(x, params) + _gumbel(first, x.shape[1], params))
 
-        return lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted)
+        return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted), first)
 
     # The predicates are the same on all devices, so all take the same branch and its collectives meet.
-    tokens = _argmax(lax.cond(jnp.any(special), choices, lambda x: x, logits), first)
+    tokens = lax.cond(jnp.any(special), choose, lambda x: _argmax(x, first), logits)
     logprobs = token_logprobs(logits, first, tokens, params.top_logprobs)
     counts = _count(slots.counts, params.history, tokens - first)
     return Sampled(tokens, logprobs), replace(slots, counts=counts)

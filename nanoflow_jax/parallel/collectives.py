@@ -9,6 +9,7 @@ free (a fusion) or contracts it.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from nanoflow_jax.parallel.mesh import AXIS
@@ -27,6 +28,25 @@ def all_gather_rows(x: jax.Array) -> jax.Array:
 def all_reduce(x: jax.Array) -> jax.Array:
     """Sum over devices, the result on all."""
     return lax.psum(x, AXIS)
+
+
+def all_reduce_in_order(x: jax.Array) -> jax.Array:
+    """Sum over p devices, the result on all, added in the order of the devices whatever the place in x.
+
+    A ring adds different parts of x in different orders, so that a row's sum would depend on where it stands. Each
+    device adds its share of the elements here, [p, n/p] after an all-to-all; the gather then makes the bytes those of
+    an all-reduce.
+    """
+    p = lax.axis_size(AXIS)
+    if p == 1:
+        return x
+    flat = x.reshape(-1)
+    padded = jnp.pad(flat, (0, -flat.size % p)).reshape(p, -1)
+    parts = lax.all_to_all(padded, AXIS, split_axis=0, concat_axis=0, tiled=True)
+    total = parts[0]
+    for i in range(1, p):
+        total = total + parts[i]
+    return lax.all_gather(total, AXIS, axis=0, tiled=True)[: flat.size].reshape(x.shape)
 
 
 def reduce_scatter_rows(x: jax.Array) -> jax.Array:
