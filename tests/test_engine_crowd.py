@@ -14,10 +14,10 @@ import pytest
 from checkpoints import GREEDY_TOKENS, Reference, load_reference, write_checkpoint
 
 from nanoflow_jax import LLM, SamplingParams
-from nanoflow_jax.engine.engine import Engine
-from nanoflow_jax.engine.pages import PageAllocator
+from nanoflow_jax.engine.admission import Expectation
+from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.engine.scheduler import Scheduler
+from nanoflow_jax.engine.scheduler import Scheduler, SchedulerStats
 from nanoflow_jax.weights.hub import resolve_model
 
 CASE = "llama3_new_rope_tied"  # 16 query heads on 8 KV heads, 2 layers, vocabulary of 112, EOS is 2
@@ -51,19 +51,22 @@ def reference() -> Reference:
 
 @pytest.fixture(autouse=True)
 def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test the engine is idle and every page is free."""
+    """After each test the engine is idle and every page is available."""
     yield
-    scheduler = request.getfixturevalue("llm").engine.scheduler
-    assert not scheduler.has_work
-    assert scheduler.allocator.num_free == scheduler.allocator.num_pages
+    engine = request.getfixturevalue("llm").engine
+    assert not engine.has_work
+    assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
 
 
-def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int) -> Scheduler:
-    """Lets the scheduler use only some of the pages of the compiled pool."""
-    engine: Engine = llm.engine
-    scheduler = Scheduler(engine.scheduler.shapes, PageAllocator(num_pages), engine.page_size)
-    monkeypatch.setattr(engine, "scheduler", scheduler)
-    return scheduler
+def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int) -> SchedulerStats:
+    """Lets the scheduler use only some of the pages of the compiled pool; nothing is known of earlier requests."""
+    scheduler = llm.engine.scheduler
+    scheduler.pool.reset()  # what its pages hold will be overwritten
+    monkeypatch.setattr(scheduler, "pool", PagePool(num_pages))
+    monkeypatch.setattr(scheduler, "expectation", Expectation())
+    stats = SchedulerStats()
+    monkeypatch.setattr(scheduler, "stats", stats)
+    return stats
 
 
 def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
@@ -106,7 +109,7 @@ def test_alone_and_among_forty_others(
     prompt = reference.prompts[2]
     alone = tokens(llm.generate([prompt, prompt], [greedy(), SAMPLED], use_tqdm=False))
     assert alone[0] == reference.greedy_tokens[2].tolist()
-    scheduler = small_pool(llm, monkeypatch, num_pages)
+    stats = small_pool(llm, monkeypatch, num_pages)
     prompts, params = crowd()
     order = [*range(1, 6), "greedy", "sampled", *range(6, 40), 0]
     mine = {"greedy": (prompt, greedy()), "sampled": (prompt, SAMPLED)}
@@ -116,7 +119,7 @@ def test_alone_and_among_forty_others(
     assert by_name["greedy"].outputs[0].token_ids == alone[0]
     assert by_name["sampled"].outputs[0].token_ids == alone[1]
     few = num_pages == 24
-    assert (scheduler.num_preemptions > 0) is few
+    assert (stats.preemptions > 0) is few
     assert (by_name["greedy"].metrics.num_preemptions + by_name["sampled"].metrics.num_preemptions > 0) is few
     for i, (p, s) in enumerate(load):
         assert outputs[i].prompt_token_ids == p
@@ -128,9 +131,9 @@ def test_the_whole_crowd_is_the_same_with_few_pages(llm: LLM, monkeypatch: pytes
     """Each of the forty, not only the one looked at above."""
     prompts, params = crowd()
     roomy = tokens(llm.generate(prompts, params, use_tqdm=False))
-    scheduler = small_pool(llm, monkeypatch, 20)
+    stats = small_pool(llm, monkeypatch, 20)
     assert tokens(llm.generate(prompts, params, use_tqdm=False)) == roomy
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
 
 
 def test_keys_and_values_that_are_not_recomputed_are_noticed(
@@ -145,9 +148,9 @@ def test_keys_and_values_that_are_not_recomputed_are_noticed(
         request.num_computed = computed - 1
 
     monkeypatch.setattr(Scheduler, "_preempt", keeps_progress)
-    scheduler = small_pool(llm, monkeypatch, 14)
+    stats = small_pool(llm, monkeypatch, 14)
     found = tokens(llm.generate(reference.prompts[:3], greedy(), use_tqdm=False))
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
     assert found != reference.greedy_tokens[:3].tolist()
 
 
@@ -211,11 +214,11 @@ def test_stops_at_max_tokens_and_at_max_model_len(llm: LLM, reference: Reference
 
 def test_a_request_as_long_as_the_pool_finishes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes every page; others wait for it, or give way to it, and end too."""
-    scheduler = small_pool(llm, monkeypatch, MAX_MODEL_LEN // PAGE)
+    stats = small_pool(llm, monkeypatch, MAX_MODEL_LEN // PAGE)
     prompts = [[5] * 3, [6] * (MAX_MODEL_LEN - 20), [7] * 30]
     outputs = llm.generate(prompts, greedy(None), use_tqdm=False)
     assert [len(p) + len(t) for p, t in zip(prompts, tokens(outputs), strict=True)] == [MAX_MODEL_LEN] * 3
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
 
 
 # -- interruptions

@@ -217,7 +217,7 @@ class OffloadStore:
         while self._in_flight:
             key, page = next(iter(self._in_flight.items()))
             try:
-                if not page.is_ready():
+                if not page.is_ready():  # pyright: ignore[reportAttributeAccessIssue]  (not in JAX's stub)
                     return
                 settled = page if _is_pinned(page) else np.asarray(page)
             except COPY_ERRORS:

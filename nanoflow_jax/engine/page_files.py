@@ -1,7 +1,7 @@
 """Pages of KV in files, one each, in a private folder: written in the background, checked in full when read.
 
-A file begins with a line that says what it is and one of JSON: version, fingerprint, key, dtype, shape and CRC-32 of the
-contents, which follow. Only the process that wrote a file reads it, so it knows what must be there.
+A file begins with a line that says what it is and one of JSON: version, fingerprint, key, dtype, shape and the CRC-32
+of the contents, which follow. Only the process that wrote a file reads it, so it knows what must be there.
 """
 
 from __future__ import annotations
