@@ -77,7 +77,7 @@ def hold_writer(monkeypatch: pytest.MonkeyPatch, opened: threading.Event | None 
 # -- files that are damaged, or cannot be written
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_damaged_byte(on_disk: OffloadStore, tmp_path: Path, data: st.DataObject) -> None:
     on_disk.clear()
