@@ -17,7 +17,7 @@ import numpy as np
 from nanoflow_jax.engine.logprobs import TokenLogprobs
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, PagePool
-from nanoflow_jax.engine.quarantine import Quarantine
+from nanoflow_jax.engine.quarantine import Quarantine, error_line
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.running import Running
@@ -41,6 +41,7 @@ class StepRecord:
     rows_used: int
     tokens: int  # sampled tokens that were booked
     host: float  # of the host's own work
+    host_cpu: float  # of that, what this thread spent on a processor: less than `host` where others use it too
     waited: float  # for the device
 
 
@@ -121,7 +122,7 @@ class Engine:
                 f"prompt: token id {low if low < 0 else high} is outside the vocabulary; "
                 f"accepted: 0 to {self.vocab_size - 1}"
             )
-        check_vocabulary(params, self.vocab_size)
+        check_vocabulary(params, self.vocab_size, () if params.ignore_eos else self._eos)
 
     def add(
         self,
@@ -182,7 +183,7 @@ class Engine:
         When a step fails, the requests in it are tried in smaller groups until the one at fault is found: it ends with
         finish_reason "error", the others go on. Raises the error itself when requests keep failing one by one.
         """
-        start, waited, tokens = time.perf_counter(), 0.0, 0
+        start, start_cpu, waited, tokens = time.perf_counter(), time.thread_time(), 0.0, 0
         finished: list[Request] = []
         self.updated = []
         scheduled = None
@@ -203,8 +204,8 @@ class Engine:
             finished += self._recover(error)
         if self.on_step is not None:
             used = scheduled.rows_used if scheduled is not None else 0
-            total = time.perf_counter() - start
-            self.on_step(StepRecord(scheduled and scheduled.shape, used, tokens, total - waited, waited))
+            total, cpu = time.perf_counter() - start, time.thread_time() - start_cpu
+            self.on_step(StepRecord(scheduled and scheduled.shape, used, tokens, total - waited, cpu, waited))
         return finished
 
     def _book(self, flight: _Flight, sampled: np.ndarray, finished: list[Request]) -> int:
@@ -250,7 +251,15 @@ class Engine:
             self._end(request, finished)
 
     def _look(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
-        """What a booked token means for a request that may have ended, or whose tokens are looked at one by one."""
+        """What a booked token means for a request that may have ended, or whose tokens are looked at one by one. What
+        goes wrong here (a tokenizer that fails) is this request's own error."""
+        try:
+            self._judge(request, token, length, output, row)
+        except Exception as error:
+            request.finish("error", error=error_line(error))
+            logger.warning("request %s: %s", request.request_id, request.error)
+
+    def _judge(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
         params = request.params
         if params.logprobs is not None:
             _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
@@ -314,7 +323,7 @@ class Engine:
         """After an exception anywhere in a step: all running requests are computed again, in suspicion's order."""
         admitting = self.scheduler.admitting
         suspects = [r for r in self.running.requests if r is not None]
-        suspects += [r for r in (admitting,) if r is not None and r not in suspects]
+        suspects += [r for r in (*self.scheduler.orphans.values(), admitting) if r is not None and r not in suspects]
         self._drop_everything(keep=True)
         failed = self._quarantine.failed(suspects, error)
         for request in failed:
@@ -326,8 +335,8 @@ class Engine:
         """Empties device and pages. keep: requests go back to the queue with the tokens the host knows; else all are
         returned, forgotten."""
         self._flight = None
-        scheduler, run = self.scheduler, self.running
-        running = [run.leave(int(slot)) for slot in run.by_arrival()]
+        scheduler = self.scheduler
+        running = self.running.reset()
         for request in [*running, *scheduler.orphans.values()]:
             request.pending = False
         scheduler.orphans.clear()

@@ -15,6 +15,12 @@ from nanoflow_jax.engine.scheduler import Scheduler
 GIVE_UP = 3  # requests that fail alone, one after another, with none that gets on: it is not the requests
 
 
+def error_line(error: Exception) -> str:
+    """What is told of an error that ended a request: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
+
+
 @dataclass
 class Quarantine:
     scheduler: Scheduler
@@ -61,8 +67,7 @@ class Quarantine:
             if not suspects or self.failed_alone >= GIVE_UP:
                 raise error
             request = suspects[0]
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            request.finish("error", error=f"{type(error).__name__}: {line}")
+            request.finish("error", error=error_line(error))
             given_up.append(request)
         else:
             middle = len(suspects) // 2

@@ -77,9 +77,9 @@ class Running:
     def active(self) -> np.ndarray:
         return self.number != NEVER
 
-    def by_arrival(self) -> np.ndarray:
-        """Slots in use, the earliest request first."""
-        slots = np.flatnonzero(self.active)
+    def in_order(self, which: np.ndarray) -> np.ndarray:
+        """The slots where `which` [S] bool is set, the earliest request first."""
+        slots = np.flatnonzero(which)
         return slots[np.argsort(self.number[slots])]
 
     def enter(
@@ -125,6 +125,21 @@ class Running:
         self.epoch[slot] += 1
         self._free.append(slot)
         return request
+
+    def reset(self) -> list[Request]:
+        """Empties all slots, in whatever state an interruption left them. Returns the requests that were there, the
+        earliest first, each with its known tokens."""
+        found = []
+        for slot, request in enumerate(self.requests):
+            if request is not None:
+                if self.known[slot] >= len(request.tokens):  # else it had not fully entered
+                    request.tokens = self.tokens[slot, : self.known[slot]].copy()
+                request.slot = None
+                found.append(request)
+        epoch = self.epoch + 1
+        self.__init__(self.count, self.tokens.shape[1], self.page_size)
+        self.epoch = epoch
+        return sorted(found, key=lambda r: r.number)
 
     def pages_of(self, slot: int) -> np.ndarray:
         return self.pages[slot, : self.num_pages[slot]].copy()

@@ -52,7 +52,8 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: S
     logits  [B, V/p] float32, this device's share; padding entries are -inf
     first   int32 scalar: vocabulary index of the first column
 
-    No two rows may name the same row of the counts.
+    No two rows may name the same row of the counts. Both tables have at least one row: XLA's partitioner crashes on a
+    split array that has none.
     """
     greedy = params.temperature <= 0
     special = ~greedy | _biased(params, slots) | _penalized(params, slots)
@@ -75,20 +76,16 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: S
 def adjust(logits: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:
     """The logits [B, V/p] after bias and penalties; what a greedy row's token is the largest of."""
     biased, penalized = _biased(params, slots), _penalized(params, slots)
-    if slots.biases.shape[0]:
 
-        def bias(x: jax.Array) -> jax.Array:
-            return jnp.where(biased[:, None], x + slots.biases.at[params.bias].get(mode="clip"), x)
+    def bias(x: jax.Array) -> jax.Array:
+        return jnp.where(biased[:, None], x + slots.biases.at[params.bias].get(mode="clip"), x)
 
-        logits = lax.cond(jnp.any(biased), bias, lambda x: x, logits)
-    if slots.counts.shape[0]:
+    def penalize(x: jax.Array) -> jax.Array:
+        counts = slots.counts.at[params.history].get(mode="clip")
+        return jnp.where(penalized[:, None], _penalize(x, counts, params), x)
 
-        def penalize(x: jax.Array) -> jax.Array:
-            counts = slots.counts.at[params.history].get(mode="clip")
-            return jnp.where(penalized[:, None], _penalize(x, counts, params), x)
-
-        logits = lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
-    return logits
+    logits = lax.cond(jnp.any(biased), bias, lambda x: x, logits)
+    return lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
 
 
 def temper(logits: jax.Array, params: SamplingArrays) -> jax.Array:
@@ -127,8 +124,6 @@ def _penalize(logits: jax.Array, counts: jax.Array, params: SamplingArrays) -> j
 
 def _count(counts: jax.Array, history: jax.Array, columns: jax.Array) -> jax.Array:
     """The token counts with one more of each row's token, on the device that owns its column."""
-    if not counts.shape[0]:
-        return counts
     width = counts.shape[1]
     columns = jnp.where((columns >= 0) & (columns < width), columns, width)  # elsewhere: dropped
     old = counts.at[history, columns].get(mode="fill", fill_value=0)

@@ -120,7 +120,7 @@ class Scheduler:
         """The next step, or None when nothing can run before the step in flight has been booked."""
         run = self.running
         decode = self._secure_pages(self._due())
-        prefilling = [s for s in run.by_arrival().tolist() if self._prefills(s)]
+        prefilling = run.in_order(run.active & ((run.computed < run.prefill_end) | ~run.in_table)).tolist()
         self._admit(prefilling)
         if not len(decode) and not prefilling:
             return None
@@ -139,16 +139,12 @@ class Scheduler:
         due = run.active & run.in_table & (run.computed >= run.prefill_end) & (run.computed < run.length) & more
         return np.flatnonzero(due).astype(np.int32)
 
-    def _prefills(self, slot: int) -> bool:
-        run = self.running
-        return bool(run.computed[slot] < run.prefill_end[slot] or not run.in_table[slot])
-
     def _secure_pages(self, due: np.ndarray) -> np.ndarray:
         """Gives each due slot the page of its next token; slots preempted for that are no longer due."""
         run = self.running
         starting = due[run.computed[due] // self.page_size >= run.num_pages[due]]
         while (pages := self.pool.allocate(len(starting))) is None:
-            victim = int(run.by_arrival()[-1])
+            victim = int(np.where(run.active, run.number, -1).argmax())
             self.preempt(victim)
             due, starting = due[due != victim], starting[starting != victim]
         run.pages[starting, run.num_pages[starting]] = pages
@@ -255,6 +251,11 @@ class Scheduler:
         """
         run = self.running
         if run.num_running == 0:
+            return True
+        # First the cheap question: would there be enough if all became as long as they may?
+        own = request.max_length - len(request.tokens)
+        longest = int((run.max_length - run.length)[run.active].sum()) + own
+        if needed + longest // self.page_size + run.num_running + 1 <= available:
             return True
         slots = np.flatnonzero(run.active)
         left = self.expectation.remaining(

@@ -10,6 +10,7 @@ from nanoflow_jax.engine.running import Running, Sampling
 from nanoflow_jax.engine.scheduler import ScheduledStep
 from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs
 
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 IN_FLIGHT = -1  # a decode row's token that only the device knows
 
 
@@ -52,17 +53,15 @@ def _fill_sampling(
 ) -> None:
     """length: tokens of each sequence ahead of the sampled one. Rows that do not sample keep the defaults, which cost
     nothing and change no history."""
-    if not samples.any():
-        return
-    rows_array = np.arange(rows.start, rows.stop)[samples]
-    slots, length = slots[samples], length[samples]
-    sampling = inputs.sampling
-    for field in fields(Sampling):
-        getattr(sampling, field.name)[rows_array] = getattr(running.sampling, field.name)[slots]
-    sampling.position[rows_array] = length
-    sampling.history[rows_array] = running.history[slots]
+    sampling, which = inputs.sampling, rows
+    if not samples.all():
+        which, slots, length = np.arange(rows.start, rows.stop)[samples], slots[samples], length[samples]
+    for name in SAMPLING_FIELDS:
+        getattr(sampling, name)[which] = getattr(running.sampling, name)[slots]
+    sampling.position[which] = length
+    sampling.history[which] = running.history[slots]
     below = length < running.min_length[slots]
-    sampling.bias[rows_array] = np.where(below, running.bias_below[slots], running.bias[slots])
+    sampling.bias[which] = np.where(below, running.bias_below[slots], running.bias[slots])
 
 
 def _want_scores(inputs: StepInputs, running: Running, slot: int, start: int, row: int, count: int) -> None:

@@ -8,6 +8,8 @@ needs from the host is packed into one int32 vector: one transfer.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -22,7 +24,6 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import padded_vocab
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import SamplingArrays, StepBatch, StepShape
-
 
 BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tokens) in use at once
 
@@ -83,7 +84,40 @@ class StepInputs:
 
 
 def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
-    """Inputs of padding only, as NumPy arrays for the host to fill."""
+    """Inputs of padding only for the host to fill: NumPy arrays, all views of the one vector that `pack` returns."""
+    vector = _padding(shape, num_pages, num_slots, num_biases).copy()
+    places, tree = _layout(shape)
+    views = [vector[at : at + size].view(dtype).reshape(dims) for at, size, dims, dtype in places]
+    return jax.tree.unflatten(tree, views)
+
+
+def pack(inputs: StepInputs) -> np.ndarray:
+    """One int32 vector of all leaves, bit for bit."""
+    leaves = jax.tree.leaves(inputs)
+    vector = leaves[0].base
+    if vector is not None and all(x.base is vector for x in leaves):
+        return vector
+    return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
+
+
+@lru_cache(maxsize=64)
+def _padding(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> np.ndarray:
+    return pack(_padding_inputs(shape, num_pages, num_slots, num_biases))
+
+
+@lru_cache(maxsize=64)
+def _layout(shape: StepShape) -> tuple[list[tuple[int, int, tuple[int, ...], np.dtype]], Any]:
+    """Where each leaf of StepInputs lies in the packed vector: first element, size, shape, dtype; and the tree."""
+    leaves, tree = jax.tree.flatten(_padding_inputs(shape, 0, 0, 0))
+    starts = [0, *accumulate(x.size for x in leaves)]
+    return [(at, x.size, x.shape, x.dtype) for at, x in zip(starts, leaves, strict=False)], tree
+
+
+def packed_length(shape: StepShape) -> int:
+    return _padding(shape, 0, 0, 0).size
+
+
+def _padding_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
     rows, count = shape.rows, shape.sampled_rows
 
     def full(*dims: int, fill: Any = 0, dtype: Any = np.int32) -> np.ndarray:
@@ -115,23 +149,13 @@ def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: i
     )
 
 
-def pack(inputs: StepInputs) -> np.ndarray:
-    """One int32 vector of all leaves, bit for bit."""
-    return np.concatenate([x.reshape(-1).view(np.int32) for x in jax.tree.leaves(inputs)])
-
-
-def packed_length(shape: StepShape) -> int:
-    return pack(empty_inputs(shape, 0, 0, 0)).size
-
-
 def unpack(packed: jax.Array, shape: StepShape) -> StepInputs:
     """The inverse of `pack`, on the device."""
-    leaves, tree = jax.tree.flatten(empty_inputs(shape, 0, 0, 0))
-    parts, at = [], 0
-    for like in leaves:
-        part = packed[at : at + like.size].reshape(like.shape) if like.size else jnp.zeros(like.shape, jnp.int32)
-        at += like.size
-        parts.append(part if like.dtype == np.int32 else lax.bitcast_convert_type(part, like.dtype))
+    places, tree = _layout(shape)
+    parts = []
+    for at, size, dims, dtype in places:
+        part = packed[at : at + size].reshape(dims) if size else jnp.zeros(dims, jnp.int32)
+        parts.append(part if dtype == np.int32 else lax.bitcast_convert_type(part, dtype))
     return jax.tree.unflatten(tree, parts)
 
 
