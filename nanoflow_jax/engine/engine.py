@@ -65,7 +65,7 @@ class Engine:
         runner: Runner,
         shapes: Sequence[StepShape],
         tables: SamplerTables,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         max_model_len: int,
         vocab_size: int,
@@ -278,6 +278,7 @@ class Engine:
             return False
         text = self._texts.get(request)
         if text is None:
+            assert self._tokenizer is not None, "stop strings and streams of text need a tokenizer"
             text = GrowingText(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
             self._texts[request] = text
         added = text.add(token)
