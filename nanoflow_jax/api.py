@@ -7,6 +7,7 @@ import logging
 import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -29,6 +30,7 @@ logger = logging.getLogger("nanoflow_jax")
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
 Params = SamplingParams | Sequence[SamplingParams] | None
+Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its tokens and how to go on
 
 
 class LLM:
@@ -117,6 +119,10 @@ class LLM:
             raise ConfigError(
                 "kv_offload_disk_gib: pages reach the disk through the host; kv_offload_gib is needed too"
             )
+        if kv_offload_folder is not None and not kv_offload_disk_gib:
+            raise ConfigError(
+                "kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too"
+            )
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()
@@ -177,25 +183,29 @@ class LLM:
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
         of each has `finished` set. Closing the iterator ends what is still running."""
-        groups = self._add([self._tokens(p, True) for p in _as_list(prompts)], sampling_params, watched=True)
-        group_of = {request: group for group in groups for request in group}
+        return self._stream(self._checked([self._tokens(p, True) for p in _as_list(prompts)], sampling_params))
 
-        def run() -> Iterator[RequestOutput]:
-            try:
-                open_requests = set(group_of)
-                while open_requests:
-                    ended = self.engine.step()
-                    open_requests.difference_update(ended)
-                    changed = dict.fromkeys(r.number - r.index for r in [*self.engine.updated, *ended] if r in group_of)
-                    for first in changed:
-                        group = next(g for g in groups if g[0].number == first)
-                        yield request_output(group, self.tokenizer, self.engine.running)
-            finally:
-                for request in group_of:
-                    if not request.finish_reason:
-                        self.engine.abort(request)
-
-        return run()
+    def _stream(self, checked: list[Checked]) -> Iterator[RequestOutput]:
+        group_of: dict[Request, list[Request]] = {}
+        try:
+            for group in self._add(checked, watched=True):
+                group_of |= dict.fromkeys(group, group)
+            running = list(group_of)
+            while running:
+                self.engine.step()
+                # Requests may also have ended, and all tokens be booked, in another call of this LLM.
+                changed = [r for r in running if r.finish_reason]
+                changed += [r for r in self.engine.updated if r in group_of and not r.finish_reason]
+                running = [r for r in running if not r.finish_reason]
+                for group in {id(group_of[r]): group_of[r] for r in changed}.values():
+                    yield request_output(group, self.tokenizer, self.engine.running)
+        except (Exception, KeyboardInterrupt):
+            self.engine.abort_all()
+            raise
+        finally:
+            for request in group_of:
+                if not request.finish_reason:
+                    self.engine.abort(request)
 
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability after the context, and whether it is
@@ -205,10 +215,12 @@ class LLM:
         encoded = [self._pair(context, continuation) for context, continuation in pairs]
         for tokens, _ in encoded:
             self.engine.check(tokens, params)
-        requests = [
-            self.engine.add(None, tokens, params, max_tokens=0, scored_from=border - 1) for tokens, border in encoded
-        ]
-        self._until_done(requests, "scoring", use_tqdm)
+        with self._empty_after_errors():
+            requests = [
+                self.engine.add(None, tokens, params, max_tokens=0, scored_from=border - 1)
+                for tokens, border in encoded
+            ]
+            self._until_done(requests, "scoring", use_tqdm)
         if failed := [r for r in requests if r.finish_reason == "error"]:
             raise RuntimeError(f"request {failed[0].request_id}: {failed[0].error}")
         scores = []
@@ -246,10 +258,8 @@ class LLM:
             raise ValueError(f"pairs: the continuation {continuation!r} has no token of its own after its context")
         return tokens, before
 
-    def _add(
-        self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, watched: bool = False
-    ) -> list[list[Request]]:
-        """Queues the completions of each prompt, after all prompts have been checked."""
+    def _checked(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params) -> list[Checked]:
+        """The prompts, each with its sampling params. Raises ValueError for what cannot be served."""
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
         params = (
@@ -265,38 +275,47 @@ class LLM:
             )
         for (_, tokens), p in zip(prompts, params, strict=True):
             self.engine.check(tokens, p)
+        return [(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
+
+    def _add(self, checked: list[Checked], watched: bool = False) -> list[list[Request]]:
+        """Queues the completions of each prompt."""
         return [
             [self.engine.add(text, tokens, p, index=i, watched=watched) for i in range(p.n)]
-            for (text, tokens), p in zip(prompts, params, strict=True)
+            for text, tokens, p in checked
         ]
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, use_tqdm: bool
     ) -> list[RequestOutput]:
-        groups = self._add(prompts, sampling_params)
-        self.last_outputs = []
+        checked = self._checked(prompts, sampling_params)
+        self.last_outputs = [None] * len(checked)
+        groups: list[list[Request]] = []
         try:
-            self._until_done([request for group in groups for request in group], "generating", use_tqdm)
+            with self._empty_after_errors():
+                groups = self._add(checked)
+                self._until_done([request for group in groups for request in group], "generating", use_tqdm)
         finally:
-            done = [all(r.finish_reason not in (None, "abort") for r in group) for group in groups]
-            self.last_outputs = [
-                request_output(group, self.tokenizer) if ok else None for group, ok in zip(groups, done, strict=True)
-            ]
+            for place, group in enumerate(groups):
+                if all(r.finish_reason not in (None, "abort") for r in group):
+                    self.last_outputs[place] = request_output(group, self.tokenizer)
         return [output for output in self.last_outputs if output is not None]
 
-    def _until_done(self, requests: Sequence[Request], what: str, use_tqdm: bool) -> None:
-        """Steps until all are done. After an exception or an interruption, the engine is empty and usable."""
-        wanted = len(requests)
-        start, produced = time.monotonic(), 0
+    @contextmanager
+    def _empty_after_errors(self) -> Iterator[None]:
+        """After an exception or an interruption, the engine is empty and usable."""
         try:
-            with Progress(wanted, what, "requests", use_tqdm) as bar:
-                while self.engine.has_work:
-                    for request in self.engine.step():
-                        produced += len(request.tokens) - request.prompt_length
-                        bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
+            yield
         except BaseException:
             self.engine.abort_all()
             raise
+
+    def _until_done(self, requests: Sequence[Request], what: str, use_tqdm: bool) -> None:
+        start, produced = time.monotonic(), 0
+        with Progress(len(requests), what, "requests", use_tqdm) as bar:
+            while self.engine.has_work:
+                for request in self.engine.step():
+                    produced += len(request.tokens) - request.prompt_length
+                    bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
 
 
 def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:

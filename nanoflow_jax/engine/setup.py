@@ -120,18 +120,14 @@ def build_engine(
             )
         limit = num_pages * page_size
 
+    root = prefix_root(folder, config, plan, backend, options.deterministic) if options.enable_prefix_caching else None
+    offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
     params = _load(folder, config, mesh, infos, options.progress)
     shapes, sizes = shapes_for(limit), sizes_for(limit)
     runner = Runner(
         spec, mesh, infos, params, shapes, sizes,
         num_pages=num_pages, page_size=page_size, progress=options.progress,
     )  # fmt: skip
-    root = prefix_root(folder, config, plan, backend, options.deterministic) if options.enable_prefix_caching else None
-    offload = None
-    if options.kv_offload_bytes and root is not None:
-        offload = OffloadStore(
-            options.kv_offload_bytes, options.kv_offload_disk_bytes, options.kv_offload_folder, fingerprint=root
-        )
     return Engine(
         runner,
         shapes,
@@ -151,6 +147,15 @@ def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, backend: 
     """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it."""
     plan_text = hashlib.sha256(repr(plan).encode()).hexdigest()
     return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, backend, str(deterministic))
+
+
+def _offload(options: EngineOptions, root: Key) -> OffloadStore:
+    try:
+        return OffloadStore(
+            options.kv_offload_bytes, options.kv_offload_disk_bytes, options.kv_offload_folder, fingerprint=root
+        )
+    except ValueError as error:
+        raise ConfigError(f"kv_offload_folder: {error}") from None
 
 
 def _decode_slots(options: EngineOptions, devices: int, on_cpu: bool) -> int:
