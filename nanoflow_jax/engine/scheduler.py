@@ -300,7 +300,8 @@ class Scheduler:
         request = run.requests[slot]
         assert request is not None
         keys = request.keys
-        for index in range(start // self.page_size, stop // self.page_size):
+        # Pages before `start` have no key yet when their tokens were computed again in decode rows.
+        for index in range(min(start // self.page_size, len(keys)), stop // self.page_size):
             if index >= len(keys):
                 previous = keys[index - 1] if index else self.root
                 keys.append(self._key(previous, run.tokens[slot], index, request.prompt_length))
