@@ -48,7 +48,7 @@ class Runner:
         self._steps = compile_steps(
             spec, mesh, infos, shapes, sizes, num_pages=num_pages, page_size=page_size, progress=progress
         )
-        abstract = abstract_state(spec.config, mesh, infos, sizes, num_pages, page_size)
+        abstract = abstract_state(spec, mesh, infos, sizes, num_pages, page_size)
         self._zeros = jax.jit(
             lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
@@ -110,7 +110,7 @@ def compile_steps(
 ) -> dict[StepShape, Any]:
     """The step of each shape, compiled. `spec.shape` does not matter."""
     platform = mesh.devices.flat[0].platform
-    ordered = platform == "gpu" and mesh.size > 1
+    ordered = platform == "gpu" and (mesh.size > 1 or spec.rank_of is not None)
 
     def compile_for(shape: StepShape) -> Any:
         lowered = lower_step(

@@ -55,6 +55,7 @@ class SchedulerStats:
     cached_tokens: int = 0  # of those, found in kept pages
     restored_tokens: int = 0  # found in offloaded pages, at any admission
     recomputed_tokens: int = 0  # computed again after a preemption
+    refused_for_pages: int = 0  # steps in which a request had to wait for pages
 
 
 @dataclass
@@ -212,6 +213,7 @@ class Scheduler:
         # Shared pages that nobody uses now will not be available any more.
         available = pool.num_available - sum(pool.is_kept(page) for page in hits)
         if needed > available or not self._fits_later(request, needed, available):
+            self.stats.refused_for_pages += 1
             return None
         biases = self.hooks.biases(request)
         if biases is None:

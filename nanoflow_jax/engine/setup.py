@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
@@ -19,7 +20,8 @@ from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
 from nanoflow_jax.engine.sampler_tables import SamplerTables
 from nanoflow_jax.models.llama import LlamaParams, param_infos
-from nanoflow_jax.models.params import is_info
+from nanoflow_jax.models.params import is_info, rank_infos
+from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.batch import StepShape
@@ -53,6 +55,7 @@ class EngineOptions:
     attention_backend: str
     seed: int
     progress: bool
+    rank_of: int | None = None  # run the first rank's program of so many devices on a mesh of one, to measure it
 
 
 def build_engine(
@@ -60,21 +63,28 @@ def build_engine(
     config: ModelConfig,
     plan: SchedulePlan,
     mesh: Mesh,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     eos_token_ids: tuple[int, ...],
     options: EngineOptions,
+    make_params: Callable[[LlamaParams, Mesh], LlamaParams] | None = None,
 ) -> Engine:
-    """Loads the weights of `folder`, compiles the steps and allocates the pages. Raises ConfigError, one line."""
+    """Loads the weights of `folder`, compiles the steps and allocates the pages. Raises ConfigError, one line.
+
+    make_params  (infos, mesh) -> weights, instead of loading them
+    """
+    devices = options.rank_of or mesh.size
     device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
     backend = _attention_backend(options.attention_backend, device, config, page_size)
-    logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, plan.name, mesh.size)
-    decode_slots = _decode_slots(options, mesh.size, on_cpu)
+    logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, plan.name, devices)
+    decode_slots = _decode_slots(options, devices, on_cpu)
     if options.deterministic:
-        _check_deterministic(plan, decode_slots, options.tokens_per_step, mesh.size)
+        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
     limit = config.max_position_embeddings if options.max_model_len is None else options.max_model_len
     if not 1 < limit <= config.max_position_embeddings:
         raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_position_embeddings}")
-    infos = param_infos(config, mesh.size, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    if options.rank_of is not None:
+        infos = rank_infos(infos, options.rank_of)
     memory = device_memory(mesh)
     usable = None if memory is None else int(memory * options.memory_utilization)
     if usable is not None:
@@ -84,11 +94,11 @@ def build_engine(
         return SlotSizes(decode_slots, BIAS_ROWS, -(-length // page_size))
 
     def shapes_for(length: int) -> list[StepShape]:
-        shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(mesh.size))
+        shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(devices))
         return [max(shapes, key=lambda s: s.rows)] if options.deterministic else shapes
 
     some_shape = StepShape(decode_slots, 0, 0, 1)
-    spec = StepSpec(config, plan, some_shape, backend, deterministic=options.deterministic)
+    spec = StepSpec(config, plan, some_shape, backend, deterministic=options.deterministic, rank_of=options.rank_of)
     most_pages = -(-decode_slots * (limit + page_size) // page_size)  # more could not be used at once
     if options.kv_cache_tokens is not None:
         num_pages = options.kv_cache_tokens // page_size
@@ -106,8 +116,8 @@ def build_engine(
 
         needed = -(-limit // page_size) if options.max_model_len is not None else 1
         planned = plan_pages(
-            usable, local_bytes(infos, mesh.size), _slot_bytes(config, mesh, sizes_for(limit)),
-            page_bytes(config, mesh.size, page_size), most_pages, needed, temporaries,
+            usable, local_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
+            page_bytes(config, devices, page_size), most_pages, needed, temporaries,
         )  # fmt: skip
         logger.info(planned.text())
         num_pages = planned.num_pages
@@ -122,7 +132,7 @@ def build_engine(
 
     root = prefix_root(folder, config, plan, backend, options.deterministic) if options.enable_prefix_caching else None
     offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
-    params = _load(folder, config, mesh, infos, options.progress)
+    params = make_params(infos, mesh) if make_params else _load(folder, config, mesh, infos, options.progress)
     shapes, sizes = shapes_for(limit), sizes_for(limit)
     runner = Runner(
         spec, mesh, infos, params, shapes, sizes,
@@ -183,10 +193,10 @@ def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: in
         )
 
 
-def _slot_bytes(config: ModelConfig, mesh: Mesh, sizes: SlotSizes) -> int:
-    state = abstract_slots(config, mesh, sizes)
+def _slot_bytes(config: ModelConfig, devices: int, sizes: SlotSizes) -> int:
+    state = abstract_slots(config, AbstractMesh((devices,), (AXIS,)), sizes)
     whole = state.tokens.size * 4 + state.tables.size * 4
-    return whole + (state.counts.size * 2 + state.biases.size * 4) // mesh.size
+    return whole + (state.counts.size * 2 + state.biases.size * 4) // devices
 
 
 def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size: int) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import abstract_params, is_info
-from nanoflow_jax.parallel.mesh import replicated
+from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.schedule.plan import SchedulePlan
 from nanoflow_jax.schedule.slots import SlotSizes, abstract_slots, packed_length
 from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, StepState, build_step, cache_shape
@@ -54,7 +54,9 @@ def compiler_options(platform: str, plan: SchedulePlan) -> dict[str, Option]:
     return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan.lanes else {})}
 
 
-def abstract_cache(config: ModelConfig, mesh: Mesh, dtype: Any, num_pages: int, page_size: int) -> KVCache:
+def abstract_cache(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Any, num_pages: int, page_size: int
+) -> KVCache:
     """The KV cache as abstract arrays on `mesh`."""
     shape = cache_shape(config, mesh.size, num_pages, page_size)
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
@@ -62,11 +64,13 @@ def abstract_cache(config: ModelConfig, mesh: Mesh, dtype: Any, num_pages: int, 
 
 
 def abstract_state(
-    config: ModelConfig, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, num_pages: int, page_size: int
+    spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, num_pages: int, page_size: int
 ) -> StepState:
     """Cache and slots as abstract arrays on `mesh`."""
-    dtype = jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
-    return StepState(abstract_cache(config, mesh, dtype, num_pages, page_size), abstract_slots(config, mesh, sizes))
+    config, dtype = spec.config, jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
+    whole = mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
+    state = StepState(abstract_cache(config, whole, dtype, num_pages, page_size), abstract_slots(config, whole, sizes))
+    return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, mesh), state)
 
 
 def lower_step(
@@ -75,7 +79,7 @@ def lower_step(
     """Traces the engine's step for `mesh`, whose devices may be compile-only."""
     return build_step(spec, mesh, infos, page_size).lower(
         abstract_params(infos, mesh),
-        abstract_state(spec.config, mesh, infos, sizes, num_pages, page_size),
+        abstract_state(spec, mesh, infos, sizes, num_pages, page_size),
         jax.ShapeDtypeStruct((packed_length(spec.shape),), jnp.int32, sharding=replicated(mesh)),
     )
 

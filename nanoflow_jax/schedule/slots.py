@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig
@@ -51,7 +51,7 @@ class SlotState:
 SLOT_SPECS = SlotState(tokens=P(), tables=P(), counts=P(None, AXIS), biases=P(None, AXIS))
 
 
-def abstract_slots(config: ModelConfig, mesh: Mesh, sizes: SlotSizes) -> SlotState:
+def abstract_slots(config: ModelConfig, mesh: Mesh | AbstractMesh, sizes: SlotSizes) -> SlotState:
     """The slots' state as abstract arrays on `mesh`."""
     vocab = padded_vocab(config, mesh.size)
     shapes = SlotState(

@@ -64,6 +64,7 @@ class StepSpec:
     attention_backend: str = "xla"  # of decode attention; prefill attention and the append have the XLA path only
     enforce_order: bool = field(default=False)
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
+    rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
 
 
 @struct.dataclass
@@ -85,8 +86,13 @@ def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -
     output  a `StepOutput`, the same on every device
     """
     state_specs = StepState(cache_specs(spec.config), SLOT_SPECS)
+
+    def step(params: LlamaParams, state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+        with collectives.rank_slice(spec.rank_of):
+            return _step(spec, page_size, params, state, packed)
+
     sharded = jax.shard_map(
-        partial(_step, spec, page_size),
+        step,
         mesh=mesh,
         in_specs=(param_specs(infos), state_specs, P()),
         out_specs=(state_specs, P()),
