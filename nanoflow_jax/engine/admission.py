@@ -17,8 +17,10 @@ class Expectation:
 
     def saw(self, produced: int, allowed: int) -> None:
         """A request has ended after `produced` of `allowed` tokens."""
+        if allowed < 1:
+            return
         fade = 1 - 1 / MEMORY
-        self._sum = self._sum * fade + (produced / allowed if allowed else 1.0)
+        self._sum = self._sum * fade + produced / allowed
         self._weight = self._weight * fade + 1
 
     @property

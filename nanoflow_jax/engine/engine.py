@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from nanoflow_jax.engine.logprobs import TokenLogprobs
@@ -167,6 +168,8 @@ class Engine:
         self._texts.pop(request, None)
         if not request.finish_reason:
             request.finish("abort")
+        if not self.scheduler.has_work and not self._quarantine.has_work:
+            self._flight = None  # nobody waits for its tokens
 
     def abort_all(self) -> None:
         """Ends every request and starts afresh, whatever state an interruption left. The contents of the pages are
@@ -200,6 +203,8 @@ class Engine:
                 waited = time.perf_counter() - asked
                 tokens = self._book(flight, sampled, finished)
             self._quarantine.progressed()
+            if not self.scheduler.has_work and not self._quarantine.has_work:
+                self._flight = None  # all its rows belong to requests that have ended
         except Exception as error:
             finished += self._recover(error)
         if self.on_step is not None:
@@ -221,6 +226,10 @@ class Engine:
             if orphan is not None and orphan.pending:
                 self._book_orphan(orphan, int(sampled[row]), output, row, finished)
         rows, slots = rows[here], slots[here]
+        if (run.sampling.top_logprobs[slots] >= 0).any():
+            jax.device_get(
+                output.sampled.logprobs
+            )  # kept by the arrays; were it to fail, then before tokens are booked
         self._book_scores(step, output)
         ended = run.append(slots, sampled[rows])
         self.scheduler.booked(slots)
@@ -265,16 +274,19 @@ class Engine:
             _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
         if request.watched:
             self.updated.append(request)
+        try:
+            stopped = self._stop_string(request, token, length)
+        except Exception as error:  # a tokenizer's: this request's own, no reason to compute the others again
+            request.finish("error", error=one_line(error))
+            return
         if token in request.stop_tokens:
             request.finish("stop", token if token in params.stop_token_ids else None)
-        elif self._stop_string(request, token, length):
-            pass
-        elif length >= request.max_length:
+        elif not stopped and length >= request.max_length:
             request.finish("length")
 
     def _stop_string(self, request: Request, token: int, length: int) -> bool:
         params = request.params
-        if not params.detokenize or not (params.stop or request.watched):
+        if not params.detokenize or not (params.stop or request.watched) or token in request.stop_tokens:
             return False
         text = self._texts.get(request)
         if text is None:
