@@ -18,8 +18,8 @@ import numpy as np
 from nanoflow_jax.engine.logprobs import TokenLogprobs
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, PagePool
-from nanoflow_jax.engine.quarantine import Quarantine, error_line
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.quarantine import Quarantine
+from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.running import Running
 from nanoflow_jax.engine.sampler import StepOutput
@@ -227,9 +227,7 @@ class Engine:
                 self._book_orphan(orphan, int(sampled[row]), output, row, finished)
         rows, slots = rows[here], slots[here]
         if (run.sampling.top_logprobs[slots] >= 0).any():
-            jax.device_get(
-                output.sampled.logprobs
-            )  # kept by the arrays; were it to fail, then before tokens are booked
+            jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
         self._book_scores(step, output)
         ended = run.append(slots, sampled[rows])
         self.scheduler.booked(slots)
@@ -274,11 +272,7 @@ class Engine:
             _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
         if request.watched:
             self.updated.append(request)
-        try:
-            stopped = self._stop_string(request, token, length)
-        except Exception as error:  # a tokenizer's: this request's own, no reason to compute the others again
-            request.finish("error", error=one_line(error))
-            return
+        stopped = self._stop_string(request, token, length)
         if token in request.stop_tokens:
             request.finish("stop", token if token in params.stop_token_ids else None)
         elif not stopped and length >= request.max_length:

@@ -15,8 +15,10 @@ from nanoflow_jax.engine.scheduler import Scheduler
 GIVE_UP = 3  # requests that fail alone, one after another, with none that gets on: it is not the requests
 
 
-def one_line(error: Exception) -> str:
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+def error_line(error: Exception) -> str:
+    """What is told of an error that ended a request: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 @dataclass
@@ -65,9 +67,8 @@ class Quarantine:
             self.failed_alone += 1
             if self.failed_alone >= GIVE_UP:
                 raise error
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
             for request in suspects:
-                request.finish("error", error=f"{type(error).__name__}: {line}")
+                request.finish("error", error=error_line(error))
                 given_up.append(request)
         else:
             middle = len(suspects) // 2

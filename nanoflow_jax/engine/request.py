@@ -128,3 +128,9 @@ class Request:
     def finish(self, reason: str, stop: int | str | None = None, error: str | None = None) -> None:
         self.finish_reason, self.stop_reason, self.error = reason, stop, error
         self.metrics.finished_time = time.monotonic()
+
+
+def error_line(error: Exception) -> str:
+    """What is told of an error that ended a request: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])
