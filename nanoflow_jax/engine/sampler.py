@@ -147,10 +147,15 @@ def _gumbel(first: jax.Array, columns: int, params: SamplingArrays) -> jax.Array
         key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
         return jax.vmap(lambda t: jax.random.key_data(jax.random.fold_in(key, t)))(tokens)
 
-    bits = jax.vmap(row)(params.seed, params.position).astype(jnp.float32)  # [B, columns, 2]
-    # 64 bits: near 0, where the largest noise comes from, float32 resolves them all. In (0, 1), never its ends.
-    uniform = (bits[..., 0] + (bits[..., 1] + 0.5) * 2.0**-32) * 2.0**-32
-    return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
+    return _gumbel_of(jax.vmap(row)(params.seed, params.position))
+
+
+def _gumbel_of(bits: jax.Array) -> jax.Array:
+    """uint32 [..., 2], 64 uniform bits each, to float32 Gumbel noise; fewer would cut off the rare large values."""
+    high, low = bits[..., 0].astype(jnp.float32), bits[..., 1].astype(jnp.float32)
+    # In (0, 1), never its ends. The largest noise comes from near 0, where float32 resolves all bits.
+    uniform = jnp.minimum((high + (low + 0.5) * 2.0**-32) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
 
 
 def _keep_top_k(scaled: jax.Array, wanted: jax.Array, top_k: jax.Array) -> jax.Array:

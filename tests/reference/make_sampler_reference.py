@@ -77,7 +77,7 @@ def processors(case: dict[str, Any], slack: float) -> LogitsProcessorList:
     """Bias and constraints, repetition penalty, temperature, min-p, top-k, top-p."""
     chain: list[Any] = []
     if "logit_bias" in case:
-        chain.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in case["logit_bias"].items()}))
+        chain.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in case["logit_bias"].items()]))
     if "allowed_token_ids" in case:
         chain.append(PrefixConstrainedLogitsProcessor(lambda batch, ids: case["allowed_token_ids"], 1))
     if "min_tokens" in case:
@@ -103,7 +103,7 @@ def scores_of(case: dict[str, Any], logits: np.ndarray, history: np.ndarray, dty
 
 def main() -> None:
     rng = np.random.default_rng(20)
-    logits = rng.normal(0, 2.5, (len(CASES), VOCAB)).astype(np.float32)
+    logits = rng.normal(0, 1.5, (len(CASES), VOCAB)).astype(np.float32)
     prompts = rng.integers(0, VOCAB, (len(CASES), PROMPT_TOKENS), np.int32)
     outputs = rng.integers(0, VOCAB, (len(CASES), OUTPUT_TOKENS), np.int32)
     prompts[:, -2:] = prompts[:, :2]  # twice in the prompt
