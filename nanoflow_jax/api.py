@@ -120,9 +120,7 @@ class LLM:
                 "kv_offload_disk_gib: pages reach the disk through the host; kv_offload_gib is needed too"
             )
         if kv_offload_folder is not None and not kv_offload_disk_gib:
-            raise ConfigError(
-                "kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too"
-            )
+            raise ConfigError("kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too")
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()

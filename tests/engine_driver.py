@@ -6,20 +6,30 @@ computed for them are committed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 from checkpoints import GREEDY_TOKENS, write_checkpoint
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine.admission import Expectation
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.engine.scheduler import Scheduler, SchedulerStats
+from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.weights.hub import resolve_model
+from tests.step_driver import Driver, Packer, logits_of
 
 CASE = "llama3_new_rope_tied"  # 16 query heads on 8 KV heads, 2 layers, vocabulary of 112, EOS is 2
 VOCAB, EOS = 112, 2
@@ -32,7 +42,7 @@ def make_llm(folder: Path, **options: Any) -> LLM:
     return LLM(
         write_checkpoint(CASE, folder),
         **{
-            # Its tokens are bytes, then special tokens: every id of the checkpoint has a text.
+            # Its tokens are bytes: every id has a text.
             "tokenizer": str(resolve_model("tiny")),
             "dtype": "float32",
             "tensor_parallel_size": 2,
@@ -45,6 +55,20 @@ def make_llm(folder: Path, **options: Any) -> LLM:
             **options,
         },
     )
+
+
+@cache
+def shared_llm() -> LLM:
+    """One for all modules of a process: compiling takes longer than most tests. Tokenizer: `write_tokenizer`."""
+    with TemporaryDirectory() as folder:
+        tokenizer, _ = write_tokenizer(Path(folder) / "tokenizer")
+        return make_llm(Path(folder) / "model", tokenizer=str(tokenizer))
+
+
+@cache
+def oracle() -> Oracle:
+    with TemporaryDirectory() as folder:
+        return Oracle(Path(folder))
 
 
 def assert_idle(llm: LLM) -> None:
@@ -94,3 +118,67 @@ def crowd(**fields: Any) -> tuple[list[list[int]], list[SamplingParams]]:
         for i in range(40)
     ]
     return prompts, params
+
+
+class Oracle:
+    """Raw logits of whole sequences, by a step of its own on one device (itself compared with `transformers`)."""
+
+    SHAPE = StepShape(8, 4 * MAX_MODEL_LEN, 4, pages_per_request=MAX_MODEL_LEN // PAGE)
+
+    def __init__(self, folder: Path):
+        self._driver = Driver(write_checkpoint(CASE, folder), load_plan("two_all_reduce"), self.SHAPE)
+        assert self._driver.step is not None and self._driver.params is not None  # what they need of the folder is read
+
+    def logits(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Of each sequence of L tokens [L, V] float32."""
+        found = []
+        for at in range(0, len(sequences), 4):
+            some = sequences[at : at + 4]
+            packer = Packer(some, self.SHAPE, self._driver.num_pages)
+            by_place = logits_of(self._driver, [packer.pack(prefill=[(i, 0, len(s)) for i, s in enumerate(some)])])
+            found += [np.stack([by_place[i, at] for at in range(len(s))]) for i, s in enumerate(some)]
+        return found
+
+    def output_logits(self, outputs: Sequence[RequestOutput]) -> list[np.ndarray]:
+        """What each token of the outputs was sampled from [n, V]."""
+        whole = self.logits([o.prompt_token_ids + o.outputs[0].token_ids for o in outputs])
+        return [x[len(o.prompt_token_ids) - 1 : -1] for x, o in zip(whole, outputs, strict=True)]
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+# Pieces of text for the ids after the special tokens: letters, longer pieces, and bytes that are no character alone.
+PIECES = [bytes([c]) for c in b"abcdefghijklmnopqrstuvwxyz ,.\n"]
+PIECES += [b"ab", b" th", b"e s", b"ing", b"onion", b"xyz", b"zz", b"..", b", a", b"\n\n"]
+PIECES += [bytes([c]) for c in "éßñ√☃😀🎉".encode()]
+PIECES += [b"A%c" % c for c in b"abcdefghijklmnopqrstuvwxyz"]
+PIECES += [b"%cQ" % c for c in b"abcdefghijklmnopqrstuvwxyz"]
+PIECES += [bytes([c]) for c in b"0123456789"]
+SPECIAL = ["<unk>", "<s>", "</s>"]
+
+
+def write_tokenizer(folder: Path) -> tuple[Path, list[bytes]]:
+    """A tokenizer of VOCAB tokens: SPECIAL, then PIECES. Returns its folder, and the bytes of each id (none of special
+    ones)."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = list(dict.fromkeys(PIECES))[: VOCAB - len(SPECIAL)]
+    assert len(pieces) == VOCAB - len(SPECIAL), len(pieces)
+    # Byte-level tokenizers write bytes as characters: printable ones as themselves, others from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    written = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    vocab = {text: i for i, text in enumerate(SPECIAL)}
+    vocab |= {"".join(written[b] for b in piece): len(SPECIAL) + i for i, piece in enumerate(pieces)}
+    model = Tokenizer(BPE(vocab, [], unk_token="<unk>"))
+    model.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    model.decoder = ByteLevelDecoder()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+    )
+    fast.save_pretrained(folder)
+    return folder, [b""] * len(SPECIAL) + pieces

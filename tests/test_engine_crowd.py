@@ -24,7 +24,7 @@ from tests.engine_driver import (
     assert_idle,
     crowd,
     greedy,
-    make_llm,
+    shared_llm,
     small_pool,
     tokens,
 )
@@ -33,8 +33,8 @@ SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=1234, max_t
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    return make_llm(tmp_path_factory.mktemp(CASE))
+def llm() -> LLM:
+    return shared_llm()
 
 
 @pytest.fixture(scope="module")
