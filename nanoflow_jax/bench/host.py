@@ -7,17 +7,14 @@ returns a token per row at once, so that the machine's cores are free for what i
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanoflow_jax.config import ModelConfig, config_path
+from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
 from nanoflow_jax.engine.logprobs import no_logprobs
 from nanoflow_jax.engine.pages import root_key
@@ -104,9 +101,8 @@ class _NoTables:
         pass
 
 
-def measure(requests: int, tokens: int, model: str, steps: int) -> HostReport:
+def measure(requests: int, tokens: int, config: ModelConfig, steps: int) -> HostReport:
     """Runs `steps` steps with `requests` running and takes the times of the full ones."""
-    config = ModelConfig.from_file(config_path("models", model))
     length = PROMPT + OUTPUT
     table = -(-length // PAGE_SIZE)
     shapes = step_shapes(tokens, requests, table)
@@ -143,23 +139,3 @@ def measure(requests: int, tokens: int, model: str, steps: int) -> HostReport:
         requests, tokens, runner.arguments, len(host), float(np.median(host)), float(np.percentile(host, 99)),
         float(host.mean()), float(np.median([r.host_cpu for r in records[-steps:]])) * 1e3, used,
     )  # fmt: skip
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--requests", type=int, default=1280, help="running requests (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens per step (default: %(default)s)")
-    parser.add_argument(
-        "--model", default="llama_3_1_70b", help="whose number of program arguments (default: %(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=1000, help="steps to measure (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-
-
-def run(options: argparse.Namespace) -> int:
-    started = time.monotonic()
-    report = measure(options.requests, options.tokens, options.model, options.steps)
-    if options.json:
-        print(json.dumps({**asdict(report), "seconds": round(time.monotonic() - started, 1)}, indent=2))
-    else:
-        print(report.text())
-    return 0
