@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import check_backend, check_vector
+from kernels_pallas.checks import (
+    BACKENDS,
+    FP8,
+    FP8_MAX,
+    check_backend,
+    check_mosaic_gpu,
+    check_mosaic_only,
+    check_scales,
+    check_vector,
+)
+from kernels_pallas.tuning import APPEND, DEFAULT_GPU, AppendTuning
+
+
+def quantise(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [n, Hkv, d] in units of scale [Hkv] float32, rounded to float8_e4m3fn; what is beyond its range ends at it."""
+    units = x.astype(jnp.float32) / scale[None, :, None]
+    # Not by the cast: a number beyond the range would become NaN. NaN stays NaN.
+    return jnp.clip(units, -FP8_MAX, FP8_MAX).astype(FP8)
 
 
 def append_kv(
@@ -16,7 +35,12 @@ def append_kv(
     pages: jax.Array,
     slots: jax.Array,
     *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     backend: str = "xla",
+    tuning: AppendTuning | None = None,
+    sm_budget: int | None = None,
+    interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Writes row i of k and v to page pages[i], slot slots[i].
 
@@ -24,11 +48,19 @@ def append_kv(
     k, v     [n, Hkv, d]
     pages    [n] int32; N marks a padding row, which is dropped
     slots    [n] int32 in [0, page_size)
+    k_scale  [Hkv] float32, with pages of float8_e4m3fn alone: the pages hold k / k_scale; v_scale alike
+    backend  "xla" everywhere; "mosaic" on Hopper: a token's row, Hkv * d, of a multiple of 128 bytes
+
+    Of backend "mosaic" alone:
+    tuning     one of `kernels_pallas.tuning.APPEND`; the H200's by default
+    sm_budget  how many SMs it may use, to leave the others to a GEMM
+    interpret  `pallas_call`'s interpreter, for tests without a GPU
 
     Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does
     not fit.
     """
-    check_backend(backend)
+    check_backend(backend, BACKENDS)
+    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
     if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
         raise ValueError(
             f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} "
@@ -36,8 +68,24 @@ def append_kv(
         )
     if k.shape != v.shape or k.shape[1:] != (k_pages.shape[1], k_pages.shape[3]):
         raise ValueError(f"k, v: shapes {k.shape}, {v.shape} must both be [n, {k_pages.shape[1]}, {k_pages.shape[3]}]")
+    check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("pages", pages, k.shape[0])
     check_vector("slots", slots, k.shape[0])
+
+    if k_scale is not None and v_scale is not None:
+        k, v = quantise(k, k_scale), quantise(v, v_scale)
+    else:
+        k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
+    if backend == "mosaic":
+        if interpret is None:
+            check_mosaic_gpu("append_kv")
+        # Here, not above: whoever uses the XLA path need not load Mosaic.
+        from kernels_pallas.append_kv_mosaic import append_kv_mosaic
+
+        tuning = APPEND[DEFAULT_GPU] if tuning is None else tuning
+        return append_kv_mosaic(
+            k_pages, v_pages, k, v, pages, slots, tuning=tuning, sm_budget=sm_budget, interpret=interpret
+        )
 
     count, heads, page_size, d = k_pages.shape
     # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole
@@ -49,6 +97,6 @@ def append_kv(
     def write(into: jax.Array, rows: jax.Array) -> jax.Array:
         # Not unique_indices: padding rows repeat an index, and the promise would make that undefined.
         flat = into.reshape(count * heads * page_size, d)
-        return flat.at[row].set(rows.reshape(-1, d).astype(into.dtype), mode="drop").reshape(into.shape)
+        return flat.at[row].set(rows.reshape(-1, d), mode="drop").reshape(into.shape)
 
     return write(k_pages, k), write(v_pages, v)

@@ -4,16 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from kernels_pallas.targets import mosaic_supported
 
 BACKENDS = ("xla", "mosaic")
+FP8 = jnp.float8_e4m3fn
+FP8_MAX = 448.0
 
 
 def check_backend(backend: str, accepted: Sequence[str] = ("xla",)) -> None:
     """`accepted`: those of BACKENDS that the kernel has."""
     if backend not in accepted:
         raise ValueError(f"backend: {backend!r} is not available; accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_mosaic_gpu(kernel: str) -> None:
+    """Refuses a GPU of this process for which lowering would end the process. Without one, a compile-only target is up
+    to the caller, who knows it."""
+    if jax.default_backend() != "gpu":
+        return
+    capability = str(jax.devices()[0].compute_capability)
+    major, minor = (int(part) for part in capability.split("."))
+    if not mosaic_supported((major, minor), kernel):
+        raise ValueError(
+            f"backend: 'mosaic' is not available on compute capability {capability}, only on 9.x; accepted: 'xla'"
+        )
+
+
+def check_mosaic_only(backend: str, **arguments: Any) -> None:
+    """Refuses, with backend "xla", arguments that only the Mosaic kernels have."""
+    if backend == "mosaic":
+        return
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(f"{name}: {value!r} is not accepted with backend {backend!r}; accepted: None")
 
 
 def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array) -> None:
@@ -40,3 +68,18 @@ def default_scale(head_dim: int) -> float:
 def check_vector(name: str, x: jax.Array, size: int) -> None:
     if x.shape != (size,):
         raise ValueError(f"{name}: shape {x.shape} must be [{size}]")
+
+
+def check_scales(k_pages: jax.Array, v_pages: jax.Array, k_scale: jax.Array | None, v_scale: jax.Array | None) -> None:
+    """Pages of fp8 have scales [Hkv] float32, others have none."""
+    if (k_pages.dtype == FP8) != (v_pages.dtype == FP8):
+        raise ValueError(f"k_pages, v_pages: dtypes {k_pages.dtype}, {v_pages.dtype} must be the same")
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_pages.dtype != FP8:
+            if scale is not None:
+                raise ValueError(f"{name}: is not accepted with pages of {k_pages.dtype}; accepted: None")
+            continue
+        heads = k_pages.shape[1]
+        if scale is None or scale.shape != (heads,) or scale.dtype != jnp.float32:
+            given = None if scale is None else f"{scale.dtype}{list(scale.shape)}"
+            raise ValueError(f"{name}: {given}; pages of {k_pages.dtype} accept float32[{heads}], one of each KV head")

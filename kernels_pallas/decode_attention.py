@@ -6,9 +6,17 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_paged, check_vector, default_scale
+from kernels_pallas.checks import (
+    BACKENDS,
+    check_backend,
+    check_mosaic_gpu,
+    check_mosaic_only,
+    check_paged,
+    check_scales,
+    check_vector,
+    default_scale,
+)
 from kernels_pallas.paged_xla import attend_paged
-from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, DecodeTuning
 
 
@@ -20,6 +28,8 @@ def decode_attention(
     lengths: jax.Array,
     *,
     scale: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     backend: str = "xla",
     tuning: DecodeTuning | None = None,
     sm_budget: int | None = None,
@@ -32,8 +42,9 @@ def decode_attention(
     page_table  [R, M] int32, entries in [0, N)
     lengths     [R] int32: tokens of context, the new one included; 0 marks an empty row
     scale       multiplies the scores; 1 / sqrt(d) by default
-    backend     "xla" everywhere; "mosaic" on Hopper: bf16, page size 64, head size 64 or 128, at most 16 query heads
-                per KV head (`kernels_pallas.targets` says which GPU has it)
+    k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
+    backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
+                128, at most 16 query heads per KV head (`kernels_pallas.targets` says which GPU has it)
 
     Of backend "mosaic" alone:
     tuning      one of `kernels_pallas.tuning.DECODE`; the H200's by default
@@ -45,13 +56,14 @@ def decode_attention(
     """
     check_backend(backend, BACKENDS)
     check_paged(q, k_pages, v_pages, page_table)
+    check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("lengths", lengths, q.shape[0])
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
         if interpret is None:
-            _check_gpu()
+            check_mosaic_gpu("decode_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
@@ -63,25 +75,12 @@ def decode_attention(
             page_table,
             lengths,
             scale=scale,
+            k_scale=k_scale,
+            v_scale=v_scale,
             tuning=tuning,
             sm_budget=sm_budget,
             interpret=interpret,
         )
-    for name, value in (("tuning", tuning), ("sm_budget", sm_budget), ("interpret", interpret)):
-        if value is not None:
-            raise ValueError(f"{name}: {value!r} is not accepted with backend 'xla'; accepted: None")
-    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale)
+    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
+    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale, k_scale, v_scale)
     return out[:, 0], lse[:, 0]
-
-
-def _check_gpu() -> None:
-    """Refuses a GPU of this process for which lowering would end the process. Without one, a compile-only target is up
-    to the caller, who knows it."""
-    if jax.default_backend() != "gpu":
-        return
-    capability = str(jax.devices()[0].compute_capability)
-    major, minor = (int(part) for part in capability.split("."))
-    if not mosaic_supported((major, minor)):
-        raise ValueError(
-            f"backend: 'mosaic' is not available on compute capability {capability}, only on 9.x; accepted: 'xla'"
-        )

@@ -9,13 +9,18 @@ S^T[tokens, heads] = K Q^T, then O^T[d, heads] = V^T P^T. The softmax runs down 
 takes one page or two: most of a step is latency (two wgmma, a maximum across warps), nearly the same for either.
 
 There is one computing warpgroup because Mosaic's reductions across warps share one scratch buffer between warpgroups.
+
+Pages of float8_e4m3fn: wgmma multiplies fp8 by fp8 alone, and transposes operands of 16 bits alone.
+- K stays as it is, and a query is the sum of two fp8 terms (`decode_plan.two_terms`), as good as bfloat16. Both are
+  columns of one product. Upcasting K in registers would cost more instructions, and the interpreter cannot run it.
+- V is upcast by a third warpgroup, through registers into float16 tiles that wgmma reads transposed, which costs no
+  accuracy. V transposed in the pages would spare the tiles, but every append would write single bytes a page apart.
+- The weights are float16, and the scales are factors per query head that come with the queries.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,70 +30,50 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.tuning import DecodeTuning, choose_splits
-
-PAGE_SIZE = 64  # tokens: wgmma's M
-HEAD_DIMS = (64, 128)
-MAX_REPEATS = 16  # query heads per KV head
-LOG2_E = math.log2(math.e)
-Q_SLOTS = 2
-
-# K, V, Q and P as wgmma reads them from shared memory: tiles of 8 rows by 128 bytes, swizzled.
-TILED_BF16 = (
-    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+from kernels_pallas.decode_plan import (
+    LOG2_E,
+    MAX_REPEATS,
+    PAGE_SIZE,
+    UPCAST_SLOTS,
+    Plan,
+    ceil_div,
+    check_mosaic,
+    combine,
+    make_factors,
+    make_plan,
+    two_terms,
 )
+from kernels_pallas.tuning import DecodeTuning
+
+Q_SLOTS = 2
+WGMMA = plgpu.Layout.WGMMA
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything static about one call; a function of shapes and tuning alone, so no row depends on its neighbours."""
-
-    rows: int
-    kv_heads: int
-    row_pages: int  # of the page table
-    heads: int  # query heads per KV head, padded to 8 or 16
-    head_dim: int
-    splits: int
-    min_split_pages: int
-    step_pages: int  # pages of one step of the softmax
-    stages: int  # steps (K and V) in flight
-    programs: int
-    scale: float
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of one step."""
-        return self.step_pages * PAGE_SIZE
-
-    @property
-    def items(self) -> int:
-        return self.rows * self.kv_heads * self.splits
-
-    def pages(self, length: jax.Array) -> jax.Array:
-        """Pages of a row; a length beyond the page table ends with it."""
-        return jnp.minimum(_ceil_div(length, PAGE_SIZE), self.row_pages)
-
-    def split_pages(self, pages: Any) -> Any:
-        """Pages of one split of a row that has `pages` of them."""
-        return jnp.maximum(self.min_split_pages, _ceil_div(pages, self.splits))
-
-    @property
-    def tile(self) -> jax.ShapeDtypeStruct:
-        """One item's result. Partial ones stay transposed, as wgmma gives them: float32 has no transposing store."""
-        if self.splits == 1:
-            return jax.ShapeDtypeStruct((self.heads, self.head_dim), jnp.bfloat16)
-        return jax.ShapeDtypeStruct((self.head_dim, self.heads), jnp.float32)
-
-
-def _ceil_div(x: jax.Array, by: int) -> jax.Array:
-    return lax.div(x + jnp.int32(by - 1), jnp.int32(by))  # of non-negative numbers: floor_divide would test the signs
+def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory as wgmma reads it: tiles of 8 rows by 128 bytes (64 where a row is no longer), swizzled."""
+    size = jnp.dtype(dtype).itemsize
+    width = min(128, shape[-1] * size)
+    transforms = (
+        plgpu.TilingTransform((8, width // size)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(width),  # pyright: ignore[reportAbstractUsage]
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
 def _clear_tail(v: Any, left: jax.Array) -> None:
     """Zeroes the rows of v [64, d], in shared memory, from row `left` on."""
-    row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=plgpu.Layout.WGMMA)
-    v[...] = jnp.where(row < left, plgpu.layout_cast(v[...], plgpu.Layout.WGMMA), jnp.bfloat16(0))
+    row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WGMMA)
+    v[...] = jnp.where(row < left, plgpu.layout_cast(v[...], WGMMA), jnp.bfloat16(0))
+
+
+def _upcast(from_s: Any, into_s: Any, left: Any) -> None:
+    """fp8 [64, d] to float16; rows from `left` on, where it is given, become zeros."""
+    x = plgpu.load(from_s, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(jnp.float16)
+    x = plgpu.layout_cast(x, WGMMA)
+    if left is not None:
+        row = plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=WGMMA)
+        x = jnp.where(row < left, x, jnp.float16(0))
+    into_s[...] = x
 
 
 def _body(plan: Plan) -> Callable[..., None]:
@@ -96,17 +81,17 @@ def _body(plan: Plan) -> Callable[..., None]:
     to_log2 = plan.scale * LOG2_E
 
     def body(
-        q: Any,  # [rows * kv_heads, heads, d] bf16, global memory
-        k_pages: Any,  # [pages * kv_heads, 64, d] bf16
-        v_pages: Any,  # [pages * kv_heads, 64, d] bf16
+        q: Any,  # [rows * kv_heads, heads, d] bf16, global memory; with fp8 pages [rows * kv_heads, 2 * heads, d] fp8
+        k_pages: Any,  # [pages * kv_heads, 64, d] bf16 or fp8
+        v_pages: Any,  # [pages * kv_heads, 64, d]
         table: Any,  # [rows, M] int32
         lengths: Any,  # [rows] int32
-        out: Any,  # [items, heads, d] bf16; with splits [items, d, heads] float32
-        lse: Any,  # [items, heads] float32
-        k_s: Any,  # [stages, tokens, d] bf16, shared memory
-        v_s: Any,  # [stages, tokens, d] bf16
-        q_s: Any,  # [Q_SLOTS, heads, d] bf16
-        p_s: Any,  # [heads, tokens] bf16
+        *rest: Any,  # with fp8 pages factors [rows * kv_heads, 2, 16] float32, of the scores and of the values;
+        #              out [items, heads, d] bf16, with splits [items, d, heads] float32; lse [items, heads] float32
+        k_s: Any,  # [stages, tokens, d], shared memory
+        v_s: Any,  # [stages, tokens, d]
+        q_s: Any,  # [Q_SLOTS, terms * heads, d]
+        p_s: Any,  # [heads, tokens] bf16 or f16
         out_s: Any,  # one item of out
         lse_s: Any,  # [heads] float32
         k_full: Any,  # barriers: [stages]
@@ -115,7 +100,12 @@ def _body(plan: Plan) -> Callable[..., None]:
         v_free: Any,
         q_full: Any,  # barriers: [Q_SLOTS]
         q_free: Any,
+        factors_s: Any = None,  # with fp8 pages: [Q_SLOTS, 2, 16] float32
+        wide_s: Any = None,  # [UPCAST_SLOTS, tokens, d] f16, what v_s becomes
+        wide_full: Any = None,  # barriers: [UPCAST_SLOTS]
+        wide_free: Any = None,
     ) -> None:
+        *factors, out, lse = rest
         program = lax.axis_index("program")
         turns = lax.div(plan.items - program + (plan.programs - 1), jnp.int32(plan.programs))
 
@@ -143,6 +133,8 @@ def _body(plan: Plan) -> Callable[..., None]:
                 slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
                 pl.when(items_done >= Q_SLOTS)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                 plgpu.copy_gmem_to_smem(q.at[q_row], q_s.at[slot], q_full.at[slot])
+                for factor in factors:
+                    plgpu.copy_gmem_to_smem(factor.at[q_row], factors_s.at[slot], q_full.at[slot])
 
             def step(i: jax.Array, _: None) -> None:
                 number = steps_done + i
@@ -156,9 +148,39 @@ def _body(plan: Plan) -> Callable[..., None]:
                         part = into.at[slot, pl.ds(j * PAGE_SIZE, PAGE_SIZE)]
                         plgpu.copy_gmem_to_smem(pages.at[place], part, full.at[slot])
 
-            steps = _ceil_div(count, plan.step_pages)
+            steps = ceil_div(count, plan.step_pages)
             lax.fori_loop(0, steps, step, None)
             return steps_done + steps, items_done + (count > 0).astype(jnp.int32)
+
+        def upcast(turn: jax.Array, steps_done: jax.Array) -> jax.Array:
+            row, _, split = item_of(turn)[1:]
+            first, count = page_range(lengths[row], split)
+            visible = lengths[row] - first * PAGE_SIZE
+
+            def step(i: jax.Array, _: None) -> None:
+                number = steps_done + i
+                slot, wide = lax.rem(number, jnp.int32(stages)), lax.rem(number, jnp.int32(UPCAST_SLOTS))
+                plgpu.barrier_wait(v_full.at[slot])
+                pl.when(number >= UPCAST_SLOTS)(partial(plgpu.barrier_wait, wide_free.at[wide]))
+                for j in range(plan.step_pages):
+                    part = pl.ds(j * PAGE_SIZE, PAGE_SIZE)
+                    convert = partial(_upcast, v_s.at[slot, part], wide_s.at[wide, part])
+                    left = visible - i * tokens - j * PAGE_SIZE
+                    # Slots past the length may hold anything, even NaN: a zero weight alone would not keep it out.
+                    pl.when(left >= PAGE_SIZE)(partial(convert, None))
+                    pl.when(left < PAGE_SIZE)(partial(convert, left))
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_arrive(wide_full.at[wide])
+
+            steps = ceil_div(count, plan.step_pages)
+            lax.fori_loop(0, steps, step, None)
+            return steps_done + steps
+
+        # What the computing warpgroup multiplies with the weights: V as it came, or upcast.
+        values_s, values_full, values_free, values_slots = (
+            (wide_s, wide_full, wide_free, UPCAST_SLOTS) if plan.fp8 else (v_s, v_full, v_free, stages)
+        )
 
         def compute(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             steps_done, items_done, length = carry
@@ -173,7 +195,8 @@ def _body(plan: Plan) -> Callable[..., None]:
             def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 # [d, heads], [heads], [tokens, heads]: the total's sum over tokens waits for the end
                 acc, top, total = state
-                slot = lax.rem(steps_done + i, jnp.int32(stages))
+                number = steps_done + i
+                slot, v_slot = lax.rem(number, jnp.int32(stages)), lax.rem(number, jnp.int32(values_slots))
                 left = visible - i * tokens
                 plgpu.barrier_wait(k_full.at[slot])
 
@@ -181,18 +204,23 @@ def _body(plan: Plan) -> Callable[..., None]:
                     plgpu.wgmma(ref, k_s.at[slot], q_s.at[q_slot].transpose((1, 0)))
                     return ref[...]
 
-                s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((tokens, heads), jnp.float32))
+                s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((tokens, plan.terms * heads), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
-                token = plgpu.broadcasted_iota(jnp.int32, (tokens, heads), 0, layout=plgpu.Layout.WGMMA)
-                s = jnp.where(token < left, s * to_log2, -jnp.inf)
+                if plan.fp8:
+                    factor = plgpu.load(factors_s.at[q_slot, 0, pl.ds(0, heads)], layout=WGMMA.reduce(0))
+                    s = (s[:, :heads] + s[:, heads:]) * lax.broadcast_in_dim(factor, (tokens, heads), (1,))
+                else:
+                    s = s * to_log2
+                token = plgpu.broadcasted_iota(jnp.int32, (tokens, heads), 0, layout=WGMMA)
+                s = jnp.where(token < left, s, -jnp.inf)
                 new_top = jnp.maximum(top, s.max(axis=0))  # finite: a step has a token at least
                 keep = jnp.exp2(top - new_top)
                 p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, (1,)))
                 total = total * lax.broadcast_in_dim(keep, total.shape, (1,)) + p
-                p_s.transpose((1, 0))[...] = p.astype(jnp.bfloat16)
-                plgpu.barrier_wait(v_full.at[slot])
+                p_s.transpose((1, 0))[...] = p.astype(plan.dtype)
+                plgpu.barrier_wait(values_full.at[v_slot])
 
-                for j in range(plan.step_pages):
+                for j in range(0 if plan.fp8 else plan.step_pages):
                     # Slots past the length may hold anything, even NaN: a zero weight alone would not keep it out.
                     pl.when(left < (j + 1) * PAGE_SIZE)(
                         partial(_clear_tail, v_s.at[slot, pl.ds(j * PAGE_SIZE, PAGE_SIZE)], left - j * PAGE_SIZE)
@@ -200,34 +228,28 @@ def _body(plan: Plan) -> Callable[..., None]:
                 plgpu.commit_smem()
 
                 def values(ref: Any) -> jax.Array:
-                    plgpu.wgmma(ref, v_s.at[slot].transpose((1, 0)), p_s.transpose((1, 0)))
+                    plgpu.wgmma(ref, values_s.at[v_slot].transpose((1, 0)), p_s.transpose((1, 0)))
                     return ref[...]
 
                 update = pl.run_scoped(values, plgpu.WGMMAAccumulatorRef((d, heads), jnp.float32))
                 acc = acc * lax.broadcast_in_dim(keep, acc.shape, (1,)) + update
-                plgpu.barrier_arrive(v_free.at[slot])
+                plgpu.barrier_arrive(values_free.at[v_slot])
                 return acc, new_top, total
 
-            wgmma = plgpu.Layout.WGMMA
             start = (
-                plgpu.layout_cast(jnp.zeros((d, heads), jnp.float32), wgmma),
-                plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), wgmma.reduce(0)),
-                plgpu.layout_cast(jnp.zeros((tokens, heads), jnp.float32), wgmma),
+                plgpu.layout_cast(jnp.zeros((d, heads), jnp.float32), WGMMA),
+                plgpu.layout_cast(jnp.full((heads,), -jnp.inf, jnp.float32), WGMMA.reduce(0)),
+                plgpu.layout_cast(jnp.zeros((tokens, heads), jnp.float32), WGMMA),
             )
-            steps = _ceil_div(count, plan.step_pages)
+            steps = ceil_div(count, plan.step_pages)
             acc, top, total = lax.fori_loop(0, steps, step, start)
 
-            @pl.when(count > 0)
-            def _() -> None:
-                plgpu.barrier_arrive(q_free.at[q_slot])
-
-            # With splits, the combine ignores the ones beyond a row's length; without, an empty row is answered here.
-            @pl.when((count > 0) | (plan.splits == 1))
-            def _() -> None:
+            def finish(factor_s: Any) -> None:
                 weight = total.sum(axis=0)
                 some = jnp.where(weight == 0.0, 1.0, weight)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's result has left out_s and lse_s
-                result = acc / lax.broadcast_in_dim(some, acc.shape, (1,))
+                divisor = some if factor_s is None else some / plgpu.load(factor_s, layout=WGMMA.reduce(0))
+                result = acc / lax.broadcast_in_dim(divisor, acc.shape, (1,))
                 if plan.splits == 1:
                     out_s.transpose((1, 0))[...] = result.astype(jnp.bfloat16)
                 else:
@@ -236,6 +258,17 @@ def _body(plan: Plan) -> Callable[..., None]:
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_s, out.at[item])
                 plgpu.copy_smem_to_gmem(lse_s, lse.at[item])
+
+            # With splits, the combine ignores the ones beyond a row's length; without, an empty row is answered here.
+            if plan.fp8:
+                pl.when(count > 0)(partial(finish, factors_s.at[q_slot, 1, pl.ds(0, heads)]))
+                pl.when((count == 0) & (plan.splits == 1))(partial(finish, None))
+            else:
+                pl.when((count > 0) | (plan.splits == 1))(partial(finish, None))
+
+            @pl.when(count > 0)
+            def _() -> None:
+                plgpu.barrier_arrive(q_free.at[q_slot])
 
             return steps_done + steps, items_done + (count > 0).astype(jnp.int32), next_length
 
@@ -261,88 +294,56 @@ def _body(plan: Plan) -> Callable[..., None]:
             def _(number: jax.Array) -> None:
                 plgpu.barrier_wait(q_free.at[lax.rem(number, jnp.int32(Q_SLOTS))])
 
+        if plan.fp8:
+
+            @pl.when(role == 2)
+            def _() -> None:
+                steps_done = lax.fori_loop(0, turns, upcast, jnp.int32(0))
+
+                @pl.loop(jnp.maximum(steps_done - UPCAST_SLOTS, 0), steps_done)
+                def _(number: jax.Array) -> None:
+                    plgpu.barrier_wait(wide_free.at[lax.rem(number, jnp.int32(UPCAST_SLOTS))])
+
     return body
 
 
-def _call(plan: Plan, interpret: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    def tiles(*shape: int) -> Any:
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED_BF16)
-
+def _call(plan: Plan, dtype: Any, interpret: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """`dtype`: of the pages."""
     heads, d, tokens, stages = plan.heads, plan.head_dim, plan.tokens, plan.stages
+    tile = plan.tile
+    scratch = {
+        "k_s": _tiled((stages, tokens, d), dtype),
+        "v_s": _tiled((stages, tokens, d), dtype),
+        "q_s": _tiled((Q_SLOTS, plan.terms * heads, d), dtype),
+        "p_s": _tiled((heads, tokens), plan.dtype),
+        "out_s": _tiled(tile.shape, tile.dtype) if plan.splits == 1 else plgpu.SMEM(tile.shape, tile.dtype),
+        "lse_s": plgpu.SMEM((heads,), jnp.float32),
+        **{name: plgpu.Barrier(num_barriers=stages, num_arrivals=plan.step_pages) for name in ("k_full", "v_full")},
+        **{name: plgpu.Barrier(num_barriers=stages) for name in ("k_free", "v_free")},
+        "q_full": plgpu.Barrier(num_barriers=Q_SLOTS, num_arrivals=plan.terms),
+        "q_free": plgpu.Barrier(num_barriers=Q_SLOTS),
+    }
+    if plan.fp8:
+        scratch |= {
+            "factors_s": plgpu.SMEM((Q_SLOTS, 2, MAX_REPEATS), jnp.float32),
+            "wide_s": _tiled((UPCAST_SLOTS, tokens, d), plan.dtype),
+            **{name: plgpu.Barrier(num_barriers=UPCAST_SLOTS) for name in ("wide_full", "wide_free")},
+        }
     return plgpu.kernel(
         _body(plan),
         out_type=(
-            jax.ShapeDtypeStruct((plan.items, *plan.tile.shape), plan.tile.dtype),
+            jax.ShapeDtypeStruct((plan.items, *tile.shape), tile.dtype),
             jax.ShapeDtypeStruct((plan.items, heads), jnp.float32),
         ),
-        scratch_types=[
-            tiles(stages, tokens, d),
-            tiles(stages, tokens, d),
-            tiles(Q_SLOTS, heads, d),
-            tiles(heads, tokens),
-            tiles(*plan.tile.shape) if plan.splits == 1 else plgpu.SMEM(plan.tile.shape, plan.tile.dtype),
-            plgpu.SMEM((heads,), jnp.float32),
-            *(plgpu.Barrier(num_barriers=stages, num_arrivals=plan.step_pages) for _ in range(2)),
-            *(plgpu.Barrier(num_barriers=stages) for _ in range(2)),
-            *(plgpu.Barrier(num_barriers=Q_SLOTS) for _ in range(2)),
-        ],
+        scratch_types=scratch,
         grid=(plan.programs,),
         grid_names=("program",),
-        num_threads=2,
+        num_threads=3 if plan.fp8 else 2,
         thread_name="role",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=interpret,
         kernel_name="decode_attention",
     )
-
-
-def _combine(plan: Plan, out: jax.Array, lse: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Joins the splits, out [rows, kv_heads, splits, d, heads] and lse [rows, kv_heads, splits, heads] float32."""
-    pages = plan.pages(lengths)
-    size = plan.split_pages(pages)
-    used = lax.div(pages + size - 1, size)
-    alive = (jnp.arange(plan.splits, dtype=jnp.int32)[None, :] < used[:, None])[:, None, :, None]
-    # What the splits beyond the length hold was never written.
-    lse = jnp.where(alive, lse, -jnp.inf)
-    top = lse.max(axis=2, keepdims=True)
-    weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    total = weight.sum(axis=2, keepdims=True)
-    some = jnp.where(total == 0.0, 1.0, total)
-    joined = (jnp.where(alive[..., None], out, 0.0) * (weight / some)[..., None, :]).sum(axis=2)
-    return joined.astype(jnp.bfloat16).transpose(0, 1, 3, 2), (top + jnp.log(total))[:, :, 0]
-
-
-def check_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
-    sm_budget: int | None,
-) -> None:
-    """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, x, dtype in (
-        ("q", q, jnp.bfloat16),
-        ("k_pages", k_pages, jnp.bfloat16),
-        ("v_pages", v_pages, jnp.bfloat16),
-        ("page_table", page_table, jnp.int32),
-        ("lengths", lengths, jnp.int32),
-    ):
-        if x.dtype != dtype:
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts {jnp.dtype(dtype).name}")
-    if k_pages.shape[2] != PAGE_SIZE:
-        raise ValueError(f"k_pages, v_pages: page size {k_pages.shape[2]}; backend 'mosaic' accepts {PAGE_SIZE}")
-    if q.shape[2] not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"q: head size {q.shape[2]}; backend 'mosaic' accepts {accepted}")
-    if (repeats := q.shape[1] // k_pages.shape[1]) > MAX_REPEATS:
-        raise ValueError(f"q: {repeats} query heads per KV head; backend 'mosaic' accepts 1 to {MAX_REPEATS}")
-    if 0 in (q.shape[0], page_table.shape[1], k_pages.shape[0]):
-        raise ValueError(
-            "q, page_table, k_pages: backend 'mosaic' accepts at least one row, one page of a row, one page"
-        )
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
 
 
 def decode_attention_mosaic(
@@ -353,6 +354,8 @@ def decode_attention_mosaic(
     lengths: jax.Array,
     *,
     scale: float,
+    k_scale: jax.Array | None,
+    v_scale: jax.Array | None,
     tuning: DecodeTuning,
     sm_budget: int | None = None,
     interpret: Any = None,
@@ -366,30 +369,22 @@ def decode_attention_mosaic(
     rows, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]
     repeats = q_heads // kv_heads
-    heads = 8 if repeats <= 8 else 16
-    sms = tuning.sms if sm_budget is None else min(sm_budget, tuning.sms)
-    splits = choose_splits(rows * kv_heads, page_table.shape[1], sms, tuning)
-    plan = Plan(
-        rows=rows,
-        kv_heads=kv_heads,
-        row_pages=page_table.shape[1],
-        heads=heads,
-        head_dim=d,
-        splits=splits,
-        min_split_pages=tuning.min_split_pages,
-        step_pages=tuning.step_pages,
-        stages=tuning.stages(d),
-        programs=min(sms, rows * kv_heads * splits),
-        scale=scale,
-    )
+    plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget)
+    heads, splits = plan.heads, plan.splits
     q = q.reshape(rows * kv_heads, repeats, d)
     if heads != repeats:
         q = jnp.pad(q, ((0, 0), (0, heads - repeats), (0, 0)))
+    factors = ()
+    if k_scale is not None and v_scale is not None:
+        terms, unit = two_terms(q)
+        q = terms.reshape(-1, 2 * heads, d)
+        factors = (make_factors(plan, unit, k_scale, v_scale),)
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
-    out, lse = _call(plan, interpret)(q, k_pages, v_pages, page_table, lengths)
+    call = _call(plan, k_pages.dtype, interpret)
+    out, lse = call(q, k_pages, v_pages, page_table, lengths, *factors)
     if splits > 1:
         shape = (rows, kv_heads, splits, heads)
-        out, lse = _combine(plan, out.reshape(*shape[:3], d, heads), lse.reshape(shape), lengths)
+        out, lse = combine(plan, out.reshape(*shape[:3], d, heads), lse.reshape(shape), lengths)
     out, lse = out.reshape(rows, kv_heads, heads, d), lse.reshape(rows, kv_heads, heads)
     return out[:, :, :repeats].reshape(rows, q_heads, d), lse[:, :, :repeats].reshape(rows, q_heads)

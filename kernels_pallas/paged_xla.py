@@ -15,11 +15,19 @@ BLOCK_TOKENS = 512
 
 
 def attend_paged(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, visible: jax.Array, scale: float
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    visible: jax.Array,
+    scale: float,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tiles of rows that share a page table.
 
-    q [T, n, Hq, d], page_table [T, M], visible [T, n] int32: how many tokens of the context a row sees (0: none).
+    q [T, n, Hq, d], page_table [T, M], visible [T, n] int32: how many tokens of the context a row sees (0: none);
+    k_scale, v_scale [Hkv] float32 with pages of fp8, which are upcast to q's dtype.
     Returns out [T, n, Hq, d] in q's dtype and the log-sum-exp [T, n, Hq] in float32 (-inf where nothing is visible).
     """
     tiles, n, q_heads, d = q.shape
@@ -36,7 +44,8 @@ def attend_paged(
     def gather(pages: jax.Array, i: jax.Array) -> jax.Array:
         ids = lax.dynamic_slice_in_dim(table, i * block_pages, block_pages, axis=1)  # [T, block_pages]
         picked = pages[ids]  # [T, block_pages, Hkv, page_size, d]; entries past the length may be anything in range
-        return picked.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, block, d)
+        picked = picked.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, block, d)
+        return picked if k_scale is None else picked.astype(q.dtype)
 
     def body(i: jax.Array, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = carry
@@ -44,6 +53,8 @@ def attend_paged(
         scores = (
             jnp.einsum("tgmd,tgkd->tgmk", q_tgmd, k, precision=precision, preferred_element_type=jnp.float32) * scale
         )
+        if k_scale is not None:
+            scores = scores * k_scale[None, :, None, None]
         inside = (i * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :] < seen
         scores = jnp.where(inside, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
@@ -62,6 +73,8 @@ def attend_paged(
     needed = (visible.max() + (block - 1)) // block
     top, total, acc = lax.fori_loop(0, needed, body, start)
     out = acc / jnp.where(total == 0, 1.0, total)
+    if v_scale is not None:
+        out = out * v_scale[None, :, None, None]
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1.0, total)))
 
     def unfold(x: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import check_backend, check_paged, check_vector, default_scale
+from kernels_pallas.checks import check_backend, check_paged, check_scales, check_vector, default_scale
 from kernels_pallas.paged_xla import attend_paged
 
 TILE_ROWS = (
@@ -22,6 +22,8 @@ def prefill_attention(
     lengths: jax.Array,
     *,
     scale: float | None = None,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
     backend: str = "xla",
 ) -> jax.Array:
     """Causal attention of S segments (chunks of requests) packed one after another, K and V already in the pages.
@@ -31,11 +33,14 @@ def prefill_attention(
     page_table  [S, M] int32, entries in [0, N)
     row_starts  [S + 1] int32, ascending from 0
     lengths     [S] int32: tokens of context after this chunk; the segment's last row is token lengths[s] - 1
+    scale       multiplies the scores; 1 / sqrt(d) by default
+    k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
 
     Returns out [P, Hq, d] in q's dtype; padding rows give 0. Raises ValueError naming the argument that does not fit.
     """
     check_backend(backend)
     check_paged(q, k_pages, v_pages, page_table)
+    check_scales(k_pages, v_pages, k_scale, v_scale)
     segments = page_table.shape[0]
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
@@ -57,5 +62,5 @@ def prefill_attention(
     row = jnp.where(inside, row, rows)
 
     q_tiles = q.at[row].get(mode="fill", fill_value=0)  # [tiles, TILE_ROWS, Hq, d]
-    out, _ = attend_paged(q_tiles, k_pages, v_pages, page_table[segment], visible, scale)
+    out, _ = attend_paged(q_tiles, k_pages, v_pages, page_table[segment], visible, scale, k_scale, v_scale)
     return jnp.zeros_like(q).at[row.reshape(-1)].set(out.reshape(-1, *q.shape[1:]), mode="drop")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def _context(pages: jax.Array, table: jax.Array, length: int) -> jax.Array:
-    """The first `length` tokens of one request, [length, Hkv, d] float32."""
+def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array | None) -> jax.Array:
+    """The first `length` tokens of one request, [length, Hkv, d] float32; scale [Hkv] with pages of fp8."""
     size = pages.shape[2]
     tokens = [pages[table[t // size], :, t % size] for t in range(length)]
-    return jnp.stack(tokens).astype(jnp.float32)
+    context = jnp.stack(tokens).astype(jnp.float32)
+    return context if scale is None else context * scale[None, :, None]
 
 
 def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -26,7 +29,15 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax
 
 
 def decode_attention(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *, scale: float
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Row r attends to the first lengths[r] tokens of its pages. See `kernels_pallas.decode_attention` for the shapes.
 
@@ -36,7 +47,8 @@ def decode_attention(
     lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
     for row, length in enumerate(np.asarray(lengths)):
         if length:
-            k, v = (_context(p, page_table[row], int(length)) for p in (k_pages, v_pages))
+            k = _context(k_pages, page_table[row], int(length), k_scale)
+            v = _context(v_pages, page_table[row], int(length), v_scale)
             row_out, row_lse = _attend(q[row], k, v, scale)
             out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
     return out, lse
@@ -51,6 +63,8 @@ def prefill_attention(
     lengths: jax.Array,
     *,
     scale: float,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> jax.Array:
     """Each row of segment s attends to its pages up to and including itself. See `kernels_pallas.prefill_attention`."""
     out = jnp.zeros(q.shape, jnp.float32)
@@ -58,17 +72,36 @@ def prefill_attention(
     for s, length in enumerate(np.asarray(lengths)):
         for row in range(starts[s], starts[s + 1]):
             context = int(length) - (int(starts[s + 1]) - row) + 1
-            k, v = (_context(p, page_table[s], context) for p in (k_pages, v_pages))
+            k = _context(k_pages, page_table[s], context, k_scale)
+            v = _context(v_pages, page_table[s], context, v_scale)
             out = out.at[row].set(_attend(q[row], k, v, scale)[0])
     return out
 
 
 def append_kv(
-    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    slots: jax.Array,
+    *,
+    k_scale: jax.Array | None = None,
+    v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes row i of k, v [n, Hkv, d] into (pages[i], slots[i]); rows whose page is out of range are dropped."""
+    """Writes row i of k, v [n, Hkv, d] into (pages[i], slots[i]); rows whose page is out of range are dropped.
+
+    With scales [Hkv], the rows divided by them and clipped to the range of the pages' dtype.
+    """
+
+    def rounded(x: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+        if scale is None:
+            return x.astype(dtype)
+        end = float(jnp.finfo(dtype).max)
+        return jnp.clip(x.astype(jnp.float32) / scale[:, None], -end, end).astype(dtype)
+
     for row, (page, slot) in enumerate(zip(np.asarray(pages), np.asarray(slots), strict=True)):
         if 0 <= page < k_pages.shape[0]:
-            k_pages = k_pages.at[page, :, slot].set(k[row].astype(k_pages.dtype))
-            v_pages = v_pages.at[page, :, slot].set(v[row].astype(v_pages.dtype))
+            k_pages = k_pages.at[page, :, slot].set(rounded(k[row], k_scale, k_pages.dtype))
+            v_pages = v_pages.at[page, :, slot].set(rounded(v[row], v_scale, v_pages.dtype))
     return k_pages, v_pages

@@ -19,7 +19,7 @@ class Target:
 
 TARGETS = (
     Target(("A100",), 8, "sm_80", (), "Mosaic GPU emits instructions that start with Hopper"),
-    Target(("H100", "H200"), 9, "sm_90a", ("decode_attention",), "TMA and wgmma"),
+    Target(("H100", "H200"), 9, "sm_90a", ("decode_attention", "append_kv"), "TMA and wgmma"),
     Target(("B200",), 10, "sm_100a", (), "has no wgmma; a tcgen05 kernel is not written"),
 )
 

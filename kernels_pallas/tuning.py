@@ -42,20 +42,75 @@ class DecodeTuning:
         if not low <= self.bytes_in_flight <= high:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
 
+    def stages(self, head_dim: int, itemsize: int = 2, other_bytes: int = 0) -> int:
+        """Steps (K and V) in flight. `other_bytes`: of shared memory, for what fp8 pages become."""
+        room = min(self.bytes_in_flight, BLOCK_LIMIT - SHARED_MEMORY_OTHER - other_bytes)
+        return room // (self.step_pages * page_bytes(head_dim, itemsize))
+
+
+def page_bytes(head_dim: int, itemsize: int = 2) -> int:
+    """K and V of one page and one KV head."""
+    return 2 * PAGE_TOKENS * head_dim * itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppendTuning:
+    """How KV append fills one GPU.
+
+    sms          programs of the persistent grid, one per SM
+    block_bytes  rows of K, and as many of V, that one bulk load brings
+    stages       blocks of K, and of V, in flight per SM
+    """
+
+    sms: int
+    block_bytes: int = 16 * 1024
+    stages: int = 3
+
+    def __post_init__(self) -> None:
+        if self.sms < 1:
+            raise ValueError(f"sms: {self.sms} must be at least 1")
+        if self.stages < 2:
+            raise ValueError(f"stages: {self.stages} must be at least 2")
+        high = (BLOCK_LIMIT - 1024) // (2 * self.stages)
+        if not 128 <= self.block_bytes <= high:
+            raise ValueError(f"block_bytes: {self.block_bytes} must be in [128, {high}] with {self.stages} stages")
+
+
+PREFILL_STEP_PAGES = 2  # of one step of the softmax
+PREFILL_OTHER = 98 * 1024  # two tiles of 128 queries and one of results, of head size 128, and barriers
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillTuning:
+    """How prefill attention fills one GPU.
+
+    sms              programs of the persistent grid, one per SM
+    bytes_in_flight  K and V pages buffered per SM
+    ping_pong        the two computing warpgroups take turns to issue their products
+    """
+
+    sms: int
+    bytes_in_flight: int = 128 * 1024
+    ping_pong: bool = True
+
+    def __post_init__(self) -> None:
+        if self.sms < 1:
+            raise ValueError(f"sms: {self.sms} must be at least 1")
+        low, high = 2 * PREFILL_STEP_PAGES * page_bytes(128), BLOCK_LIMIT - PREFILL_OTHER
+        if not low <= self.bytes_in_flight <= high:
+            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+
     def stages(self, head_dim: int) -> int:
         """Steps (K and V) in flight."""
-        return self.bytes_in_flight // (self.step_pages * page_bytes(head_dim))
-
-
-def page_bytes(head_dim: int) -> int:
-    """K and V of one page and one KV head, bf16."""
-    return 2 * PAGE_TOKENS * head_dim * 2
+        return self.bytes_in_flight // (PREFILL_STEP_PAGES * page_bytes(head_dim))
 
 
 DECODE: dict[str, DecodeTuning] = {
     "h100": DecodeTuning(sms=132, bytes_in_flight=192 * 1024),
     "h200": DecodeTuning(sms=132, bytes_in_flight=192 * 1024),
 }
+APPEND: dict[str, AppendTuning] = {"h100": AppendTuning(sms=132), "h200": AppendTuning(sms=132)}
+PREFILL: dict[str, PrefillTuning] = {"h100": PrefillTuning(sms=132), "h200": PrefillTuning(sms=132)}
 DEFAULT_GPU = "h200"
 
 

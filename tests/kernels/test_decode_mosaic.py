@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import append_kv, bench, decode_attention, reference
+from kernels_pallas import bench, decode_attention, reference
 from kernels_pallas.targets import TARGETS, mosaic_supported
 from kernels_pallas.tuning import BLOCK_LIMIT, DECODE, DecodeTuning, choose_splits, page_bytes
 from nanoflow_jax.hardware import load_hardware
@@ -159,12 +159,6 @@ def test_shapes_it_does_not_have(page: int, head: int, message: str) -> None:
     pages = jnp.zeros((5, 2, page, head), jnp.bfloat16)
     with pytest.raises(ValueError, match=re.escape(message)):
         decode_attention(**_bad(q=jnp.zeros((3, 8, head), jnp.bfloat16), k_pages=pages, v_pages=pages))
-
-
-def test_append_has_no_mosaic_path() -> None:
-    pages, rows = jnp.zeros((5, 2, 64, 64)), jnp.zeros((1, 2, 64))
-    with pytest.raises(ValueError, match=r"accepted: 'xla'$"):
-        append_kv(pages, pages, rows, rows, jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32), backend="mosaic")
 
 
 def test_targets() -> None:
