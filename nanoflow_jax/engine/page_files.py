@@ -69,7 +69,8 @@ class _File:
 
 
 class PageFiles:
-    """Pages by key, in at most `max_bytes` of files (0: it takes none); the one unused longest goes first.
+    """Pages by key, in at most `max_bytes` of files (0: it takes none); the one not written or read for longest goes
+    first.
 
     folder       where the private folder is made; None: among the system's temporary files
     fingerprint  written into each file
@@ -170,9 +171,10 @@ class PageFiles:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def flush(self) -> None:
-        """Waits until nothing is left to write."""
+        """Waits until nothing is left to write. Raises TimeoutError after a minute."""
         with self._lock:
-            self._lock.wait_for(lambda: not self._queue)
+            if not self._lock.wait_for(lambda: not self._queue, timeout=60):
+                raise TimeoutError("pages are still waiting to be written to disk")
 
     def _path(self, key: Key) -> Path:
         return self._folder / key.hex()

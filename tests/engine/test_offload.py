@@ -52,9 +52,7 @@ class _Against(RuleBasedStateMachine):
     def _shrink(self) -> None:
         cut = max(0, len(self.host) - self.host_room)
         gone, self.host = self.host[:cut], self.host[cut:]
-        for number in gone:
-            if number in self.disk:
-                continue
+        for number in [n for n in gone if n not in self.disk]:  # written after all of them have left the host
             self.disk.append(number)
             if len(self.disk) > self.disk_room and self.disk.pop(0) not in self.host:
                 self.dropped += 1
@@ -72,8 +70,10 @@ class _Against(RuleBasedStateMachine):
         self._shrink()
         self.store._flush()
 
-    @rule(numbers=numbers)
-    def get(self, numbers: list[int]) -> None:
+    @rule(data=st.data(), then=numbers)
+    def get(self, data: st.DataObject, then: list[int]) -> None:
+        here = sorted({*self.host, *self.disk})
+        numbers = data.draw(st.lists(st.sampled_from(here), max_size=4)) + then[:1] if here else then
         there = [n in self.host or n in self.disk for n in numbers]
         length = (*there, False).index(False)
         assert self.store.count([key_of(n) for n in numbers]) == length
@@ -139,6 +139,21 @@ def test_bounds_and_order_can_fail(broken: type[OffloadStore]) -> None:
     quick = settings(RANDOM, phases=[Phase.generate], report_multiple_bugs=False, print_blob=False)
     with pytest.raises(AssertionError):
         run_state_machine_as_test(_Broken, settings=quick)
+
+
+def test_room_is_made_before_pages_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    with OffloadStore(3 * PAGE_BYTES, fingerprint=FINGERPRINT) as store:
+        put(store, [0, 1, 2])
+        start_copy, rooms = store._start_copy, []
+
+        def record(page: jax.Array) -> jax.Array:
+            rooms.append(3 - store._host_used // PAGE_BYTES)
+            return start_copy(page)
+
+        monkeypatch.setattr(store, "_start_copy", record)
+        put(store, [3, 4])
+        assert rooms == [2, 1]
+        assert [store.count([key_of(n)]) for n in range(5)] == [0, 0, 1, 1, 1]
 
 
 # -- contents

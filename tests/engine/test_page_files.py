@@ -6,6 +6,8 @@ import errno
 import resource
 import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +46,22 @@ def test_a_full_queue_drops_pages(on_disk: OffloadStore, tmp_path: Path, monkeyp
     assert len(files_in(tmp_path)) == 2
     assert check_get(on_disk, [0, 1]) == 2
     assert on_disk.stats.from_disk_pages == 2
+
+
+def test_a_page_that_waits_and_never_arrives(on_disk: OffloadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = threading.Event()
+    go_on = hold_writer(monkeypatch, opened)
+    pages = [page_of(0), page_of(1)]
+    on_disk.put([key_of(0), key_of(1)], pages)
+    assert opened.wait(30)
+    pages[1].delete()
+    assert on_disk.count([key_of(1)]) == 1
+    assert on_disk.get([key_of(1)]) == []
+    assert on_disk.count([key_of(1)]) == 0
+    go_on.set()
+    on_disk._flush()
+    assert on_disk.stats.failed_copies == 1
+    assert check_get(on_disk, [0]) == 1
 
 
 def test_clear_while_a_page_is_written(on_disk: OffloadStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,3 +243,17 @@ def test_two_stores_in_one_folder(tmp_path: Path) -> None:
             np.testing.assert_array_equal(other.get([key_of(0)])[0], np.asarray(page_of(5)))
         assert check_get(one, [0]) == 1
     assert folder.exists() and not any(folder.iterdir())
+
+
+def test_the_end_of_the_process_removes_the_files(tmp_path: Path) -> None:
+    code = f"""
+import numpy as np, jax
+from nanoflow_jax.engine.offload import OffloadStore
+store = OffloadStore(1, 1 << 20, {str(tmp_path)!r}, fingerprint=b"x")
+store.put([b"key"], [jax.device_put(np.zeros(8, np.float32))])
+store._flush()
+print(len(list(next(store._files._folder.parent.iterdir()).iterdir())))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1"] and "Exception" not in done.stderr
+    assert not any(tmp_path.iterdir())
