@@ -23,6 +23,7 @@ from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_win
 from nanoflow_jax.bench.workload import BenchRequest, Workload
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.engine.engine import Engine
+from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.hardware import Hardware, load_hardware
@@ -248,8 +249,8 @@ def drive(engine: Engine, requests: list[BenchRequest], temperature: float, prog
                 engine.add(None, request.prompt_token_ids, params, max_tokens=request.output_tokens)
                 added += 1
             ended = engine.step()
-            if failed := [r for r in ended if r.finish_reason == "error"]:
-                raise ConfigError(f"throughput: a step failed: {failed[0].error}")
+            if engine.failure is not None:  # the engine would try again, and the figures mean nothing
+                raise ConfigError(f"throughput: a step failed: {error_line(engine.failure)}")
             clock.ended += len(ended)
             if ended:
                 bar.advance(len(ended))

@@ -100,6 +100,7 @@ class Engine:
         self._texts: dict[Request, GrowingText] = {}
         self._quarantine = Quarantine(self.scheduler)
         self.num_steps = 0
+        self.failure: Exception | None = None  # of the last step that failed
         self.updated: list[Request] = []  # watched requests that got tokens in the last step
 
     # -- requests
@@ -328,6 +329,7 @@ class Engine:
 
     def _recover(self, error: Exception) -> list[Request]:
         """After an exception anywhere in a step: all running requests are computed again, in suspicion's order."""
+        self.failure = error
         admitting = self.scheduler.admitting
         suspects = [r for r in self.running.requests if r is not None]
         suspects += [r for r in (*self.scheduler.orphans.values(), admitting) if r is not None and r not in suspects]

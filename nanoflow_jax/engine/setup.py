@@ -95,7 +95,7 @@ def build_engine(
 
     def shapes_for(length: int) -> list[StepShape]:
         shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(devices))
-        return [max(shapes, key=lambda s: s.rows)] if options.deterministic else shapes
+        return [max(shapes, key=_size)] if options.deterministic else shapes
 
     some_shape = StepShape(decode_slots, 0, 0, 1)
     spec = StepSpec(config, plan, some_shape, backend, deterministic=options.deterministic, rank_of=options.rank_of)
@@ -107,7 +107,7 @@ def build_engine(
     else:
 
         def temporaries(pages: int) -> int:
-            largest = max(shapes_for(limit), key=lambda s: s.rows)
+            largest = max(shapes_for(limit), key=_size)
             steps = compile_steps(
                 spec, mesh, infos, [largest], sizes_for(limit),
                 num_pages=pages, page_size=page_size, progress=options.progress,
@@ -191,6 +191,11 @@ def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: in
             f"deterministic: plan {plan.name!r} treats rows differently by their place; accepted: a plan whose "
             "nano-batches are equally large and all 'gather' or all 'reduce', such as 'two_gather_one_reduce'"
         )
+
+
+def _size(shape: StepShape) -> tuple[int, int]:
+    """Of shapes with equally many rows, the one with all decode rows is the larger."""
+    return shape.rows, shape.decode_rows
 
 
 def _slot_bytes(config: ModelConfig, devices: int, sizes: SlotSizes) -> int:
