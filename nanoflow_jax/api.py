@@ -6,7 +6,7 @@ import json
 import logging
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -164,6 +164,7 @@ class LLM:
         Raises ValueError for a prompt that cannot be served, before any is run. After Ctrl-C, `last_outputs` holds
         what had been finished, in order, and None for the others.
         """
+        self.last_outputs = []
         return self._run([self._tokens(p, True) for p in _as_list(prompts)], sampling_params, use_tqdm)
 
     def chat(
@@ -174,16 +175,17 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of {"role", "content"}) or a list of them, through the model's chat
         template."""
+        self.last_outputs = []
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         rendered = [self.tokenizer.chat(m) for m in ([messages] if one else messages)]  # type: ignore[list-item]
         return self._run([self._tokens(p, False) for p in rendered], sampling_params, use_tqdm)
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
         of each has `finished` set. Closing the iterator ends what is still running."""
         return self._stream(self._checked([self._tokens(p, True) for p in _as_list(prompts)], sampling_params))
 
-    def _stream(self, checked: list[Checked]) -> Iterator[RequestOutput]:
+    def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
         group_of: dict[Request, list[Request]] = {}
         try:
             for group in self._add(checked, watched=True):

@@ -1,5 +1,5 @@
-"""What goes wrong costs the request at fault, or nobody: everyone else gets the tokens of a calm run, no page leaks, and
-the engine goes on."""
+"""What goes wrong costs the request at fault, or nobody: everyone else gets the tokens of a calm run, no page leaks,
+and the engine goes on."""
 
 from __future__ import annotations
 
@@ -216,16 +216,17 @@ def test_interrupted_anywhere(llm: LLM, load: Load, calm: list[list[int]], monke
         sys.settrace(None)
     lines, finished, few = 10**9 - counter.left, [], (load[0][:3], load[1][:3])
     assert stats.preemptions > 0
-    for line in np.random.default_rng(6).integers(0, lines, 40).tolist():
+    for line in np.random.default_rng(6).integers(0, lines, 25).tolist():
         if (outputs := interrupted(llm, load, line)) is None:
             continue
         assert_idle(llm)
-        assert len(outputs) == len(calm)
+        if not outputs:  # before the first request was queued
+            continue
         finished.append(sum(o is not None for o in outputs))
         for output, want in zip(outputs, calm, strict=True):
             assert output is None or output.outputs[0].token_ids == want
         assert tokens(llm.generate(*few, use_tqdm=False)) == calm[:3], f"after line {line}"
-    assert len(finished) > 30
+    assert len(finished) > 15
     assert 0 < np.mean(finished) < len(calm)
     assert tokens(llm.generate(*load, use_tqdm=False)) == calm
 
@@ -233,7 +234,7 @@ def test_interrupted_anywhere(llm: LLM, load: Load, calm: list[list[int]], monke
 SCRIPT = """
 import json, sys
 from nanoflow_jax import LLM, SamplingParams
-llm = LLM("tiny", tensor_parallel_size=1, max_model_len=512, decode_slots=8, tokens_per_step=72, page_size=16,
+llm = LLM("tiny", tensor_parallel_size=2, max_model_len=512, decode_slots=8, tokens_per_step=72, page_size=16,
           kv_cache_tokens=4096, progress=False)
 params = [SamplingParams(temperature=1.0, seed=i, max_tokens=4 if i < 3 else 400, ignore_eos=True) for i in range(200)]
 llm.generate(["12+30="] * 3, params[:3], use_tqdm=False)
@@ -241,9 +242,9 @@ print("ready", flush=True)
 try:
     llm.generate(["12+30="] * 200, params, use_tqdm=False)
 except KeyboardInterrupt:
-    done = [o.outputs[0].token_ids for o in llm.last_outputs if o is not None]
+    count, done = len(llm.last_outputs), [o.outputs[0].token_ids for o in llm.last_outputs if o is not None]
     text = llm.generate("12+30=", SamplingParams(temperature=0.0, max_tokens=8), use_tqdm=False)[0].outputs[0].text
-    print(json.dumps([len(llm.last_outputs), done[:3], text]))
+    print(json.dumps([count, done[:3], text]))
 """
 
 

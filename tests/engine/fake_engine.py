@@ -109,7 +109,7 @@ class Drive:
 
     def turn(self, strict: bool = True) -> None:
         first = min((r for r in self.requests.values() if not r.finish_reason), key=lambda r: r.number, default=None)
-        before = None if first is None else self._progress(first)
+        before = () if first is None else self._progress(first)
         self.finished += self.engine.step()
         self.updates.update(request.number for request in self.engine.updated)
         self.steps += 1
