@@ -6,38 +6,31 @@ import json
 import logging
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
-from nanoflow_jax.engine.engine import Engine, step_shapes
+from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
-from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.sampling_params import SamplingParams
-from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
-from nanoflow_jax.models.params import is_info
+from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.attention import why_not_mosaic
-from nanoflow_jax.schedule.plan import SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
-from nanoflow_jax.weights.load import load_params
 
 logger = logging.getLogger("nanoflow_jax")
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, str]
-
-CPU_DECODE_SLOTS = 64
-CPU_CACHE_TOKENS = 65536
+Params = SamplingParams | Sequence[SamplingParams] | None
+Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its tokens and how to go on
 
 
 class LLM:
@@ -51,14 +44,21 @@ class LLM:
     tensor_parallel_size  devices in the mesh; None takes all that are present
     plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
                           two_gather_one_reduce
-    attention_backend     of decode attention: "xla", or "mosaic" on Hopper; "auto" is "xla" until Mosaic's is measured
+    attention_backend     "xla", or "mosaic" on Hopper; "auto" is "xla" until Mosaic's is measured
     max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
     tokens_per_step       rows of the largest step, decode and prefill together
     decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
     page_size             tokens per KV page
-    kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights, on a CPU
-                          65,536
-    memory_utilization    share of a GPU's memory for weights and pages
+    kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights and a step's
+                          temporaries (as the compiled step says), on a CPU 65,536
+    memory_utilization    share of a GPU's memory that may be used
+    enable_prefix_caching reuse the pages of a prefix that another request has computed
+    kv_offload_gib        host memory for pages that the device has no room for; they come back instead of being
+                          computed again
+    kv_offload_disk_gib   and disk space for those that the host memory has no room for, in kv_offload_folder
+                          (None: a temporary folder)
+    deterministic         tokens and logprobs are bitwise the same alone, in a crowd, in another order, with prefix
+                          hits, after preemption. One step shape, and sums over devices in a fixed order
     seed                  of requests that bring none
 
     Options of the interface that are not there yet are accepted only at the value that leaves them off.
@@ -80,8 +80,10 @@ class LLM:
         page_size: int = 64,
         kv_cache_tokens: int | None = None,
         memory_utilization: float = 0.9,
-        enable_prefix_caching: bool = False,
+        enable_prefix_caching: bool = True,
         kv_offload_gib: float = 0,
+        kv_offload_disk_gib: float = 0,
+        kv_offload_folder: str | Path | None = None,
         deterministic: bool = False,
         attention_backend: str = "auto",
         quantization: str | None = None,
@@ -89,9 +91,8 @@ class LLM:
         seed: int = 0,
         progress: bool = True,
     ):
-        _only("enable_prefix_caching", enable_prefix_caching, False)
-        _only("kv_offload_gib", kv_offload_gib, 0)
-        _only("deterministic", deterministic, False)
+        _only("enable_prefix_caching", enable_prefix_caching, True, False)
+        _only("deterministic", deterministic, True, False)
         _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
         _only("quantization", quantization, None)
         _only("kv_cache_dtype", kv_cache_dtype, "auto")
@@ -111,6 +112,17 @@ class LLM:
             raise ConfigError(
                 f"memory_utilization: {memory_utilization!r} is not accepted; it must be above 0 and at most 1"
             )
+        for name, value in (("kv_offload_gib", kv_offload_gib), ("kv_offload_disk_gib", kv_offload_disk_gib)):
+            if not _is_number(value) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name}: {value!r} is not accepted; it must be a number of at least 0")
+        if kv_offload_disk_gib and not kv_offload_gib:
+            raise ConfigError(
+                "kv_offload_disk_gib: pages reach the disk through the host; kv_offload_gib is needed too"
+            )
+        if kv_offload_folder is not None and not kv_offload_disk_gib:
+            raise ConfigError("kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too")
+        if kv_offload_gib and not enable_prefix_caching:
+            raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()
         folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
@@ -123,93 +135,100 @@ class LLM:
         self.mesh = make_mesh(self.config, tensor_parallel_size)
         self.tokenizer = Tokenizer(tokenizer or folder)
         self._defaults, eos = _generation_defaults(folder, self.config)
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        backend = _attention_backend(attention_backend, self.mesh.devices.flat[0], self.config, page_size)
-        logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, self.plan.name, self.mesh.size)
-
-        infos = param_infos(
-            self.config, self.mesh.size, o_rows=self.plan.needs_o_rows, o_columns=self.plan.needs_o_columns
-        )
-        params = _load(folder, self.config, self.mesh, infos, progress)
-        if decode_slots is None:
-            decode_slots = tokens_per_step * 5 // 8
-            decode_slots = min(decode_slots, CPU_DECODE_SLOTS) if on_cpu else decode_slots
-        quantum = row_quantum(self.mesh.size)
-        if decode_slots % quantum or tokens_per_step % quantum or tokens_per_step <= decode_slots:
-            raise ConfigError(
-                f"decode_slots: {decode_slots} of tokens_per_step = {tokens_per_step}; "
-                f"accepted: multiples of {quantum}, decode_slots "
-                f"the smaller, so that prefill rows are left"
-            )
-        limit = self.config.max_position_embeddings if max_model_len is None else max_model_len
-        if not 1 < limit <= self.config.max_position_embeddings:
-            raise ConfigError(
-                f"max_model_len: {limit}; accepted: 2 to the model's {self.config.max_position_embeddings}"
-            )
-        if kv_cache_tokens is None:
-            kv_cache_tokens = CPU_CACHE_TOKENS if on_cpu else self._tokens_that_fit(memory_utilization)
-            kv_cache_tokens = min(kv_cache_tokens, decode_slots * (limit + page_size))
-        num_pages = kv_cache_tokens // page_size
-        if num_pages * page_size < limit:
-            if max_model_len is not None or num_pages * page_size < 2:
-                raise ConfigError(
-                    f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
-                    f"cannot hold one request of max_model_len = {limit}; "
-                    f"accepted: at least {-(-limit // page_size) * page_size}, or a smaller max_model_len"
-                )
-            limit = num_pages * page_size
-        self.max_model_len = limit
-        shapes = step_shapes(tokens_per_step, decode_slots, -(-limit // page_size), quantum)
-        runner = Runner(
-            self.config,
-            self.mesh,
-            infos,
-            params,
-            self.plan,
-            shapes,
-            num_pages=num_pages,
+        options = EngineOptions(
+            max_model_len=max_model_len,
+            tokens_per_step=tokens_per_step,
+            decode_slots=decode_slots,
             page_size=page_size,
-            attention_backend=backend,
+            kv_cache_tokens=kv_cache_tokens,
+            memory_utilization=memory_utilization,
+            enable_prefix_caching=enable_prefix_caching,
+            kv_offload_bytes=int(kv_offload_gib * 2**30),
+            kv_offload_disk_bytes=int(kv_offload_disk_gib * 2**30),
+            kv_offload_folder=kv_offload_folder,
+            deterministic=deterministic,
+            attention_backend=attention_backend,
+            seed=seed,
             progress=progress,
         )
-        self.engine = Engine(runner, shapes, page_size=page_size, max_model_len=limit, eos_token_ids=eos, seed=seed)
-
-    def _tokens_that_fit(self, memory_utilization: float) -> int:
-        """KV tokens that fit beside the weights, with a twentieth of the memory left to a step's temporaries."""
-        stats = self.mesh.devices.flat[0].memory_stats()
-        free = stats["bytes_limit"] * (memory_utilization - 0.05) - stats["bytes_in_use"]
-        groups = kv_groups(self.config, self.mesh.size) // self.mesh.size
-        per_token = (
-            2 * self.config.num_layers * groups * self.config.head_dim * (4 if self.config.dtype == "float32" else 2)
-        )
-        return max(0, int(free / per_token))
+        self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
+        self.max_model_len = self.engine.max_model_len
+        self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        use_tqdm: bool = True,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
         """Completes the prompts (text, token ids, or a list of either), all together; results in their order.
 
         `sampling_params`: one for all, or one per prompt; None takes the model's own defaults (generation_config.json).
-        Raises ValueError for a prompt that cannot be served, before any is run.
+        Raises ValueError for a prompt that cannot be served, before any is run. After Ctrl-C, `last_outputs` holds
+        what had been finished, in order, and None for the others.
         """
-        return self._run(
-            [self._tokens(p, add_special_tokens=True) for p in _as_list(prompts)], sampling_params, use_tqdm
-        )
+        self.last_outputs = []
+        return self._run([self._tokens(p, True) for p in _as_list(prompts)], sampling_params, use_tqdm)
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Answers one conversation (a list of {"role", "content"}) or a list of them, through the model's chat
         template."""
+        self.last_outputs = []
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
         rendered = [self.tokenizer.chat(m) for m in ([messages] if one else messages)]  # type: ignore[list-item]
-        return self._run([self._tokens(p, add_special_tokens=False) for p in rendered], sampling_params, use_tqdm)
+        return self._run([self._tokens(p, False) for p in rendered], sampling_params, use_tqdm)
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
+        """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
+        of each has `finished` set. Closing the iterator ends what is still running."""
+        return self._stream(self._checked([self._tokens(p, True) for p in _as_list(prompts)], sampling_params))
+
+    def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
+        group_of: dict[Request, list[Request]] = {}
+        try:
+            for group in self._add(checked, watched=True):
+                group_of |= dict.fromkeys(group, group)
+            running = list(group_of)
+            while running:
+                self.engine.step()
+                # Requests may also have ended, and all tokens be booked, in another call of this LLM.
+                changed = [r for r in running if r.finish_reason]
+                changed += [r for r in self.engine.updated if r in group_of and not r.finish_reason]
+                running = [r for r in running if not r.finish_reason]
+                for group in {id(group_of[r]): group_of[r] for r in changed}.values():
+                    yield request_output(group, self.tokenizer, self.engine.running)
+        except (Exception, KeyboardInterrupt):
+            self.engine.abort_all()
+            raise
+        finally:
+            for request in group_of:
+                if not request.finish_reason:
+                    self.engine.abort(request)
+
+    def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """For each (context, continuation): the continuation's log-probability after the context, and whether it is
+        what greedy decoding would give. Text is encoded together, so that a word may span the border; an empty context
+        becomes the model's first token."""
+        params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
+        encoded = [self._pair(context, continuation) for context, continuation in pairs]
+        for tokens, _ in encoded:
+            self.engine.check(tokens, params)
+        with self._empty_after_errors():
+            requests = [
+                self.engine.add(None, tokens, params, max_tokens=0, scored_from=border - 1)
+                for tokens, border in encoded
+            ]
+            self._until_done(requests, "scoring", use_tqdm)
+        if failed := [r for r in requests if r.finish_reason == "error"]:
+            raise RuntimeError(f"request {failed[0].request_id}: {failed[0].error}")
+        scores = []
+        for request in requests:
+            rows = request.prompt_logprobs
+            total = sum(float(part.astype("float64").sum()) for part in rows.logprobs)
+            scores.append((total, all(bool((part == 1).all()) for part in rows.ranks)))
+        return scores
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The model's own defaults (generation_config.json), with fields replaced."""
@@ -223,12 +242,24 @@ class LLM:
         except TypeError:
             raise ValueError(f"prompt: {prompt!r} is not accepted; it must be text or a list of token ids") from None
 
-    def _run(
-        self,
-        prompts: list[tuple[str | None, list[int]]],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    def _pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
+        """Tokens of both, and where the continuation begins."""
+        if isinstance(context, str) is not isinstance(continuation, str):
+            raise ValueError("pairs: a context and its continuation must both be text, or both token ids")
+        if isinstance(context, str) and isinstance(continuation, str):
+            tokens = self.tokenizer.encode(context + continuation, True)
+            before = len(self.tokenizer.encode(context, True))
+        else:
+            tokens = [*self._tokens(context, False)[1], *self._tokens(continuation, False)[1]]
+            before = len(context)
+        if before == 0:
+            tokens, before = [self.tokenizer.first_token_id, *tokens], 1
+        if before >= len(tokens):
+            raise ValueError(f"pairs: the continuation {continuation!r} has no token of its own after its context")
+        return tokens, before
+
+    def _checked(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params) -> list[Checked]:
+        """The prompts, each with its sampling params. Raises ValueError for what cannot be served."""
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
         params = (
@@ -242,29 +273,49 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt"
             )
-        for _, tokens in prompts:
-            self.engine.check(tokens, self.config.vocab_size)
-        requests = [self.engine.add(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
-        start, produced = time.monotonic(), 0
-        try:
-            with Progress(len(requests), "generating", "requests", use_tqdm) as bar:
-                while self.engine.has_work:
-                    for request in self.engine.step():
-                        produced += len(request.output_token_ids)
-                        bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
-        finally:
-            if self.engine.has_work:  # after an interruption, the engine must be usable again
-                for request in requests:
-                    self.engine.abort(request)
-        return [self._output(r) for r in requests]
+        for (_, tokens), p in zip(prompts, params, strict=True):
+            self.engine.check(tokens, p)
+        return [(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
 
-    def _output(self, request: Request) -> RequestOutput:
-        text = ""
-        if request.params.detokenize:
-            ids = request.output_token_ids
-            ids = ids[:-1] if request.finish_reason == "stop" else ids
-            text = self.tokenizer.decode(ids, request.params.skip_special_tokens)
-        return request.output(text)
+    def _add(self, checked: list[Checked], watched: bool = False) -> list[list[Request]]:
+        """Queues the completions of each prompt."""
+        return [
+            [self.engine.add(text, tokens, p, index=i, watched=watched) for i in range(p.n)]
+            for text, tokens, p in checked
+        ]
+
+    def _run(
+        self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, use_tqdm: bool
+    ) -> list[RequestOutput]:
+        checked = self._checked(prompts, sampling_params)
+        self.last_outputs = [None] * len(checked)
+        groups: list[list[Request]] = []
+        try:
+            with self._empty_after_errors():
+                groups = self._add(checked)
+                self._until_done([request for group in groups for request in group], "generating", use_tqdm)
+        finally:
+            for place, group in enumerate(groups):
+                if all(r.finish_reason not in (None, "abort") for r in group):
+                    self.last_outputs[place] = request_output(group, self.tokenizer)
+        return [output for output in self.last_outputs if output is not None]
+
+    @contextmanager
+    def _empty_after_errors(self) -> Iterator[None]:
+        """After an exception or an interruption, the engine is empty and usable."""
+        try:
+            yield
+        except BaseException:
+            self.engine.abort_all()
+            raise
+
+    def _until_done(self, requests: Sequence[Request], what: str, use_tqdm: bool) -> None:
+        start, produced = time.monotonic(), 0
+        with Progress(len(requests), what, "requests", use_tqdm) as bar:
+            while self.engine.has_work:
+                for request in self.engine.step():
+                    produced += len(request.tokens) - request.prompt_length
+                    bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
 
 
 def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:
@@ -278,31 +329,6 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
         sampling["seed"] = options["seed"]
     llm = LLM(model, **{"progress": False, **options})
     return [o.outputs[0].text for o in llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)]
-
-
-def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, progress: bool) -> LlamaParams:
-    total = sum(info.nbytes for info in jax.tree.leaves(infos, is_leaf=is_info))
-    seen = 0
-    with Progress(total, "loading weights", "B", progress) as bar:
-
-        def report(_: str, done: int, __: int) -> None:
-            nonlocal seen
-            bar.advance(done - seen)
-            seen = done
-
-        return load_params(folder, config, mesh, infos, report)
-
-
-def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size: int) -> str:
-    """The backend of decode attention. "auto" is XLA's everywhere until the Mosaic kernel has been measured on a
-    GPU."""
-    if wanted != "mosaic":
-        return "xla"
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    capability = (int(major), int(minor)) if device.platform == "gpu" else None
-    if reason := why_not_mosaic(config, capability, page_size):
-        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {reason}; accepted: 'auto', 'xla'")
-    return "mosaic"
 
 
 def _only(name: str, value: Any, *accepted: Any) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax import __version__
+from nanoflow_jax.bench import command as bench_command
 from nanoflow_jax.inspect import command as inspect_command
 
 
@@ -29,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for add in (_add_generate, _add_convert):
         add(commands)
     inspect_command.add(commands, _Defaults)
+    bench_command.add(commands, _Defaults)
     args = parser.parse_args(arguments)
+    args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("nanoflow_jax").setLevel(logging.INFO if getattr(args, "verbose", False) else logging.WARNING)
     if getattr(args, "cpu_devices", None):

@@ -39,6 +39,14 @@ class Tokenizer:
             ) from None
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
+    @property
+    def first_token_id(self) -> int:
+        """What a text without context begins with: the beginning-of-sequence token, else the end token."""
+        for token in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError("tokenizer: it has neither a first nor an end token to stand for an empty context")
+
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 

@@ -23,7 +23,7 @@ from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
 from nanoflow_jax.schedule.batch import StepBatch, StepShape, abstract_batch, empty_batch
 from nanoflow_jax.schedule.plan import SchedulePlan
-from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_step, cache_shape
+from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
 from nanoflow_jax.weights.load import load_params
 
 PAGE_SIZE = 8
@@ -48,7 +48,6 @@ class Driver:
     dtype: str = "float32"
     num_pages: int = 96
     enforce_order: bool = False
-    logits: bool = True
     config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
 
     @cached_property
@@ -78,9 +77,9 @@ class Driver:
 
     @cached_property
     def step(self) -> Any:
-        spec = StepSpec(self.config, self.plan, self.shape, logits=self.logits, enforce_order=self.enforce_order)
+        spec = StepSpec(self.config, self.plan, self.shape, enforce_order=self.enforce_order)
         batch = abstract_batch(self.shape, self.num_pages, replicated(self.mesh))
-        step: Any = build_step(spec, self.mesh, self.infos)  # jitted
+        step: Any = build_logits_step(spec, self.mesh, self.infos)  # jitted
         lowered = step.lower(abstract_params(self.infos, self.mesh), self._abstract_cache, batch)
         return lowered.compile(compiler_options=FAST_COMPILE)
 
@@ -91,7 +90,7 @@ class Driver:
         return jax.tree.map(pages, self._abstract_cache)
 
     def run(self, cache: KVCache, batch: StepBatch, params: LlamaParams | None = None) -> tuple[KVCache, np.ndarray]:
-        """The next cache, and what the step returns: logits [T, vocabulary], or tokens [B]."""
+        """The next cache, and logits [T, vocabulary]."""
         batch = jax.device_put(batch, replicated(self.mesh))
         cache, out = self.step(self.params if params is None else params, cache, batch)
         return cache, np.asarray(out)

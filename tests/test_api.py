@@ -13,6 +13,7 @@ import pytest
 
 from nanoflow_jax import LLM, SamplingParams, api, generate
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.engine import setup
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
@@ -236,9 +237,19 @@ def test_bad_params(llm: LLM, params: Any, words: list[str]) -> None:
         ({"memory_utilization": "most"}, ["memory_utilization", "'most'"]),
         ({"seed": -1}, ["seed", "-1"]),
         ({"seed": None}, ["seed", "None"]),
-        ({"enable_prefix_caching": True}, ["enable_prefix_caching", "True", "False"]),
-        ({"kv_offload_gib": 4}, ["kv_offload_gib", "4"]),
-        ({"deterministic": True}, ["deterministic", "True"]),
+        ({"enable_prefix_caching": "yes"}, ["enable_prefix_caching", "'yes'", "True", "False"]),
+        ({"kv_offload_gib": -1}, ["kv_offload_gib", "-1", "at least 0"]),
+        ({"kv_offload_gib": "4"}, ["kv_offload_gib", "'4'"]),
+        ({"kv_offload_gib": float("inf")}, ["kv_offload_gib", "inf"]),
+        ({"kv_offload_disk_gib": 4}, ["kv_offload_disk_gib", "kv_offload_gib"]),
+        ({"kv_offload_gib": 4, "enable_prefix_caching": False}, ["kv_offload_gib", "enable_prefix_caching"]),
+        ({"kv_offload_gib": 4, "kv_offload_folder": "spill"}, ["kv_offload_folder", "kv_offload_disk_gib"]),
+        (
+            {"kv_offload_gib": 4, "kv_offload_disk_gib": 4, "kv_offload_folder": __file__},
+            ["kv_offload_folder", __file__],
+        ),
+        ({"deterministic": "always"}, ["deterministic", "'always'", "True", "False"]),
+        ({"deterministic": True, "plan": "nanoflow_70b"}, ["deterministic", "'nanoflow_70b'", "'gather'"]),
         ({"attention_backend": "mosaic"}, ["attention_backend", "'mosaic'", "'xla'"]),
         ({"quantization": "fp8"}, ["quantization", "'fp8'"]),
         ({"kv_cache_dtype": "fp8"}, ["kv_cache_dtype", "'fp8'"]),
@@ -248,7 +259,8 @@ def test_bad_params(llm: LLM, params: Any, words: list[str]) -> None:
 )
 def test_bad_constructor_values(options: dict[str, Any], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is one line that names the option and its value, before anything is compiled."""
-    monkeypatch.setattr(api, "Runner", lambda *_, **__: pytest.fail("steps were compiled"))
+    monkeypatch.setattr(setup, "compile_steps", lambda *_, **__: pytest.fail("steps were compiled"))
+    monkeypatch.setattr(setup, "Runner", lambda *_, **__: pytest.fail("steps were compiled"))
     with pytest.raises(ConfigError) as error:
         LLM("tiny", **{**SMALL, **options})
     one_line(error, *words)
@@ -288,7 +300,8 @@ def test_bad_model_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, str], words: list[str]
 ) -> None:
     """One line that names the file at fault, before anything is compiled."""
-    monkeypatch.setattr(api, "Runner", lambda *_, **__: pytest.fail("steps were compiled"))
+    monkeypatch.setattr(setup, "compile_steps", lambda *_, **__: pytest.fail("steps were compiled"))
+    monkeypatch.setattr(setup, "Runner", lambda *_, **__: pytest.fail("steps were compiled"))
     with pytest.raises(ConfigError) as error:
         LLM(copy_of_tiny(tmp_path / "copy", **change), **SMALL)
     one_line(error, *words)

@@ -7,41 +7,34 @@ are committed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from checkpoints import GREEDY_TOKENS, Reference, load_reference, write_checkpoint
+from checkpoints import Reference, load_reference
 
 from nanoflow_jax import LLM, SamplingParams
-from nanoflow_jax.engine.engine import Engine
-from nanoflow_jax.engine.pages import PageAllocator
-from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.engine.scheduler import Scheduler
-from nanoflow_jax.weights.hub import resolve_model
+from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.running import Running
+from tests.engine_driver import (
+    CASE,
+    EOS,
+    MAX_MODEL_LEN,
+    PAGE,
+    assert_idle,
+    crowd,
+    greedy,
+    shared_llm,
+    small_pool,
+    tokens,
+)
 
-CASE = "llama3_new_rope_tied"  # 16 query heads on 8 KV heads, 2 layers, vocabulary of 112, EOS is 2
-VOCAB, EOS = 112, 2
-PAGE = 8
-MAX_MODEL_LEN = 128
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=1234, max_tokens=40, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
-    folder = write_checkpoint(CASE, tmp_path_factory.mktemp(CASE))
-    return LLM(
-        folder,
-        tokenizer=str(resolve_model("tiny")),  # any will do: only token ids are compared
-        dtype="float32",
-        tensor_parallel_size=2,
-        max_model_len=MAX_MODEL_LEN,
-        decode_slots=8,
-        tokens_per_step=64,
-        page_size=PAGE,
-        kv_cache_tokens=8 * MAX_MODEL_LEN,
-        progress=False,
-    )
+def llm() -> LLM:
+    return shared_llm()
 
 
 @pytest.fixture(scope="module")
@@ -50,41 +43,10 @@ def reference() -> Reference:
 
 
 @pytest.fixture(autouse=True)
-def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test the engine is idle and every page is free."""
+def no_leak(llm: LLM) -> Iterator[None]:
+    """After each test the engine is idle and every page is available."""
     yield
-    scheduler = request.getfixturevalue("llm").engine.scheduler
-    assert not scheduler.has_work
-    assert scheduler.allocator.num_free == scheduler.allocator.num_pages
-
-
-def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int) -> Scheduler:
-    """Lets the scheduler use only some of the pages of the compiled pool."""
-    engine: Engine = llm.engine
-    scheduler = Scheduler(engine.scheduler.shapes, PageAllocator(num_pages), engine.page_size)
-    monkeypatch.setattr(engine, "scheduler", scheduler)
-    return scheduler
-
-
-def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
-    return [o.outputs[0].token_ids for o in outputs]
-
-
-def greedy(max_tokens: int | None = GREEDY_TOKENS, **fields: Any) -> SamplingParams:
-    return SamplingParams(**{"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True, **fields})
-
-
-def crowd() -> tuple[list[list[int]], list[SamplingParams]]:
-    """Forty ragged requests: prompts of 1 to 60 tokens, 1 to 50 new ones, half greedy, half sampled."""
-    rng = np.random.default_rng(4)
-    prompts = [rng.integers(0, VOCAB, n).tolist() for n in rng.permutation(np.linspace(1, 60, 40).astype(int))]
-    params = [
-        SamplingParams(
-            temperature=float(i % 2), top_p=0.9, seed=i, max_tokens=int(rng.integers(1, 51)), ignore_eos=True
-        )
-        for i in range(40)
-    ]
-    return prompts, params
+    assert_idle(llm)
 
 
 # -- neighbours
@@ -101,12 +63,11 @@ def test_alone_and_among_forty_others(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, num_pages: int
 ) -> None:
     """Greedy and seeded tokens are the same alone and in a crowd, with pages for all and with so few that requests
-    are preempted
-    and computed again, those looked at among them."""
+    are preempted and computed again, those looked at among them."""
     prompt = reference.prompts[2]
     alone = tokens(llm.generate([prompt, prompt], [greedy(), SAMPLED], use_tqdm=False))
     assert alone[0] == reference.greedy_tokens[2].tolist()
-    scheduler = small_pool(llm, monkeypatch, num_pages)
+    stats = small_pool(llm, monkeypatch, num_pages, hopeful=True)
     prompts, params = crowd()
     order = [*range(1, 6), "greedy", "sampled", *range(6, 40), 0]
     mine = {"greedy": (prompt, greedy()), "sampled": (prompt, SAMPLED)}
@@ -116,7 +77,7 @@ def test_alone_and_among_forty_others(
     assert by_name["greedy"].outputs[0].token_ids == alone[0]
     assert by_name["sampled"].outputs[0].token_ids == alone[1]
     few = num_pages == 24
-    assert (scheduler.num_preemptions > 0) is few
+    assert (stats.preemptions > 0) is few
     assert (by_name["greedy"].metrics.num_preemptions + by_name["sampled"].metrics.num_preemptions > 0) is few
     for i, (p, s) in enumerate(load):
         assert outputs[i].prompt_token_ids == p
@@ -128,26 +89,25 @@ def test_the_whole_crowd_is_the_same_with_few_pages(llm: LLM, monkeypatch: pytes
     """Each of the forty, not only the one looked at above."""
     prompts, params = crowd()
     roomy = tokens(llm.generate(prompts, params, use_tqdm=False))
-    scheduler = small_pool(llm, monkeypatch, 20)
+    stats = small_pool(llm, monkeypatch, 20, hopeful=True)
     assert tokens(llm.generate(prompts, params, use_tqdm=False)) == roomy
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
 
 
 def test_keys_and_values_that_are_not_recomputed_are_noticed(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken twin: a preempted request goes on from pages that are another's by now."""
-    preempt = Scheduler._preempt
+    enter = Running.enter
 
-    def keeps_progress(self: Scheduler, request: Any) -> None:
-        computed = request.num_computed
-        preempt(self, request)
-        request.num_computed = computed - 1
+    def keeps_progress(self: Running, request: Request, pages: Any, computed: int, *more: Any) -> int:
+        again = request.metrics.num_preemptions > 0
+        return enter(self, request, pages, len(request.tokens) - 1 if again else computed, *more)
 
-    monkeypatch.setattr(Scheduler, "_preempt", keeps_progress)
-    scheduler = small_pool(llm, monkeypatch, 14)
+    monkeypatch.setattr(Running, "enter", keeps_progress)
+    stats = small_pool(llm, monkeypatch, 16, hopeful=True)
     found = tokens(llm.generate(reference.prompts[:3], greedy(), use_tqdm=False))
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
     assert found != reference.greedy_tokens[:3].tolist()
 
 
@@ -211,11 +171,11 @@ def test_stops_at_max_tokens_and_at_max_model_len(llm: LLM, reference: Reference
 
 def test_a_request_as_long_as_the_pool_finishes(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes every page; others wait for it, or give way to it, and end too."""
-    scheduler = small_pool(llm, monkeypatch, MAX_MODEL_LEN // PAGE)
+    stats = small_pool(llm, monkeypatch, MAX_MODEL_LEN // PAGE, hopeful=True)
     prompts = [[5] * 3, [6] * (MAX_MODEL_LEN - 20), [7] * 30]
     outputs = llm.generate(prompts, greedy(None), use_tqdm=False)
     assert [len(p) + len(t) for p, t in zip(prompts, tokens(outputs), strict=True)] == [MAX_MODEL_LEN] * 3
-    assert scheduler.num_preemptions > 0
+    assert stats.preemptions > 0
 
 
 # -- interruptions
@@ -226,30 +186,32 @@ def test_a_request_as_long_as_the_pool_finishes(llm: LLM, monkeypatch: pytest.Mo
 def test_after_an_interruption_the_engine_goes_on(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch, error: BaseException, when: str
 ) -> None:
-    """Raised in the middle of generate, before the step or when it has already taken the donated pages: nothing is
-    left queued, no
-    page leaks, and the next answers are right."""
-    runner, run = llm.engine.runner, llm.engine.runner.run
-    calls = 0
+    """Raised in the middle of generate, before the step or when it has already taken the donated state. An error that
+    passes costs nobody a token; an interrupt leaves nothing queued, and the next answers are right."""
+    runner = llm.engine.runner
+    dispatch, calls = runner.dispatch, 0
 
-    def raises_once(shape: Any, batch: Any) -> np.ndarray:
+    def raises_once(shape: Any, inputs: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == 6:
             if when == "after":
-                pages = runner.cache
-                run(shape, batch)
-                runner.cache = pages  # as when the assignment was not reached
+                state = runner.state
+                dispatch(shape, inputs)
+                runner.state = state  # as when the assignment was not reached
             raise error
-        return run(shape, batch)
+        return dispatch(shape, inputs)
 
     prompts, params = crowd()
-    monkeypatch.setattr(runner, "run", raises_once)
-    with pytest.raises(type(error)):
-        llm.generate(prompts, params, use_tqdm=False)
-    scheduler = llm.engine.scheduler
-    assert calls == 6
-    assert not scheduler.has_work
-    assert scheduler.allocator.num_free == scheduler.allocator.num_pages
+    params = [replace(p, max_tokens=min(p.max_tokens or 0, 12)) for p in params]
+    calm = tokens(llm.generate(prompts, params, use_tqdm=False))
+    monkeypatch.setattr(runner, "dispatch", raises_once)
+    if isinstance(error, Exception):
+        assert tokens(llm.generate(prompts, params, use_tqdm=False)) == calm
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(prompts, params, use_tqdm=False)
+        assert calls == 6
+    assert_idle(llm)
     found = tokens(llm.generate(reference.prompts[:2], greedy(16), use_tqdm=False))
     assert found == reference.greedy_tokens[:2, :16].tolist()

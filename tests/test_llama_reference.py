@@ -77,24 +77,6 @@ def test_greedy_tokens(case: str, driver_of: GetDriver) -> None:
     np.testing.assert_array_equal(got, reference.greedy_tokens)
 
 
-def test_sampled_greedy_tokens(driver_of: GetDriver) -> None:
-    """The step that samples on the shards gives the same; of a vocabulary of 101, one of 8 devices holds nothing."""
-    case = "linear_new_rope_sharded"
-    reference = load_reference(case)
-    driver = replace(driver_of(case, "float32"), logits=False)
-    assert driver.devices == 8
-    packer = Packer(reference.prompts, SHAPE, driver.num_pages, room=GREEDY_TOKENS, seed=2)
-    batch, _ = packer.pack(prefill=[(s, 0, len(p)) for s, p in enumerate(reference.prompts)])
-    cache, tokens = driver.run(driver.new_cache(), batch)
-    tokens = tokens[SHAPE.decode_rows :]
-    for _ in range(GREEDY_TOKENS):
-        for sequence in range(COUNT):
-            packer.tokens[sequence].append(int(tokens[sequence]))
-        cache, tokens = driver.run(cache, packer.pack([(s, len(t) - 1) for s, t in enumerate(packer.tokens)])[0])
-    got = [tokens[-GREEDY_TOKENS:] for tokens in packer.tokens]
-    np.testing.assert_array_equal(got, reference.greedy_tokens)
-
-
 def chunked(reference: Reference, packer: Packer, chunk: int) -> Steps:
     steps = []
     for start in range(0, max(PROMPT_LENGTHS), chunk):

@@ -15,7 +15,7 @@ from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.schedule.batch import StepBatch, StepShape, empty_batch
 from nanoflow_jax.schedule.plan import load_plan
-from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_step, cache_shape
+from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
 
 PLANS = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
 DECODE, PREFILL, SEGMENTS, TABLE, PAGE, PAGES = 1280, 768, 24, 3, 16, 4000
@@ -74,8 +74,8 @@ def run(plan_name: str, devices: int, enforce_order: bool = False) -> np.ndarray
     old = np.random.default_rng(5).normal(size=cache_shape(CONFIG, 1, PAGES, PAGE)).astype(np.float32)
     sharding = NamedSharding(mesh, CACHE_SPEC)
     cache_ = KVCache(*(tuple(jax.device_put(jnp.asarray(old), sharding) for _ in range(3)) for _ in range(2)))
-    spec = StepSpec(CONFIG, plan, StepShape(DECODE, PREFILL, SEGMENTS, TABLE), logits=True, enforce_order=enforce_order)
-    _, logits = build_step(spec, mesh, infos)(params, cache_, batch())
+    spec = StepSpec(CONFIG, plan, StepShape(DECODE, PREFILL, SEGMENTS, TABLE), enforce_order=enforce_order)
+    _, logits = build_logits_step(spec, mesh, infos)(params, cache_, batch())
     live = np.flatnonzero(batch().decode_lengths).tolist()
     return np.asarray(logits)[[*live, *range(DECODE, DECODE + int(batch().prefill_starts[-1]))]]
 

@@ -1,41 +1,115 @@
-"""The engine: a loop of schedule, run, book, over continuous batching."""
+"""The engine: a loop of schedule, dispatch, book, one step ahead of what the host knows.
+
+While the device runs step n, the host builds and dispatches step n + 1, and only then reads the tokens of step n. A
+request that step n ends has a row in step n + 1 all the same; what that row gives is dropped.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
 import numpy as np
 
-from nanoflow_jax.engine.pages import PageAllocator
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.logprobs import TokenLogprobs
+from nanoflow_jax.engine.offload import OffloadStore
+from nanoflow_jax.engine.pages import Key, PagePool
+from nanoflow_jax.engine.quarantine import Quarantine
+from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.runner import Runner
-from nanoflow_jax.engine.sampling_params import SamplingParams
-from nanoflow_jax.engine.scheduler import Scheduler
-from nanoflow_jax.engine.step_batch import build_batch
+from nanoflow_jax.engine.running import Running
+from nanoflow_jax.engine.sampler import StepOutput
+from nanoflow_jax.engine.sampler_tables import SamplerTables
+from nanoflow_jax.engine.sampling_params import SamplingParams, check_vocabulary
+from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
+from nanoflow_jax.engine.step_batch import build_inputs
+from nanoflow_jax.engine.text import GrowingText, find_stop
 from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger("nanoflow_jax")
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one turn of the loop did. Times in seconds."""
+
+    shape: StepShape | None  # of the step dispatched; None: only the last one was booked
+    rows_used: int
+    tokens: int  # sampled tokens that were booked
+    host: float  # of the host's own work
+    host_cpu: float  # of that, what this thread spent on a processor: less than `host` where others use it too
+    waited: float  # for the device
+
+
+@dataclass(frozen=True)
+class _Flight:
+    step: ScheduledStep
+    output: StepOutput
 
 
 class Engine:
-    """Takes requests at any time; each `step` moves all of them on and returns those that it finished."""
+    """Takes requests at any time; each `step` moves all of them on and returns those that ended.
+
+    root           key of the empty prefix for prefix caching; None: off
+    deterministic  output tokens keep to decode rows, also when computed again
+    offload        where evicted pages go; None: nowhere
+    on_step        called with a StepRecord after each step
+    """
 
     def __init__(
         self,
         runner: Runner,
-        shapes: list[StepShape],
+        shapes: Sequence[StepShape],
+        tables: SamplerTables,
+        tokenizer: Tokenizer | None,
         *,
-        page_size: int,
         max_model_len: int,
+        vocab_size: int,
         eos_token_ids: tuple[int, ...],
         seed: int,
+        root: Key | None = None,
+        deterministic: bool = False,
+        offload: OffloadStore | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
     ):
-        self.runner, self.page_size, self.max_model_len = runner, page_size, max_model_len
-        self.scheduler = Scheduler(shapes, PageAllocator(runner.num_pages), page_size)
-        self._eos, self._seed, self._count = eos_token_ids, seed, 0
+        self.runner, self.tables, self.offload = runner, tables, offload
+        self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
+        self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
+        self.running = Running(runner.sizes.slots, max_model_len, runner.page_size)
+        self.scheduler = Scheduler(
+            shapes,
+            PagePool(runner.num_pages, self._evicted if offload is not None else None),
+            self.running,
+            Hooks(
+                self._acquire_biases,
+                self._release_biases,
+                self._entered,
+                None if offload is None else self._restore,
+                None if offload is None else offload.count,
+            ),
+            root,
+            deterministic,
+        )
+        self._flight: _Flight | None = None
+        self._biases: dict[Request, list[int]] = {}
+        self._texts: dict[Request, GrowingText] = {}
+        self._quarantine = Quarantine(self.scheduler)
         self.num_steps = 0
+        self.failure: Exception | None = None  # of the last step that failed
+        self.updated: list[Request] = []  # watched requests that got tokens in the last step
+
+    # -- requests
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self._flight is not None or self.scheduler.has_work or self._quarantine.has_work
 
-    def check(self, prompt_token_ids: list[int], vocab_size: int) -> None:
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""
         if not prompt_token_ids:
             raise ValueError("prompt: it is empty; at least one token is needed")
@@ -44,41 +118,291 @@ class Engine:
                 f"prompt: {len(prompt_token_ids)} tokens; "
                 f"accepted: at most {self.max_model_len - 1} (max_model_len - 1)"
             )
-        for token in prompt_token_ids:
-            if not 0 <= token < vocab_size:
-                raise ValueError(f"prompt: token id {token} is outside the vocabulary; accepted: 0 to {vocab_size - 1}")
+        low, high = min(prompt_token_ids), max(prompt_token_ids)
+        if low < 0 or high >= self.vocab_size:
+            raise ValueError(
+                f"prompt: token id {low if low < 0 else high} is outside the vocabulary; "
+                f"accepted: 0 to {self.vocab_size - 1}"
+            )
+        check_vocabulary(params, self.vocab_size, () if params.ignore_eos else self._eos)
 
-    def add(self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams) -> Request:
-        """Queues a request. The prompt must have passed `check`."""
+    def add(
+        self,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        index: int = 0,
+        watched: bool = False,
+        max_tokens: int | None = None,
+        scored_from: int = 0,
+    ) -> Request:
+        """Queues a request. The prompt must have passed `check`.
+
+        index       among the completions of one prompt: each has a seed of its own
+        watched     report it in `updated` whenever it gets a token
+        max_tokens  replaces the params'; 0 computes the prompt only (for its logprobs)
+        scored_from with prompt_logprobs: those of the tokens after this position of the prompt
+        """
         number = self._count
         self._count += 1
         limit = self.max_model_len
-        if params.max_tokens is not None:
-            limit = min(limit, len(prompt_token_ids) + params.max_tokens)
+        allowed = params.max_tokens if max_tokens is None else max_tokens
+        if allowed is not None:
+            limit = min(limit, len(prompt_token_ids) + allowed)
         stops = set(params.stop_token_ids) | (set() if params.ignore_eos else set(self._eos))
         seed = params.seed
-        if seed is None:
-            seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1, np.uint32)[0])
-        request = Request(number, str(number), prompt, prompt_token_ids, params, seed, frozenset(stops), limit)
-        self.scheduler.add(request)
+        if seed is None or index:
+            spawn = [self._seed, number] if seed is None else [seed, index]
+            seed = int(np.random.SeedSequence(spawn).generate_state(1, np.uint32)[0])
+        request = Request(
+            number, str(number), prompt, prompt_token_ids, params, seed, frozenset(stops), limit, index, watched,
+            scored_from,
+        )  # fmt: skip
+        self._quarantine.add(request)
         return request
 
+    def abort(self, request: Request) -> None:
+        """Ends a request wherever it is."""
+        self._quarantine.remove(request)
+        self.scheduler.remove(request)
+        self._texts.pop(request, None)
+        if not request.finish_reason:
+            request.finish("abort")
+        if not self.scheduler.has_work and not self._quarantine.has_work:
+            self._flight = None  # nobody waits for its tokens
+
+    def abort_all(self) -> None:
+        """Ends every request and starts afresh, whatever state an interruption left. The contents of the pages are
+        lost."""
+        for request in self._drop_everything():
+            if not request.finish_reason:
+                request.finish("abort")
+
+    # -- the loop
+
     def step(self) -> list[Request]:
-        """One step of the device. Returns the requests that ended with it."""
-        scheduled = self.scheduler.schedule()
-        batch = build_batch(scheduled, self.runner.num_pages, self.page_size)
-        tokens = self.runner.run(scheduled.shape, batch)
-        self.num_steps += 1
-        finished = []
-        for first, chunks in ((0, scheduled.decode), (scheduled.shape.decode_rows, scheduled.prefill)):
-            for i, chunk in enumerate(chunks):
-                self.scheduler.computed(chunk, int(tokens[first + i]) if chunk.samples else None)
-                if chunk.request.finish_reason:
-                    finished.append(chunk.request)
+        """Dispatches the next step, then books the one before it. Returns the requests that have ended.
+
+        When a step fails, the requests in it are tried in smaller groups until the one at fault is found: it ends with
+        finish_reason "error", the others go on. Raises the error itself when requests keep failing one by one.
+        """
+        start, start_cpu, waited, tokens = time.perf_counter(), time.thread_time(), 0.0, 0
+        finished: list[Request] = []
+        self.updated = []
+        scheduled = None
+        try:
+            flight, self._flight = self._flight, None
+            scheduled = self.scheduler.schedule()
+            if scheduled is not None:
+                inputs = build_inputs(scheduled, self.running, self.runner.num_pages, self.runner.sizes)
+                self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs))
+                self.num_steps += 1
+            if flight is not None:
+                asked = time.perf_counter()
+                sampled = np.asarray(flight.output.sampled.tokens)
+                waited = time.perf_counter() - asked
+                tokens = self._book(flight, sampled, finished)
+            self._quarantine.progressed()
+            if not self.scheduler.has_work and not self._quarantine.has_work:
+                self._flight = None  # all its rows belong to requests that have ended
+        except Exception as error:
+            finished += self._recover(error)
+        if self.on_step is not None:
+            used = scheduled.rows_used if scheduled is not None else 0
+            total, cpu = time.perf_counter() - start, time.thread_time() - start_cpu
+            self.on_step(StepRecord(scheduled and scheduled.shape, used, tokens, total - waited, cpu, waited))
         return finished
 
-    def abort(self, request: Request) -> None:
-        self.scheduler.abort(request)
+    def _book(self, flight: _Flight, sampled: np.ndarray, finished: list[Request]) -> int:
+        """Takes over what a step gave. Returns how many tokens were booked."""
+        step, output, run = flight.step, flight.output, self.running
+        first = step.shape.decode_rows
+        chunks = [(first + i, c) for i, c in enumerate(step.prefill) if c.samples]
+        rows = np.concatenate([np.flatnonzero(step.samples), np.array([row for row, _ in chunks], np.intp)])
+        slots = np.concatenate([step.decode[step.samples], np.array([c.slot for _, c in chunks], np.int32)])
+        here = run.epoch[slots] == step.epochs[slots]
+        for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
+            orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
+            if orphan is not None and orphan.pending:
+                self._book_orphan(orphan, int(sampled[row]), output, row, finished)
+        rows, slots = rows[here], slots[here]
+        if (run.sampling.top_logprobs[slots] >= 0).any():
+            jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
+        self._book_scores(step, output)
+        ended = run.append(slots, sampled[rows])
+        self.scheduler.booked(slots)
+        for i in np.flatnonzero(ended | run.watched[slots]).tolist():
+            request = run.requests[slots[i]]
+            assert request is not None
+            self._look(request, int(sampled[rows[i]]), int(run.known[slots[i]]), output, int(rows[i]))
+            if request.finish_reason:
+                self._end(request, finished)
+        for chunk in step.prefill:  # of requests that only wanted their prompt computed
+            if not chunk.samples and chunk.stop == run.max_length[chunk.slot] and self._is_current(step, chunk.slot):
+                request = run.requests[chunk.slot]
+                assert request is not None
+                request.finish("length")
+                self._end(request, finished)
+        return len(rows)
+
+    def _is_current(self, step: ScheduledStep, slot: int) -> bool:
+        return bool(self.running.epoch[slot] == step.epochs[slot])
+
+    def _book_orphan(self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]) -> None:
+        """The token of a request that was preempted while the token was being sampled."""
+        request.pending = False
+        request.tokens = np.append(request.tokens, np.int32(token))
+        request.metrics.first_token_time = request.metrics.first_token_time or time.monotonic()
+        self._look(request, token, len(request.tokens), output, row)
+        if request.finish_reason:
+            self._end(request, finished)
+
+    def _look(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
+        """What a booked token means for a request that may have ended, or whose tokens are looked at one by one. What
+        goes wrong here (a tokenizer that fails) is this request's own error."""
+        try:
+            self._judge(request, token, length, output, row)
+        except Exception as error:
+            request.finish("error", error=error_line(error))
+            logger.warning("request %s: %s", request.request_id, request.error)
+
+    def _judge(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
+        params = request.params
+        if params.logprobs is not None:
+            _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
+        if request.watched:
+            self.updated.append(request)
+        stopped = self._stop_string(request, token, length)
+        if token in request.stop_tokens:
+            request.finish("stop", token if token in params.stop_token_ids else None)
+        elif not stopped and length >= request.max_length:
+            request.finish("length")
+
+    def _stop_string(self, request: Request, token: int, length: int) -> bool:
+        params = request.params
+        if not params.detokenize or not (params.stop or request.watched) or token in request.stop_tokens:
+            return False
+        text = self._texts.get(request)
+        if text is None:
+            assert self._tokenizer is not None, "stop strings and streams of text need a tokenizer"
+            text = GrowingText(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+            self._texts[request] = text
+        added = text.add(token)
+        request.text = text.text
+        stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
+        if not added or not stops or length - request.prompt_length < params.min_tokens:
+            return False
+        if (found := find_stop(text.text, len(added), stops)) is None:
+            return False
+        at, stop = found
+        request.text = text.text[: at + len(stop)] if params.include_stop_str_in_output else text.text[:at]
+        request.finish("stop", stop)
+        return True
+
+    def _book_scores(self, step: ScheduledStep, output: StepOutput) -> None:
+        """Logprobs of prompt tokens that the step's chunks have given."""
+        run, row = self.running, 0
+        for chunk in step.prefill:
+            count = chunk.stop - chunk.start
+            request = run.requests[chunk.slot]
+            wanted = request.next_score if request is not None and self._is_current(step, chunk.slot) else None
+            if request is not None and wanted is not None:
+                first = max(chunk.start, wanted)
+                last = min(chunk.stop, request.prompt_length - 1)
+                if first < last:
+                    at = row + first - chunk.start
+                    assert request.params.prompt_logprobs is not None
+                    _add_logprobs(
+                        request.prompt_logprobs, output.scores, at, at + last - first, request.params.prompt_logprobs
+                    )
+            row += count
+
+    def _end(self, request: Request, finished: list[Request]) -> None:
+        self.scheduler.remove(request)
+        self._quarantine.remove(request)
+        self.scheduler.finished(request)
+        self._texts.pop(request, None)
+        finished.append(request)
+
+    # -- failures
+
+    def _recover(self, error: Exception) -> list[Request]:
+        """After an exception anywhere in a step: all running requests are computed again, in suspicion's order."""
+        self.failure = error
+        admitting = self.scheduler.admitting
+        suspects = [r for r in self.running.requests if r is not None]
+        suspects += [r for r in (*self.scheduler.orphans.values(), admitting) if r is not None and r not in suspects]
+        self._drop_everything(keep=True)
+        failed = self._quarantine.failed(suspects, error)
+        for request in failed:
+            logger.warning("request %s: %s", request.request_id, request.error)
+            self._texts.pop(request, None)
+        return failed
+
+    def _drop_everything(self, keep: bool = False) -> list[Request]:
+        """Empties device and pages. keep: requests go back to the queue with the tokens the host knows; else all are
+        returned, forgotten."""
+        self._flight = None
+        scheduler = self.scheduler
+        running = self.running.reset()
+        for request in [*running, *scheduler.orphans.values()]:
+            request.pending = False
+        scheduler.orphans.clear()
+        scheduler.pool.reset()
+        scheduler.admitting = None
+        self._biases.clear()
+        self.runner.reset()
+        self.tables.reset()
+        for request in running:
+            request.metrics.num_preemptions += 1
+        if keep:
+            for request in running:
+                if request not in scheduler.waiting:
+                    scheduler.add(request)
+            return []
+        gone = [*running, *scheduler.waiting, *self._quarantine.clear()]
+        scheduler.waiting.clear()
+        self._texts.clear()
+        return gone
+
+    # -- hooks of the scheduler
+
+    def _acquire_biases(self, request: Request) -> tuple[int, int] | None:
+        none = self.runner.sizes.bias_rows
+        rows = self.tables.acquire(request.params, request.stop_tokens)
+        if rows is None:
+            return None
+        self._biases[request] = [row for row in rows if row != none]
+        return rows
+
+    def _release_biases(self, request: Request) -> None:
+        for row in self._biases.pop(request, ()):
+            self.tables.release(row)
+
+    def _entered(self, request: Request) -> None:
+        assert request.slot is not None
+        if self.running.history[request.slot] == request.slot:
+            self.tables.write_history(request.slot, request.prompt_token_ids, request.output_token_ids)
+
+    def _evicted(self, pages: list[int], keys: list[Key]) -> None:
+        assert self.offload is not None
+        wanted = [i for i, key in enumerate(keys) if self.offload.count([key]) == 0]
+        if wanted:
+            contents = self.runner.extract([pages[i] for i in wanted])
+            self.offload.put([keys[i] for i in wanted], contents)
+
+    def _restore(self, keys: list[Key], pages: np.ndarray) -> int:
+        assert self.offload is not None
+        contents: list[Any] = self.offload.get(keys)
+        self.runner.insert(pages[: len(contents)].tolist(), contents)
+        return len(contents)
+
+
+def _add_logprobs(into: Any, source: TokenLogprobs, start: int, stop: int, top: int) -> None:
+    rows = slice(start, stop)
+    logprobs, ranks = np.asarray(source.logprob)[rows], np.asarray(source.rank)[rows]
+    into.add(logprobs, ranks, np.asarray(source.top_tokens)[rows, :top], np.asarray(source.top_logprobs)[rows, :top])
 
 
 def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int, quantum: int = 8) -> list[StepShape]:

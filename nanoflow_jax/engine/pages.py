@@ -1,32 +1,125 @@
-"""The page allocator: who owns which page of the KV cache."""
+"""The KV pages: who uses which, and which of them hold a prefix that another request may reuse.
+
+A page is in use (by one request or, when it holds a shared prefix, by several), or kept (no one uses it, but it holds
+a known prefix), or free. A kept page is taken, the one unused longest first, when the free ones run out.
+
+Keys chain: a page's key is a digest of the page before it and of its own tokens, so that equal keys mean equal text
+from the beginning.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
-class PageAllocator:
-    """Hands out page numbers [0, num_pages). A page has one owner at a time; freeing one twice is a bug and raises."""
+import numpy as np
 
-    def __init__(self, num_pages: int):
+Key = bytes
+
+
+def root_key(*what: str) -> Key:
+    """Where chains start: whatever makes pages of the same tokens differ (model, dtype, plan, ...)."""
+    return hashlib.blake2b("\0".join(what).encode(), digest_size=16).digest()
+
+
+def next_key(previous: Key, tokens: np.ndarray, prefilled: int) -> Key:
+    """Key of the page of `tokens` [page_size] int32 after the page of key `previous`. `prefilled`: how many of the
+    tokens went through prefill rows, where that makes a difference (deterministic mode), else 0."""
+    return hashlib.blake2b(
+        previous + prefilled.to_bytes(4, "little") + tokens.astype("<i4", copy=False).tobytes(), digest_size=16
+    ).digest()
+
+
+class PagePool:
+    """Page numbers [0, num_pages). `on_evict(pages, keys)` is called before kept pages are reused; it may copy them
+    away."""
+
+    def __init__(self, num_pages: int, on_evict: Callable[[list[int], list[Key]], None] | None = None):
         self.num_pages = num_pages
-        self._free = list(range(num_pages - 1, -1, -1))  # a stack: the page freed last is the likeliest to be in cache
-        self._is_free = [True] * num_pages
+        self._users = np.zeros(num_pages, np.int32)
+        self._free = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # a stack; its first _num_free entries count
+        self._num_free = num_pages
+        self._kept: OrderedDict[int, None] = OrderedDict()  # the first is evicted first
+        self._key_of: dict[int, Key] = {}
+        self._page_of: dict[Key, int] = {}
+        self._on_evict = on_evict
 
     @property
-    def num_free(self) -> int:
-        return len(self._free)
+    def num_available(self) -> int:
+        """Pages that `allocate` can give: free ones, and kept ones after eviction."""
+        return self._num_free + len(self._kept)
 
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` pages, or None (and nothing taken) when there are not enough."""
-        if count > len(self._free):
+    @property
+    def num_kept(self) -> int:
+        return len(self._kept)
+
+    def allocate(self, count: int) -> np.ndarray | None:
+        """`count` pages [count] int32, each with one user; or None, and nothing taken, when there are not enough."""
+        if count > self.num_available:
             return None
-        taken = [self._free.pop() for _ in range(count)]
-        for page in taken:
-            self._is_free[page] = False
+        if (short := count - self._num_free) > 0:
+            self._evict(short)
+        self._num_free -= count
+        taken = self._free[self._num_free : self._num_free + count][::-1].copy()
+        self._users[taken] = 1
         return taken
 
-    def free(self, pages: list[int]) -> None:
+    def _evict(self, count: int) -> None:
+        pages = [page for page, _ in zip(self._kept, range(count), strict=False)]
+        if self._on_evict is not None:
+            self._on_evict(pages, [self._key_of[page] for page in pages])
         for page in pages:
-            if self._is_free[page]:
-                raise RuntimeError(f"page {page} is freed twice")
-            self._is_free[page] = True
-            self._free.append(page)
+            del self._kept[page]
+            del self._page_of[self._key_of.pop(page)]
+        self._push(np.array(pages, np.int32))
+
+    def _push(self, pages: np.ndarray) -> None:
+        self._free[self._num_free : self._num_free + len(pages)] = pages
+        self._num_free += len(pages)
+
+    def release(self, pages: np.ndarray) -> None:
+        """One user less of each page; pages in order of the sequence, so that its end is evicted before its start."""
+        if (self._users[pages] < 1).any():
+            page = int(pages[self._users[pages] < 1][0])
+            raise RuntimeError(f"page {page} is freed twice")
+        self._users[pages] -= 1
+        unused = pages[self._users[pages] == 0][::-1]
+        keyed = [int(page) in self._key_of for page in unused] if self._key_of else []
+        if any(keyed):
+            for page in unused[keyed].tolist():
+                self._kept[page] = None
+            unused = unused[~np.array(keyed)]
+        self._push(unused)
+
+    def register(self, page: int, key: Key) -> None:
+        """Makes a page in use findable. A key that another page has already stays there."""
+        if key not in self._page_of and page not in self._key_of:
+            self._page_of[key] = page
+            self._key_of[page] = key
+
+    def find(self, keys: Sequence[Key]) -> list[int]:
+        """Pages of the longest run of `keys`, from the first on, that are here."""
+        found = []
+        for key in keys:
+            if (page := self._page_of.get(key)) is None:
+                break
+            found.append(page)
+        return found
+
+    def is_kept(self, page: int) -> bool:
+        return page in self._kept
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._page_of
+
+    def share(self, pages: Sequence[int]) -> None:
+        """One user more of pages that `find` gave."""
+        for page in pages:
+            if self._users[page] == 0:
+                del self._kept[page]
+            self._users[page] += 1
+
+    def reset(self) -> None:
+        """All pages are free, their contents lost: nobody uses any."""
+        self.__init__(self.num_pages, self._on_evict)

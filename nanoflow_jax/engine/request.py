@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from nanoflow_jax.engine.pages import Key
 from nanoflow_jax.engine.sampling_params import SamplingParams
 
 
@@ -16,19 +19,31 @@ class RequestMetrics:
     first_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of the prompt, not computed because their pages were there (first admission)
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """Natural logarithm of a token's probability by the raw logits. `rank`: 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
 
 
 @dataclass
 class CompletionOutput:
-    """One generated sequence. `finish_reason`: "stop" (an end token), "length", or None while it is running."""
+    """One generated sequence. `finish_reason`: "stop" (an end token or a stop string), "length", "abort", "error", or
+    None while it is running."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None = None
-    stop_reason: int | None = None  # the stop token given by the request, when one ended it
+    stop_reason: int | str | None = None  # the stop token or string given by the request, when one ended it
     cumulative_logprob: float | None = None
-    logprobs: None = None
+    logprobs: list[dict[int, Logprob]] | None = None  # per token: it and the likeliest ones
+    error: str | None = None  # one line, when finish_reason is "error"
 
 
 @dataclass
@@ -40,12 +55,34 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     metrics: RequestMetrics
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # per token; None for the first, which none precedes
+
+    @property
+    def finished(self) -> bool:
+        return all(o.finish_reason for o in self.outputs)
+
+
+@dataclass
+class LogprobRows:
+    """Logprobs of consecutive tokens, as the device gives them: arrays per step, joined when they are read."""
+
+    logprobs: list[np.ndarray] = field(default_factory=list)  # [n] float32 each
+    ranks: list[np.ndarray] = field(default_factory=list)  # [n] int32
+    top_tokens: list[np.ndarray] = field(default_factory=list)  # [n, k] int32
+    top_logprobs: list[np.ndarray] = field(default_factory=list)  # [n, k] float32
+    count: int = 0
+
+    def add(self, logprob: np.ndarray, rank: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+        self.logprobs.append(logprob)
+        self.ranks.append(rank)
+        self.top_tokens.append(tokens)
+        self.top_logprobs.append(logprobs)
+        self.count += len(logprob)
 
 
 @dataclass(eq=False)
 class Request:
-    """Host state of a request. The pages hold the keys and values of tokens [0, num_computed)."""
+    """Host state of a request. While it runs, its slot holds its tokens and its progress (`engine.running`)."""
 
     number: int  # order of arrival; the smaller, the earlier served and the later preempted
     request_id: str
@@ -55,38 +92,45 @@ class Request:
     seed: int
     stop_tokens: frozenset[int]
     max_length: int  # tokens of prompt and output together, at most
-    tokens: list[int] = field(init=False)
-    num_computed: int = 0
-    pages: list[int] = field(default_factory=list)
+    index: int = 0  # among the completions of one prompt
+    watched: bool = False  # someone looks at its tokens one by one (a stream)
+    scored_from: int = 0  # with prompt_logprobs: the prompt's tokens after this position are wanted
+    tokens: np.ndarray = field(init=False)  # [n] int32: prompt and output, as of when it last had no slot
+    keys: list[Key] = field(default_factory=list)  # of its full pages, as far as they were computed
+    slot: int | None = None
+    pending: bool = False  # preempted while a token of it was in flight
     finish_reason: str | None = None
-    stop_reason: int | None = None
+    stop_reason: int | str | None = None
+    error: str | None = None
+    text: str | None = None  # as far as it was needed while running (stop strings, streams)
+    logprobs: LogprobRows = field(default_factory=LogprobRows)
+    prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.prompt_token_ids)
+        self.tokens = np.array(self.prompt_token_ids, np.int32)
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_token_ids)
 
     @property
     def output_token_ids(self) -> list[int]:
-        return self.tokens[len(self.prompt_token_ids) :]
+        """Of a request that has no slot."""
+        return self.tokens[self.prompt_length :].tolist()
 
     @property
-    def remaining(self) -> int:
-        """Tokens that must still go through the model before the next one can be sampled."""
-        return len(self.tokens) - self.num_computed
+    def next_score(self) -> int | None:
+        """Position of the prompt whose next token's logprob is wanted next; None when none is."""
+        position = self.scored_from + self.prompt_logprobs.count
+        return position if self.params.prompt_logprobs is not None and position < self.prompt_length - 1 else None
 
-    def append(self, token: int) -> None:
-        """Takes a sampled token and ends the request when the token, or the length, says so."""
-        now = time.monotonic()
-        self.metrics.first_token_time = self.metrics.first_token_time or now
-        self.tokens.append(token)
-        if token in self.stop_tokens:
-            self.finish_reason = "stop"
-            self.stop_reason = token if token in self.params.stop_token_ids else None
-        elif len(self.tokens) >= self.max_length:
-            self.finish_reason = "length"
-        if self.finish_reason:
-            self.metrics.finished_time = now
+    def finish(self, reason: str, stop: int | str | None = None, error: str | None = None) -> None:
+        self.finish_reason, self.stop_reason, self.error = reason, stop, error
+        self.metrics.finished_time = time.monotonic()
 
-    def output(self, text: str) -> RequestOutput:
-        completion = CompletionOutput(0, text, self.output_token_ids, self.finish_reason, self.stop_reason)
-        return RequestOutput(self.request_id, self.prompt, self.prompt_token_ids, [completion], self.metrics)
+
+def error_line(error: Exception) -> str:
+    """What is told of an error that ended a request: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return ": ".join([type(error).__name__, *lines[:1]])

@@ -1,74 +1,148 @@
-"""The runner: weights, pages and compiled steps on the devices."""
+"""The runner: weights, pages, slots and compiled steps on the devices."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.engine.sampler import StepOutput
 from nanoflow_jax.models.llama import LlamaParams
-from nanoflow_jax.parallel.mesh import replicated
+from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.batch import StepBatch, StepShape
-from nanoflow_jax.schedule.compile import abstract_cache, compile_step, lower_step
-from nanoflow_jax.schedule.plan import SchedulePlan
-from nanoflow_jax.schedule.step import StepSpec
+from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.compile import abstract_state, compile_step, lower_step
+from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, pack
+from nanoflow_jax.schedule.step import KVCache, StepSpec, StepState
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
+PAGES_PER_COPY = 8  # pages that one call of the copy programs moves
 
 
 class Runner:
-    """Runs steps of a few shapes, all compiled before the first one runs."""
+    """Runs steps of a few shapes, all compiled before the first one runs. Nothing here waits for the device."""
 
     def __init__(
         self,
-        config: ModelConfig,
+        spec: StepSpec,
         mesh: Mesh,
         infos: LlamaParams,
         params: LlamaParams,
-        plan: SchedulePlan,
         shapes: Sequence[StepShape],
+        sizes: SlotSizes,
         *,
         num_pages: int,
         page_size: int,
-        attention_backend: str,
         progress: bool,
     ):
-        self.mesh, self.params, self.num_pages = mesh, params, num_pages
+        self.mesh, self.params, self.sizes, self.num_pages = mesh, params, sizes, num_pages
+        self.page_size = page_size
         self._replicated = replicated(mesh)
-        platform = mesh.devices.flat[0].platform
-        ordered = platform == "gpu" and mesh.size > 1
-
-        def compile_for(shape: StepShape) -> Any:
-            spec = StepSpec(config, plan, shape, attention_backend, enforce_order=ordered)
-            lowered = lower_step(spec, mesh, infos, num_pages=num_pages, page_size=page_size)
-            return compile_step(lowered, platform, plan, pin_starts=ordered)
-
-        self._steps: dict[StepShape, Any] = {}
-        with (
-            Progress(len(shapes), "compiling steps", "shapes", progress) as bar,
-            ThreadPoolExecutor(COMPILE_THREADS) as pool,
-        ):
-            for shape, compiled in zip(shapes, pool.map(compile_for, shapes), strict=True):
-                self._steps[shape] = compiled
-                bar.advance(note=f"{shape.decode_rows} decode + {shape.prefill_rows} prefill rows")
-        dtype = jax.tree.leaves(params)[0].dtype
-        abstract = abstract_cache(config, mesh, dtype, num_pages, page_size)
+        self._steps = compile_steps(
+            spec, mesh, infos, shapes, sizes, num_pages=num_pages, page_size=page_size, progress=progress
+        )
+        abstract = abstract_state(spec, mesh, infos, sizes, num_pages, page_size)
         self._zeros = jax.jit(
             lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
-        self.cache = self._zeros()
+        self.state: StepState = self._zeros()
+        # One page of all layers: [layers, 2 (K, V), KV groups, page_size, d].
+        self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
+        self._extract = jax.jit(_extract, out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
+        self._insert = jax.jit(_insert, donate_argnums=(0,))
 
-    def run(self, shape: StepShape, batch: StepBatch) -> np.ndarray:
-        """Runs one step and waits for it. Returns the sampled tokens, int32 [shape.sampled_rows]."""
-        if jax.tree.leaves(self.cache)[0].is_deleted():  # a step that was interrupted took the pages with it
-            self.cache = self._zeros()
-        self.cache, tokens = self._steps[shape](self.params, self.cache, jax.device_put(batch, self._replicated))
-        return np.asarray(tokens)
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, all layers, on all devices."""
+        pages = self.state.cache.k[0]
+        return 2 * len(self.state.cache.k) * pages.nbytes // pages.shape[0]
+
+    def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
+        """Starts one step. Returns its output, whose tokens are on their way to the host."""
+        self.state, output = self._steps[shape](self.params, self.state, pack(inputs))
+        output.sampled.tokens.copy_to_host_async()
+        return output
+
+    def reset(self) -> None:
+        """Fresh pages and slots: what was in them is lost. After a step that failed or was interrupted."""
+        self.state = self._zeros()
+
+    def extract(self, pages: Sequence[int]) -> list[jax.Array]:
+        """Copies of pages, each [layers, 2, KV groups, page_size, d], as they are after the steps dispatched so far."""
+        out: list[jax.Array] = []
+        for at in range(0, len(pages), PAGES_PER_COPY):
+            some = np.zeros(PAGES_PER_COPY, np.int32)
+            count = len(pages[at : at + PAGES_PER_COPY])
+            some[:count] = pages[at : at + PAGES_PER_COPY]
+            out += self._extract(self.state.cache, jax.device_put(some, self._replicated))[:count]
+        return out
+
+    def insert(self, pages: Sequence[int], contents: Sequence[Any]) -> None:
+        """Writes what `extract` gave into pages."""
+        for at in range(0, len(pages), PAGES_PER_COPY):
+            some = np.full(PAGES_PER_COPY, self.num_pages, np.int32)
+            here = list(contents[at : at + PAGES_PER_COPY])
+            some[: len(here)] = pages[at : at + PAGES_PER_COPY]
+            here += here[:1] * (PAGES_PER_COPY - len(here))  # dropped: their page number is past the pool
+            on_device = tuple(jax.device_put(x, self.page_sharding) for x in here)
+            cache = self._insert(self.state.cache, jax.device_put(some, self._replicated), on_device)
+            self.state = replace(self.state, cache=cache)
+
+
+def compile_steps(
+    spec: StepSpec,
+    mesh: Mesh,
+    infos: LlamaParams,
+    shapes: Sequence[StepShape],
+    sizes: SlotSizes,
+    *,
+    num_pages: int,
+    page_size: int,
+    progress: bool,
+) -> dict[StepShape, Any]:
+    """The step of each shape, compiled. `spec.shape` does not matter."""
+    platform = mesh.devices.flat[0].platform
+    ordered = platform == "gpu" and (mesh.size > 1 or spec.rank_of is not None)
+
+    def compile_for(shape: StepShape) -> Any:
+        lowered = lower_step(
+            replace(spec, shape=shape, enforce_order=ordered),
+            mesh,
+            infos,
+            sizes,
+            num_pages=num_pages,
+            page_size=page_size,
+        )
+        return compile_step(lowered, platform, spec.plan, pin_starts=ordered)
+
+    steps: dict[StepShape, Any] = {}
+    with (
+        Progress(len(shapes), "compiling steps", "shapes", progress) as bar,
+        ThreadPoolExecutor(COMPILE_THREADS) as pool,
+    ):
+        for shape, compiled in zip(shapes, pool.map(compile_for, shapes), strict=True):
+            steps[shape] = compiled
+            bar.advance(note=f"{shape.decode_rows} decode + {shape.prefill_rows} prefill rows")
+    return steps
+
+
+def _extract(cache: KVCache, pages: jax.Array) -> tuple[jax.Array, ...]:
+    both = jnp.stack([jnp.stack([k[pages], v[pages]], axis=1) for k, v in zip(cache.k, cache.v, strict=True)], axis=1)
+    return tuple(both[i] for i in range(PAGES_PER_COPY))
+
+
+def _insert(cache: KVCache, pages: jax.Array, contents: tuple[jax.Array, ...]) -> KVCache:
+    new = jnp.stack(contents)  # [n, layers, 2, g, page_size, d]
+
+    def write(which: int, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(old.at[pages].set(new[:, i, which], mode="drop") for i, old in enumerate(pools))
+
+    return KVCache(write(0, cache.k), write(1, cache.v))

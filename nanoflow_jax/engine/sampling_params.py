@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
+
+MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
+MAX_FLOAT = 1e30  # settings stay in float32, and so do logits times a penalty
+MAX_INT = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings of one request.
 
+    n                    completions of the prompt; each has noise of its own
     temperature          0 is greedy
     top_p                in (0, 1]: keep the likeliest tokens that reach this probability together
     top_k                keep this many likeliest tokens; 0 or -1 keeps all
+    min_p                in [0, 1]: keep tokens at least this likely, relative to the likeliest
     seed                 the request's noise; None draws from the engine's seed and the request's number
     max_tokens           tokens to generate at most; None: up to the model's length
+    min_tokens           tokens to generate before an end token or a stop string may end the request
+    stop                 strings that end the request when they appear in the text
     stop_token_ids       tokens that end the request, besides the model's own end tokens; the stop token is not part
                          of the text
     ignore_eos           go on past the model's end tokens
+    presence_penalty     in [-2, 2]: taken from the logits of tokens generated before
+    frequency_penalty    in [-2, 2]: the same, times how often
+    repetition_penalty   above 0: positive logits of tokens of the prompt or generated before are divided by it,
+                         negative ones multiplied
+    logit_bias           token id -> number in [-100, 100] added to its logit
+    allowed_token_ids    only these tokens are generated; None: all
+    logprobs             how many likeliest tokens to report with their logprobs at each generated token, besides that
+                         token; None: no logprobs. Those of the raw logits: nothing above changes them
+    prompt_logprobs      the same at each token of the prompt but the first
+    include_stop_str_in_output  leave the stop string in the text
     skip_special_tokens  leave special tokens out of the text
     detokenize           False: no text, token ids only
 
-    The remaining fields are accepted only at their defaults for now: a value that would have to be ignored is an error.
-    Raises ValueError naming the field and what is accepted.
+    The order of processing: logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k, top_p. Greedy
+    requests are subject to those before temperature. Raises ValueError naming the field and what is accepted.
     """
 
     n: int = 1
@@ -36,13 +54,13 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
-    stop_token_ids: Sequence[int] = ()
+    stop_token_ids: Collection[int] = ()
     ignore_eos: bool = False
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
-    allowed_token_ids: Sequence[int] | None = None
+    allowed_token_ids: Collection[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
@@ -50,38 +68,102 @@ class SamplingParams:
     detokenize: bool = True
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if f.name in _NOT_YET and value != f.default:
-                raise ValueError(f"{f.name}: {value!r} is not supported yet; accepted: {f.default!r}")
-        _number("temperature", self.temperature, 0, math.inf, "a number of at least 0")
+        _integer("n", self.n, 1, MAX_INT)
+        _number("temperature", self.temperature, 0, MAX_FLOAT, "a number from 0 to 1e30")
         _number("top_p", self.top_p, 5e-324, 1, "a number above 0 and at most 1")
-        _integer("top_k", self.top_k, -1, 2**31 - 1)
+        _integer("top_k", self.top_k, -1, MAX_INT)
+        _number("min_p", self.min_p, 0, 1, "a number from 0 to 1")
+        _number("presence_penalty", self.presence_penalty, -2, 2, "a number from -2 to 2")
+        _number("frequency_penalty", self.frequency_penalty, -2, 2, "a number from -2 to 2")
+        _number(
+            "repetition_penalty", self.repetition_penalty, 1 / MAX_FLOAT, MAX_FLOAT,
+            "a number above 0, from 1e-30 to 1e30",
+        )  # fmt: skip
         if self.seed is not None:
             _integer("seed", self.seed, 0, 2**32 - 1)
         if self.max_tokens is not None:
-            _integer("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        for name in ("ignore_eos", "skip_special_tokens", "detokenize"):
+            _integer("max_tokens", self.max_tokens, 1, MAX_INT)
+        _integer("min_tokens", self.min_tokens, 0, MAX_INT)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
+        if self.n > 1 and self.temperature == 0:
+            raise _refused("n", self.n, "1 with temperature 0: all completions would be the same")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not accepted; it must be True or False")
-        if not isinstance(self.stop_token_ids, Collection) or isinstance(self.stop_token_ids, str):
-            raise ValueError(f"stop_token_ids: {self.stop_token_ids!r} is not accepted; it must be a list of token ids")
-        for token in self.stop_token_ids:
-            _integer("stop_token_ids", token, 0, 2**31 - 1)
+                raise _refused(name, getattr(self, name), "True or False")
+        _token_ids("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        if self.allowed_token_ids is not None:
+            accepted = "None or a list of at least one token id"
+            _token_ids("allowed_token_ids", self.allowed_token_ids, accepted)
+            if not self.allowed_token_ids:
+                raise _refused("allowed_token_ids", self.allowed_token_ids, accepted)
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise _refused("logit_bias", self.logit_bias, "None or a mapping of token ids to numbers")
+            for token, bias in self.logit_bias.items():
+                _integer("logit_bias", token, 0, MAX_INT)
+                _number("logit_bias", bias, -100, 100, "a number from -100 to 100 for each token")
+        self._check_stop()
+
+    def _check_stop(self) -> None:
+        if self.stop is None:
+            return
+        accepted = "a string or a list of strings, none of them empty"
+        if not isinstance(self.stop, (str, list, tuple)):
+            raise _refused("stop", self.stop, accepted)
+        for text in self.stop_strings:
+            if not isinstance(text, str) or not text:
+                raise _refused("stop", self.stop, accepted)
+        if self.stop_strings and not self.detokenize:
+            raise _refused("stop", self.stop, "None with detokenize=False: there is no text to search")
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple, empty when there is none."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
 
-_NOT_YET = {
-    "n", "min_p", "min_tokens", "stop", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias",
-    "allowed_token_ids", "logprobs", "prompt_logprobs", "include_stop_str_in_output",
-}  # fmt: skip
+def check_vocabulary(params: SamplingParams, vocab_size: int, end_tokens: Collection[int] = ()) -> None:
+    """Raises ValueError when `params` cannot be applied to a model with this vocabulary.
+
+    end_tokens  those that end the request besides stop_token_ids: forbidden, too, before min_tokens
+    """
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        if (outside := max(getattr(params, name) or (0,))) >= vocab_size:
+            raise ValueError(f"{name}: token id {outside} is outside the vocabulary; accepted: 0 to {vocab_size - 1}")
+    for name in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, name) or 0) > vocab_size:
+            raise ValueError(f"{name}: {getattr(params, name)} tokens; accepted: at most the vocabulary's {vocab_size}")
+    if params.min_tokens and params.allowed_token_ids is not None:
+        ending = {*params.stop_token_ids, *end_tokens}
+        if ending.issuperset(params.allowed_token_ids):
+            raise ValueError(
+                "min_tokens: every token of allowed_token_ids ends the request; accepted: 0, or another allowed token"
+            )
+
+
+def _refused(name: str, value: Any, accepted: str) -> ValueError:
+    return ValueError(f"{name}: {value!r} is not accepted; it must be {accepted}")
 
 
 def _number(name: str, value: Any, low: float, high: float, accepted: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name}: {value!r} is not accepted; it must be {accepted}")
+        raise _refused(name, value, accepted)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name}: {value!r} is not accepted; it must be an integer from {low} to {high}")
+        raise _refused(name, value, f"an integer from {low} to {high}")
+
+
+def _token_ids(name: str, value: Any, accepted: str) -> None:
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
+        raise _refused(name, value, accepted)
+    for token in value:
+        _integer(name, token, 0, MAX_INT)

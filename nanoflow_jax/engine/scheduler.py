@@ -1,136 +1,173 @@
 """The scheduler: which rows of which requests make up the next step.
 
 Decode rows come first, one per running request whose next token is due; chunks of prompts fill the rest of the token
-budget. A request is admitted when the pages of all its tokens so far are there. When a decode row needs a page and
-none is free, the request that arrived last gives up its pages and is recomputed later; the one that arrived first
-always goes on, so every request ends.
+budget. It runs one step ahead of the host's knowledge: a token being sampled counts as there, and its row is filled on
+the device. When a decode row needs a page and none is left, the request that arrived last gives up its pages and is
+computed again later (or finds its pages again); the one that arrived first always goes on, so every request ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from nanoflow_jax.engine.pages import PageAllocator
+import numpy as np
+
+from nanoflow_jax.engine.admission import Expectation, peak_pages
+from nanoflow_jax.engine.pages import Key, PagePool, next_key
 from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.running import Running
 from nanoflow_jax.schedule.batch import StepShape
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, stop) of a request's sequence, computed by one step."""
+    """Tokens [start, stop) of a slot's sequence, computed in prefill rows. An empty one only brings the page table."""
 
-    request: Request
+    slot: int
     start: int
     stop: int
-
-    @property
-    def samples(self) -> bool:
-        """The chunk reaches the end of what is known: its last row gives the next token."""
-        return self.stop == len(self.request.tokens)
+    samples: bool  # its last row gives the next token
 
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A shape and what fills it: at most `decode_rows` single tokens, at most `prefill_segments` chunks in
-    `prefill_rows`."""
+    """A shape and what fills it."""
 
     shape: StepShape
-    decode: list[Chunk]
+    decode: np.ndarray  # [n] int32: slots of the decode rows
+    positions: np.ndarray  # [n] int32: of their tokens
+    samples: np.ndarray  # [n] bool: False where a known token is computed again
     prefill: list[Chunk]
+    epochs: np.ndarray  # [slots]: as they were when this was scheduled
+
+    @property
+    def rows_used(self) -> int:
+        return len(self.decode) + sum(c.stop - c.start for c in self.prefill)
 
 
+@dataclass
+class SchedulerStats:
+    """Counts since the engine began."""
+
+    preemptions: int = 0
+    prompt_tokens: int = 0  # of admitted requests, at their first admission
+    cached_tokens: int = 0  # of those, found in kept pages
+    restored_tokens: int = 0  # found in offloaded pages, at any admission
+    recomputed_tokens: int = 0  # computed again after a preemption
+    refused_for_pages: int = 0  # steps in which a request had to wait for pages
+
+
+@dataclass
+class Hooks:
+    """What admission asks of others.
+
+    biases   rows of the bias table for a request (below min_tokens, then), or None while the table is full
+    release  gives them back
+    enter    a request has taken its slot: its token history goes to the device
+    restore  copies offloaded pages with these keys back to these pages; returns how many, from the first on
+    offloaded  how many of these keys, from the first on, could be restored
+    """
+
+    biases: Callable[[Request], tuple[int, int] | None]
+    release: Callable[[Request], None]
+    enter: Callable[[Request], None]
+    restore: Callable[[list[Key], np.ndarray], int] | None = None
+    offloaded: Callable[[list[Key]], int] | None = None
+
+
+@dataclass
 class Scheduler:
-    """Owns the queues and the pages. `shapes` are the compiled step shapes; all have the same table width."""
+    """Owns the queues and the pages. `shapes` are the compiled step shapes; all have the same table width.
 
-    def __init__(self, shapes: Sequence[StepShape], allocator: PageAllocator, page_size: int):
-        self.shapes = sorted(shapes, key=lambda s: (s.rows, s.decode_rows))
-        self.allocator, self.page_size = allocator, page_size
-        self.max_running = max(s.decode_rows for s in shapes)
-        self.waiting: list[Request] = []  # by order of arrival
-        self.running: list[Request] = []  # by order of arrival; they hold pages
-        self.num_preemptions = 0
+    root      key of the empty prefix; None: no prefix is shared or found again
+    by_phase  tokens of the output always go through decode rows, also when they are computed again (deterministic
+              mode: prefill rows might round differently)
+    """
+
+    shapes: Sequence[StepShape]
+    pool: PagePool
+    running: Running
+    hooks: Hooks
+    root: Key | None = None
+    by_phase: bool = False
+    waiting: list[Request] = field(default_factory=list)  # by order of arrival
+    admitting: Request | None = None  # whose admission is under way
+    orphans: dict[tuple[int, int], Request] = field(default_factory=dict)  # (slot, epoch): preempted, token in flight
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+
+    def __post_init__(self) -> None:
+        self.shapes = sorted(self.shapes, key=lambda s: (s.rows, s.decode_rows))
+        self.page_size = self.running.page_size
+        self.expectation = Expectation()
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting) or self.running.num_running > 0
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
-
-    def schedule(self) -> ScheduledStep:
-        """The next step. Call only when there is work; at least one row is always scheduled."""
-        decode = self._decode_chunks()
-        pending = [r for r in self.running if r.remaining > 1]
-        self._admit(pending, len(decode))
-        due = [r for r in pending if r.remaining > 1]
-        # A request admitted with one token to go (a one-token prompt) is a decode row like any other.
-        decode += [Chunk(r, r.num_computed, len(r.tokens)) for r in pending if r.remaining == 1]
-        shape = self._choose(len(decode), [r.remaining for r in due])
-        prefill, budget = [], shape.prefill_rows
-        for request in due[: shape.prefill_segments]:
-            if not budget:
-                break
-            stop = min(len(request.tokens), request.num_computed + budget)
-            prefill.append(Chunk(request, request.num_computed, stop))
-            budget -= stop - request.num_computed
-        return ScheduledStep(shape, decode, prefill)
-
-    def _decode_chunks(self) -> list[Chunk]:
-        """A row for each running request whose next token is due, pages secured, earliest first."""
-        chunks = []
-        for request in list(self.running):
-            if request.remaining != 1 or not request.pages:  # the latter: preempted by an earlier one just now
-                continue
-            if self._extend(request):
-                chunks.append(Chunk(request, request.num_computed, len(request.tokens)))
-        return chunks
-
-    def _extend(self, request: Request) -> bool:
-        """Secures the pages of all tokens of `request`, preempting later ones; False when it had to give way itself."""
-        while (missing := self.pages_for(len(request.tokens)) - len(request.pages)) > 0:
-            if (pages := self.allocator.allocate(missing)) is not None:
-                request.pages += pages
-                break
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        return True
-
-    def _preempt(self, request: Request) -> None:
-        self.running.remove(request)
-        self._release(request)
-        request.num_computed = 0
-        request.metrics.num_preemptions += 1
-        self.num_preemptions += 1
-        place = next((i for i, r in enumerate(self.waiting) if r.number > request.number), len(self.waiting))
+        """Queues a request by its number. A new one has the largest and goes to the end."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].number > request.number:
+            place -= 1
         self.waiting.insert(place, request)
 
-    def _admit(self, pending: list[Request], decode_count: int) -> None:
-        """Moves waiting requests to running, in order, while there are slots, prefill rows and pages for all their
-        tokens."""
-        budget = max(s.prefill_rows for s in self.shapes) - sum(r.remaining for r in pending)
-        segments = max(s.prefill_segments for s in self.shapes) - len(pending)
-        while self.waiting and len(self.running) < self.max_running and budget > 0 and segments > 0:
-            request = self.waiting[0]
-            # One spare page per running request, so that admitting one does not at once preempt another.
-            spare = len(self.running)
-            needed = self.pages_for(len(request.tokens))
-            if needed + spare > self.allocator.num_free and (self.running or needed > self.allocator.num_free):
+    # -- the next step
+
+    def schedule(self) -> ScheduledStep | None:
+        """The next step, or None when nothing can run before the step in flight has been booked."""
+        run = self.running
+        decode = self._secure_pages(self._due())
+        prefilling = run.in_order(run.active & ((run.computed < run.prefill_end) | ~run.in_table)).tolist()
+        self._admit(prefilling)
+        if not len(decode) and not prefilling:
+            return None
+        shape = self._choose(len(decode), [int(run.prefill_end[s] - run.computed[s]) for s in prefilling])
+        positions = run.computed[decode]
+        samples = (positions + 1 == run.length[decode]) & (run.length[decode] < run.max_length[decode])
+        run.computed[decode] += 1
+        run.length[decode] += samples
+        chunks = self._chunks(prefilling, shape)
+        return ScheduledStep(shape, decode, positions, samples, chunks, run.epoch.copy())
+
+    def _due(self) -> np.ndarray:
+        """Slots whose next row is a decode row."""
+        run = self.running
+        more = (run.computed + 1 < run.length) | (run.length < run.max_length)
+        due = run.active & run.in_table & (run.computed >= run.prefill_end) & (run.computed < run.length) & more
+        return np.flatnonzero(due).astype(np.int32)
+
+    def _secure_pages(self, due: np.ndarray) -> np.ndarray:
+        """Gives each due slot the page of its next token; slots preempted for that are no longer due."""
+        run = self.running
+        starting = due[run.computed[due] // self.page_size >= run.num_pages[due]]
+        while (pages := self.pool.allocate(len(starting))) is None:
+            victim = int(np.where(run.active, run.number, -1).argmax())
+            self.preempt(victim)
+            due, starting = due[due != victim], starting[starting != victim]
+        run.pages[starting, run.num_pages[starting]] = pages
+        run.num_pages[starting] += 1
+        return due
+
+    def _chunks(self, prefilling: list[int], shape: StepShape) -> list[Chunk]:
+        run, budget, chunks = self.running, shape.prefill_rows, []
+        for slot in prefilling[: shape.prefill_segments]:
+            start, end = int(run.computed[slot]), int(run.prefill_end[slot])
+            stop = min(max(start, end), start + budget)
+            if stop == start and run.in_table[slot]:
                 break
-            pages = self.allocator.allocate(needed)
-            assert pages is not None
-            request.pages = pages
-            self.waiting.pop(0)
-            self.running.append(request)
-            self.running.sort(key=lambda r: r.number)
-            pending.append(request)
-            budget -= request.remaining
-            segments -= 1
+            last = stop == int(run.length[slot]) and stop > start
+            samples = last and stop < int(run.max_length[slot])
+            chunks.append(Chunk(slot, start, stop, samples))
+            budget -= stop - start
+            run.computed[slot] = stop
+            run.length[slot] += samples
+            run.in_table[slot] = True
+            self._register(slot, start, stop)
+        return chunks
 
     def _choose(self, decode: int, prefill: list[int]) -> StepShape:
         """The smallest shape that holds all rows due; else, with all decode rows, the one with the most prefill
@@ -142,23 +179,182 @@ class Scheduler:
                 return shape
         return max(wide, key=lambda s: (s.prefill_rows, -s.rows))
 
-    def computed(self, chunk: Chunk, sampled: int | None) -> None:
-        """Books a chunk that a step has computed, and the token it sampled."""
-        request = chunk.request
-        request.num_computed = chunk.stop
-        if sampled is not None:
-            request.append(sampled)
-        if request.finish_reason:
-            self.running.remove(request)
-            self._release(request)
+    # -- admission
 
-    def abort(self, request: Request) -> None:
+    def _admit(self, prefilling: list[int]) -> None:
+        """Moves waiting requests to slots, in order, while there are slots, prefill rows, and pages: for their tokens
+        now, and for what all running ones are expected to grow to."""
+        run = self.running
+        budget = max(s.prefill_rows for s in self.shapes)
+        budget -= int((run.prefill_end[prefilling] - run.computed[prefilling]).sum()) if prefilling else 0
+        segments = max(s.prefill_segments for s in self.shapes) - len(prefilling)
+        while self.waiting and not run.is_full and budget > 0 and segments > 0:
+            request = self.waiting[0]
+            if request.pending:  # its last token is still on its way
+                break
+            self.admitting = request
+            slot = self._try_admit(request)
+            self.admitting = None
+            if slot is None:
+                break
+            self.waiting.pop(0)
+            prefilling.append(slot)
+            budget -= int(run.prefill_end[slot] - run.computed[slot])
+            segments -= 1
+
+    def _try_admit(self, request: Request) -> int | None:
+        run, pool = self.running, self.pool
+        keys = self._keys(request)
+        hits = pool.find(keys)
+        offloaded = 0
+        if self.hooks.offloaded is not None and len(hits) < len(keys):
+            offloaded = self.hooks.offloaded(keys[len(hits) :])
+        needed = self.pages_for(len(request.tokens)) - len(hits)
+        # Shared pages that nobody uses now will not be available any more.
+        available = pool.num_available - sum(pool.is_kept(page) for page in hits)
+        if needed > available or not self._fits_later(request, needed, available):
+            self.stats.refused_for_pages += 1
+            return None
+        biases = self.hooks.biases(request)
+        if biases is None:
+            return None
+        pool.share(hits)
+        pages = pool.allocate(needed)
+        assert pages is not None
+        restored = 0
+        if offloaded and self.hooks.restore is not None:
+            wanted = keys[len(hits) : len(hits) + offloaded]
+            restored = self.hooks.restore(wanted, pages[:offloaded])
+            for page, key in zip(pages[:restored].tolist(), wanted, strict=False):
+                pool.register(page, key)
+        found = (len(hits) + restored) * self.page_size
+        self._count(request, len(hits) * self.page_size, restored * self.page_size)
+        end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
+        owned = np.concatenate([np.array(hits, np.int32), pages])
+        slot = run.enter(request, owned, found, end, biases)
+        request.keys = keys[: len(hits) + restored]
+        self.hooks.enter(request)
+        return slot
+
+    def _count(self, request: Request, cached: int, restored: int) -> None:
+        stats = self.stats
+        stats.restored_tokens += restored
+        if request.metrics.num_preemptions:
+            stats.recomputed_tokens += len(request.tokens) - cached - restored
+        else:
+            request.metrics.num_cached_tokens = cached + restored
+            stats.prompt_tokens += request.prompt_length
+            stats.cached_tokens += cached
+
+    def _fits_later(self, request: Request, needed: int, available: int) -> bool:
+        """Whether, by what is expected of their lengths, all running requests and this one will find their pages.
+
+        With nothing running the answer is yes: the pool holds any one request.
+        """
+        run = self.running
+        if run.num_running == 0:
+            return True
+        # First the cheap question: would there be enough if all became as long as they may?
+        own = request.max_length - len(request.tokens)
+        longest = int((run.max_length - run.length)[run.active].sum()) + own
+        if needed + longest // self.page_size + run.num_running + 1 <= available:
+            return True
+        slots = np.flatnonzero(run.active)
+        left = self.expectation.remaining(
+            run.length[slots] - run.prompt_length[slots], run.max_length[slots] - run.prompt_length[slots]
+        )
+        produced = len(request.tokens) - request.prompt_length
+        own_left = self.expectation.remaining(
+            np.array([produced]), np.array([request.max_length - request.prompt_length])
+        )
+        # What growing takes beyond the pages that are held now.
+        spare = run.num_pages[slots] * self.page_size - run.length[slots]
+        own_spare = (-len(request.tokens)) % self.page_size
+        growth = peak_pages(
+            np.append(left, own_left), np.append(spare, own_spare),
+            np.append(run.num_pages[slots], self.pages_for(len(request.tokens))), self.page_size,
+        )  # fmt: skip
+        return needed + growth <= available
+
+    # -- prefixes
+
+    def _keys(self, request: Request) -> list[Key]:
+        """Keys of the pages that a request might find: all full ones, but never the one with its last token, which
+        must be computed to go on, nor one whose logprobs are wanted."""
+        if self.root is None:
+            return []
+        keys, tokens = request.keys, request.tokens
+        last = len(tokens) - 1 if request.next_score is None else request.next_score
+        for index in range(len(keys), last // self.page_size):
+            keys.append(self._key(keys[-1] if keys else self.root, tokens, index, request.prompt_length))
+        return keys[: last // self.page_size]
+
+    def _key(self, previous: Key, tokens: np.ndarray, index: int, prompt_length: int) -> Key:
+        first = index * self.page_size
+        prefilled = min(max(prompt_length - first, 0), self.page_size) if self.by_phase else 0
+        return next_key(previous, tokens[first : first + self.page_size], prefilled)
+
+    def _register(self, slot: int, start: int, stop: int) -> None:
+        """Makes the pages that tokens [start, stop) have filled findable, for steps after this one."""
+        if self.root is None or stop // self.page_size == start // self.page_size:
+            return
+        run = self.running
+        request = run.requests[slot]
+        assert request is not None
+        keys = request.keys
+        # Pages before `start` have no key yet when their tokens were computed again in decode rows.
+        for index in range(min(start // self.page_size, len(keys)), stop // self.page_size):
+            if index >= len(keys):
+                previous = keys[index - 1] if index else self.root
+                keys.append(self._key(previous, run.tokens[slot], index, request.prompt_length))
+            self.pool.register(int(run.pages[slot, index]), keys[index])
+
+    def booked(self, slots: np.ndarray) -> None:
+        """Tokens of these slots [n] have become known: registers the pages whose tokens are now all known and
+        computed."""
+        if self.root is None:
+            return
+        run = self.running
+        computed = run.known[slots] - 1  # the newest token may not have been through the model yet
+        for slot in slots[(computed % self.page_size == 0) & (computed > run.prefill_end[slots])].tolist():
+            stop = int(run.known[slot]) - 1
+            self._register(slot, stop - self.page_size, stop)
+
+    # -- leaving
+
+    def preempt(self, slot: int) -> Request:
+        """Takes a slot's pages; its request waits to be admitted again."""
+        run = self.running
+        request, epoch = run.requests[slot], int(run.epoch[slot])
+        assert request is not None
+        request.pending = bool(run.length[slot] > run.known[slot])
+        if request.pending:
+            self.orphans[slot, epoch] = request
+        self.leave(slot)
+        request.metrics.num_preemptions += 1
+        self.stats.preemptions += 1
+        self.add(request)
+        return request
+
+    def leave(self, slot: int) -> Request:
+        """Takes a request out of its slot and gives back its pages."""
+        pages = self.running.pages_of(slot)
+        request = self.running.leave(slot)
+        self.hooks.release(request)
+        self.pool.release(pages)
+        if len(request.keys) > len(request.tokens) // self.page_size:
+            request.keys = request.keys[: len(request.tokens) // self.page_size]
+        return request
+
+    def finished(self, request: Request) -> None:
+        self.expectation.saw(len(request.tokens) - request.prompt_length, request.max_length - request.prompt_length)
+
+    def remove(self, request: Request) -> None:
         """Forgets a request wherever it is; its pages are free again."""
-        for queue in (self.waiting, self.running):
-            if request in queue:
-                queue.remove(request)
-        self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self.allocator.free(request.pages)
-        request.pages = []
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request.slot is not None:
+            self.leave(request.slot)
+        if request.pending:
+            request.pending = False
+            self.orphans = {k: r for k, r in self.orphans.items() if r is not request}

@@ -1,51 +1,77 @@
-"""From a scheduled step to the arrays of a `StepBatch`."""
+"""From a scheduled step to the arrays that the host sends."""
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.running import Running, Sampling
 from nanoflow_jax.engine.scheduler import ScheduledStep
-from nanoflow_jax.schedule.batch import StepBatch, empty_batch
+from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+IN_FLIGHT = -1  # a decode row's token that only the device knows
 
 
-def build_batch(step: ScheduledStep, num_pages: int, page_size: int) -> StepBatch:
-    """Fills a padded batch of the step's shape. Sampled row i belongs to decode chunk i, then (from decode_rows)
+def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: SlotSizes) -> StepInputs:
+    """Fills the padded inputs of the step's shape. Sampled row i belongs to decode row i, then (from decode_rows) to
     prefill chunk i."""
-    shape = step.shape
-    batch = empty_batch(shape, num_pages)
-    for row, chunk in enumerate(step.decode):
-        request, position = chunk.request, chunk.start
-        batch.token_ids[row] = request.tokens[position]
-        batch.positions[row] = position
-        batch.write_pages[row] = request.pages[position // page_size]
-        batch.write_slots[row] = position % page_size
-        batch.decode_table[row, : len(request.pages)] = request.pages
-        batch.decode_lengths[row] = chunk.stop
-        _fill_sampling(batch, row, request)
-    row = shape.decode_rows
+    shape, page_size = step.shape, running.page_size
+    inputs = empty_inputs(shape, num_pages, sizes.slots, sizes.bias_rows)
+    slots, positions, n = step.decode, step.positions, len(step.decode)
+    known = positions < running.known[slots]
+    inputs.token_ids[:n] = np.where(known, running.tokens[slots, np.where(known, positions, 0)], IN_FLIGHT)
+    inputs.positions[:n] = positions
+    inputs.write_pages[:n] = running.pages[slots, positions // page_size]
+    inputs.slots[:n] = slots
+    row, first = shape.decode_rows, shape.decode_rows
     for segment, chunk in enumerate(step.prefill):
-        request, count = chunk.request, chunk.stop - chunk.start
+        slot, count = chunk.slot, chunk.stop - chunk.start
         rows = slice(row, row + count)
-        positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
-        pages = np.asarray(request.pages, np.int32)
-        batch.token_ids[rows] = request.tokens[chunk.start : chunk.stop]
-        batch.positions[rows] = positions
-        batch.write_pages[rows] = pages[positions // page_size]
-        batch.write_slots[rows] = positions % page_size
-        batch.prefill_table[segment, : len(pages)] = pages
-        batch.prefill_lengths[segment] = chunk.stop
+        chunk_positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
+        inputs.token_ids[rows] = running.tokens[slot, chunk.start : chunk.stop]
+        inputs.positions[rows] = chunk_positions
+        inputs.write_pages[rows] = running.pages[slot, chunk_positions // page_size]
+        inputs.prefill_table[segment, : running.num_pages[slot]] = running.pages_of(slot)
         row += count
-        batch.prefill_starts[segment + 1 :] = row - shape.decode_rows
-        batch.sampled[shape.decode_rows + segment] = row - 1
-        _fill_sampling(batch, shape.decode_rows + segment, request)
-    return batch
+        inputs.prefill_starts[segment + 1] = row - first
+        inputs.slots[first + segment] = slot
+        _want_scores(inputs, running, slot, chunk.start, rows.start - first, count)
+    inputs.prefill_starts[len(step.prefill) + 1 :] = row - first
+
+    prefilled = np.array([c.slot for c in step.prefill], np.int32)
+    ends = np.array([c.stop for c in step.prefill], np.int32)
+    samples = np.array([c.samples for c in step.prefill], bool)
+    _fill_sampling(inputs, running, slice(0, n), slots, positions + 1, step.samples)
+    _fill_sampling(inputs, running, slice(first, first + len(prefilled)), prefilled, ends, samples)
+    return inputs
 
 
-def _fill_sampling(batch: StepBatch, row: int, request: Request) -> None:
-    sampling, params = batch.sampling, request.params
-    sampling.temperature[row] = params.temperature
-    sampling.top_p[row] = params.top_p
-    sampling.top_k[row] = max(params.top_k, 0)
-    sampling.seed[row] = request.seed
-    sampling.position[row] = len(request.tokens)
+def _fill_sampling(
+    inputs: StepInputs, running: Running, rows: slice, slots: np.ndarray, length: np.ndarray, samples: np.ndarray
+) -> None:
+    """length: tokens of each sequence ahead of the sampled one. Rows that do not sample keep the defaults, which cost
+    nothing and change no history."""
+    sampling, which = inputs.sampling, rows
+    if not samples.all():
+        which, slots, length = np.arange(rows.start, rows.stop)[samples], slots[samples], length[samples]
+    for name in SAMPLING_FIELDS:
+        getattr(sampling, name)[which] = getattr(running.sampling, name)[slots]
+    sampling.position[which] = length
+    sampling.history[which] = running.history[slots]
+    below = length < running.min_length[slots]
+    sampling.bias[which] = np.where(below, running.bias_below[slots], running.bias[slots])
+
+
+def _want_scores(inputs: StepInputs, running: Running, slot: int, start: int, row: int, count: int) -> None:
+    """Targets of a chunk that starts at `row` of the prefill rows: after position i, the token at i + 1."""
+    request = running.requests[slot]
+    assert request is not None
+    if (wanted := request.next_score) is None:
+        return
+    first, last = max(start, wanted), min(start + count, int(running.prompt_length[slot]) - 1)
+    if first < last:
+        inputs.targets[row + first - start : row + last - start] = running.tokens[slot, first + 1 : last + 1]
+        assert request.params.prompt_logprobs is not None
+        inputs.target_logprobs[0] = max(inputs.target_logprobs[0], request.params.prompt_logprobs)

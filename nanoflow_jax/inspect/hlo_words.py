@@ -1,7 +1,7 @@
 """The words that the HLO reader knows: op pieces of the step, opcodes, attributes, custom calls."""
 
 _LAYER_OPS = "KQV GEMV PF GEMV.AG O O.AG O.AR O.RS UG D D.AR D.RS D.AG KV.APPEND"
-_OUTER_OPS = "EMBED EMBED.AR HEAD HEAD.AG SAMPLE"
+_OUTER_OPS = "EMBED EMBED.AR HEAD HEAD.AG SAMPLE SCORE"
 _COLLECTIVES = """all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute
 collective-broadcast collective-reduce"""
 

@@ -23,6 +23,7 @@ from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.search.latency import optimal_tokens_per_second
 
@@ -234,7 +235,8 @@ def inspect_step(
     started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)
     spec = StepSpec(config, plan, shape, attention_backend, enforce_order=enforce_order)
-    lowered = lower_step(spec, mesh, infos, num_pages=pages, page_size=PAGE_SIZE)
+    sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
+    lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
     options = {**saving_options(hardware), **(options or {})}
     compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()

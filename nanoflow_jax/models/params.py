@@ -6,14 +6,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from nanoflow_jax.parallel.mesh import AXIS
 
 Index = tuple[slice, ...]
 ReadSlice = Callable[[str, Index], np.ndarray]
@@ -68,6 +70,16 @@ def abstract_params(infos: Any, mesh: Mesh) -> Any:
 
 def param_specs(infos: Any) -> Any:
     return jax.tree.map(lambda info: info.spec, infos, is_leaf=is_info)
+
+
+def rank_infos(infos: Any, devices: int) -> Any:
+    """The first rank's shards of weights declared for so many devices, as weights of their own."""
+    mesh = AbstractMesh((devices,), (AXIS,))
+
+    def local(info: ParamInfo) -> ParamInfo:
+        return replace(info, shape=NamedSharding(mesh, info.spec).shard_shape(info.shape))
+
+    return jax.tree.map(local, infos, is_leaf=is_info)
 
 
 def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:

@@ -45,5 +45,13 @@ def valid_sizes(config: ModelConfig) -> list[int]:
     return [n for n in range(1, heads + 1) if not any(w % n for w in widths) and (kv % n == 0 or n % kv == 0)]
 
 
+def local_aval(aval: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """One device's shard of an abstract array, as an array of its own on `mesh` of one device."""
+    assert isinstance(aval.sharding, NamedSharding)
+    return jax.ShapeDtypeStruct(
+        aval.sharding.shard_shape(aval.shape), aval.dtype, sharding=NamedSharding(mesh, aval.sharding.spec)
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())

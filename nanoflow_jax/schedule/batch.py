@@ -1,4 +1,4 @@
-"""What one step needs besides weights and pages: the arrays the host fills, and the shape they are compiled for."""
+"""The shape a step is compiled for, and the arrays that its layers and its sampler read."""
 
 from __future__ import annotations
 
@@ -37,18 +37,26 @@ class StepShape:
 
 @struct.dataclass
 class SamplingArrays:
-    """Per sampled row [B]. Rows with temperature 0 are greedy."""
+    """How the next token of each sampled row [B] is chosen. Rows with temperature 0 are greedy."""
 
     temperature: Any  # float32
     top_p: Any  # float32 in (0, 1]
     top_k: Any  # int32; 0 keeps all
+    min_p: Any  # float32 in [0, 1]; 0 keeps all
     seed: Any  # uint32
     position: Any  # int32: index of the sampled token in its sequence; with the seed, the key of its noise
+    presence_penalty: Any  # float32; 0 is none
+    frequency_penalty: Any  # float32; 0 is none
+    repetition_penalty: Any  # float32 above 0; 1 is none
+    history: Any  # int32: row of the token counts that the penalties read; past the last row: none
+    bias: Any  # int32: row of the bias table that is added to the logits; past the last row: none
+    top_logprobs: Any  # int32: how many of the likeliest tokens to report, 0 to MAX_LOGPROBS; -1: no logprobs at all
 
 
 @struct.dataclass
 class StepBatch:
-    """Inputs of a step, the same on every device. T rows, D decode rows, S segments, M pages per request."""
+    """What the layers of a step read, the same on every device. T rows, D decode rows, S segments, M pages per
+    request."""
 
     token_ids: Any  # [T] int32
     positions: Any  # [T] int32
@@ -60,16 +68,15 @@ class StepBatch:
     prefill_starts: Any  # [S + 1] int32, counted from the first prefill row
     prefill_lengths: Any  # [S] int32: context after this chunk
     sampled: Any  # [B] int32: the rows whose next token is sampled
-    sampling: SamplingArrays
 
 
 def empty_batch(shape: StepShape, num_pages: int) -> StepBatch:
-    """A batch of padding only, as NumPy arrays for the host to fill (and for warm-up)."""
+    """A batch of padding only, as NumPy arrays to fill."""
 
-    def zeros(*dims: int, dtype: Any = np.int32) -> np.ndarray:
-        return np.zeros(dims, dtype)
+    def zeros(*dims: int) -> np.ndarray:
+        return np.zeros(dims, np.int32)
 
-    rows, tables, count = shape.rows, shape.pages_per_request, shape.sampled_rows
+    rows, tables = shape.rows, shape.pages_per_request
     return StepBatch(
         token_ids=zeros(rows),
         positions=zeros(rows),
@@ -81,13 +88,6 @@ def empty_batch(shape: StepShape, num_pages: int) -> StepBatch:
         prefill_starts=zeros(shape.prefill_segments + 1),
         prefill_lengths=zeros(shape.prefill_segments),
         sampled=np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), zeros(shape.prefill_segments)]),
-        sampling=SamplingArrays(
-            temperature=zeros(count, dtype=np.float32),
-            top_p=np.ones(count, np.float32),
-            top_k=zeros(count),
-            seed=zeros(count, dtype=np.uint32),
-            position=zeros(count),
-        ),
     )
 
 

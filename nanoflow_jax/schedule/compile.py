@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import abstract_params, is_info
-from nanoflow_jax.parallel.mesh import replicated
-from nanoflow_jax.schedule.batch import abstract_batch
+from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.schedule.plan import SchedulePlan
-from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_step, cache_shape
+from nanoflow_jax.schedule.slots import SlotSizes, abstract_slots, packed_length
+from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, StepState, build_step, cache_shape
 
 Option = str | int | bool
 
@@ -53,20 +54,33 @@ def compiler_options(platform: str, plan: SchedulePlan) -> dict[str, Option]:
     return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan.lanes else {})}
 
 
-def abstract_cache(config: ModelConfig, mesh: Mesh, dtype: Any, num_pages: int, page_size: int) -> KVCache:
+def abstract_cache(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Any, num_pages: int, page_size: int
+) -> KVCache:
     """The KV cache as abstract arrays on `mesh`."""
     shape = cache_shape(config, mesh.size, num_pages, page_size)
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
     return KVCache((pages,) * config.num_layers, (pages,) * config.num_layers)
 
 
-def lower_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, *, num_pages: int, page_size: int) -> jax.stages.Lowered:
-    """Traces a step for `mesh`, whose devices may be compile-only."""
-    dtype = jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
-    return build_step(spec, mesh, infos).lower(
+def abstract_state(
+    spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, num_pages: int, page_size: int
+) -> StepState:
+    """Cache and slots as abstract arrays on `mesh`."""
+    config, dtype = spec.config, jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
+    whole = mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
+    state = StepState(abstract_cache(config, whole, dtype, num_pages, page_size), abstract_slots(config, whole, sizes))
+    return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, mesh), state)
+
+
+def lower_step(
+    spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, *, num_pages: int, page_size: int
+) -> jax.stages.Lowered:
+    """Traces the engine's step for `mesh`, whose devices may be compile-only."""
+    return build_step(spec, mesh, infos, page_size).lower(
         abstract_params(infos, mesh),
-        abstract_cache(spec.config, mesh, dtype, num_pages, page_size),
-        abstract_batch(spec.shape, num_pages, replicated(mesh)),
+        abstract_state(spec, mesh, infos, sizes, num_pages, page_size),
+        jax.ShapeDtypeStruct((packed_length(spec.shape),), jnp.int32, sharding=replicated(mesh)),
     )
 
 

@@ -9,7 +9,7 @@ layers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import append_kv, decode_attention, prefill_attention
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.engine.sampler import sample
+from nanoflow_jax.engine.logprobs import score_rows
+from nanoflow_jax.engine.sampler import StepOutput, sample
 from nanoflow_jax.models import llama
 from nanoflow_jax.models.llama import LayerParams, LlamaParams
 from nanoflow_jax.models.params import param_specs
@@ -33,6 +34,7 @@ from nanoflow_jax.schedule.batch import StepBatch, StepShape
 from nanoflow_jax.schedule.order import IssueOrder
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
 from nanoflow_jax.schedule.rows import Rows
+from nanoflow_jax.schedule.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 
 @struct.dataclass
@@ -65,44 +67,101 @@ class StepSpec:
     plan: SchedulePlan
     shape: StepShape
     attention_backend: str = "xla"  # of decode and prefill attention
-    logits: bool = False  # return the logits of every row instead of sampling (tests, scoring)
     enforce_order: bool = field(default=False)
+    deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
+    rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
 
 
-def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.stages.Wrapped:
-    """The step as a jitted function `(params, cache, batch) -> (cache, tokens [B] int32)`, cache donated.
+@struct.dataclass
+class StepState:
+    """All that a step takes over from the one before; donated to each step."""
 
-    With `spec.logits` the second result is float32 `[T, vocabulary]` instead.
+    cache: KVCache
+    slots: SlotState
+
+
+def cache_specs(config: ModelConfig) -> KVCache:
+    return KVCache(*((CACHE_SPEC,) * config.num_layers,) * 2)
+
+
+def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -> jax.stages.Wrapped:
+    """The engine's step as a jitted function `(params, state, packed) -> (state, output)`, state donated.
+
+    packed  int32 vector, a packed `StepInputs` of `spec.shape`
+    output  a `StepOutput`, the same on every device
     """
-    cache_specs = KVCache(*((CACHE_SPEC,) * spec.config.num_layers,) * 2)
+    state_specs = StepState(cache_specs(spec.config), SLOT_SPECS)
+
+    def step(params: LlamaParams, state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+        with collectives.rank_slice(spec.rank_of):
+            return _step(spec, page_size, params, state, packed)
+
     sharded = jax.shard_map(
-        partial(_step, spec),
+        step,
         mesh=mesh,
-        in_specs=(param_specs(infos), cache_specs, P()),
-        out_specs=(cache_specs, P()),
+        in_specs=(param_specs(infos), state_specs, P()),
+        out_specs=(state_specs, P()),
         check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=(1,))
 
 
-def _step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+def build_logits_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.stages.Wrapped:
+    """The layers alone: a jitted `(params, cache, batch) -> (cache, logits [T, vocabulary] float32)`, cache
+    donated."""
+    specs = cache_specs(spec.config)
+    sharded = jax.shard_map(
+        partial(_logits_step, spec),
+        mesh=mesh,
+        in_specs=(param_specs(infos), specs, P()),
+        out_specs=(specs, P()),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=(1,))
+
+
+def _step(
+    spec: StepSpec, page_size: int, params: LlamaParams, state: StepState, packed: jax.Array
+) -> tuple[StepState, StepOutput]:
+    shape = spec.shape
+    inputs = unpack(packed, shape)
+    batch, slots = resolve(inputs, state.slots, shape, page_size)
+    cache, hidden = _layers(spec, params, state.cache, batch)
+    with jax.named_scope("HEAD.1"):
+        local, first = _head(spec.config, params, hidden[batch.sampled])
+    with jax.named_scope("SAMPLE.1"):
+        sampled, slots = sample(local, first, inputs.sampling, slots)
+        slots = replace(slots, tokens=slots.tokens.at[inputs.slots].set(sampled.tokens, mode="drop"))
+    with jax.named_scope("SCORE.1"):
+        scores = score_rows(
+            partial(_head, spec.config, params), hidden[shape.decode_rows :], inputs.targets, inputs.target_logprobs[0]
+        )
+    return StepState(cache, slots), StepOutput(sampled, scores)
+
+
+def _logits_step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+    cache, hidden = _layers(spec, params, cache, batch)
+    local, _ = _head(spec.config, params, hidden)
+    gathered = collectives.all_gather(local)  # [p, T, V/p]
+    return cache, gathered.transpose(1, 0, 2).reshape(hidden.shape[0], -1)[:, : spec.config.vocab_size]
+
+
+def _layers(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+    """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
     run = _StepRun(spec, params, cache, batch)
     for layer in range(spec.config.num_layers):
         run.layer(layer)
     hidden = run.hidden()
+    return KVCache(tuple(run.k_pages), tuple(run.v_pages)), hidden
+
+
+def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """hidden [n, H] -> this device's logits [n, V/p] float32 (padding -inf), and the vocabulary index of its first."""
     head = params.embedding if params.head is None else params.head
-    rows = hidden if spec.logits else hidden[batch.sampled]
-    with jax.named_scope("HEAD.1"):
-        normed = llama.rms_norm(rows, params.final_norm, spec.config.rms_norm_eps)
-        local = llama.contract(normed, head, 1, out_dtype=jnp.float32)  # [B, V/p]
-    first = collectives.device_index() * head.shape[0]  # this device's first vocabulary row
-    local = jnp.where((first + jnp.arange(head.shape[0])) < spec.config.vocab_size, local, -jnp.inf)
-    cache = KVCache(tuple(run.k_pages), tuple(run.v_pages))
-    if spec.logits:
-        gathered = collectives.all_gather(local)  # [p, T, V/p]
-        return cache, gathered.transpose(1, 0, 2).reshape(rows.shape[0], -1)[:, : spec.config.vocab_size]
-    with jax.named_scope("SAMPLE.1"):
-        return cache, sample(local, first, batch.sampling)
+    normed = llama.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
+    local = llama.contract(normed, head, 1, out_dtype=jnp.float32)
+    first = collectives.device_index() * head.shape[0]
+    return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
 
 class _StepRun:
@@ -129,6 +188,7 @@ class _StepRun:
                 )
         self.deferred = deferred_gathers(self.pieces)
         self.order = IssueOrder(spec.enforce_order)
+        self.all_reduce = collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce
         self.cos, self.sin = llama.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
         self.residual: dict[int, jax.Array] = {}  # nano-batch -> [n, H], or this device's rows [n/p, H] when scattered
         self.pending: dict[int, tuple[jax.Array, jax.Array | None]] = {}  # nano-batch -> collective's result, bias
@@ -145,7 +205,7 @@ class _StepRun:
                 mine = (local >= 0) & (local < table.shape[0])
                 x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
             with jax.named_scope(f"EMBED.AR.{number}"):
-                x = self.order.start(collectives.all_reduce, x)
+                x = self.order.start(self.all_reduce, x)
             self.residual[number] = x
             if number in self.scattered:
                 share = piece.rows // self.devices
@@ -304,7 +364,7 @@ class _StepRun:
             self.pending[piece.piece] = gathered, s.params.o_bias
 
     def _o_ar(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(collectives.all_reduce, piece, s, s.params.o_bias)
+        self._finish(self.all_reduce, piece, s, s.params.o_bias)
 
     def _o_rs(self, piece: OpPiece, s: _LayerState) -> None:
         self._finish(collectives.reduce_scatter_rows, piece, s, s.params.o_bias)
@@ -328,7 +388,7 @@ class _StepRun:
         s.projected[piece.piece] = self.order.run(lambda x: llama.contract(x, s.params.down, 1), x)
 
     def _d_ar(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(collectives.all_reduce, piece, s, s.params.down_bias)
+        self._finish(self.all_reduce, piece, s, s.params.down_bias)
 
     def _d_rs(self, piece: OpPiece, s: _LayerState) -> None:
         self._finish(collectives.reduce_scatter_rows, piece, s, s.params.down_bias)

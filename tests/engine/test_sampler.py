@@ -4,6 +4,7 @@ and row."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -12,69 +13,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 from nanoflow_jax.engine import sampler
 from nanoflow_jax.parallel import collectives
-from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import SamplingArrays
-
-MESHES = (1, 2, 8)
-VOCAB, PADDED = 131, 160  # 29 padding columns: on 8 devices the last shard holds nothing else
-ROWS = 64
-
-Run = Callable[[np.ndarray, SamplingArrays], np.ndarray]
-
-
-def sharded(devices: int, function: Callable[..., jax.Array], out: P) -> Callable[..., jax.Array]:
-    """`function(local logits, first column, params)` over a mesh; the logits split over columns."""
-    mesh = Mesh(np.array(jax.devices()[:devices]), (AXIS,))
-
-    def local(logits: jax.Array, params: SamplingArrays) -> jax.Array:
-        return function(logits, collectives.device_index() * logits.shape[1], params)
-
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(None, AXIS), P()), out_specs=out, check_vma=False))
-
-
-def pad(logits: np.ndarray) -> np.ndarray:
-    columns = -logits.shape[1] % 8 if logits.shape[1] != VOCAB else PADDED - VOCAB
-    return np.pad(logits.astype(np.float32), ((0, 0), (0, columns)), constant_values=-np.inf)
-
-
-@cache
-def sample_on(devices: int) -> Run:
-    step = sharded(devices, sampler.sample, P())
-    return lambda logits, params: np.asarray(step(pad(logits), params))
-
-
-def make_kept(devices: int, keep: Callable[..., jax.Array] | None = None) -> Run:
-    """The kept set as bool [B, vocabulary]; the logits' largest entry of a row is 0, as `sample` calls it."""
-
-    def local(logits: jax.Array, first: jax.Array, params: SamplingArrays) -> jax.Array:
-        return (keep or sampler._filter)(logits, params) > -jnp.inf
-
-    step = sharded(devices, local, P(None, AXIS))
-    return lambda logits, params: np.asarray(step(pad(logits), params))[:, : logits.shape[1]]
-
-
-kept_on = cache(make_kept)
-
-
-def settings(
-    rows: int, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = 0, seed: Any = 0, position: Any = 0
-) -> SamplingArrays:
-    def column(value: Any, dtype: Any) -> np.ndarray:
-        return np.broadcast_to(np.asarray(value), (rows,)).astype(dtype)
-
-    return SamplingArrays(
-        temperature=column(temperature, np.float32),
-        top_p=column(top_p, np.float32),
-        top_k=column(top_k, np.int32),
-        seed=column(seed, np.uint32),
-        position=column(position, np.int32),
-    )
+from tests.engine.sampler_driver import (
+    MESHES,
+    PADDED,
+    ROWS,
+    VOCAB,
+    Case,
+    Scores,
+    kept_set,
+    make_scores,
+    margin,
+    scores_on,
+    settings,
+    tokens_on,
+)
 
 
 def random_logits(seed: int, rows: int = ROWS, vocab: int = VOCAB, ties: bool = True) -> np.ndarray:
@@ -99,15 +56,15 @@ def test_greedy_is_argmax_and_the_lowest_of_equals(devices: int) -> None:
     noise = settings(ROWS, top_p=0.3, top_k=3, seed=np.arange(ROWS), position=np.arange(ROWS))
     expected = logits.argmax(axis=1)
     assert expected[:6].tolist() == [share - 1, share, 0, 6 * share, 0, 0]
-    np.testing.assert_array_equal(sample_on(devices)(logits, settings(ROWS)), expected)
-    np.testing.assert_array_equal(sample_on(devices)(logits, noise), expected)
+    np.testing.assert_array_equal(tokens_on(devices, logits, settings(ROWS)), expected)
+    np.testing.assert_array_equal(tokens_on(devices, logits, noise), expected)
 
 
 @pytest.mark.parametrize("devices", MESHES)
 def test_greedy_rows_stay_greedy_beside_sampled_ones(devices: int) -> None:
     logits = random_logits(1)
     hot = np.arange(ROWS) % 2 * 100.0
-    tokens = sample_on(devices)(logits, settings(ROWS, temperature=hot, top_p=0.9, seed=np.arange(ROWS)))
+    tokens = tokens_on(devices, logits, settings(ROWS, temperature=hot, top_p=0.9, seed=np.arange(ROWS)))
     np.testing.assert_array_equal(tokens[::2], logits.argmax(axis=1)[::2])
     assert (tokens[1::2] != logits.argmax(axis=1)[1::2]).sum() > ROWS // 4
 
@@ -118,7 +75,7 @@ def test_padding_is_never_sampled(devices: int) -> None:
     for top_k in (0, VOCAB - 1, VOCAB + 5, PADDED, 10_000):
         for seed in range(4):
             params = settings(ROWS, temperature=1e30, top_k=top_k, seed=seed * ROWS + np.arange(ROWS))
-            tokens = sample_on(devices)(random_logits(seed), params)
+            tokens = tokens_on(devices, random_logits(seed), params)
             assert tokens.min() >= 0 and tokens.max() < VOCAB
 
 
@@ -127,32 +84,10 @@ def test_a_tiny_temperature_is_greedy(temperature: float) -> None:
     """Nothing overflows: neither infinities nor their ties decide."""
     logits = random_logits(2, ties=False)
     params = settings(ROWS, temperature=temperature, top_p=0.9, top_k=20, seed=np.arange(ROWS))
-    np.testing.assert_array_equal(sample_on(2)(logits, params), logits.argmax(axis=1))
+    np.testing.assert_array_equal(tokens_on(2, logits, params), logits.argmax(axis=1))
 
 
 # -- the kept set
-
-
-def kept_set(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """By the definition, in float64: the top_k likeliest, ties with the last included; of their renormalised
-    probabilities, a
-    token is kept when all that are likelier together have not yet reached top_p."""
-    kept = np.ones(len(logits), bool)
-    if top_k > 0:
-        kept = logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
-    if top_p < 1:
-        mass = np.where(kept, np.exp(logits.astype(np.float64) - logits.max()), 0.0)
-        mass /= mass.sum()
-        kept &= np.array([mass[logits > value].sum() < top_p for value in logits])
-    return kept
-
-
-def margin(logits: np.ndarray, top_k: int, top_p: float) -> float:
-    """Distance of top_p from the nearest cumulative mass, at which float32 may decide either way."""
-    kept = kept_set(logits, top_k, 1.0)
-    mass = np.where(kept, np.exp(logits.astype(np.float64) - logits.max()), 0.0)
-    mass /= mass.sum()
-    return min(abs(mass[logits >= value].sum() - top_p) for value in np.unique(logits))
 
 
 def filter_cases(ties: bool) -> tuple[np.ndarray, list[int], list[float]]:
@@ -169,9 +104,9 @@ def filter_cases(ties: bool) -> tuple[np.ndarray, list[int], list[float]]:
     return logits, top_k, top_p
 
 
-def wrong_rows(kept: Run, ties: bool) -> list[int]:
+def wrong_rows(scores: Scores, ties: bool) -> list[int]:
     logits, top_k, top_p = filter_cases(ties)
-    found = kept(logits, settings(ROWS, temperature=1.0, top_p=top_p, top_k=top_k))
+    found = scores(Case(logits, settings(ROWS, temperature=1.0, top_p=top_p, top_k=top_k))) > -np.inf
     return [i for i in range(ROWS) if not np.array_equal(found[i], kept_set(logits[i], top_k[i], top_p[i]))]
 
 
@@ -179,7 +114,7 @@ def wrong_rows(kept: Run, ties: bool) -> list[int]:
 @pytest.mark.parametrize("ties", [True, False])
 def test_kept_set_is_that_of_the_definition(devices: int, ties: bool) -> None:
     """top_k (1, small, the vocabulary, beyond it) times top_p (tiny to 1), with and without ties."""
-    assert wrong_rows(kept_on(devices), ties) == []
+    assert wrong_rows(scores_on(devices), ties) == []
 
 
 def test_edges_of_top_k_and_top_p() -> None:
@@ -188,7 +123,8 @@ def test_edges_of_top_k_and_top_p() -> None:
     logits -= logits.max()
 
     def kept(**params: Any) -> list[int]:
-        return np.flatnonzero(kept_on(2)(logits, settings(1, temperature=1.0, **params))[0]).tolist()
+        scores = scores_on(2)(Case(logits, settings(1, temperature=1.0, **params)))
+        return np.flatnonzero(scores[0] > -np.inf).tolist()
 
     assert kept(top_k=1) == [0]
     assert kept(top_k=2) == [0, 1, 2]  # a tie with the second
@@ -210,36 +146,36 @@ def test_only_kept_tokens_are_sampled_and_all_of_them(devices: int) -> None:
     rows = 2048
     logits = np.broadcast_to(np.log(np.array([0.30, 0.25, 0.2, 0.15, 0.1] + [1e-4] * 3, np.float32)), (rows, 8))
     for temperature, top_k, top_p in ((1.0, 0, 0.7), (1.0, 3, 1.0), (2.0, 4, 0.6), (0.25, 0, 0.7), (1.0, 4, 0.99)):
-        params = settings(rows, temperature, top_p, top_k, seed=np.arange(rows))
-        tokens = sample_on(devices)(logits, params)
+        params = settings(rows, temperature=temperature, top_p=top_p, top_k=top_k, seed=np.arange(rows))
+        tokens = tokens_on(devices, logits, params)
         expected = np.flatnonzero(kept_set(logits[0] / temperature, top_k, top_p))
         assert np.unique(tokens).tolist() == expected.tolist(), (temperature, top_k, top_p)
 
 
-def _top_p_of_all(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
+def _top_p_of_all(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     """Broken: top-p over the whole vocabulary, not over what top-k leaves."""
-    by_k = sampler._filter(scaled, params.replace(top_p=jnp.ones_like(params.top_p)))  # type: ignore[attr-defined]
-    by_p = sampler._filter(scaled, params.replace(top_k=jnp.zeros_like(params.top_k)))  # type: ignore[attr-defined]
+    by_k = sampler.temper(logits, replace(params, top_p=jnp.ones_like(params.top_p)))
+    by_p = sampler.temper(logits, replace(params, top_k=jnp.zeros_like(params.top_k)))
     return jnp.minimum(by_k, by_p)
 
 
-def _one_less(scaled: jax.Array, params: SamplingArrays) -> jax.Array:
+def _one_less(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     """Broken: the token that reaches top_p is left out, and one of top_k."""
-    kept = sampler._filter(scaled, params)
+    kept = sampler.temper(logits, params)
     last = -collectives.all_reduce_max(jnp.where(kept > -jnp.inf, -kept, -jnp.inf).max(axis=1))
     return jnp.where(kept > last[:, None], kept, -jnp.inf)
 
 
 @pytest.mark.parametrize("broken", [_top_p_of_all, _one_less])
 def test_broken_filters_are_found(broken: Callable[..., jax.Array]) -> None:
-    assert wrong_rows(make_kept(2, broken), ties=False)
+    assert wrong_rows(make_scores(2, broken), ties=False)
 
 
 def test_a_filter_that_counts_its_own_shard_only_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """On one device there is nothing to forget; on two the kept set is another."""
     monkeypatch.setattr(collectives, "all_reduce", lambda x: x)
-    assert wrong_rows(make_kept(1), ties=True) == []
-    assert wrong_rows(make_kept(2), ties=True)
+    assert wrong_rows(make_scores(1), ties=True) == []
+    assert wrong_rows(make_scores(2), ties=True)
 
 
 # -- the distribution
@@ -266,7 +202,7 @@ WEIGHTS = np.log(np.array([0.3, 0.05, 0.1, 0.02, 0.08, 0.15, 0.1, 0.01, 0.09, 0.
 def draws(devices: int, temperature: float, top_k: int, top_p: float, over: str) -> np.ndarray:
     where = {over: np.arange(DRAWS), ("seed" if over == "position" else "position"): 77}
     logits = np.broadcast_to(WEIGHTS, (DRAWS, len(WEIGHTS)))
-    return sample_on(devices)(logits, settings(DRAWS, temperature, top_p, top_k, **where))
+    return tokens_on(devices, logits, settings(DRAWS, temperature=temperature, top_p=top_p, top_k=top_k, **where))
 
 
 @pytest.mark.parametrize("over", ["seed", "position"])
@@ -305,7 +241,7 @@ def mixed() -> tuple[np.ndarray, SamplingArrays]:
 
 def test_the_mesh_does_not_matter() -> None:
     logits, params = mixed()
-    tokens = [sample_on(devices)(logits, params) for devices in MESHES]
+    tokens = [tokens_on(devices, logits, params) for devices in MESHES]
     np.testing.assert_array_equal(tokens[0], tokens[1])
     np.testing.assert_array_equal(tokens[0], tokens[2])
 
@@ -314,13 +250,13 @@ def test_the_mesh_does_not_matter() -> None:
 def test_the_row_does_not_matter(devices: int) -> None:
     """The same request in another row, with other neighbours, gets the same token."""
     logits, params = mixed()
-    tokens = sample_on(devices)(logits, params)
+    tokens = tokens_on(devices, logits, params)
     order = np.random.default_rng(1).permutation(ROWS)
     moved = jax.tree.map(lambda x: x[order], params)
-    np.testing.assert_array_equal(sample_on(devices)(logits[order], moved), tokens[order])
+    np.testing.assert_array_equal(tokens_on(devices, logits[order], moved), tokens[order])
     lone = jax.tree.map(lambda x: np.where(np.arange(ROWS) == 3, x, 0).astype(x.dtype), params)
     lone = lone.replace(top_p=np.where(np.arange(ROWS) == 3, params.top_p, 1).astype(np.float32))
-    assert sample_on(devices)(logits, lone)[3] == tokens[3]
+    assert tokens_on(devices, logits, lone)[3] == tokens[3]
 
 
 def test_seed_and_position_give_other_noise() -> None:
@@ -328,7 +264,7 @@ def test_seed_and_position_give_other_noise() -> None:
     chance."""
     logits = np.zeros((ROWS, VOCAB), np.float32)
     tokens = np.stack(
-        [sample_on(2)(logits, settings(ROWS, 1.0, seed=np.arange(ROWS), position=p)) for p in range(32)]
+        [tokens_on(2, logits, settings(ROWS, temperature=1.0, seed=np.arange(ROWS), position=p)) for p in range(32)]
     )  # [position, seed]
     assert len({tuple(column) for column in tokens.T}) == ROWS
     assert len({tuple(row) for row in tokens}) == 32
@@ -338,7 +274,7 @@ def test_seed_and_position_give_other_noise() -> None:
 
 def test_the_same_seed_and_position_give_the_same_noise() -> None:
     logits = np.zeros((ROWS, VOCAB), np.float32)
-    tokens = sample_on(2)(logits, settings(ROWS, 1.0, seed=5, position=6))
+    tokens = tokens_on(2, logits, settings(ROWS, temperature=1.0, seed=5, position=6))
     assert len(set(tokens.tolist())) == 1
 
 
@@ -346,3 +282,14 @@ def test_sortable_keeps_the_order() -> None:
     values = np.array([-np.inf, -3e38, -1.5, -1e-30, 0.0, 1e-30, 1.5, 3e38, np.inf], np.float32)
     ordered = np.asarray(sampler._sortable(lax.convert_element_type(values, jnp.float32)))
     assert (np.diff(ordered.astype(np.int64)) > 0).all()
+
+
+def test_noise_is_gumbel_to_the_last_bit() -> None:
+    """Against float64, from the largest value that 64 bits give to the smallest; never infinite, and in order."""
+    words = np.array([0, 1, 2, 1000, 2**20, 2**24 + 1, 2**31, 2**32 - 2**20, 2**32 - 1], np.uint64)
+    bits = np.concatenate([[(0, 0), (0, 1), (0, 2**16), (0, 2**31), (0, 2**32 - 1)], [(w, 2**31) for w in words[1:]]])
+    noise = np.asarray(sampler._gumbel_of(jnp.asarray(bits.astype(np.uint32))))
+    uniform = (bits[:, 0].astype(np.float64) * 2.0**32 + bits[:, 1] + 0.5) * 2.0**-64
+    expected = -np.log(-np.log1p(-np.minimum(uniform, 1 - 2.0**-24)))
+    np.testing.assert_allclose(noise, expected, rtol=3e-6, atol=3e-6)
+    assert (np.diff(noise) < 0).all() and noise[0] > 45

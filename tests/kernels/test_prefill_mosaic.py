@@ -90,13 +90,13 @@ def shared() -> tuple[Callable[..., jax.Array], Paged, jax.Array]:
     paged = make_paged(rng, (170, 140, 190), kv_heads=1, page_size=64, head_dim=64, dtype="bfloat16")
     paged.k_pages, paged.v_pages = jnp.nan_to_num(paged.k_pages), jnp.nan_to_num(paged.v_pages)
     run = interpreted(SMALL, races=False, scale=0.125, sm_budget=1)
-    return run, paged, random_queries(rng, 40, 8, 64, "bfloat16")
+    return run, paged, random_queries(rng, 32, 8, 64, "bfloat16")
 
 
 def test_broken_twins_fail(shared: Any) -> None:
     """What these mistakes would give is far outside the tolerance. A segment each, so that a run tries three."""
     run, paged, q = shared
-    starts = pack([9, 17, 10])
+    starts = pack([9, 12, 10])
     args = arguments(q, paged, starts)
     want = expected(args, 0.125)
     assert_rows_close(run(*args), want, "bfloat16")
@@ -125,7 +125,7 @@ def test_a_segment_does_not_depend_on_its_neighbours(shared: Any) -> None:
     """Bitwise: the same chunk elsewhere, beside other contexts."""
     run, paged, q = shared
     answers = []
-    for before, after, lengths in ((0, 0, (0, 140, 0)), (3, 20, (3, 140, 190)), (17, 1, (170, 140, 1))):
+    for before, after, lengths in ((0, 0, (0, 140, 0)), (3, 16, (3, 140, 190)), (17, 1, (170, 140, 1))):
         twin = Paged(**{**vars(paged), "lengths": np.array(lengths, np.int32)})
         rows = q.at[before : before + 12].set(q[:12])
         answers.append(np.asarray(run(*arguments(rows, twin, pack([before, 12, after]))))[before : before + 12])
@@ -269,7 +269,6 @@ def test_tuning_is_validated(changes: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("gpu", "repeats", "kv_heads", "tokens", "head_dim"),
     [
-        ("h200", 8, 1, 768, 128),
         ("h200", 8, 1, 8192, 128),
         ("h200", 4, 8, 8192, 128),
         ("h200", 1, 8, 1001, 64),

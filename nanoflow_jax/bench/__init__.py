@@ -1,0 +1,1 @@
+"""`nanoflow bench`: throughput of the whole engine, and the host's work per step."""

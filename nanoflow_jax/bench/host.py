@@ -1,0 +1,141 @@
+"""`nanoflow bench host`: what the host does per step, without the model.
+
+The engine is the real one: scheduling, pages, building and packing the inputs, sending them, calling a compiled program
+with as many arguments as a large model's step, booking the tokens. Only the program's content is a stand-in, which
+returns a token per row at once, so that the machine's cores are free for what is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
+from nanoflow_jax.engine.logprobs import no_logprobs
+from nanoflow_jax.engine.pages import root_key
+from nanoflow_jax.engine.sampler import Sampled, StepOutput
+from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.params import is_info
+from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, StepInputs, pack, packed_length, unpack
+
+PAGE_SIZE = 64
+PROMPT, OUTPUT = 614, 1024  # tokens of a request: 768 prefill rows then feed 1280 decode rows
+
+
+@dataclass(frozen=True)
+class HostReport:
+    """Milliseconds of the host's work per step, over the steps in which nearly all requests were running."""
+
+    requests: int
+    tokens: int
+    arguments: int  # of the compiled program
+    steps: int
+    host_ms_median: float
+    host_ms_p99: float
+    host_ms_mean: float
+    host_cpu_ms_median: float  # on a processor; less than the first where other programs use it too
+    rows_used_mean: float
+
+    def text(self) -> str:
+        return (
+            f"host work per step, {self.requests} running requests, {self.tokens} tokens per step, "
+            f"{self.arguments} program arguments, {self.steps} steps:\n"
+            f"median {self.host_ms_median:.3f} ms, 99th percentile {self.host_ms_p99:.3f} ms, "
+            f"mean {self.host_ms_mean:.3f} ms; "
+            f"on a processor, median {self.host_cpu_ms_median:.3f} ms; rows used {self.rows_used_mean:.0f}"
+        )
+
+
+class StandInRunner:
+    """As `engine.runner.Runner`, with a program that does nothing but take a step's arguments and return tokens."""
+
+    def __init__(self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int):
+        self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
+        count = len(jax.tree.leaves(param_infos(config, 1), is_leaf=is_info))
+        self._params = [jnp.zeros(1, jnp.int32) for _ in range(count)]
+        self._state = [jnp.zeros(1, jnp.int32) for _ in range(2 * config.num_layers + 4)]
+        self.arguments = len(self._params) + len(self._state) + 1
+
+        def compiled(shape: StepShape) -> Any:
+            def step(params: Any, state: Any, packed: jax.Array) -> Any:
+                sampling = unpack(packed, shape).sampling
+                tokens = (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % 1000
+                nothing = no_logprobs(shape.sampled_rows), no_logprobs(shape.prefill_rows)
+                return state, StepOutput(Sampled(tokens, nothing[0]), nothing[1])
+
+            packed = jax.ShapeDtypeStruct((packed_length(shape),), jnp.int32)
+            lowered = jax.jit(step, donate_argnums=(1,)).lower(self._params, self._state, packed)
+            return lowered.compile()
+
+        self._steps = {shape: compiled(shape) for shape in shapes}
+
+    def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
+        self._state, output = self._steps[shape](self._params, self._state, pack(inputs))
+        output.sampled.tokens.copy_to_host_async()
+        return output
+
+    def reset(self) -> None:
+        pass
+
+
+class _NoTables:
+    """Stands in for SamplerTables: no request of this benchmark uses one."""
+
+    def __init__(self, none: int):
+        self._none = none
+
+    def acquire(self, *_: Any) -> tuple[int, int]:
+        return self._none, self._none
+
+    def release(self, row: int) -> None:
+        pass
+
+    def reset(self) -> None:
+        pass
+
+
+def measure(requests: int, tokens: int, config: ModelConfig, steps: int) -> HostReport:
+    """Runs `steps` steps with `requests` running and takes the times of the full ones."""
+    length = PROMPT + OUTPUT
+    table = -(-length // PAGE_SIZE)
+    shapes = step_shapes(tokens, requests, table)
+    sizes = SlotSizes(requests, BIAS_ROWS, table)
+    runner: Any = StandInRunner(config, shapes, sizes, num_pages=requests * (table + 1))
+    records: list[StepRecord] = []
+    tables: Any = _NoTables(BIAS_ROWS)
+    engine = Engine(
+        runner, shapes, tables, None, max_model_len=length, vocab_size=config.vocab_size, eos_token_ids=(),
+        seed=0, root=root_key("bench"), on_step=records.append,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=OUTPUT, detokenize=False)
+
+    def add(output: int) -> None:
+        engine.add(None, rng.integers(0, 1000, PROMPT).tolist(), params, max_tokens=output)
+
+    # Ages of the first ones are spread, as in the middle of a long run.
+    for i in range(requests):
+        add(max(1, (i * OUTPUT) // requests))
+    running = 0
+    while running < steps:
+        while len(engine.scheduler.waiting) < 16:
+            add(OUTPUT)
+        engine.step()
+        if engine.running.num_running >= 0.95 * requests:
+            running += 1
+        else:
+            records.clear()
+            running = 0 if len(records) == 0 else running
+    host = np.array([r.host for r in records[-steps:]]) * 1e3
+    used = float(np.mean([r.rows_used for r in records[-steps:]]))
+    return HostReport(
+        requests, tokens, runner.arguments, len(host), float(np.median(host)), float(np.percentile(host, 99)),
+        float(host.mean()), float(np.median([r.host_cpu for r in records[-steps:]])) * 1e3, used,
+    )  # fmt: skip

@@ -1,0 +1,54 @@
+"""How many pages the running requests will need: learnt from the lengths of those that have ended."""
+
+from __future__ import annotations
+
+import numpy as np
+
+MEMORY = 256  # finished requests that count; older ones fade
+PRIOR_SHARE = 0.5  # of the tokens it may produce, before anything is known
+PRIOR_WEIGHT = 8
+
+
+class Expectation:
+    """The share of its allowed output that a request is expected to use, a fading mean."""
+
+    def __init__(self) -> None:
+        self._sum, self._weight = PRIOR_SHARE * PRIOR_WEIGHT, float(PRIOR_WEIGHT)
+
+    def saw(self, produced: int, allowed: int) -> None:
+        """A request has ended after `produced` of `allowed` tokens."""
+        if allowed < 1:
+            return
+        fade = 1 - 1 / MEMORY
+        self._sum = self._sum * fade + produced / allowed
+        self._weight = self._weight * fade + 1
+
+    @property
+    def share(self) -> float:
+        return self._sum / self._weight
+
+    def remaining(self, produced: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+        """Tokens [n] still expected of requests that have produced some. One past the mean is expected to go half as
+        far again."""
+        expected = np.ceil(allowed * self.share)
+        expected = np.where(produced >= expected, produced + np.maximum(produced // 2, 1), expected)
+        return np.clip(np.minimum(expected, allowed) - produced, 0, None).astype(np.int64)
+
+
+def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_size: int) -> int:
+    """The most pages, beyond those held now, that requests [n] will need at once, each growing a token per step.
+
+    remaining  tokens that each will still produce; then its pages are free
+    spare      tokens that its last page still takes
+    held       pages it has now
+
+    The peak is just before one of them ends (as in LightLLM's past-future scheduler): when the one with r tokens
+    remaining ends, all with at least r have grown by r, and those with less have given theirs back.
+    """
+    order = np.argsort(-remaining, kind="stable")
+    remaining, spare, held = remaining[order], spare[order], held[order]
+    # Growth of request i by r tokens takes ceil((r - spare_i) / page_size) pages; bounded from above, summed over all.
+    count = np.arange(1, len(remaining) + 1)
+    taken = np.maximum(count * remaining - np.cumsum(spare) + count * (page_size - 1), 0) // page_size
+    given_back = held.sum() - np.cumsum(held)
+    return int(max(0, (taken - given_back).max(initial=0)))

@@ -1,0 +1,104 @@
+"""How many KV pages fit beside the weights and a step's temporaries, by the compiled step's own analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+from jax.sharding import Mesh
+
+from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
+from nanoflow_jax.models.params import is_info
+from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
+
+GIB = 2**30
+FIRST_GUESS = 0.05  # share of the memory for temporaries, before a step has been compiled
+CLOSE = 0.02  # a pool that is smaller than could be by this share is not worth another compilation
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of one device. `limit`: what may be used."""
+
+    limit: int
+    weights: int
+    slots: int
+    temporaries: int
+    page: int
+    num_pages: int
+
+    def text(self) -> str:
+        return (
+            f"memory per device, GiB: weights {self.weights / GIB:.2f}, slots {self.slots / GIB:.2f}, step "
+            f"{self.temporaries / GIB:.2f}, {self.num_pages} KV pages {self.num_pages * self.page / GIB:.2f}, "
+            f"of {self.limit / GIB:.2f}"
+        )
+
+
+def device_memory(mesh: Mesh) -> int | None:
+    """Bytes that one device's allocator may hand out; None where it has no limit (a CPU)."""
+    stats = mesh.devices.flat[0].memory_stats()
+    return None if stats is None else stats.get("bytes_limit")
+
+
+def local_bytes(infos: LlamaParams, devices: int) -> int:
+    """Bytes of the weights on one device."""
+    leaves = jax.tree.leaves(infos, is_leaf=is_info)
+    return sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
+
+
+def page_bytes(config: ModelConfig, devices: int, page_size: int) -> int:
+    """Bytes of one page of all layers on one device."""
+    groups = kv_groups(config, devices) // devices
+    return 2 * config.num_layers * groups * page_size * config.head_dim * (4 if config.dtype == "float32" else 2)
+
+
+def check_weights(config: ModelConfig, infos: LlamaParams, devices: int, limit: int) -> None:
+    """Raises ConfigError, saying what would fit, when the weights alone are too many."""
+    weights = local_bytes(infos, devices)
+    if weights < limit:
+        return
+    more = [n for n in valid_sizes(config) if n > devices and local_bytes(param_infos(config, n), n) < 0.9 * limit]
+    would = f"tensor_parallel_size={more[0]} would" if more else "no tensor_parallel_size of this model would"
+    if config.dtype == "float32":
+        would += "; dtype='bfloat16' halves them"
+    raise ConfigError(
+        f"model: its weights take {weights / GIB:.2f} GiB on each of {devices} device{'s' * (devices != 1)}, "
+        f"of which {limit / GIB:.2f} GiB may be used; {would}"
+    )
+
+
+def plan_pages(
+    limit: int,
+    weights: int,
+    slots: int,
+    page: int,
+    most_pages: int,
+    pages_needed: int,
+    temporaries_with: Callable[[int], int],
+) -> MemoryPlan:
+    """The largest pool that fits, compiling the largest step once or twice.
+
+    most_pages        more are of no use
+    pages_needed      of one request of the length that is wanted
+    temporaries_with  compiles the step with so many pages; returns its temporaries' bytes
+
+    Raises ConfigError naming what would fit when the pool could not hold one request.
+    """
+    left = limit - weights - slots
+    guess = max(1, min(most_pages, int(left - FIRST_GUESS * limit) // page))
+    temporaries = temporaries_with(guess)
+    fits = min(most_pages, (left - temporaries) // page)
+    if fits >= 1 and not (1 - CLOSE) * fits <= guess <= fits:
+        guess = fits
+        temporaries = temporaries_with(guess)
+        fits = min(most_pages, (left - temporaries) // page)
+    plan = MemoryPlan(limit, weights, slots, temporaries, page, min(guess, fits))
+    if plan.num_pages < pages_needed:
+        raise ConfigError(
+            f"max_model_len: one request needs {pages_needed} KV pages and {max(plan.num_pages, 0)} fit "
+            f"({plan.text()}); accepted: a smaller max_model_len or tokens_per_step, or more devices"
+        )
+    return plan

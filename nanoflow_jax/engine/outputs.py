@@ -1,0 +1,64 @@
+"""From requests to what users get."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
+from nanoflow_jax.engine.running import Running
+from nanoflow_jax.tokenizer import Tokenizer
+
+
+def request_output(requests: Sequence[Request], tokenizer: Tokenizer, running: Running | None = None) -> RequestOutput:
+    """The result of one prompt: `requests` are its completions, in order.
+
+    running  where requests that are not done yet have their tokens; None: all are done
+    """
+    first = requests[0]
+    completions = [_completion(r, tokenizer, running) for r in requests]
+    prompt_logprobs = None
+    if first.params.prompt_logprobs is not None:
+        prompt_logprobs = [None, *logprob_dicts(first.prompt_logprobs, first.prompt_token_ids[1:], tokenizer)]
+    return RequestOutput(
+        first.request_id, first.prompt, first.prompt_token_ids, completions, first.metrics, prompt_logprobs
+    )
+
+
+def _completion(request: Request, tokenizer: Tokenizer, running: Running | None) -> CompletionOutput:
+    tokens = request.tokens
+    if request.slot is not None and running is not None:
+        tokens = running.tokens[request.slot, : running.known[request.slot]]
+    ids = tokens[request.prompt_length :].tolist()
+    params = request.params
+    output = CompletionOutput(request.index, "", ids, request.finish_reason, request.stop_reason, error=request.error)
+    if params.detokenize:
+        output.text = _text(request, ids, tokenizer)
+    if params.logprobs is not None:
+        output.logprobs = logprob_dicts(request.logprobs, ids, tokenizer)
+        output.cumulative_logprob = sum(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
+    return output
+
+
+def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
+    """The text up to the stop string, or without the stop token; as far as it is whole, while it is running."""
+    if request.text is not None and (isinstance(request.stop_reason, str) or not request.finish_reason):
+        return request.text
+    if request.finish_reason == "stop":
+        ids = ids[:-1]
+    return tokenizer.decode(ids, request.params.skip_special_tokens)
+
+
+def logprob_dicts(rows: LogprobRows, tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
+    """For each token: itself and the likeliest ones, in order of likelihood after itself."""
+    found: list[dict[int, Logprob]] = []
+    for logprobs, ranks, top_tokens, top_logprobs in zip(
+        rows.logprobs, rows.ranks, rows.top_tokens, rows.top_logprobs, strict=True
+    ):
+        for i in range(len(logprobs)):
+            token = int(tokens[len(found)])
+            entry = {token: Logprob(float(logprobs[i]), int(ranks[i]), tokenizer.decode([token], False))}
+            for rank, (other, logprob) in enumerate(zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)):
+                if other not in entry:
+                    entry[other] = Logprob(logprob, rank + 1, tokenizer.decode([other], False))
+            found.append(entry)
+    return found

@@ -1,0 +1,228 @@
+"""From a model and options to an engine: sizes, memory, weights, compiled steps."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.engine.engine import Engine, step_shapes
+from nanoflow_jax.engine.memory import check_weights, device_memory, local_bytes, page_bytes, plan_pages
+from nanoflow_jax.engine.offload import OffloadStore
+from nanoflow_jax.engine.pages import Key, root_key
+from nanoflow_jax.engine.runner import Runner, compile_steps
+from nanoflow_jax.engine.sampler_tables import SamplerTables
+from nanoflow_jax.models.llama import LlamaParams, param_infos
+from nanoflow_jax.models.params import is_info, rank_infos
+from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.progress import Progress
+from nanoflow_jax.schedule.attention import why_not_mosaic
+from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
+from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
+from nanoflow_jax.schedule.step import StepSpec
+from nanoflow_jax.tokenizer import Tokenizer
+from nanoflow_jax.weights.load import load_params
+
+logger = logging.getLogger("nanoflow_jax")
+
+CPU_DECODE_SLOTS = 64
+CPU_CACHE_TOKENS = 65536
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """As `LLM` documents them."""
+
+    max_model_len: int | None
+    tokens_per_step: int
+    decode_slots: int | None
+    page_size: int
+    kv_cache_tokens: int | None
+    memory_utilization: float
+    enable_prefix_caching: bool
+    kv_offload_bytes: int
+    kv_offload_disk_bytes: int
+    kv_offload_folder: str | Path | None
+    deterministic: bool
+    attention_backend: str
+    seed: int
+    progress: bool
+    rank_of: int | None = None  # run the first rank's program of so many devices on a mesh of one, to measure it
+
+
+def build_engine(
+    folder: Path,
+    config: ModelConfig,
+    plan: SchedulePlan,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None,
+    eos_token_ids: tuple[int, ...],
+    options: EngineOptions,
+    make_params: Callable[[LlamaParams, Mesh], LlamaParams] | None = None,
+) -> Engine:
+    """Loads the weights of `folder`, compiles the steps and allocates the pages. Raises ConfigError, one line.
+
+    make_params  (infos, mesh) -> weights, instead of loading them
+    """
+    devices = options.rank_of or mesh.size
+    device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
+    backend = _attention_backend(options.attention_backend, device, config, page_size)
+    logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, plan.name, devices)
+    decode_slots = _decode_slots(options, devices, on_cpu)
+    if options.deterministic:
+        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
+    limit = config.max_position_embeddings if options.max_model_len is None else options.max_model_len
+    if not 1 < limit <= config.max_position_embeddings:
+        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_position_embeddings}")
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    if options.rank_of is not None:
+        infos = rank_infos(infos, options.rank_of)
+    memory = device_memory(mesh)
+    usable = None if memory is None else int(memory * options.memory_utilization)
+    if usable is not None:
+        check_weights(config, infos, mesh.size, usable)
+
+    def sizes_for(length: int) -> SlotSizes:
+        return SlotSizes(decode_slots, BIAS_ROWS, -(-length // page_size))
+
+    def shapes_for(length: int) -> list[StepShape]:
+        shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(devices))
+        return [max(shapes, key=_size)] if options.deterministic else shapes
+
+    some_shape = StepShape(decode_slots, 0, 0, 1)
+    spec = StepSpec(config, plan, some_shape, backend, deterministic=options.deterministic, rank_of=options.rank_of)
+    most_pages = -(-decode_slots * (limit + page_size) // page_size)  # more could not be used at once
+    if options.kv_cache_tokens is not None:
+        num_pages = options.kv_cache_tokens // page_size
+    elif usable is None:
+        num_pages = min(CPU_CACHE_TOKENS // page_size, most_pages)
+    else:
+
+        def temporaries(pages: int) -> int:
+            largest = max(shapes_for(limit), key=_size)
+            steps = compile_steps(
+                spec, mesh, infos, [largest], sizes_for(limit),
+                num_pages=pages, page_size=page_size, progress=options.progress,
+            )  # fmt: skip
+            return steps[largest].memory_analysis().temp_size_in_bytes
+
+        needed = -(-limit // page_size) if options.max_model_len is not None else 1
+        planned = plan_pages(
+            usable, local_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
+            page_bytes(config, devices, page_size), most_pages, needed, temporaries,
+        )  # fmt: skip
+        logger.info(planned.text())
+        num_pages = planned.num_pages
+    if num_pages * page_size < limit:
+        if options.max_model_len is not None or num_pages * page_size < 2:
+            raise ConfigError(
+                f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
+                f"cannot hold one request of max_model_len = {limit}; "
+                f"accepted: at least {-(-limit // page_size) * page_size}, or a smaller max_model_len"
+            )
+        limit = num_pages * page_size
+
+    root = prefix_root(folder, config, plan, backend, options.deterministic) if options.enable_prefix_caching else None
+    offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
+    params = make_params(infos, mesh) if make_params else _load(folder, config, mesh, infos, options.progress)
+    shapes, sizes = shapes_for(limit), sizes_for(limit)
+    runner = Runner(
+        spec, mesh, infos, params, shapes, sizes,
+        num_pages=num_pages, page_size=page_size, progress=options.progress,
+    )  # fmt: skip
+    return Engine(
+        runner,
+        shapes,
+        SamplerTables(runner),
+        tokenizer,
+        max_model_len=limit,
+        vocab_size=config.vocab_size,
+        eos_token_ids=eos_token_ids,
+        seed=options.seed,
+        root=root,
+        deterministic=options.deterministic,
+        offload=offload,
+    )
+
+
+def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, backend: str, deterministic: bool) -> Key:
+    """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it."""
+    plan_text = hashlib.sha256(repr(plan).encode()).hexdigest()
+    return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, backend, str(deterministic))
+
+
+def _offload(options: EngineOptions, root: Key) -> OffloadStore:
+    try:
+        return OffloadStore(
+            options.kv_offload_bytes, options.kv_offload_disk_bytes, options.kv_offload_folder, fingerprint=root
+        )
+    except ValueError as error:
+        raise ConfigError(f"kv_offload_folder: {error}") from None
+
+
+def _decode_slots(options: EngineOptions, devices: int, on_cpu: bool) -> int:
+    rows, slots, quantum = options.tokens_per_step, options.decode_slots, row_quantum(devices)
+    if slots is None:
+        slots = rows * 5 // 8
+        slots = min(slots, CPU_DECODE_SLOTS) if on_cpu else slots
+    if slots % quantum or rows % quantum or rows <= slots:
+        raise ConfigError(
+            f"decode_slots: {slots} of tokens_per_step = {rows}; accepted: multiples of {quantum}, decode_slots "
+            f"the smaller, so that prefill rows are left"
+        )
+    return slots
+
+
+def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int) -> None:
+    """Raises ConfigError unless every row of a step goes through the same GEMMs and sums, wherever it stands."""
+    pieces = plan.pieces(decode, rows - decode, quantum=row_quantum(devices))
+    sizes = {(p.op, p.rows) for p in pieces if p.op not in ("GEMV", "PF")}
+    ops = {op for op, _ in sizes}
+    if len(sizes) > len(ops) or len(plan.strategies) > 1 or "scatter" in plan.strategies:
+        raise ConfigError(
+            f"deterministic: plan {plan.name!r} treats rows differently by their place; accepted: a plan whose "
+            "nano-batches are equally large and all 'gather' or all 'reduce', such as 'two_gather_one_reduce'"
+        )
+
+
+def _size(shape: StepShape) -> tuple[int, int]:
+    """Of shapes with equally many rows, the one with all decode rows is the larger."""
+    return shape.rows, shape.decode_rows
+
+
+def _slot_bytes(config: ModelConfig, devices: int, sizes: SlotSizes) -> int:
+    state = abstract_slots(config, AbstractMesh((devices,), (AXIS,)), sizes)
+    whole = state.tokens.size * 4 + state.tables.size * 4
+    return whole + (state.counts.size * 2 + state.biases.size * 4) // devices
+
+
+def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size: int) -> str:
+    """The backend of attention. "auto" is XLA's everywhere until the Mosaic kernels have been measured on a GPU."""
+    if wanted != "mosaic":
+        return "xla"
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    capability = (int(major), int(minor)) if device.platform == "gpu" else None
+    if reason := why_not_mosaic(config, capability, page_size):
+        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {reason}; accepted: 'auto', 'xla'")
+    return "mosaic"
+
+
+def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, progress: bool) -> LlamaParams:
+    total = sum(info.nbytes for info in jax.tree.leaves(infos, is_leaf=is_info))
+    seen = 0
+    with Progress(total, "loading weights", "B", progress) as bar:
+
+        def report(_: str, done: int, __: int) -> None:
+            nonlocal seen
+            bar.advance(done - seen)
+            seen = done
+
+        return load_params(folder, config, mesh, infos, report)

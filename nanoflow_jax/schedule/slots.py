@@ -1,0 +1,198 @@
+"""What stays on the device between steps, by slot, and what the host sends for each step.
+
+A running request owns a slot. Its latest token and its page table live there, so that the next step can be built and
+dispatched before the host has seen this one's tokens, and so that tables do not travel every step. All that a step
+needs from the host is packed into one int32 vector: one transfer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.llama import padded_vocab
+from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.schedule.batch import SamplingArrays, StepBatch, StepShape
+
+BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tokens) in use at once
+
+
+@dataclass(frozen=True)
+class SlotSizes:
+    """slots: requests that may run at once; bias_rows: different bias vectors in use at once; pages_per_request: width
+    of the page tables."""
+
+    slots: int
+    bias_rows: int
+    pages_per_request: int
+
+
+@struct.dataclass
+class SlotState:
+    """S slots, M pages per request, V vocabulary padded to the mesh, K bias rows. Donated to each step."""
+
+    tokens: Any  # [S] int32: the latest token of the slot's request
+    tables: Any  # [S, M] int32: its pages
+    counts: Any  # [S, V] uint16, split over V: times a token was generated, at most 2**15 - 1; + 2**15 if in the prompt
+    biases: Any  # [K, V] float32, split over V: added to the logits
+
+
+SLOT_SPECS = SlotState(tokens=P(), tables=P(), counts=P(None, AXIS), biases=P(None, AXIS))
+
+
+def abstract_slots(config: ModelConfig, mesh: Mesh | AbstractMesh, sizes: SlotSizes) -> SlotState:
+    """The slots' state as abstract arrays on `mesh`."""
+    vocab = padded_vocab(config, mesh.size)
+    shapes = SlotState(
+        tokens=((sizes.slots,), jnp.int32),
+        tables=((sizes.slots, sizes.pages_per_request), jnp.int32),
+        counts=((sizes.slots, vocab), jnp.uint16),
+        biases=((sizes.bias_rows, vocab), jnp.float32),
+    )
+    return jax.tree.map(
+        lambda shape, spec: jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, spec)),
+        shapes,
+        SLOT_SPECS,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+@struct.dataclass
+class StepInputs:
+    """What the host sends for one step. T rows, D decode rows, P prefill rows, S segments, B = D + S sampled rows."""
+
+    token_ids: Any  # [T] int32; negative in a decode row: the slot's latest token
+    positions: Any  # [T] int32
+    write_pages: Any  # [T] int32; the number of pages marks a padding row
+    slots: Any  # [B] int32: of each decode row, then of each segment; the number of slots marks an empty one
+    prefill_table: Any  # [S, M] int32: becomes the slot's table
+    prefill_starts: Any  # [S + 1] int32, counted from the first prefill row
+    targets: Any  # [P] int32: the token whose logprob, after this prefill row, is wanted; -1: none
+    target_logprobs: Any  # [1] int32: how many likeliest tokens to report beside the targets
+    sampling: SamplingArrays
+
+
+def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
+    """Inputs of padding only for the host to fill: NumPy arrays, all views of the one vector that `pack` returns."""
+    vector = _padding(shape, num_pages, num_slots, num_biases).copy()
+    places, tree = _layout(shape)
+    views = [vector[at : at + size].view(dtype).reshape(dims) for at, size, dims, dtype in places]
+    return jax.tree.unflatten(tree, views)
+
+
+def pack(inputs: StepInputs) -> np.ndarray:
+    """One int32 vector of all leaves, bit for bit."""
+    leaves = jax.tree.leaves(inputs)
+    vector = leaves[0].base
+    if vector is not None and all(x.base is vector for x in leaves):
+        return vector
+    return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
+
+
+@lru_cache(maxsize=64)
+def _padding(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> np.ndarray:
+    return pack(_padding_inputs(shape, num_pages, num_slots, num_biases))
+
+
+@lru_cache(maxsize=64)
+def _layout(shape: StepShape) -> tuple[list[tuple[int, int, tuple[int, ...], np.dtype]], Any]:
+    """Where each leaf of StepInputs lies in the packed vector: first element, size, shape, dtype; and the tree."""
+    leaves, tree = jax.tree.flatten(_padding_inputs(shape, 0, 0, 0))
+    starts = [0, *accumulate(x.size for x in leaves)]
+    return [(at, x.size, x.shape, x.dtype) for at, x in zip(starts, leaves, strict=False)], tree
+
+
+def packed_length(shape: StepShape) -> int:
+    return _padding(shape, 0, 0, 0).size
+
+
+def _padding_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
+    rows, count = shape.rows, shape.sampled_rows
+
+    def full(*dims: int, fill: Any = 0, dtype: Any = np.int32) -> np.ndarray:
+        return np.full(dims, fill, dtype)
+
+    return StepInputs(
+        token_ids=full(rows),
+        positions=full(rows),
+        write_pages=full(rows, fill=num_pages),
+        slots=full(count, fill=num_slots),
+        prefill_table=full(shape.prefill_segments, shape.pages_per_request),
+        prefill_starts=full(shape.prefill_segments + 1),
+        targets=full(shape.prefill_rows, fill=-1),
+        target_logprobs=full(1),
+        sampling=SamplingArrays(
+            temperature=full(count, dtype=np.float32),
+            top_p=full(count, fill=1, dtype=np.float32),
+            top_k=full(count),
+            min_p=full(count, dtype=np.float32),
+            seed=full(count, dtype=np.uint32),
+            position=full(count),
+            presence_penalty=full(count, dtype=np.float32),
+            frequency_penalty=full(count, dtype=np.float32),
+            repetition_penalty=full(count, fill=1, dtype=np.float32),
+            history=full(count, fill=num_slots),
+            bias=full(count, fill=num_biases),
+            top_logprobs=full(count, fill=-1),
+        ),
+    )
+
+
+def unpack(packed: jax.Array, shape: StepShape) -> StepInputs:
+    """The inverse of `pack`, on the device."""
+    places, tree = _layout(shape)
+    parts = []
+    for at, size, dims, dtype in places:
+        part = packed[at : at + size].reshape(dims) if size else jnp.zeros(dims, jnp.int32)
+        parts.append(part if dtype == np.int32 else lax.bitcast_convert_type(part, dtype))
+    return jax.tree.unflatten(tree, parts)
+
+
+def resolve(inputs: StepInputs, state: SlotState, shape: StepShape, page_size: int) -> tuple[StepBatch, SlotState]:
+    """What the layers read, and the slots with this step's pages in their tables.
+
+    A decode row that starts a page names it in `write_pages`; the table learns it here. (Written again by the rows
+    that follow, which changes nothing.)
+    """
+    decode, segments = shape.decode_rows, shape.prefill_segments
+    slots, positions = inputs.slots, inputs.positions
+    count = state.tokens.shape[0]
+    tables = state.tables
+    tokens = inputs.token_ids
+    tables = tables.at[slots[:decode], positions[:decode] // page_size].set(inputs.write_pages[:decode], mode="drop")
+    if segments:
+        tables = tables.at[slots[decode:]].set(inputs.prefill_table, mode="drop")
+    if decode:
+        latest = state.tokens.at[slots[:decode]].get(mode="fill", fill_value=0)
+        # Not an update of a slice: of the whole vector, it makes XLA die (0.11.2, CPU, several devices).
+        tokens = jnp.concatenate([jnp.where(tokens[:decode] < 0, latest, tokens[:decode]), tokens[decode:]])
+    sampled, lengths = jnp.arange(decode, dtype=jnp.int32), jnp.zeros(0, jnp.int32)
+    if segments:
+        starts = inputs.prefill_starts
+        last = jnp.maximum(decode + starts[1:] - 1, 0)  # row of each segment; any, for an empty one
+        lengths = jnp.where(starts[1:] > starts[:-1], positions[last] + 1, 0)
+        sampled = jnp.concatenate([sampled, last])
+    batch = StepBatch(
+        token_ids=tokens,
+        positions=positions,
+        write_pages=inputs.write_pages,
+        write_slots=positions % page_size,
+        decode_table=tables.at[slots[:decode]].get(mode="fill", fill_value=0),
+        decode_lengths=jnp.where(slots[:decode] < count, positions[:decode] + 1, 0),
+        prefill_table=inputs.prefill_table,
+        prefill_starts=inputs.prefill_starts,
+        prefill_lengths=lengths,
+        sampled=sampled,
+    )
+    return batch, replace(state, tables=tables)
