@@ -11,9 +11,8 @@ import numpy as np
 
 def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array | None) -> jax.Array:
     """The first `length` tokens of one request, [length, Hkv, d] float32; scale [Hkv] with pages of fp8."""
-    size = pages.shape[2]
-    tokens = [pages[table[t // size], :, t % size] for t in range(length)]
-    context = jnp.stack(tokens).astype(jnp.float32)
+    size, t = pages.shape[2], np.arange(length)
+    context = jnp.asarray(pages[table[t // size], :, t % size]).astype(jnp.float32)
     return context if scale is None else context * scale[None, :, None]
 
 
