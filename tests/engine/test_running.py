@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -77,7 +79,7 @@ def test_ends_are_seen(number_of_stops: int) -> None:
 def test_a_slot_has_the_settings_of_its_request() -> None:
     """All of them, also after another had the slot."""
     running = Running(1, LIMIT, PAGE)
-    fancy: dict[str, object] = dict(  # noqa: C408
+    fancy: dict[str, Any] = dict(  # noqa: C408
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=1.0, frequency_penalty=-1.0,
         repetition_penalty=2.0, logprobs=4, min_tokens=2, stop="x",
     )  # fmt: skip
