@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams
+from nanoflow_jax.engine import setup
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import SchedulerStats
+from nanoflow_jax.schedule.batch import StepShape
 from tests.engine_driver import CASE, VOCAB, assert_idle, make_llm, small_pool, write_tokenizer
 
 COUNT, SLOTS, PAGE, LIMIT = 2000, 64, 4, 40
@@ -23,10 +25,14 @@ TIGHT = ROOMY // 10
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     tokenizer, _ = write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return make_llm(
-        tmp_path_factory.mktemp(CASE), tokenizer=str(tokenizer), max_model_len=LIMIT, decode_slots=SLOTS,
-        tokens_per_step=128, page_size=PAGE, kv_cache_tokens=ROOMY * PAGE,
-    )  # fmt: skip
+    table = LIMIT // PAGE
+    with pytest.MonkeyPatch.context() as patch:  # two shapes: compiling takes longer than running
+        shapes = [StepShape(SLOTS, 0, 0, table), StepShape(SLOTS, 64, 8, table)]
+        patch.setattr(setup, "step_shapes", lambda *_: shapes)
+        return make_llm(
+            tmp_path_factory.mktemp(CASE), tokenizer=str(tokenizer), max_model_len=LIMIT, decode_slots=SLOTS,
+            tokens_per_step=128, page_size=PAGE, kv_cache_tokens=ROOMY * PAGE,
+        )  # fmt: skip
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:
