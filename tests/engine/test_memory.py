@@ -55,7 +55,7 @@ def temporaries(draw: st.DrawFn) -> Callable[[int], int]:
     return lambda pages: (pages * 7919 + base) % (base + 1)
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     temporaries(), st.integers(0, LIMIT), st.integers(0, 5_000), st.integers(1, 9_000), st.integers(1, 500),
     st.integers(1, 40),
