@@ -275,7 +275,8 @@ def test_closing_a_stream_ends_its_requests(llm: LLM, reference: Reference) -> N
 def test_streams_and_other_calls_share_the_engine(llm: LLM, reference: Reference) -> None:
     """`generate` in the middle of two streams: all get their tokens, one stream is closed early."""
     one, two = llm.stream(reference.prompts[0], greedy(30)), llm.stream(reference.prompts[1], greedy(30))
-    next(one), next(two), next(one)
+    for stream in (one, two, one):
+        next(stream)
     found = tokens(llm.generate(reference.prompts[2:4], greedy(12), use_tqdm=False))
     assert found == reference.greedy_tokens[2:4, :12].tolist()
     three = llm.stream(reference.prompts[2], greedy(30))

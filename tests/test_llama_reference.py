@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 from checkpoints import CASES, GREEDY_TOKENS, PROMPT_LENGTHS, Reference, load_reference, write_checkpoint
 
+from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import LayerParams, LlamaParams
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.schedule.step import KVCache
+from nanoflow_jax.weights.hub import resolve_model
 from tests.step_driver import Driver, Packer, Steps, against_reference, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
@@ -193,3 +195,18 @@ def test_reference_files_are_of_these_checkpoints(tmp_path: Path) -> None:
     driver = Driver(folder, load_plan(PLANS[0]), SHAPE, 1)
     got, want = against_reference(logits_of(driver, whole_prompts(reference, driver)), reference, "float32")
     assert row_errors(got, want).min() > TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("case", ["linear_new_rope_sharded", "llama3_new_rope_tied"])
+def test_greedy_tokens_of_an_llm_on_all_devices(case: str, tmp_path: Path) -> None:
+    """Through LLM.generate on eight devices: a share of the vocabulary is 16 entries, so that with 101 or 112 of them
+    the last device holds nothing but padding."""
+    llm = LLM(
+        write_checkpoint(case, tmp_path), tokenizer=str(resolve_model("tiny")), dtype="float32",
+        tensor_parallel_size=8, max_model_len=112, decode_slots=8, tokens_per_step=64, page_size=8,
+        kv_cache_tokens=5 * 112, deterministic=True, progress=False,
+    )  # fmt: skip
+    reference = load_reference(case)
+    params = SamplingParams(temperature=0.0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
+    found = [o.outputs[0].token_ids for o in llm.generate(reference.prompts, params, use_tqdm=False)]
+    np.testing.assert_array_equal(found, reference.greedy_tokens)

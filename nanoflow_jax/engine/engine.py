@@ -222,14 +222,14 @@ class Engine:
         rows = np.concatenate([np.flatnonzero(step.samples), np.array([row for row, _ in chunks], np.intp)])
         slots = np.concatenate([step.decode[step.samples], np.array([c.slot for _, c in chunks], np.int32)])
         here = run.epoch[slots] == step.epochs[slots]
+        if not here.all() or (run.sampling.top_logprobs[slots] >= 0).any():
+            jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
+        self._book_scores(step, output)
         for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
             orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
             if orphan is not None and orphan.pending:
                 self._book_orphan(orphan, int(sampled[row]), output, row, finished)
         rows, slots = rows[here], slots[here]
-        if (run.sampling.top_logprobs[slots] >= 0).any():
-            jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
-        self._book_scores(step, output)
         ended = run.append(slots, sampled[rows])
         self.scheduler.booked(slots)
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
@@ -301,13 +301,15 @@ class Engine:
         return True
 
     def _book_scores(self, step: ScheduledStep, output: StepOutput) -> None:
-        """Logprobs of prompt tokens that the step's chunks have given."""
+        """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them."""
         run, row = self.running, 0
         for chunk in step.prefill:
             count = chunk.stop - chunk.start
-            request = run.requests[chunk.slot]
-            wanted = request.next_score if request is not None and self._is_current(step, chunk.slot) else None
-            if request is not None and wanted is not None:
+            if self._is_current(step, chunk.slot):
+                request = run.requests[chunk.slot]
+            else:
+                request = self.scheduler.orphans.get((chunk.slot, int(step.epochs[chunk.slot])))
+            if request is not None and (wanted := request.next_score) is not None:
                 first = max(chunk.start, wanted)
                 last = min(chunk.stop, request.prompt_length - 1)
                 if first < last:

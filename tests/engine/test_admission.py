@@ -36,7 +36,7 @@ def simulated_peak(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, p
     return max(0, most - int(held.sum()))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(running())
 def test_the_peak_is_never_below_what_happens_and_close_to_it(
     load: tuple[np.ndarray, np.ndarray, np.ndarray, int],

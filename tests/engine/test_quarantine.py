@@ -90,7 +90,7 @@ def test_who_fails_at_admission_ends_alone() -> None:
     assert drive.requests[5].error == "ValueError: not this one"
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_failures_at_random(data: st.DataObject) -> None:
     """One or two requests fail from some token on, besides failures that pass; others are aborted, others come."""

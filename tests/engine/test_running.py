@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,8 +14,10 @@ from nanoflow_jax.engine.sampling_params import SamplingParams
 SLOTS, LIMIT, PAGE = 4, 32, 4
 
 
-def request(number: int, prompt: list[int], stops: frozenset[int] = frozenset(), **fields: object) -> Request:
-    params = SamplingParams(**{"max_tokens": 8, **fields})
+def request(
+    number: int, prompt: list[int], stops: frozenset[int] = frozenset(), params: SamplingParams | None = None
+) -> Request:
+    params = params or SamplingParams(max_tokens=8)
     return Request(number, str(number), None, prompt, params, number + 100, stops, len(prompt) + 8)
 
 
@@ -79,12 +79,12 @@ def test_ends_are_seen(number_of_stops: int) -> None:
 def test_a_slot_has_the_settings_of_its_request() -> None:
     """All of them, also after another had the slot."""
     running = Running(1, LIMIT, PAGE)
-    fancy: dict[str, Any] = dict(  # noqa: C408
+    fancy = SamplingParams(
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=1.0, frequency_penalty=-1.0,
         repetition_penalty=2.0, logprobs=4, min_tokens=2, stop="x",
     )  # fmt: skip
-    for settings_, history, watched in ((fancy, 0, True), ({"top_k": -1}, 1, False)):
-        r = request(3, [1, 2, 3], **settings_)
+    for params, history, watched in ((fancy, 0, True), (SamplingParams(top_k=-1), 1, False)):
+        r = request(3, [1, 2, 3], params=params)
         slot = enter(running, r, biases=(5, 6))
         assert slot == 0
         s, p = running.sampling, r.params

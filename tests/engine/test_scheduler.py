@@ -96,7 +96,7 @@ def loads(draw: st.DrawFn) -> Load:
     )  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(loads())
 def test_any_load_is_served(load: Load) -> None:
     """All invariants hold at each step, and each request gives what it would give alone."""

@@ -1,0 +1,110 @@
+"""An inspection as data, text and picture: a small model of three layers compiled for two A100 without one."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.gpu_target import saving_options
+from nanoflow_jax.inspect.plot import plot, plot_inspections
+from nanoflow_jax.inspect.step import StepInspection, compare, inspect_step
+
+pytestmark = pytest.mark.aot
+
+TINY = str(Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama")
+TOKENS, HIDDEN, LAYERS, DEVICES = 128, 128, 3, 2
+
+
+def compiled(tokens: int = TOKENS, plan: str = "two_all_reduce", **options: str | int | bool) -> StepInspection:
+    return inspect_step(TINY, "a100_sxm_80", plan, devices=DEVICES, tokens=tokens, options=options)
+
+
+@cache
+def inspected() -> StepInspection:
+    return compiled()
+
+
+def test_the_inner_layer_is_the_one_between() -> None:
+    step = inspected()
+    inner, whole = step.inner_layer, TOKENS * HIDDEN * 4
+    assert inner.layers == (1,)
+    assert (inner.collectives, inner.bytes) == (2, 2 * whole)
+    assert inner.wire_bytes == 2 * 2 * whole * (DEVICES - 1) / DEVICES  # an all-reduce sends its tensor twice
+    (middle,) = (layer for layer in step.report.totals.layers if layer.layer == 1)
+    for name in ("compute_us", "memory_us", "network_us", "exposed_network_us"):
+        assert getattr(inner, name) == getattr(middle, name)
+    assert inner.findings == sum(f.layer == 1 for f in step.report.findings) > 0
+    assert step.to_json()["inner_layer"]["collectives"] == 2
+
+
+def test_compare_names_the_gpus_when_they_differ() -> None:
+    step = inspected()
+    other = replace(step, hardware=load_hardware("h200"))
+    head, *rows = compare([step, other]).splitlines()[1:]
+    assert head.split()[:3] == ["plan", "GPU", "collectives"]
+    assert [row.split()[1] for row in rows] == ["a100_sxm_80", "h200"]
+    assert "GPU" not in compare([step, step]).splitlines()[1].split()
+
+
+def test_temporaries_say_which_layers_they_are_of() -> None:
+    step = inspected()
+    assert "may need more" not in step.text()
+    assert "(of 2 layers; all 3 may need more)" in replace(step, layers=2).text()
+
+
+def test_plot_takes_the_nano_batches_of_an_inspection() -> None:
+    """KQV.3 is of nano-batch 2: its own number would give it a third colour."""
+    step = compiled(tokens=2048, plan="nanoflow_70b")
+    assert step.nano_batches["KQV", 3] == 2
+    labels = [text.get_text() for text in plot(step, layers=(1, 1)).axes[0].get_legend().get_texts()]  # pyright: ignore
+    assert [text for text in labels if text.startswith("nano-batch")] == ["nano-batch 1", "nano-batch 2"]
+    bare = plot(step.report, layers=(1, 1)).axes[0].get_legend().get_texts()  # pyright: ignore
+    assert "nano-batch 3" in [text.get_text() for text in bare]
+
+
+def test_plots_of_chosen_layers() -> None:
+    step = inspected()
+    titles = [ax.get_title(loc="left") for ax in plot_inspections([step, step], layers=(1, 1)).axes]
+    assert len(titles) == 2 and all("a100_sxm_80, layer 1: compute waits" in title for title in titles)
+    assert "layers 0 to 1" in plot_inspections([step]).axes[0].get_title(loc="left")
+    with pytest.raises(ConfigError, match="layers: 7 to 8"):
+        plot_inspections([step], layers=(7, 8))
+
+
+def test_what_saves_compile_time_changes_nothing() -> None:
+    """The same program without the saving options, but for the fusion tuner's note that it kept the default."""
+    slow = {"xla_gpu_experimental_enable_fusion_autotuner": True, "xla_gpu_kernel_cache_file": ""}
+    assert set(slow) == set(saving_options(load_hardware("a100_sxm_80")))
+    plain, saved = [compiled(**options) for options in (slow, {})]
+
+    def program(step: StepInspection) -> str:
+        default = ',"native_emitter_backend_config":{"type":"NATIVE_EMITTER_TYPE_INVALID","unroll_factor":0}'
+        text = step.hlo.partition("\n")[2].replace(default, "")  # the first line holds a hash of all the others
+        return re.sub(r', backend_config=\{"operation_queue_id":"0"[^{}]*\}', "", text)
+
+    assert "native_emitter_backend_config" in plain.hlo
+    assert "native_emitter_backend_config" not in saved.hlo
+    assert program(plain) == program(saved)
+    assert plain.memory == saved.memory
+
+
+def test_a_kernel_is_traced_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not once per layer: 80 layers of Mosaic kernels would take minutes to lower."""
+    traced = []
+    module = importlib.import_module("kernels_pallas.decode_attention")  # the package's attribute is the function
+    attend = module.attend_paged
+
+    def counted(q, *rest):
+        traced.append(q.shape)
+        return attend(q, *rest)
+
+    monkeypatch.setattr(module, "attend_paged", counted)
+    compiled(tokens=TOKENS + 64)
+    assert len(traced) == 1
