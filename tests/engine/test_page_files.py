@@ -166,6 +166,33 @@ class _FullDisk:
         self.room -= size
 
 
+@pytest.mark.parametrize("room", [None, 0, 300, 1000])
+def test_a_full_disk(
+    on_disk: OffloadStore,
+    tmp_path: Path,
+    room: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(path: Path, mode: str) -> Any:
+        if room is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return _FullDisk(path, room)
+
+    monkeypatch.setattr(page_files, "open", full, raising=False)
+    put(on_disk, [0, 1])
+    on_disk._flush()
+    monkeypatch.undo()
+    assert on_disk.count([key_of(0)]) == on_disk.count([key_of(1)]) == 0
+    assert on_disk.stats.write_errors == 2 and on_disk._files._used == 0
+    assert not files_in(tmp_path), "no part of a file may stay"
+    assert [record.name for record in caplog.records] == ["nanoflow_jax"], "one warning, once"
+    assert "No space left on device" in caplog.text
+    put(on_disk, [0])
+    on_disk._flush()
+    assert check_get(on_disk, [0]) == 1
+
+
 def test_the_system_refuses_a_write(on_disk: OffloadStore, tmp_path: Path) -> None:
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
