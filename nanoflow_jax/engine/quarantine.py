@@ -1,8 +1,9 @@
 """Finding the request that makes steps fail: the suspects are tried in groups, halved at each failure.
 
 A group that gets on (each of its requests has a new token, or has ended) waits until the last one has been tried. The
-answer is exact when one request fails whatever runs beside it: only one that has failed in a trial of its own is given
-up. A failure that passes by itself costs nobody anything but time.
+answer is exact when one request fails whatever runs beside it: only one that has failed in two trials of its own, one
+right after the other, is given up. So one failure that passes by itself costs nobody anything but time, whenever it
+comes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import Scheduler
 
-GIVE_UP = 3  # requests that fail alone, one after another, with none that gets on: it is not the requests
+GIVE_UP = 3  # requests that fail alone twice, one after another, with none that gets on: it is not the requests
 
 
 def error_line(error: Exception) -> str:
@@ -28,7 +29,8 @@ class Quarantine:
     tried: list[Request] = field(default_factory=list)  # the group that has rows in the step in flight
     trial: list[tuple[Request, int]] = field(default_factory=list)  # the same until it gets on: request, tokens it had
     held: list[Request] = field(default_factory=list)  # everybody else, until all groups have been tried
-    failed_alone: int = 0
+    accused: Request | None = None  # failed in a trial of its own, and is on trial again
+    failed_alone: int = 0  # requests given up, or that had ended, since somebody got on
 
     @property
     def has_work(self) -> bool:
@@ -54,7 +56,8 @@ class Quarantine:
         """Forgets everything; returns the requests that were here and not in the scheduler."""
         there = set(map(id, self.scheduler.waiting))
         gone = [r for r in [*self.held, *(r for group in self.groups for r in group)] if id(r) not in there]
-        self.groups, self.tried, self.trial, self.held, self.failed_alone = [], [], [], [], 0
+        self.groups, self.tried, self.trial, self.held = [], [], [], []
+        self.accused, self.failed_alone = None, 0
         return gone
 
     def failed(self, suspects: list[Request], error: Exception) -> list[Request]:
@@ -63,7 +66,11 @@ class Quarantine:
         alone = len(self.tried) == 1
         suspects = [r for r in self.tried or suspects if not r.finish_reason]  # in a trial nobody else runs
         given_up: list[Request] = []
-        if alone or not suspects:
+        if alone and suspects and suspects[0] is not self.accused:
+            self.accused = suspects[0]
+            self.groups.append(suspects)  # the next to be tried
+        elif alone or not suspects:
+            self.accused = None
             self.failed_alone += 1
             if self.failed_alone >= GIVE_UP:
                 raise error
@@ -86,7 +93,7 @@ class Quarantine:
         elif not self.trial:  # it passed the last time, and its last step has been booked now
             self._go_on()
         elif all(request.finish_reason or self._length(request) > had for request, had in self.trial):
-            self.failed_alone = 0
+            self.accused, self.failed_alone = None, 0
             for request in self.tried:
                 if request.slot is not None:
                     self.scheduler.preempt(request.slot)

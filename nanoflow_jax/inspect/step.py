@@ -19,6 +19,7 @@ from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, r
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
+from nanoflow_jax.platform import without_compile_cache
 from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
@@ -238,7 +239,8 @@ def inspect_step(
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
     lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
     options = {**saving_options(hardware), **(options or {})}
-    compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
+    with without_compile_cache():
+        compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
     report = inspect_compiled(

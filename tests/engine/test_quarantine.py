@@ -79,7 +79,7 @@ def test_a_failure_that_passes_costs_nobody_anything(jobs: int, at_once: bool, t
     """Also when only one request is running."""
     all_jobs = load()
     drive = Drive(replace(all_jobs, jobs=all_jobs.jobs[:jobs]))
-    drive.runner.fails, drive.runner.at_once = poisonous([0], 3, times if jobs > 2 else 1), at_once
+    drive.runner.fails, drive.runner.at_once = poisonous([0], 3, times), at_once
     drive.go(strict=False).check_answers()
 
 
@@ -93,11 +93,11 @@ def test_who_fails_at_admission_ends_alone() -> None:
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.data())
 def test_failures_at_random(data: st.DataObject) -> None:
-    """One or two requests fail from some token on, besides failures that pass; others are aborted, others come."""
+    """One or two requests fail from some token on, besides a failure that passes; others are aborted, others come."""
     poison = data.draw(st.lists(st.integers(0, JOBS - 1), min_size=1, max_size=2, unique=True))
     aborts = data.draw(st.dictionaries(st.integers(0, JOBS - 1), st.integers(0, 40), max_size=3))
     late = data.draw(st.dictionaries(st.integers(0, JOBS - 1), st.integers(0, 30), max_size=4))
-    passing = data.draw(st.sets(st.integers(1, 60), max_size=2))
+    passing = data.draw(st.sets(st.integers(1, 60), max_size=1))
     drive = Drive(load(data.draw(st.sampled_from([60, 12])), by_phase=data.draw(st.booleans())))
     drive.jobs = [replace(job, abort_after=aborts.get(i)) for i, job in enumerate(drive.jobs) if i not in late]
     drive.jobs += [replace(drive.load.jobs[i], arrival=late[i]) for i in sorted(late, key=lambda i: (late[i], i))]

@@ -8,7 +8,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import load_hardware
@@ -93,6 +95,28 @@ def test_what_saves_compile_time_changes_nothing() -> None:
     assert "native_emitter_backend_config" not in saved.hlo
     assert program(plain) == program(saved)
     assert plain.memory == saved.memory
+
+
+def test_the_compile_cache_is_not_used(tmp_path: Path) -> None:
+    """JAX would write the executable and, the second time, warn that it cannot be read."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        for name, value in zip(names, (str(tmp_path), 0.0), strict=True):
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        jax.jit(lambda x: x + 1)(jax.numpy.zeros(3))
+        written = {path.name for path in tmp_path.iterdir()}
+        assert written
+        first, second = compiled(), compiled()  # warnings are errors
+        assert first.report.totals == second.report.totals
+        assert {path.name for path in tmp_path.iterdir() if path.suffix != ".pbtxt"} == written
+        jax.jit(lambda x: x + 2)(jax.numpy.zeros(3))
+        assert len(list(tmp_path.glob("*-cache"))) > len(written & {p.name for p in tmp_path.glob("*-cache")})
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_a_kernel_is_traced_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> None:
