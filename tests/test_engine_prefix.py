@@ -195,7 +195,7 @@ def test_a_full_disk(llm: LLM, calm: list[list[int]], monkeypatch: pytest.Monkey
     assert offload.stats.write_errors > errors
 
 
-@pytest.mark.parametrize("what", ["extract", "insert", "put", "get", "count"])
+@pytest.mark.parametrize("what", ["extract", "insert", "missing", "put", "get_for_device", "count"])
 def test_a_copy_that_fails(llm: LLM, calm: list[list[int]], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Any call on the way to the host or back may raise: all requests end with their tokens, and no page leaks."""
     small_pool(llm, monkeypatch, 20, hopeful=True)

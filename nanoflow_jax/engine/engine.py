@@ -389,14 +389,13 @@ class Engine:
 
     def _evicted(self, pages: list[int], keys: list[Key]) -> None:
         assert self.offload is not None
-        wanted = [i for i, key in enumerate(keys) if self.offload.count([key]) == 0]
-        if wanted:
+        if wanted := self.offload.missing(keys):
             contents = self.runner.extract([pages[i] for i in wanted])
             self.offload.put([keys[i] for i in wanted], contents)
 
     def _restore(self, keys: list[Key], pages: np.ndarray) -> int:
         assert self.offload is not None
-        contents: list[Any] = self.offload.get(keys)
+        contents = self.offload.get_for_device(keys)
         self.runner.insert(pages[: len(contents)].tolist(), contents)
         return len(contents)
 

@@ -89,18 +89,7 @@ class OffloadStore:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the offload store is closed")
-            self._settle()
-            new: dict[Key, jax.Array] = {}
-            for key, page in zip(keys, contents, strict=True):
-                if self._has(key):
-                    self._touch(key)
-                else:
-                    new[key] = page
-            # The pool evicts the page used last as the last one: those are worth more.
-            too_many = max(0, len(new) + len(self._in_flight) - PAGES_IN_FLIGHT)
-            for key in list(new)[:too_many]:
-                del new[key]
-                self.stats.dropped_pages += 1
+            new = {keys[i]: contents[i] for i in self.missing(keys)}
             self._shrink(self._host_max - sum(page.nbytes for page in new.values()))
             for key, page in new.items():
                 self.stats.put_pages += 1
@@ -113,6 +102,22 @@ class OffloadStore:
                 self._in_flight[key] = copy
                 self._insert(key, copy)
             self._shrink(self._host_max)
+
+    def missing(self, keys: Sequence[Key]) -> list[int]:
+        """Positions of the keys whose pages `put` would take now. Those that are here count as used; those for which
+        there is no room on the way count as dropped, the first ones first."""
+        with self._lock:
+            self._settle()
+            new = []
+            for i, key in enumerate(keys):
+                if self._has(key):
+                    self._touch(key)
+                else:
+                    new.append(i)
+            # The pool evicts the page used last as the last one: those are worth more.
+            too_many = max(0, len(new) + len(self._in_flight) - PAGES_IN_FLIGHT)
+            self.stats.dropped_pages += min(too_many, len(new))
+            return new[too_many:]
 
     def count(self, keys: Sequence[Key]) -> int:
         """How many of `keys`, from the first on, are here. No I/O."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,6 +27,16 @@ from nanoflow_jax.schedule.step import KVCache, StepSpec, StepState
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
 PAGES_PER_COPY = 8  # pages that one call of the copy programs moves
+
+_RUNNERS: weakref.WeakSet[Runner] = weakref.WeakSet()
+
+
+@atexit.register
+def _wait_for_steps() -> None:
+    """A process that ends while a step runs (one that nobody waits for any more) would abort in XLA's threads."""
+    for runner in list(_RUNNERS):
+        with contextlib.suppress(Exception):  # it failed, or was donated to one that failed
+            jax.block_until_ready(runner.state)
 
 
 class Runner:
@@ -54,6 +67,7 @@ class Runner:
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         self.state: StepState = self._zeros()
+        _RUNNERS.add(self)
         # One page of all layers: [layers, 2 (K, V), KV groups, page_size, d].
         self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
         self._extract = jax.jit(_extract, out_shardings=(self.page_sharding,) * PAGES_PER_COPY)

@@ -317,10 +317,16 @@ class FakeStore:
         while len(self.pages) > self.most:
             self.pages.popitem(last=False)
 
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        for key in keys:
+            if key in self.pages:
+                self.pages.move_to_end(key)
+        return [i for i, key in enumerate(keys) if key not in self.pages]
+
     def count(self, keys: Sequence[bytes]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.pages), len(keys))
 
-    def get(self, keys: Sequence[bytes]) -> list[np.ndarray]:
+    def get_for_device(self, keys: Sequence[bytes]) -> list[np.ndarray]:
         found = []
         for key in keys[: self.count(keys)]:
             self.asked += 1

@@ -272,6 +272,23 @@ def test_pages_in_flight_are_bounded(unfinished: Any, monkeypatch: pytest.Monkey
         assert len(store._in_flight) == 1, "pages that have arrived must not stay on the device"
 
 
+def test_only_missing_pages_are_asked_for(unfinished: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as have room on their way, the last ones; those that are here become the ones used last."""
+    monkeypatch.setattr(offload, "PAGES_IN_FLIGHT", 2)
+    pages, finish = unfinished
+    with OffloadStore(2 * PAGE_BYTES, fingerprint=FINGERPRINT) as store:
+        put(store, [0, 1])
+        jax.block_until_ready(list(store._in_flight.values()))
+        assert store.missing([key_of(n) for n in (2, 0, 3, 4)]) == [2, 3]
+        assert store.stats.dropped_pages == 1
+        store.put([key_of(3)], pages[:1])
+        assert [store.count([key_of(n)]) for n in (0, 1, 3)] == [1, 0, 1], "the page not asked for goes first"
+        assert store.missing([key_of(n) for n in (4, 5)]) == [1]
+        finish.set()
+        jax.block_until_ready(pages)
+        assert store.missing([key_of(n) for n in (4, 5)]) == [0, 1]
+
+
 def test_pages_that_never_arrive() -> None:
     with OffloadStore(PLENTY, PLENTY, fingerprint=FINGERPRINT) as store:
         pages = [page_of(0), page_of(1), page_of(2)]
