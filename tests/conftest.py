@@ -11,10 +11,10 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 import jax
 import pytest
 
+from nanoflow_jax.platform import without_compile_cache
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-from nanoflow_jax.platform import without_compile_cache
 
 
 @pytest.fixture(autouse=True)

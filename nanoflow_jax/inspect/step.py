@@ -346,13 +346,16 @@ def _memory(
 def attention_costs(
     config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int
 ) -> dict[tuple[str, int], tuple[float, float]]:
-    """(FLOP, bytes) of each attention piece of one layer on one device, every row with `context` tokens before it.
+    """(FLOP, bytes) of each attention piece and KV append of one layer on one device, every row with `context` tokens
+    before it.
 
     GEMV reads each row's K and V once; PF reads a chunk's pages once per tile of rows, counted as once per 128 rows.
     """
     heads, groups = config.num_heads // devices, kv_groups(config, devices) // devices
     costs = {}
     for piece in pieces:
+        if piece.op == "KQV":  # an append per KQV: new K and V are read, and written
+            costs["KV.APPEND", piece.piece] = 0.0, piece.rows * groups * config.head_dim * 2 * 2.0 * 2
         if piece.op in ("GEMV", "PF"):
             flops = 4.0 * piece.rows * context * heads * config.head_dim
             readers = piece.rows if piece.op == "GEMV" else piece.rows / 128

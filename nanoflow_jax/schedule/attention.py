@@ -5,8 +5,8 @@ from __future__ import annotations
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ModelConfig
 
-KERNELS = ("decode_attention", "prefill_attention")
-HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of both accept
+KERNELS = ("decode_attention", "prefill_attention", "append_kv")
+HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
 
 
 def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str | None:

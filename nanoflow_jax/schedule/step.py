@@ -52,6 +52,7 @@ CACHE_SPEC = P(None, AXIS)
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
 _decode_attention = jax.jit(decode_attention, static_argnames=("backend", "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=("backend",), inline=True)
+_append_kv = jax.jit(append_kv, static_argnames=("backend",), inline=True)
 
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
@@ -66,7 +67,7 @@ class StepSpec:
     config: ModelConfig
     plan: SchedulePlan
     shape: StepShape
-    attention_backend: str = "xla"  # of decode and prefill attention
+    attention_backend: str = "xla"  # of decode and prefill attention, and KV append
     enforce_order: bool = field(default=False)
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
@@ -279,7 +280,7 @@ class _StepRun:
             rows = slice(piece.start, piece.stop)
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
                 self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
-                    append_kv,
+                    partial(_append_kv, backend=self.backend),
                     self.k_pages[s.index],
                     self.v_pages[s.index],
                     k,
