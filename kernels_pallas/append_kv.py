@@ -12,6 +12,7 @@ from kernels_pallas.checks import (
     FP8,
     FP8_MAX,
     check_backend,
+    check_first_page,
     check_mosaic_gpu,
     check_mosaic_only,
     check_scales,
@@ -35,6 +36,7 @@ def append_kv(
     pages: jax.Array,
     slots: jax.Array,
     *,
+    first_page: jax.Array | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     backend: str = "xla",
@@ -42,12 +44,13 @@ def append_kv(
     sm_budget: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Writes row i of k and v to page pages[i], slot slots[i].
+    """Writes row i of k and v to page pages[i] + first_page, slot slots[i].
 
     k_pages  [N, Hkv, page_size, d], v_pages alike
     k, v     [n, Hkv, d]
-    pages    [n] int32; N marks a padding row, which is dropped
+    pages    [n] int32; a padding row, which is dropped, has N or any greater number
     slots    [n] int32 in [0, page_size)
+    first_page  [] int32: added to every page, where one pool holds the pages of many layers; 0 by default
     k_scale  [Hkv] float32, with pages of float8_e4m3fn alone: the pages hold k / k_scale; v_scale alike
     backend  "xla" everywhere; "mosaic" on Hopper: a token's row, Hkv * d, of a multiple of 128 bytes
 
@@ -71,6 +74,7 @@ def append_kv(
     check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("pages", pages, k.shape[0])
     check_vector("slots", slots, k.shape[0])
+    first_page = check_first_page(first_page)
 
     if k_scale is not None and v_scale is not None:
         k, v = quantise(k, k_scale), quantise(v, v_scale)
@@ -84,10 +88,11 @@ def append_kv(
 
         tuning = APPEND[DEFAULT_GPU] if tuning is None else tuning
         return append_kv_mosaic(
-            k_pages, v_pages, k, v, pages, slots, tuning=tuning, sm_budget=sm_budget, interpret=interpret
+            k_pages, v_pages, k, v, pages, slots, first_page, tuning=tuning, sm_budget=sm_budget, interpret=interpret
         )
 
     count, heads, page_size, d = k_pages.shape
+    pages = pages + first_page
     # One flat row per token and head: scattered over [N, :, slot], XLA would first transpose, and so copy, the whole
     # pool.
     head = jnp.arange(heads, dtype=jnp.int32)

@@ -4,7 +4,7 @@ A copy with a scatter at its end, so bytes are all it has: a persistent grid wal
 a block comes in with one bulk load, and each token of it leaves with one store of a [Hkv, d] box, whose rows lie a page
 apart. One warpgroup copies K, the other V. The next blocks are on their way while one is stored.
 
-A token whose page is N is never stored: the store stands under a condition, because the interpreter knows no
+A token whose page is N or more is never stored: the store stands under a condition, because the interpreter knows no
 predicated copies. The last block is moved back to end at the last row, and skips the tokens that an earlier one has.
 
 The pages are refs of JAX (`jax.new_ref`), which the kernel writes in place; donated, they are never copied.
@@ -54,6 +54,7 @@ def _body(plan: Plan) -> Callable[..., None]:
         v: Any,
         pages: Any,  # [n] int32
         slots: Any,  # [n] int32
+        first_page: Any,  # [1] int32, added to each of pages
         k_pages: Any,  # [N, Hkv, page_size, d], written
         v_pages: Any,
         k_s: Any,  # [stages, block, Hkv, d], shared memory
@@ -63,6 +64,7 @@ def _body(plan: Plan) -> Callable[..., None]:
     ) -> None:
         program = lax.axis_index("program")
         turns = lax.div(plan.blocks - program + (plan.programs - 1), jnp.int32(plan.programs))
+        base = first_page[0]
 
         def copy(rows: Any, pool: Any, block_s: Any, full: Any) -> None:
             def place(turn: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,7 +85,7 @@ def _body(plan: Plan) -> Callable[..., None]:
                 pl.when(turn + ahead < turns)(lambda: load(turn + ahead))
                 first, start, slot = place(turn)
                 # All indices at once, while the rows arrive: one by one, each would wait for memory.
-                places = [(start + i, pages[start + i], slots[start + i]) for i in range(plan.block)]
+                places = [(start + i, pages[start + i] + base, slots[start + i]) for i in range(plan.block)]
                 plgpu.barrier_wait(full.at[slot])
                 for i, (token, page, page_slot) in enumerate(places):
 
@@ -109,6 +111,7 @@ def append_kv_mosaic(
     v: jax.Array,
     pages: jax.Array,
     slots: jax.Array,
+    first_page: jax.Array,
     *,
     tuning: AppendTuning,
     sm_budget: int | None = None,
@@ -147,7 +150,7 @@ def append_kv_mosaic(
         kernel_name="append_kv",
     )
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    kernel(k, v, pages, slots, k_ref, v_ref)
+    kernel(k, v, pages, slots, first_page[None], k_ref, v_ref)
     return jax.freeze(k_ref), jax.freeze(v_ref)
 
 

@@ -61,6 +61,15 @@ def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"page_table: shape {page_table.shape} must be [requests, pages of a request]")
 
 
+def check_first_page(first_page: jax.Array | None) -> jax.Array:
+    """The first page as an int32 scalar, 0 for None."""
+    if first_page is None:
+        return jnp.zeros((), jnp.int32)
+    if first_page.shape != () or first_page.dtype != jnp.int32:
+        raise ValueError(f"first_page: {first_page.dtype}{list(first_page.shape)} must be int32[]")
+    return first_page
+
+
 def default_scale(head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim)
 

@@ -9,6 +9,7 @@ import jax
 from kernels_pallas.checks import (
     BACKENDS,
     check_backend,
+    check_first_page,
     check_mosaic_gpu,
     check_mosaic_only,
     check_paged,
@@ -27,6 +28,7 @@ def decode_attention(
     page_table: jax.Array,
     lengths: jax.Array,
     *,
+    first_page: jax.Array | None = None,
     scale: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
@@ -39,8 +41,9 @@ def decode_attention(
 
     q           [R, Hq, d]
     k_pages     [N, Hkv, page_size, d], v_pages alike
-    page_table  [R, M] int32, entries in [0, N)
+    page_table  [R, M] int32; entries, with first_page, in [0, N)
     lengths     [R] int32: tokens of context, the new one included; 0 marks an empty row
+    first_page  [] int32: added to every entry of the table, where one pool holds the pages of many layers; 0 by default
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
@@ -58,6 +61,7 @@ def decode_attention(
     check_paged(q, k_pages, v_pages, page_table)
     check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("lengths", lengths, q.shape[0])
+    first_page = check_first_page(first_page)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = default_scale(q.shape[2]) if scale is None else scale
@@ -74,6 +78,7 @@ def decode_attention(
             v_pages,
             page_table,
             lengths,
+            first_page=first_page,
             scale=scale,
             k_scale=k_scale,
             v_scale=v_scale,
@@ -82,5 +87,6 @@ def decode_attention(
             interpret=interpret,
         )
     check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
-    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, lengths[:, None], scale, k_scale, v_scale)
+    visible = lengths[:, None]
+    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale)
     return out[:, 0], lse[:, 0]

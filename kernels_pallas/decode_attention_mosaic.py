@@ -86,6 +86,7 @@ def _body(plan: Plan) -> Callable[..., None]:
         v_pages: Any,  # [pages * kv_heads, 64, d]
         table: Any,  # [rows, M] int32
         lengths: Any,  # [rows] int32
+        first_page: Any,  # [1] int32, added to the table's entries
         *rest: Any,  # with fp8 pages factors [rows * kv_heads, 2, 16] float32, of the scores and of the values;
         #              out [items, heads, d] bf16, with splits [items, d, heads] float32; lse [items, heads] float32
         k_s: Any,  # [stages, tokens, d], shared memory
@@ -127,6 +128,7 @@ def _body(plan: Plan) -> Callable[..., None]:
             row, q_row, split = item_of(turn)[1:]
             kv_head = lax.rem(q_row, jnp.int32(plan.kv_heads))
             first, count = page_range(lengths[row], split)
+            base = first_page[0]
 
             @pl.when(count > 0)
             def _() -> None:
@@ -141,7 +143,7 @@ def _body(plan: Plan) -> Callable[..., None]:
                 slot = lax.rem(number, jnp.int32(stages))
                 # A last step short of a page takes the one before again, out of L2: the softmax masks it.
                 numbers = [jnp.minimum(i * plan.step_pages + j, count - 1) for j in range(plan.step_pages)]
-                places = [table[row, first + n] * plan.kv_heads + kv_head for n in numbers]
+                places = [(table[row, first + n] + base) * plan.kv_heads + kv_head for n in numbers]
                 for pages, into, full, free in ((k_pages, k_s, k_full, k_free), (v_pages, v_s, v_full, v_free)):
                     pl.when(number >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
                     for j, place in enumerate(places):
@@ -353,6 +355,7 @@ def decode_attention_mosaic(
     page_table: jax.Array,
     lengths: jax.Array,
     *,
+    first_page: jax.Array,
     scale: float,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
@@ -382,7 +385,7 @@ def decode_attention_mosaic(
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
     call = _call(plan, k_pages.dtype, interpret)
-    out, lse = call(q, k_pages, v_pages, page_table, lengths, *factors)
+    out, lse = call(q, k_pages, v_pages, page_table, lengths, first_page[None], *factors)
     if splits > 1:
         shape = (rows, kv_heads, splits, heads)
         out, lse = combine(plan, out.reshape(*shape[:3], d, heads), lse.reshape(shape), lengths)

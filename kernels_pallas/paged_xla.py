@@ -20,13 +20,15 @@ def attend_paged(
     v_pages: jax.Array,
     page_table: jax.Array,
     visible: jax.Array,
+    first_page: jax.Array,
     scale: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tiles of rows that share a page table.
 
-    q [T, n, Hq, d], page_table [T, M], visible [T, n] int32: how many tokens of the context a row sees (0: none);
+    q [T, n, Hq, d], page_table [T, M], to which first_page [] is added, visible [T, n] int32: how many tokens of the
+    context a row sees (0: none);
     k_scale, v_scale [Hkv] float32 with pages of fp8, which are upcast to q's dtype.
     Returns out [T, n, Hq, d] in q's dtype and the log-sum-exp [T, n, Hq] in float32 (-inf where nothing is visible).
     """
@@ -43,7 +45,9 @@ def attend_paged(
 
     def gather(pages: jax.Array, i: jax.Array) -> jax.Array:
         ids = lax.dynamic_slice_in_dim(table, i * block_pages, block_pages, axis=1)  # [T, block_pages]
-        picked = pages[ids]  # [T, block_pages, Hkv, page_size, d]; entries past the length may be anything in range
+        picked = pages[
+            ids + first_page
+        ]  # [T, block_pages, Hkv, page_size, d]; entries past the length may be anything in range
         picked = picked.transpose(0, 2, 1, 3, 4).reshape(tiles, kv_heads, block, d)
         return picked if k_scale is None else picked.astype(q.dtype)
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels_pallas.checks import (
     BACKENDS,
     check_backend,
+    check_first_page,
     check_mosaic_gpu,
     check_mosaic_only,
     check_paged,
@@ -33,6 +34,7 @@ def prefill_attention(
     row_starts: jax.Array,
     lengths: jax.Array,
     *,
+    first_page: jax.Array | None = None,
     scale: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
@@ -45,9 +47,10 @@ def prefill_attention(
 
     q           [P, Hq, d]; segment s owns rows [row_starts[s], row_starts[s + 1]); rows past row_starts[S] are padding
     k_pages     [N, Hkv, page_size, d], v_pages alike
-    page_table  [S, M] int32, entries in [0, N)
+    page_table  [S, M] int32; entries, with first_page, in [0, N)
     row_starts  [S + 1] int32, ascending from 0
     lengths     [S] int32: tokens of context after this chunk; the segment's last row is token lengths[s] - 1
+    first_page  [] int32: added to every entry of the table, where one pool holds the pages of many layers; 0 by default
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     backend     "xla" everywhere; "mosaic" on Hopper: q and pages of bf16, page size 64, head size 64 or 128
@@ -66,6 +69,7 @@ def prefill_attention(
     segments = page_table.shape[0]
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
+    first_page = check_first_page(first_page)
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
         if interpret is None:
@@ -81,6 +85,7 @@ def prefill_attention(
             page_table,
             row_starts,
             lengths,
+            first_page=first_page,
             scale=scale,
             tuning=tuning,
             sm_budget=sm_budget,
@@ -104,5 +109,6 @@ def prefill_attention(
     row = jnp.where(inside, row, rows)
 
     q_tiles = q.at[row].get(mode="fill", fill_value=0)  # [tiles, TILE_ROWS, Hq, d]
-    out, _ = attend_paged(q_tiles, k_pages, v_pages, page_table[segment], visible, scale, k_scale, v_scale)
+    tables = page_table[segment]
+    out, _ = attend_paged(q_tiles, k_pages, v_pages, tables, visible, first_page, scale, k_scale, v_scale)
     return jnp.zeros_like(q).at[row.reshape(-1)].set(out.reshape(-1, *q.shape[1:]), mode="drop")

@@ -110,6 +110,7 @@ def prefill_attention_mosaic(
     row_starts: jax.Array,
     lengths: jax.Array,
     *,
+    first_page: jax.Array,
     scale: float,
     tuning: PrefillTuning,
     sm_budget: int | None = None,
@@ -143,5 +144,5 @@ def prefill_attention_mosaic(
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
     tiles = list_tiles(plan, row_starts, lengths)
-    out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles)
+    out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles, first_page[None])
     return out.reshape(-1, q_heads, d)[:tokens]

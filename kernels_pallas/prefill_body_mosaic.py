@@ -74,6 +74,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
         v_pages: Any,  # [pages * kv_heads, 64, d] bf16
         table: Any,  # [segments, M] int32
         tiles: Any,  # [tiles, COLUMNS] int32
+        first_page: Any,  # [1] int32, added to the table's entries
         out: Any,  # as q
         k_s: Any,  # [stages, STEP, d] bf16, shared memory
         v_s: Any,  # [stages, STEP, d] bf16
@@ -113,7 +114,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             steps_done, items_done = carry
             columns, head, steps = item_of(turn)
             segment, count = columns[SEGMENT], _div(columns[KEYS] + (PAGE_SIZE - 1), PAGE_SIZE)
-            kv_head = _div(head, plan.repeats)
+            kv_head, base = _div(head, plan.repeats), first_page[0]
 
             @pl.when(steps > 0)
             def _() -> None:
@@ -134,7 +135,8 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 number = steps_done + i
                 slot, first = _rem(number, stages), 2 * (steps - 1 - i)
                 # A step short of a page takes the one before again, out of L2: the softmax masks it.
-                places = [table[segment, jnp.minimum(first + j, count - 1)] * plan.kv_heads + kv_head for j in range(2)]
+                numbers = [table[segment, jnp.minimum(first + j, count - 1)] + base for j in range(2)]
+                places = [number * plan.kv_heads + kv_head for number in numbers]
                 for pages, into, full, free in ((k_pages, k_s, k_full, k_free), (v_pages, v_s, v_full, v_free)):
                     pl.when(number >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
                     for j, place in enumerate(places):

@@ -73,7 +73,7 @@ class Driver:
     def _abstract_cache(self) -> KVCache:
         shape = cache_shape(self.config, self.devices, self.num_pages, PAGE_SIZE)
         pages = jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype), sharding=NamedSharding(self.mesh, CACHE_SPEC))
-        return KVCache((pages,) * self.config.num_layers, (pages,) * self.config.num_layers)
+        return KVCache(pages, pages)
 
     @cached_property
     def step(self) -> Any:

@@ -73,7 +73,7 @@ def run(plan_name: str, devices: int, enforce_order: bool = False) -> np.ndarray
     params = jax.tree.map(load, infos, is_leaf=is_info)
     old = np.random.default_rng(5).normal(size=cache_shape(CONFIG, 1, PAGES, PAGE)).astype(np.float32)
     sharding = NamedSharding(mesh, CACHE_SPEC)
-    cache_ = KVCache(*(tuple(jax.device_put(jnp.asarray(old), sharding) for _ in range(3)) for _ in range(2)))
+    cache_ = KVCache(*(jax.device_put(jnp.asarray(old), sharding) for _ in range(2)))
     spec = StepSpec(CONFIG, plan, StepShape(DECODE, PREFILL, SEGMENTS, TABLE), enforce_order=enforce_order)
     _, logits = build_logits_step(spec, mesh, infos)(params, cache_, batch())
     live = np.flatnonzero(batch().decode_lengths).tolist()

@@ -23,7 +23,8 @@ from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, StepInputs, pack, packed_length, unpack
+from nanoflow_jax.schedule.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, StepInputs, pack, packed_length, unpack
+from nanoflow_jax.schedule.step import CACHE_SPECS, StepState
 
 PAGE_SIZE = 64
 PROMPT, OUTPUT = 614, 1024  # tokens of a request: 768 prefill rows then feed 1280 decode rows
@@ -58,10 +59,9 @@ class StandInRunner:
 
     def __init__(self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int):
         self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
-        count = len(jax.tree.leaves(param_infos(config, 1), is_leaf=is_info))
-        self._params = [jnp.zeros(1, jnp.int32) for _ in range(count)]
-        self._state = [jnp.zeros(1, jnp.int32) for _ in range(2 * config.num_layers + 4)]
-        self.arguments = len(self._params) + len(self._state) + 1
+        self._params = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), param_infos(config, 1), is_leaf=is_info)
+        self._state = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), StepState(CACHE_SPECS, SLOT_SPECS))
+        self.arguments = len(jax.tree.leaves((self._params, self._state))) + 1
 
         def compiled(shape: StepShape) -> Any:
             def step(params: Any, state: Any, packed: jax.Array) -> Any:

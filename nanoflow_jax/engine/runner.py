@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import abstract_state, compile_step, lower_step
 from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, pack
-from nanoflow_jax.schedule.step import KVCache, StepSpec, StepState
+from nanoflow_jax.schedule.step import NO_PAGE, KVCache, StepSpec, StepState
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
 PAGES_PER_COPY = 8  # pages that one call of the copy programs moves
@@ -70,14 +71,14 @@ class Runner:
         _RUNNERS.add(self)
         # One page of all layers: [layers, 2 (K, V), KV groups, page_size, d].
         self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
-        self._extract = jax.jit(_extract, out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
-        self._insert = jax.jit(_insert, donate_argnums=(0,))
+        first = np.arange(spec.config.num_layers, dtype=np.int32) * num_pages  # page of each layer
+        self._extract = jax.jit(partial(_extract, first), out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
+        self._insert = jax.jit(partial(_insert, first), donate_argnums=(0,))
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page, all layers, on all devices."""
-        pages = self.state.cache.k[0]
-        return 2 * len(self.state.cache.k) * pages.nbytes // pages.shape[0]
+        return 2 * self.state.cache.k.nbytes // self.num_pages
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         """Starts one step. Returns its output, whose tokens are on their way to the host."""
@@ -87,6 +88,9 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh pages and slots: what was in them is lost. After a step that failed or was interrupted."""
+        for array in jax.tree.leaves(self.state):  # first: there is not room for both
+            if not array.is_deleted():
+                array.delete()
         self.state = self._zeros()
 
     def extract(self, pages: Sequence[int]) -> list[jax.Array]:
@@ -102,10 +106,10 @@ class Runner:
     def insert(self, pages: Sequence[int], contents: Sequence[Any]) -> None:
         """Writes what `extract` gave into pages."""
         for at in range(0, len(pages), PAGES_PER_COPY):
-            some = np.full(PAGES_PER_COPY, self.num_pages, np.int32)
+            some = np.full(PAGES_PER_COPY, NO_PAGE, np.int32)
             here = list(contents[at : at + PAGES_PER_COPY])
             some[: len(here)] = pages[at : at + PAGES_PER_COPY]
-            here += here[:1] * (PAGES_PER_COPY - len(here))  # dropped: their page number is past the pool
+            here += here[:1] * (PAGES_PER_COPY - len(here))  # dropped
             on_device = tuple(jax.device_put(x, self.page_sharding) for x in here)
             cache = self._insert(self.state.cache, jax.device_put(some, self._replicated), on_device)
             self.state = replace(self.state, cache=cache)
@@ -148,15 +152,18 @@ def compile_steps(
     return steps
 
 
-def _extract(cache: KVCache, pages: jax.Array) -> tuple[jax.Array, ...]:
-    both = jnp.stack([jnp.stack([k[pages], v[pages]], axis=1) for k, v in zip(cache.k, cache.v, strict=True)], axis=1)
-    return tuple(both[i] for i in range(PAGES_PER_COPY))
+def _extract(first: np.ndarray, cache: KVCache, pages: jax.Array) -> tuple[jax.Array, ...]:
+    """first [layers]: page of each layer in the pool."""
+    at = first[:, None] + pages[None, :]  # [layers, n]
+    both = jnp.stack([cache.k[at], cache.v[at]], axis=1)  # [layers, 2, n, g, page_size, d]
+    return tuple(both[:, :, i] for i in range(PAGES_PER_COPY))
 
 
-def _insert(cache: KVCache, pages: jax.Array, contents: tuple[jax.Array, ...]) -> KVCache:
+def _insert(first: np.ndarray, cache: KVCache, pages: jax.Array, contents: tuple[jax.Array, ...]) -> KVCache:
+    at = (first[None, :] + pages[:, None]).reshape(-1)  # [n * layers]
     new = jnp.stack(contents)  # [n, layers, 2, g, page_size, d]
 
-    def write(which: int, pools: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        return tuple(old.at[pages].set(new[:, i, which], mode="drop") for i, old in enumerate(pools))
+    def write(which: int, old: jax.Array) -> jax.Array:
+        return old.at[at].set(new[:, :, which].reshape(-1, *old.shape[1:]), mode="drop")
 
     return KVCache(write(0, cache.k), write(1, cache.v))

@@ -231,7 +231,8 @@ def inspect_step(
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
     per_token = _kv_bytes_per_token(config, devices)
     pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
-    pages = min(pool, 2**31 // (PAGE_SIZE * kv_groups(config, devices)))
+    rows = PAGE_SIZE * kv_groups(config, devices) // devices * config.num_layers  # of a page, as 32-bit indices count
+    pages = min(pool, (2**31 - 1) // rows)
 
     started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)

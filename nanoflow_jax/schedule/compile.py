@@ -60,7 +60,7 @@ def abstract_cache(
     """The KV cache as abstract arrays on `mesh`."""
     shape = cache_shape(config, mesh.size, num_pages, page_size)
     pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
-    return KVCache((pages,) * config.num_layers, (pages,) * config.num_layers)
+    return KVCache(pages, pages)
 
 
 def abstract_state(

@@ -39,25 +39,30 @@ from nanoflow_jax.schedule.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 @struct.dataclass
 class KVCache:
-    """Pages of every layer, `[num_pages, KV groups, page_size, d]` each, split over the groups. Donated to each
-    step."""
+    """Pages of all layers, `[num_layers * num_pages, KV groups, page_size, d]`, split over the groups; layer l's begin
+    at l * num_pages. Donated to each step.
 
-    k: tuple[Any, ...]
-    v: tuple[Any, ...]
+    One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
+    """
+
+    k: Any
+    v: Any
 
 
 CACHE_SPEC = P(None, AXIS)
+CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
 
 # Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
 _decode_attention = jax.jit(decode_attention, static_argnames=("backend", "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=("backend",), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=("backend",), inline=True)
+NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    """Global shape of one layer's K (or V) pages."""
-    return num_pages, llama.kv_groups(config, devices), page_size, config.head_dim
+    """Global shape of the K (or V) pages."""
+    return config.num_layers * num_pages, llama.kv_groups(config, devices), page_size, config.head_dim
 
 
 @dataclass(frozen=True)
@@ -81,17 +86,13 @@ class StepState:
     slots: SlotState
 
 
-def cache_specs(config: ModelConfig) -> KVCache:
-    return KVCache(*((CACHE_SPEC,) * config.num_layers,) * 2)
-
-
 def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -> jax.stages.Wrapped:
     """The engine's step as a jitted function `(params, state, packed) -> (state, output)`, state donated.
 
     packed  int32 vector, a packed `StepInputs` of `spec.shape`
     output  a `StepOutput`, the same on every device
     """
-    state_specs = StepState(cache_specs(spec.config), SLOT_SPECS)
+    state_specs = StepState(CACHE_SPECS, SLOT_SPECS)
 
     def step(params: LlamaParams, state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
         with collectives.rank_slice(spec.rank_of):
@@ -110,12 +111,11 @@ def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -
 def build_logits_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.stages.Wrapped:
     """The layers alone: a jitted `(params, cache, batch) -> (cache, logits [T, vocabulary] float32)`, cache
     donated."""
-    specs = cache_specs(spec.config)
     sharded = jax.shard_map(
         partial(_logits_step, spec),
         mesh=mesh,
-        in_specs=(param_specs(infos), specs, P()),
-        out_specs=(specs, P()),
+        in_specs=(param_specs(infos), CACHE_SPECS, P()),
+        out_specs=(CACHE_SPECS, P()),
         check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=(1,))
@@ -153,7 +153,7 @@ def _layers(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatc
     for layer in range(spec.config.num_layers):
         run.layer(layer)
     hidden = run.hidden()
-    return KVCache(tuple(run.k_pages), tuple(run.v_pages)), hidden
+    return KVCache(run.k_pages, run.v_pages), hidden
 
 
 def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -174,7 +174,9 @@ class _StepRun:
     def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
         self.config, self.shape, self.backend = spec.config, spec.shape, spec.attention_backend
         self.params, self.batch, self.lanes = params, batch, spec.plan.lanes
-        self.k_pages, self.v_pages = list(cache.k), list(cache.v)
+        self.k_pages, self.v_pages = cache.k, cache.v
+        self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
+        self.write_pages = jnp.where(batch.write_pages < self.num_pages, batch.write_pages, NO_PAGE)
         self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
@@ -231,7 +233,7 @@ class _StepRun:
 
     def layer(self, index: int) -> None:
         """Issues the pieces of one layer in the plan's order."""
-        state = _LayerState(index, self.params.layers[index])
+        state = _LayerState(index, self.params.layers[index], jnp.int32(index * self.num_pages))
         for piece in self.pieces:
             with jax.named_scope(f"L{index}/{piece.name}"):
                 getattr(self, _METHODS[piece.op])(piece, state)
@@ -279,13 +281,13 @@ class _StepRun:
         for piece, k, v in s.unwritten:
             rows = slice(piece.start, piece.stop)
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
-                self.k_pages[s.index], self.v_pages[s.index] = self.order.run(
-                    partial(_append_kv, backend=self.backend),
-                    self.k_pages[s.index],
-                    self.v_pages[s.index],
+                self.k_pages, self.v_pages = self.order.run(
+                    partial(_append_kv, first_page=s.first_page, backend=self.backend),
+                    self.k_pages,
+                    self.v_pages,
                     k,
                     v,
-                    self.batch.write_pages[rows],
+                    self.write_pages[rows],
                     self.batch.write_slots[rows],
                 )
         s.unwritten.clear()
@@ -301,10 +303,13 @@ class _StepRun:
 
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
-            out, _ = _decode_attention(span(*q), k_pages, v_pages, table, lengths, backend=self.backend, sm_budget=sms)
+            out, _ = _decode_attention(
+                span(*q), k_pages, v_pages, table, lengths,
+                first_page=s.first_page, backend=self.backend, sm_budget=sms,
+            )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
-        inputs = (self.k_pages[s.index], self.v_pages[s.index], *q)
+        inputs = (self.k_pages, self.v_pages, *q)
         if lane:  # issued like a collective: what reads the result joins the streams
             beside = compute_on(
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
@@ -326,10 +331,12 @@ class _StepRun:
                 batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
             )
             table = batch.prefill_table
-            out = _prefill_attention(span(*q), k_pages, v_pages, table, starts, lengths, backend=self.backend)
+            out = _prefill_attention(
+                span(*q), k_pages, v_pages, table, starts, lengths, first_page=s.first_page, backend=self.backend
+            )
             return out.reshape(piece.rows, -1)
 
-        out = self.order.run(attend, self.k_pages[s.index], self.v_pages[s.index], *q)
+        out = self.order.run(attend, self.k_pages, self.v_pages, *q)
         s.attention.put(piece.start, piece.stop, out)
 
     # -- attention output to residual
@@ -418,6 +425,7 @@ class _LayerState:
 
     index: int
     params: LayerParams
+    first_page: jax.Array  # [] int32: where its pages begin
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
     unwritten: list[tuple[OpPiece, jax.Array, jax.Array]] = field(default_factory=list)  # k, v [n, g, d] not in pages
     in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream

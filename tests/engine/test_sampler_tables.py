@@ -176,7 +176,7 @@ def make_owner(devices: int) -> Owner:
         biases=rng.normal(0, 1, (BIAS_ROWS, VOCAB)).astype(np.float32),
     )
     slots = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), slots, SLOT_SPECS)
-    return Owner(mesh, SlotSizes(SLOTS, BIAS_ROWS, 1), StepState(KVCache((), ()), slots))
+    return Owner(mesh, SlotSizes(SLOTS, BIAS_ROWS, 1), StepState(KVCache(None, None), slots))
 
 
 @pytest.mark.parametrize("devices", MESHES)
