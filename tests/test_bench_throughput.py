@@ -187,7 +187,7 @@ def test_host(capsys: pytest.CaptureFixture[str]):
     assert (found["requests"], found["tokens"], found["steps"]) == (64, 128, 40)
     assert 0 < found["host_ms_median"] <= found["host_ms_p99"]
     assert 0.5 * 128 < found["rows_used_mean"] <= 128
-    assert found["arguments"] == (7 * 80 + 3) + (2 * 80 + 4) + 1  # of 70B: weights, pages and slots, inputs
+    assert found["arguments"] == (7 * 80 + 3) + (2 + 4) + 1  # of 70B: weights, pages and slots, inputs
 
 
 # -- rank slices

@@ -222,6 +222,7 @@ class PageFiles:
                 out.write(bits)
         except OSError as caught:
             error = caught
+            _unlink(unfinished)  # before the page leaves the queue: `flush` promises that nothing is under way
         with self._lock:
             wanted = self._finish(key, contents)  # it may have been cleared away in the meantime
             if wanted and error is None:
@@ -234,7 +235,7 @@ class PageFiles:
             self._used -= file.size
             if error is not None:
                 self._failed(error)
-        _unlink(unfinished)
+            _unlink(unfinished)
 
     def _make_room(self, size: int) -> list[Path]:
         """Counts `size` bytes as used. Returns the files that must go for it."""
