@@ -18,6 +18,7 @@ from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
+from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
@@ -311,8 +312,9 @@ class LLM:
 
     def _until_done(self, requests: Sequence[Request], what: str, use_tqdm: bool) -> None:
         start, produced = time.monotonic(), 0
-        with Progress(len(requests), what, "requests", use_tqdm) as bar:
+        with Progress(len(requests), what, "requests", use_tqdm) as bar, held_interrupts() as check_interrupt:
             while self.engine.has_work:
+                check_interrupt()
                 for request in self.engine.step():
                     produced += len(request.tokens) - request.prompt_length
                     bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
