@@ -69,6 +69,19 @@ def gemm_pieces(module: Module, instruction: Instruction) -> tuple[Piece, ...]:
     return inner or instruction.pieces
 
 
+def kernel_pieces(module: Module, computation: Computation, instruction: Instruction) -> tuple[Piece, ...]:
+    """Op pieces of a kernel: its own, those of the last named instruction that is fused in it, or those of the fusion
+    that it reads. XLA names no fusion whose root it made itself, such as the conversion back from a float32 sum."""
+    inner = [made for called in module.called(instruction) for made in reversed(called.instructions) if made.pieces]
+    if instruction.pieces or inner:
+        return instruction.pieces or inner[0].pieces
+    for name in instruction.operands:
+        source = computation.by_name.get(name)
+        if source is not None and source.base == "fusion":
+            return kernel_pieces(module, computation, source)
+    return ()
+
+
 def is_library_gemm(instruction: Instruction) -> bool:
     return instruction.opcode == "custom-call" and instruction.target.startswith(GEMM_LIBRARIES)
 
@@ -236,10 +249,9 @@ class CostModel:
         else:
             flops, dtype = 0.0, "bf16"
             moved = operand_bytes(computation, instruction) + instruction.bytes
-        kind, pieces = "elementwise", instruction.pieces
-        for inner in self.module.called(instruction) if not pieces else ():
-            pieces = pieces or inner.root.pieces  # XLA leaves some fusions without a name of their own
         if flops:
             pieces = gemm_pieces(self.module, instruction)
             kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
+        else:
+            kind, pieces = "elementwise", kernel_pieces(self.module, computation, instruction)
         return Cost(kind, latency.kernel(self.hardware, flops, moved, dtype), flops, moved, "", pieces)

@@ -7,7 +7,17 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nanoflow_jax.inspect.costs import FREE, collective_kind, dots, gemm_pieces, inner_collective, is_library_gemm
+from nanoflow_jax.inspect.costs import (
+    FREE,
+    collective_kind,
+    dots,
+    fusion_bytes,
+    gemm_pieces,
+    inner_collective,
+    is_library_gemm,
+    kernel_pieces,
+    operand_bytes,
+)
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.overlap import Timeline, is_sync
 
@@ -20,6 +30,8 @@ MOVES = frozenset(
 NARROW = re.compile(r"[su][248]$|f8|f4")
 INDEX = re.compile(r"[su](16|32|64)$|pred$")
 PAGES = re.compile(r"page|cache")  # what the step's arguments for KV pages are called
+KERNELS = frozenset(["fusion", "copy", "transpose", "convert", "add", "multiply", "reduce", "gather", "scatter"])
+LARGE = 2**20  # bytes
 STACK = 256  # a leading dimension up to this is taken for stacked layers, not for pages
 
 
@@ -207,7 +219,24 @@ def collective_faults(program: _Program) -> Iterator[Finding]:
 
 
 def untraced_kernels(program: _Program) -> Iterator[Finding]:
-    """Custom calls (Mosaic kernels, sorts) of no op piece: their time and bytes count for no op and no layer."""
+    """Custom calls (Mosaic kernels, sorts), and other kernels that move a MiB or more, of no op piece: their time and
+    bytes count for no op and no layer."""
+    for computation in program.running:
+        for kernel in computation.instructions:
+            if kernel.base not in KERNELS or program.is_gemm(kernel) or collective_kind(program.module, kernel):
+                continue
+            if kernel_pieces(program.module, computation, kernel) or program.traced(computation, kernel):
+                continue
+            inner = [i for called in program.module.called(kernel) for i in called.instructions]
+            if any(i.opcode == "custom-call" for i in inner) or _moved(program, computation, kernel):
+                continue  # reported below, or by `copies`
+            reads = [i for n in kernel.operands if (i := computation.by_name.get(n)) and i.opcode != "constant"]
+            moved = operand_bytes(computation, kernel) + kernel.bytes
+            if kernel.opcode == "fusion":
+                moved = fusion_bytes(program.module, computation, kernel)
+            if reads and moved >= LARGE:  # what reads nothing makes the zeros that a loop starts from
+                detail = f"{kernel.opcode} {kernel.name} moves {moved} bytes: op_name {kernel.op_name!r}"
+                yield Finding("untraced_kernel", None, None, detail)
     for computation in program.module.computations.values():
         for call in computation.instructions:
             if call.opcode != "custom-call" or is_library_gemm(call) or call.target == "AllocateBuffer":

@@ -36,6 +36,9 @@ GPU_OPTIONS: Mapping[str, Option] = {
     # XLA counts the donated pages twice: with a pool that fills the memory it would recompute, and move collectives
     # to where nothing runs beside them.
     "xla_disable_hlo_passes": "rematerialization",
+    # GPUs without bfloat16 addition (A100) would keep the residual's float32 sum: another rounding than elsewhere, and
+    # one more pass over memory, in float32, per norm.
+    "xla_allow_excess_precision": False,
     # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
     "xla_gpu_enable_triton_gemm": False,
 }

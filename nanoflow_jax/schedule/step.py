@@ -212,8 +212,10 @@ class _StepRun:
             self.residual[number] = x
             if number in self.scattered:
                 share = piece.rows // self.devices
-                self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-                self.normed.put(piece.start, piece.stop, self._norm(x, self.params.layers[0].attention_norm))
+                with jax.named_scope(f"EMBED.{number}"):
+                    self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
+                    normed = self._norm(x, self.params.layers[0].attention_norm)
+                self.normed.put(piece.start, piece.stop, normed)
 
     def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         return llama.rms_norm(x, weight, self.config.rms_norm_eps)
@@ -241,7 +243,8 @@ class _StepRun:
     def hidden(self) -> jax.Array:
         """The residual of all rows after the last layer, [T, H]."""
         for number in sorted(self.pending):
-            x = self.order.run(_add, self.residual[number], *self.pending[number])
+            with jax.named_scope(f"HEAD.{number}"):
+                x = self.order.run(_add, self.residual[number], *self.pending[number])
             with jax.named_scope(f"HEAD.AG.{number}"):
                 self.residual[number] = collectives.all_gather_rows(x) if number in self.scattered else x
         parts = [self.residual[number] for number in sorted(self.nano_batches)]

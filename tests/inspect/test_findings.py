@@ -51,6 +51,27 @@ def test_the_caller_may_have_the_name(caller: str) -> None:
     assert findings([f"%outer = {caller}"], named) == []
 
 
+@pytest.mark.parametrize(
+    ("rows", "body", "found"),
+    [
+        (256, '%a = {t} add(%p, %p), metadata={{op_name="L0/D.AR.1/add"}}\n  ROOT %c = {t} convert(%a)', []),
+        (256, "%a = {t} add(%p, %p)\n  ROOT %c = {t} convert(%a)", []),  # half a MiB
+        (1024, "%a = {t} add(%p, %p)\n  ROOT %c = {t} convert(%a)", ["untraced_kernel"]),
+    ],
+    ids=["named inside", "small", "large"],
+)
+def test_a_fusion_without_a_name(rows: int, body: str, found: list[str]) -> None:
+    """XLA gives a fusion whose root it made itself no name: then one from inside counts."""
+    shape = f"f32[{rows},256]{{1,0}}"
+    inner = f"%inner (p: f32[]) -> f32[] {{\n  %p = {shape} parameter(0)\n  {body.format(t=shape)}\n}}\n\n"
+    entry = [f"%p = {shape} parameter(0)", f"%outer = {shape} fusion(%p), kind=kLoop, calls=%inner"]
+    lines = "\n".join("  " + line for line in [*entry, "ROOT %out = () tuple()"])
+    text = f"HloModule m, is_scheduled=true\n\n{inner}ENTRY %main (p: f32[]) -> () {{\n{lines}\n}}\n"
+    report = inspect_compiled(text, None, load_hardware("h200"), 8)
+    assert [f.kind for f in report.findings] == found
+    assert [bool(e.pieces) for e in report.timeline.events] == [not found and "L0" in body]
+
+
 def test_gemms_and_buffers_are_no_kernels_of_their_own() -> None:
     """A GEMM library's call has a finding of its own kind; a buffer runs nothing."""
     buffer = CALL.format(name="buffer", target="AllocateBuffer", scope="")
