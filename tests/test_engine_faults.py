@@ -231,7 +231,8 @@ def test_interrupted_anywhere(llm: LLM, load: Load, calm: list[list[int]], monke
 
 
 SCRIPT = """
-import json, sys
+import json, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without one
 from nanoflow_jax import LLM, SamplingParams
 llm = LLM("tiny", tensor_parallel_size=2, max_model_len=512, decode_slots=8, tokens_per_step=72, page_size=16,
           kv_cache_tokens=4096, progress=False)
@@ -278,6 +279,7 @@ def test_an_interrupt_is_not_lost(llm: LLM, load: Load, monkeypatch: pytest.Monk
     """One that comes where Python drops exceptions, as in a garbage collector's callback, still ends the call; a second
     one does not wait for the step's end."""
     step, swallowed = llm.engine.step, []
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def lossy(presses: int) -> Any:
         try:
@@ -287,13 +289,16 @@ def test_an_interrupt_is_not_lost(llm: LLM, load: Load, monkeypatch: pytest.Monk
             swallowed.append(presses)
         return step()
 
-    for presses in (1, 2):
-        monkeypatch.setattr(llm.engine, "step", lambda presses=presses: lossy(presses))
-        with pytest.raises(KeyboardInterrupt):
-            llm.generate(*load, use_tqdm=False)
-        assert_idle(llm)
-    assert swallowed == [2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    try:
+        for presses in (1, 2):
+            monkeypatch.setattr(llm.engine, "step", lambda presses=presses: lossy(presses))
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate(*load, use_tqdm=False)
+            assert_idle(llm)
+        assert swallowed == [2]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_the_engine_is_as_before(llm: LLM, load: Load, calm: list[list[int]]) -> None:
