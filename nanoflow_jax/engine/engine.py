@@ -231,7 +231,6 @@ class Engine:
                 self._book_orphan(orphan, int(sampled[row]), output, row, finished)
         rows, slots = rows[here], slots[here]
         ended = run.append(slots, sampled[rows])
-        self.scheduler.booked(slots)
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
             request = run.requests[slots[i]]
             assert request is not None

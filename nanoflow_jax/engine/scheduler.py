@@ -301,24 +301,12 @@ class Scheduler:
         run = self.running
         request = run.requests[slot]
         assert request is not None
-        keys = request.keys
+        keys, pages, tokens = request.keys, run.pages[slot], run.tokens[slot]
         # Pages before `start` have no key yet when their tokens were computed again in decode rows.
         for index in range(min(start // self.page_size, len(keys)), stop // self.page_size):
             if index >= len(keys):
-                previous = keys[index - 1] if index else self.root
-                keys.append(self._key(previous, run.tokens[slot], index, request.prompt_length))
-            self.pool.register(int(run.pages[slot, index]), keys[index])
-
-    def booked(self, slots: np.ndarray) -> None:
-        """Tokens of these slots [n] have become known: registers the pages whose tokens are now all known and
-        computed."""
-        if self.root is None:
-            return
-        run = self.running
-        computed = run.known[slots] - 1  # the newest token may not have been through the model yet
-        for slot in slots[(computed % self.page_size == 0) & (computed > run.prefill_end[slots])].tolist():
-            stop = int(run.known[slot]) - 1
-            self._register(slot, stop - self.page_size, stop)
+                keys.append(self._key(keys[-1] if keys else self.root, tokens, index, request.prompt_length))
+            self.pool.register(int(pages[index]), keys[index])
 
     # -- leaving
 
@@ -337,9 +325,14 @@ class Scheduler:
         return request
 
     def leave(self, slot: int) -> Request:
-        """Takes a request out of its slot and gives back its pages."""
-        pages = self.running.pages_of(slot)
-        request = self.running.leave(slot)
+        """Takes a request out of its slot and gives back its pages; those that its output has filled become findable
+        now, not one by one in the step's own time."""
+        run = self.running
+        computed = min(int(run.known[slot]) - 1, int(run.computed[slot]))  # the newest token may not be
+        if computed > run.prefill_end[slot]:
+            self._register(slot, int(run.prefill_end[slot]), computed)
+        pages = run.pages_of(slot)
+        request = run.leave(slot)
         self.hooks.release(request)
         self.pool.release(pages)
         if len(request.keys) > len(request.tokens) // self.page_size:

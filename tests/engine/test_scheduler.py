@@ -103,6 +103,49 @@ def test_any_load_is_served(load: Load) -> None:
     Drive(load).go().check_answers()
 
 
+def preempted_twice(first: int, second: int) -> Drive:
+    """One request that loses its slot and all its pages before turn `first`, and its slot again before `second`, when
+    it may not have computed all its known tokens again."""
+
+    def preempt(drive: Drive) -> None:
+        scheduler, request = drive.engine.scheduler, drive.requests[0]
+        if drive.steps in (first, second) and request.slot is not None:
+            scheduler.preempt(request.slot)
+            if drive.steps == first:
+                scheduler.pool._evict(scheduler.pool.num_kept)
+                drive.runner.contents += np.uint64(1)
+
+    return Drive(Load([StepShape(2, 8, 1, 8)], 20, 4, [Job(tuple(BASES[0][:6]), plain(20))], 2, by_phase=True)).go(
+        preempt, strict=False
+    )
+
+
+TWICE = [(first, second) for first in range(1, 18) for second in range(first + 1, first + 18)]
+
+
+def test_preempted_while_computing_again() -> None:
+    for first, second in TWICE:
+        preempted_twice(first, second).check_answers()
+
+
+def _registers_what_is_not_computed_again(original: Any) -> Any:
+    def leave(self: Scheduler, slot: int) -> Request:
+        run = self.running
+        if (stop := int(run.known[slot]) - 1) > (first := int(run.prefill_end[slot])):
+            self._register(slot, first, stop)
+        return original(self, slot)
+
+    return leave
+
+
+def test_pages_that_were_not_computed_again_are_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The twin of the test above: it takes what is known for what is computed."""
+    monkeypatch.setattr(Scheduler, "leave", _registers_what_is_not_computed_again(Scheduler.leave))
+    with pytest.raises(AssertionError):
+        for first, second in TWICE:
+            preempted_twice(first, second).check_answers()
+
+
 def plain(max_tokens: int, **fields: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, seed=0, **fields)
 
@@ -284,14 +327,13 @@ def _swaps_settings(original: Any) -> Any:
 
 
 def _registers_what_is_not_computed(original: Any) -> Any:
-    def booked(self: Scheduler, slots: np.ndarray) -> None:
-        run, size = self.running, self.page_size
-        for slot in slots.tolist() if self.root is not None else ():
-            known = int(run.known[slot])
-            if known % size == 0 and known > run.prefill_end[slot]:
-                self._register(slot, known - size, known)
+    def leave(self: Scheduler, slot: int) -> Request:
+        known, first = int(self.running.known[slot]), int(self.running.prefill_end[slot])
+        if known > first:
+            self._register(slot, first, known)
+        return original(self, slot)
 
-    return booked
+    return leave
 
 
 def _registers_half_a_page(original: Any) -> Any:
@@ -351,7 +393,7 @@ TWINS: dict[str, Twin] = {
     "growth that the device does not learn": (engine, "build_inputs", _grows_without_saying),
     "tokens that the host does not know": (engine, "build_inputs", _trusts_the_host),
     "another row's history": (engine, "build_inputs", _swaps_settings),
-    "a page registered before it is computed": (Scheduler, "booked", _registers_what_is_not_computed),
+    "a page registered before it is computed": (Scheduler, "leave", _registers_what_is_not_computed),
     "a page registered before it is full": (Scheduler, "_register", _registers_half_a_page),
     "the first is preempted": (Scheduler, "preempt", _evicts_the_first),
     "restored pages are empty": (FakeRunner, "insert", _restores_nothing),
