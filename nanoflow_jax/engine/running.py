@@ -4,29 +4,16 @@ requests."""
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import fields
 
 import numpy as np
 
 from nanoflow_jax.engine.request import Request
+from nanoflow_jax.schedule.batch import SamplingArrays
+from nanoflow_jax.schedule.slots import sampling_views
 
 STOPS = 8  # stop tokens of a request that are compared at once; one with more is watched
 NEVER = np.iinfo(np.int64).max
-
-
-@dataclass
-class Sampling:
-    """Sampling settings, per slot [S]; see `schedule.batch.SamplingArrays`."""
-
-    temperature: np.ndarray
-    top_p: np.ndarray
-    top_k: np.ndarray
-    min_p: np.ndarray
-    seed: np.ndarray
-    presence_penalty: np.ndarray
-    frequency_penalty: np.ndarray
-    repetition_penalty: np.ndarray
-    top_logprobs: np.ndarray
 
 
 class Running:
@@ -56,13 +43,11 @@ class Running:
         self.stops = np.full((slots, STOPS), -1, np.int32)
         self.watched = np.zeros(slots, bool)
         self.min_length = zeros()  # until the sequence is so long, bias_below counts, then bias
-        self.bias_below, self.bias = zeros(), zeros()
-        self.history = zeros()
-        f32 = np.float32
-        self.sampling = Sampling(
-            zeros(dtype=f32), zeros(dtype=f32), zeros(), zeros(dtype=f32), zeros(dtype=np.uint32),
-            zeros(dtype=f32), zeros(dtype=f32), zeros(dtype=f32), zeros(),
-        )  # fmt: skip
+        self.bias_below = zeros()
+        # As one array, so that a step takes all settings of its rows at once. `position` is not kept here.
+        self.settings = np.zeros((len(fields(SamplingArrays)), slots), np.int32)
+        self.sampling = sampling_views(self.settings)
+        self.bias, self.history = self.sampling.bias, self.sampling.history
         self._free = list(range(slots - 1, -1, -1))
 
     @property

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 import numpy as np
 
-from nanoflow_jax.engine.running import Running, Sampling
+from nanoflow_jax.engine.running import Running
 from nanoflow_jax.engine.scheduler import ScheduledStep
-from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs
+from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs, sampling_settings
 
-SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 IN_FLIGHT = -1  # a decode row's token that only the device knows
 
 
@@ -56,12 +53,11 @@ def _fill_sampling(
     sampling, which = inputs.sampling, rows
     if not samples.all():
         which, slots, length = np.arange(rows.start, rows.stop)[samples], slots[samples], length[samples]
-    for name in SAMPLING_FIELDS:
-        getattr(sampling, name)[which] = getattr(running.sampling, name)[slots]
+    sampling_settings(inputs)[:, which] = running.settings.take(slots, axis=1)
     sampling.position[which] = length
-    sampling.history[which] = running.history[slots]
     below = length < running.min_length[slots]
-    sampling.bias[which] = np.where(below, running.bias_below[slots], running.bias[slots])
+    if below.any():
+        sampling.bias[which] = np.where(below, running.bias_below[slots], running.bias[slots])
 
 
 def _want_scores(inputs: StepInputs, running: Running, slot: int, start: int, row: int, count: int) -> None:

@@ -91,6 +91,18 @@ def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: i
     return jax.tree.unflatten(tree, views)
 
 
+def sampling_views(settings: np.ndarray) -> SamplingArrays:
+    """settings [fields of SamplingArrays, n] int32, bit for bit, as arrays [n] of their own types: views."""
+    leaves, tree = jax.tree.flatten(_padding_inputs(StepShape(1, 0, 0, 1), 0, 0, 0).sampling)
+    return jax.tree.unflatten(tree, [row.view(leaf.dtype) for row, leaf in zip(settings, leaves, strict=True)])
+
+
+def sampling_settings(inputs: StepInputs) -> np.ndarray:
+    """The inverse for inputs that `empty_inputs` made: [fields, B] int32, a view. They are the vector's last part."""
+    fields = len(jax.tree.leaves(inputs.sampling))
+    return inputs.token_ids.base[-fields * inputs.slots.size :].reshape(fields, -1)
+
+
 def pack(inputs: StepInputs) -> np.ndarray:
     """One int32 vector of all leaves, bit for bit."""
     leaves = jax.tree.leaves(inputs)
