@@ -70,7 +70,9 @@ def abstract_state(
     spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, num_pages: int, page_size: int
 ) -> StepState:
     """Cache and slots as abstract arrays on `mesh`."""
-    config, dtype = spec.config, jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
+    config = spec.config
+    fp8 = spec.kv_cache_dtype != "auto"
+    dtype = spec.page_dtype if fp8 else jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
     whole = mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
     state = StepState(abstract_cache(config, whole, dtype, num_pages, page_size), abstract_slots(config, whole, sizes))
     return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, mesh), state)
