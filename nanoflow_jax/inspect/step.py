@@ -234,7 +234,9 @@ def inspect_step(
 
     started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)
-    spec = StepSpec(config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order)
+    spec = StepSpec(
+        config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order, expected_context=context
+    )
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
     lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
     options = {**saving_options(hardware), **(options or {})}

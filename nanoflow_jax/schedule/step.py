@@ -81,6 +81,7 @@ class StepSpec:
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
     gpu: str = DEFAULT_GPU  # whose tuning the kernels take; `build_step` puts the mesh's
+    expected_context: int | None = None  # tokens of a row, for the kernels' expected times; None: the pool's share
 
     @property
     def page_dtype(self) -> Any:
@@ -188,7 +189,7 @@ class _StepRun:
         self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
         backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, cache.k.shape[1], spec.config.head_dim)
         self.decode_options, self.prefill_options, self.append_options = backends.options(
-            spec.gpu, _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
+            spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
         self.write_pages = jnp.where(batch.write_pages < self.num_pages, batch.write_pages, NO_PAGE)
         self.devices = collectives.device_count()
