@@ -1,6 +1,6 @@
 """How long a call is expected to take, and how XLA's scheduler is told: it knows nothing of a custom call, and counts
-one as about nothing. XLA copies the attribute to the get-tuple-elements of a call, which its estimator for Hopper counts
-again: with several results a call is said to take a multiple, unless a profile says otherwise (as the engine's does).
+one as about nothing. XLA copies the attribute to the get-tuple-elements of a call, and its estimator for Hopper counts
+those too: with several results a call seems to take a multiple, unless a profile says otherwise (the engine's does).
 
 Paged attention's time depends on lengths that are data. Callers say what context to expect (`expected_context`);
 without, the whole width of the page table counts.

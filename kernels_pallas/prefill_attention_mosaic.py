@@ -104,13 +104,15 @@ def check_mosaic(
 
 
 def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | None:
-    """Microseconds of a call whose rows see `context` tokens each; a tile of rows reads them once."""
+    """Microseconds of a call whose rows see `context` tokens each, which 128 rows together read from memory once. Few
+    rows are few tiles, and not every SM has one."""
     if tuning.expected is None:
         return None
     flops = 4 * plan.tokens * context * plan.q_heads * plan.head_dim
     rows = 2 * plan.tokens * plan.q_heads * plan.head_dim * 2
-    kv = 2 * max(1, plan.tokens // plan.tile_tokens) * context * plan.kv_heads * plan.head_dim * 2
-    return tuning.expected.us(moved=rows + kv, flops=flops, sms=plan.programs, all_sms=tuning.sms)
+    kv = 2 * max(1, plan.tokens // 128) * context * plan.kv_heads * plan.head_dim * 2
+    busy = min(plan.sms, max(1, plan.tokens // plan.tile_tokens) * plan.head_groups)
+    return tuning.expected.us(moved=rows + kv, flops=flops, sms=busy, all_sms=tuning.sms)
 
 
 def prefill_attention_mosaic(
