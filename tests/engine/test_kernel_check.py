@@ -9,16 +9,21 @@ from typing import Any
 
 import pytest
 from checkpoints import CASES
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import decode_attention_mosaic
 from kernels_pallas.self_check import Heads, KernelError
 from kernels_pallas.tuning import DECODE
+from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import kernel_check, setup
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.schedule.attention import KernelBackends, choose_backend
+from nanoflow_jax.weights.hub import resolve_model
 
 FIELDS = {**CASES["bare_config"].config, "head_dim": 64, "torch_dtype": "bfloat16"}
 CONFIG = ModelConfig.from_hf(FIELDS)
+LLAMA = ModelConfig.from_file(resolve_model("tiny") / "config.json")
 HEADS = Heads(q_heads=2, kv_heads=1, head_dim=64)
 MOSAIC = KernelBackends("mosaic", "mosaic", "mosaic")
 
@@ -120,3 +125,36 @@ def test_a_wrong_kernel_is_an_error_that_says_what_to_pass(monkeypatch: pytest.M
             "from the XLA path, over 0.02 (NVIDIA H100 80GB HBM3, 2 query and 1 KV heads of 64); "
             'accepted: attention_backend="xla"'
         )
+
+
+def test_k_for_v_in_the_kernel_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Mosaic kernel under the interpreter, given K where V should be."""
+    real = decode_attention_mosaic.decode_attention_mosaic
+
+    def twin(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> Any:
+        return real(q, k, k, *rest, **more)
+
+    monkeypatch.setattr(decode_attention_mosaic, "decode_attention_mosaic", twin)
+    only_decode = KernelBackends("mosaic", "xla", "xla")
+    with pytest.raises(ConfigError, match=r"decode_attention: a row is off by .*; accepted: attention_backend=\"xla\""):
+        check_mosaic_kernels(only_decode, HEADS, FakeDevice(), plgpu.InterpretGPUParams())
+
+
+def test_an_engine_checks_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the check raises is what the user sees."""
+    seen: list[tuple[Any, ...]] = []
+
+    def refuse(*what: Any) -> None:
+        seen.append(what)
+        raise ConfigError("attention_backend: the Mosaic kernels are not used: a test")
+
+    monkeypatch.setattr(setup, "choose_backend", lambda *_: "mosaic")
+    monkeypatch.setattr(setup, "check_mosaic_kernels", refuse)
+    monkeypatch.setattr(setup, "load_params", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=r"^attention_backend: the Mosaic kernels are not used: a test$"):
+        LLM("tiny", tensor_parallel_size=2, kv_cache_dtype="fp8", progress=False)
+    ((backends, heads, device),) = seen
+    assert backends.prefill == "xla"
+    assert heads.fp8
+    assert heads.q_heads * 2 == LLAMA.num_heads
+    assert device.platform == "cpu"
