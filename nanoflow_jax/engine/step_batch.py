@@ -31,7 +31,8 @@ def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: S
         inputs.token_ids[rows] = running.tokens[slot, chunk.start : chunk.stop]
         inputs.positions[rows] = chunk_positions
         inputs.write_pages[rows] = running.pages[slot, chunk_positions // page_size]
-        inputs.prefill_table[segment, : running.num_pages[slot]] = running.pages_of(slot)
+        held = running.num_pages[slot]
+        inputs.prefill_table[segment, :held] = running.pages[slot, :held]
         row += count
         inputs.prefill_starts[segment + 1] = row - first
         inputs.slots[first + segment] = slot
