@@ -56,8 +56,8 @@ class Runner:
         page_size: int,
         progress: bool,
     ):
-        self.mesh, self.params, self.sizes, self.num_pages = mesh, params, sizes, num_pages
-        self.page_size = page_size
+        self.mesh, self.sizes, self.num_pages, self.page_size = mesh, sizes, num_pages, page_size
+        self._params = tuple(jax.tree.leaves(params))
         self._replicated = replicated(mesh)
         self._steps = compile_steps(
             spec, mesh, infos, shapes, sizes, num_pages=num_pages, page_size=page_size, progress=progress
@@ -82,7 +82,7 @@ class Runner:
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         """Starts one step. Returns its output, whose tokens are on their way to the host."""
-        self.state, output = self._steps[shape](self.params, self.state, pack(inputs))
+        self.state, output = self._steps[shape](self._params, self.state, pack(inputs))
         output.sampled.tokens.copy_to_host_async()
         return output
 

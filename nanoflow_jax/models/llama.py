@@ -35,13 +35,11 @@ class LayerParams:
     needs one layout only has None for the other.
     """
 
-    attention_norm: Any  # [H]
     kqv: Any  # [G, r + 2, d, H]: per group the query heads, then K, then V
     kqv_bias: Any  # [G, r + 2, d] or None
     o_rows: Any  # [H, heads * d] split over H, for O split over N
     o_columns: Any  # [H, heads * d] split over heads, for O split over K
     o_bias: Any  # [H] or None
-    mlp_norm: Any  # [H]
     ug: Any  # [2, F, H]: gate, up
     ug_bias: Any  # [2, F] or None
     down: Any  # [H, F]
@@ -50,9 +48,13 @@ class LayerParams:
 
 @struct.dataclass
 class LlamaParams:
-    """All weights. V: vocabulary padded to the mesh."""
+    """All weights. L: layers; V: vocabulary padded to the mesh.
+
+    The layers' norms are one array: a step's start costs the host time for every argument.
+    """
 
     embedding: Any  # [V, H] split over V
+    norms: Any  # [L, 2, H]: ahead of attention, ahead of the MLP
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
@@ -122,17 +124,25 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
 
+    def layer_norms() -> ParamInfo:
+        kinds = ("input_layernorm", "post_attention_layernorm")
+        names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
+
+        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
+        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
+
     def layer(i: int) -> LayerParams:
         prefix = f"model.layers.{i}"
         o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
         return LayerParams(
-            attention_norm=plain(f"{prefix}.input_layernorm.weight", (H,), P(), "ones"),
             kqv=kqv(prefix, "weight"),
             kqv_bias=kqv(prefix, "bias") if config.attention_bias else None,
             o_rows=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_rows else None,
             o_columns=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_columns else None,
             o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if config.attention_bias else None,
-            mlp_norm=plain(f"{prefix}.post_attention_layernorm.weight", (H,), P(), "ones"),
             ug=gate_up(prefix, "weight"),
             ug_bias=gate_up(prefix, "bias") if config.mlp_bias else None,
             down=plain(f"{down}.weight", (H, F), P(None, AXIS)),
@@ -141,6 +151,7 @@ def param_infos(
 
     return LlamaParams(
         embedding=vocab_rows("model.embed_tokens.weight"),
+        norms=layer_norms(),
         layers=tuple(layer(i) for i in range(config.num_layers)),
         final_norm=plain("model.norm.weight", (H,), P(), "ones"),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),

@@ -84,7 +84,7 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Traces the engine's step for `mesh`, whose devices may be compile-only."""
     return build_step(spec, mesh, infos, page_size).lower(
-        abstract_params(infos, mesh),
+        tuple(jax.tree.leaves(abstract_params(infos, mesh))),
         abstract_state(spec, mesh, infos, sizes, num_pages, page_size),
         jax.ShapeDtypeStruct((packed_length(spec.shape),), jnp.int32, sharding=replicated(mesh)),
     )

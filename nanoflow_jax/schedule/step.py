@@ -28,7 +28,7 @@ from nanoflow_jax.engine.logprobs import score_rows
 from nanoflow_jax.engine.sampler import StepOutput, sample
 from nanoflow_jax.models import llama
 from nanoflow_jax.models.llama import LayerParams, LlamaParams
-from nanoflow_jax.models.params import param_specs
+from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.attention import KernelBackends, page_dtype
@@ -60,6 +60,7 @@ _STATIC = ("backend", "tuning", "expected_context")
 _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
+ATTENTION, MLP = 0, 1  # the norms of a layer
 NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
 
@@ -97,22 +98,24 @@ class StepState:
 
 
 def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -> jax.stages.Wrapped:
-    """The engine's step as a jitted function `(params, state, packed) -> (state, output)`, state donated.
+    """The engine's step as a jitted function `(leaves, state, packed) -> (state, output)`, state donated.
 
+    leaves  those of LlamaParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
     packed  int32 vector, a packed `StepInputs` of `spec.shape`
     output  a `StepOutput`, the same on every device
     """
     state_specs = StepState(CACHE_SPECS, SLOT_SPECS)
     spec = replace(spec, gpu=tuned_gpu(mesh.devices.flat[0].device_kind))
+    declared, tree = jax.tree.flatten(infos, is_leaf=is_info)
 
-    def step(params: LlamaParams, state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
         with collectives.rank_slice(spec.rank_of):
-            return _step(spec, page_size, params, state, packed)
+            return _step(spec, page_size, jax.tree.unflatten(tree, leaves), state, packed)
 
     sharded = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(param_specs(infos), state_specs, P()),
+        in_specs=(tuple(info.spec for info in declared), state_specs, P()),
         out_specs=(state_specs, P()),
         check_vma=False,
     )
@@ -229,8 +232,13 @@ class _StepRun:
                 share = piece.rows // self.devices
                 with jax.named_scope(f"EMBED.{number}"):
                     self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-                    normed = self._norm(x, self.params.layers[0].attention_norm)
+                    normed = self._norm(x, self._norm_weight(0, ATTENTION))
                 self.normed.put(piece.start, piece.stop, normed)
+
+    def _norm_weight(self, layer: int, which: int) -> jax.Array:
+        """[H], of the norm ahead of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
+        norms = self.params.norms
+        return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
 
     def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         return llama.rms_norm(x, weight, self.config.rms_norm_eps)
@@ -239,7 +247,7 @@ class _StepRun:
         """Adds what is pending to the residual of a nano-batch and returns the norm of the sum, in one ordered op."""
         x = self.residual[number]
         if number not in self.pending:
-            return self.order.run(self._norm, x, norm_weight)
+            return self.order.run(lambda x: self._norm(x, norm_weight), x)
 
         def add_and_norm(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             x = _add(x, update, bias)
@@ -273,7 +281,7 @@ class _StepRun:
         number = piece.nano_batch
         if number not in s.attention_normed and number not in self.scattered:
             rows = self.nano_batches[number]
-            self.normed.put(rows.start, rows.stop, self._settle(number, s.params.attention_norm))
+            self.normed.put(rows.start, rows.stop, self._settle(number, self._norm_weight(s.index, ATTENTION)))
             s.attention_normed.add(number)
         rows = slice(piece.start, piece.stop)
         span, inputs = self.normed.get(piece.start, piece.stop)
@@ -386,7 +394,7 @@ class _StepRun:
 
     def _o_ag(self, piece: OpPiece, s: _LayerState) -> None:
         if piece.piece in self.scattered:
-            normed = self._settle(piece.piece, s.params.mlp_norm)
+            normed = self._settle(piece.piece, self._norm_weight(s.index, MLP))
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
         else:  # [n, H/p] -> [p, n, H/p]
             gathered = self.order.start(collectives.all_gather, s.projected.pop(piece.piece))
@@ -408,7 +416,7 @@ class _StepRun:
 
     def _ug(self, piece: OpPiece, s: _LayerState) -> None:
         if piece.piece not in self.scattered:
-            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, s.params.mlp_norm))
+            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, self._norm_weight(s.index, MLP)))
         span, inputs = self.normed.get(piece.start, piece.stop)
         s.activated[piece.piece] = self.order.run(lambda *x: llama.gated_mlp_up(span(*x), s.params), *inputs)
 
@@ -429,7 +437,7 @@ class _StepRun:
         layer = s.index + (number not in self.deferred)
         # The first layer's input comes whole from the embedding; what the last layer leaves is gathered in `hidden`.
         if number in self.pending and layer < self.config.num_layers:
-            normed = self._settle(number, self.params.layers[layer].attention_norm)
+            normed = self._settle(number, self._norm_weight(layer, ATTENTION))
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
 
 
