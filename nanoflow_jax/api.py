@@ -22,6 +22,7 @@ from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
+from nanoflow_jax.schedule.attention import KV_CACHE_DTYPES
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
@@ -45,7 +46,12 @@ class LLM:
     tensor_parallel_size  devices in the mesh; None takes all that are present
     plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
                           two_gather_one_reduce
-    attention_backend     "xla", or "mosaic" on Hopper; "auto" is "xla" until Mosaic's is measured
+    attention_backend     "mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before
+                          Mosaic kernels are used on a GPU each is checked against the XLA path; one that is wrong is an
+                          error that says to pass "xla", never a silent fallback
+    kv_cache_dtype        "auto": the model's; "fp8" or "fp8_e4m3": twice as many tokens in the same memory, K and V
+                          rounded to float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or
+                          with 1 where it has none
     max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
     tokens_per_step       rows of the largest step, decode and prefill together
     decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
@@ -96,7 +102,7 @@ class LLM:
         _only("deterministic", deterministic, True, False)
         _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
         _only("quantization", quantization, None)
-        _only("kv_cache_dtype", kv_cache_dtype, "auto")
+        _only("kv_cache_dtype", kv_cache_dtype, *KV_CACHE_DTYPES)
         _only("dtype", dtype, "auto", "bfloat16", "float32")
         for name, value in (("page_size", page_size), ("tokens_per_step", tokens_per_step)):
             _at_least(name, value, 1)
@@ -149,6 +155,7 @@ class LLM:
             kv_offload_folder=kv_offload_folder,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
             progress=progress,
         )

@@ -120,6 +120,12 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages"
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="of the KV pages: auto (the model's), or fp8 (fp8_e4m3), half the bytes",
+    )
+    group.add_argument("--attention-backend", default="auto", help="auto (mosaic on Hopper, else xla), mosaic or xla")
     group.add_argument("--cpu-devices", type=_positive, metavar="N", help="run on the CPU as N devices")
     group.add_argument("--quiet", action="store_true", help="no progress on standard error")
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
@@ -127,7 +133,7 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
 
 _MODEL_OPTIONS = (
     "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
-    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization",
+    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization", "kv_cache_dtype", "attention_backend",
 )  # fmt: skip
 
 

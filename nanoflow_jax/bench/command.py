@@ -103,6 +103,7 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
     p.add_argument("--kv-cache-tokens", type=_positive, help="size of the KV pool; what memory allows")
     p.add_argument("--memory-utilization", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--attention-backend", default="auto", choices=("auto", "xla", "mosaic"), help="of decode attention")
+    p.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "fp8_e4m3"), help="of the KV pages")
     p.add_argument("--no-prefix-caching", action="store_true", help="pages of ended requests are not kept")
     p.add_argument("--deterministic", action="store_true", help="one step shape, sums in a fixed order")
     p.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
@@ -157,8 +158,8 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
         raise ConfigError("inspect: it adds the network to a rank slice; --rank-of N is needed too")
     names = (
         "requests", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
-        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend", "temperature",
-        "inspect", "seed",
+        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend",
+        "kv_cache_dtype", "temperature", "inspect", "seed",
     )  # fmt: skip
     return ThroughputOptions(
         model=args.model,

@@ -58,6 +58,7 @@ class ThroughputOptions:
     enable_prefix_caching: bool = True
     deterministic: bool = False
     attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
     temperature: float = 0.0
     hardware: Hardware | None = None
     inspect: bool = False
@@ -154,6 +155,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
             "enable_prefix_caching": options.enable_prefix_caching,
             "deterministic": options.deterministic,
             "attention_backend": options.attention_backend,
+            "kv_cache_dtype": options.kv_cache_dtype,
             "temperature": options.temperature,
             "seed": options.seed,
         },
@@ -208,6 +210,7 @@ def _build(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: in
             kv_offload_folder=None,
             deterministic=options.deterministic,
             attention_backend=options.attention_backend,
+            kv_cache_dtype=options.kv_cache_dtype,
             seed=options.seed,
             progress=options.progress,
             rank_of=options.rank_of,

@@ -6,8 +6,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kernels_pallas.expected import LATENCY
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
@@ -168,6 +169,16 @@ def fusion_bytes(module: Module, computation: Computation, instruction: Instruct
     return operand_bytes(computation, instruction) + instruction.bytes
 
 
+def expected_us(call: Instruction) -> float | None:
+    """What the program says a Mosaic kernel takes, from its tuning table."""
+    found = re.search(rf'{LATENCY}="(\d+)"', call.attributes.get("frontend_attributes", ""))
+    return int(found.group(1)) / 1000 if found else None
+
+
+def _from_tuning(us: float, roofline: Prediction) -> Prediction:
+    return replace(roofline, us=us, source="tuning table of the kernel (targets, not measured)")
+
+
 def _aliased(instruction: Instruction) -> bool:
     return "output_to_operand_aliasing" in instruction.attributes
 
@@ -227,12 +238,15 @@ class CostModel:
     def _mosaic(self, computation: Computation, instruction: Instruction, call: Instruction) -> Cost:
         pieces = instruction.pieces or call.pieces
         piece = instruction.piece or call.piece
+        us = expected_us(call)
         if (given := self.given(piece, self.mosaic_calls)) is not None:
-            return given
+            return given if us is None else replace(given, prediction=_from_tuning(us, given.prediction))
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
         moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
         found = latency.kernel(self.hardware, 0.0, moved)
         prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
+        if us is not None:
+            prediction = _from_tuning(us, prediction)
         return Cost(kind, prediction, 0.0, moved, "", pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:

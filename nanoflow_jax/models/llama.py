@@ -8,6 +8,7 @@ the mesh size: KQV groups each KV head with the query heads it serves; UG keeps 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig, RopeConfig
+from nanoflow_jax.models.kv_scales import kv_scales_info
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
 from nanoflow_jax.parallel.mesh import AXIS
 
@@ -56,6 +58,7 @@ class LlamaParams:
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
+    kv_scales: Any = None  # [2 (K, V), layers, G] float32 split over G, of fp8 pages; None without
 
 
 def kv_groups(config: ModelConfig, devices: int) -> int:
@@ -69,9 +72,19 @@ def padded_vocab(config: ModelConfig, devices: int) -> int:
 
 
 def param_infos(
-    config: ModelConfig, devices: int, *, o_rows: bool = True, o_columns: bool = True, dtype: Any = None
+    config: ModelConfig,
+    devices: int,
+    *,
+    o_rows: bool = True,
+    o_columns: bool = True,
+    dtype: Any = None,
+    kv_scales: Mapping[str, tuple[int, ...]] | None = None,
 ) -> LlamaParams:
-    """Declares every weight for a mesh of `devices`; `o_rows`, `o_columns`: which layouts of O the plan needs."""
+    """Declares every weight for a mesh of `devices`.
+
+    o_rows, o_columns  which layouts of O the plan needs
+    kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    """
     dtype = jnp.dtype(dtype or config.dtype)
     H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     width = config.num_heads * d
@@ -142,6 +155,7 @@ def param_infos(
         layers=tuple(layer(i) for i in range(config.num_layers)),
         final_norm=plain("model.norm.weight", (H,), P(), "ones"),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
+        kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
     )
 
 

@@ -42,7 +42,7 @@ def load_params(
         arrays.append(_load(info, mesh, source.read_slice))
         done += info.nbytes
         if progress is not None:
-            progress(info.sources[0].name, done, total)
+            progress(info.name, done, total)
     return jax.tree.unflatten(tree, arrays)
 
 
