@@ -16,7 +16,7 @@ import numpy as np
 from nanoflow_jax.api import LLM
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Work
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.request import RequestOutput, error_line
 from nanoflow_jax.evaluate.journal import Journal, record_number
 from nanoflow_jax.evaluate.lines import Line, NumberSet, TextSet, read_lines
 from nanoflow_jax.evaluate.manifest import sync_folder
@@ -67,6 +67,8 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
         return llm.prepare(record.prompt, params, record)
     except ValueError as error:
         return record.refused(error)
+    except Exception as error:  # a chat template or a tokenizer that fails on one text must not end the run
+        return Problem(record.line, record.custom_id, "server_error", error_line(error))
 
 
 def work_steps(llm: LLM) -> Callable[[Work], float]:
