@@ -9,11 +9,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoflow_jax.api import LLM
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput, error_line
@@ -24,6 +23,9 @@ from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_li
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
 from nanoflow_jax.evaluate.windows import WINDOW, longest_first
 from nanoflow_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
 
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI interface
 

@@ -97,9 +97,11 @@ def run_manifest(args: argparse.Namespace, kind: str, identity: dict[str, Any], 
 
 
 def _devices(args: argparse.Namespace) -> int:
+    if args.cpu_devices:
+        return args.cpu_devices
     import jax
 
-    return args.cpu_devices or len(jax.devices())
+    return len(jax.devices())
 
 
 def make_llm(args: argparse.Namespace) -> Any:

@@ -43,8 +43,8 @@ class Comparison:
 
     task: str
     metric: str
-    value: float
-    other: float
+    value: Mean
+    other: Mean
     difference: PairedDifference
     unpaired: int  # questions that only one of the runs has
 
@@ -90,7 +90,7 @@ def compare(task: str, metrics: Sequence[str], folder: Path, other: Path) -> lis
         new = [mine[name]["scores"][metric] for name in both]
         old = [theirs[name]["scores"][metric] for name in both]
         unpaired = len(mine) + len(theirs) - 2 * len(both)
-        found.append(Comparison(task, metric, mean(new).value, mean(old).value, paired_difference(new, old), unpaired))
+        found.append(Comparison(task, metric, mean(new), mean(old), paired_difference(new, old), unpaired))
     return found
 
 
@@ -109,7 +109,14 @@ def comparison_table(found: Sequence[Comparison]) -> str:
     rows = [("Tasks", "Metric", "n", "This", "Other", "Difference", "", "Stderr", "p-value")]
     for c in found:
         d = c.difference
-        numbers = [f"{c.value:.4f}", f"{c.other:.4f}", f"{d.value:+.4f}", "±", f"{d.stderr:.4f}", f"{d.p_value:.3g}"]
+        numbers = [
+            f"{c.value.value:.4f}",
+            f"{c.other.value:.4f}",
+            f"{d.value:+.4f}",
+            "±",
+            f"{d.stderr:.4f}",
+            f"{d.p_value:.3g}",
+        ]
         rows.append((c.task, c.metric, str(d.n), *numbers))
     return _markdown(rows, right=(2, 3, 4, 5, 7, 8))
 
