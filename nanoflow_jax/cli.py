@@ -16,6 +16,7 @@ from typing import Any
 
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
+from nanoflow_jax.evaluate import batch_command, eval_command
 from nanoflow_jax.inspect import command as inspect_command
 
 
@@ -31,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(commands)
     inspect_command.add(commands, _Defaults)
     bench_command.add(commands, _Defaults)
+    batch_command.add(commands, _Defaults, _add_model_options)
+    eval_command.add(commands, _Defaults, _add_model_options)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -131,7 +134,7 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 
-_MODEL_OPTIONS = (
+MODEL_OPTIONS = (
     "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
     "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization", "kv_cache_dtype", "attention_backend",
 )  # fmt: skip
@@ -140,7 +143,7 @@ _MODEL_OPTIONS = (
 def _make_llm(args: argparse.Namespace) -> Any:
     from nanoflow_jax.api import LLM
 
-    return LLM(args.model, progress=not args.quiet, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
+    return LLM(args.model, progress=not args.quiet, **{name: getattr(args, name) for name in MODEL_OPTIONS})
 
 
 def _generate(args: argparse.Namespace) -> int:
