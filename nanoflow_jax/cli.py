@@ -38,14 +38,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(args, "cpu_devices", None):
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(args.cpu_devices)
+
+    def report(error: BaseException) -> int:
+        if isinstance(error, KeyboardInterrupt):
+            line = "interrupted"
+        elif isinstance(error, (ValueError, OSError)):  # ConfigError and WeightsError are ValueErrors
+            line = " ".join(str(error).split())
+        else:
+            raise error
+        print(f"nanoflow {args.command}: {line}", file=sys.stderr)
+        return 1
+
     try:
+        if getattr(args, "distributed", False) or getattr(args, "coordinator", None):
+            from nanoflow_jax import distributed
+
+            distributed.join(
+                args.coordinator, args.num_processes, args.process_id, peer_timeout=args.peer_timeout
+            )
+            return distributed.run(lambda: args.run(args), report)
         return args.run(args)
-    except (ValueError, OSError) as error:  # ConfigError and WeightsError are ValueErrors
-        print(f"nanoflow {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"nanoflow {args.command}: interrupted", file=sys.stderr)
-        return 1
+    except BaseException as error:
+        return report(error)
 
 
 def _positive(text: str) -> int:
@@ -121,6 +135,20 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
         "--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages"
     )
     group.add_argument("--cpu-devices", type=_positive, metavar="N", help="run on the CPU as N devices")
+    several = p.add_argument_group(
+        "several processes as one replica",
+        "The same command in each; process 0 alone reads input, writes output and shows progress.",
+    )
+    several.add_argument(
+        "--distributed", action="store_true", help="join the processes that JAX finds: SLURM, Kubernetes, Open MPI"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 listens")
+    several.add_argument("--num-processes", type=_positive, metavar="N", help="and how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="and which one this is, from 0")
+    several.add_argument(
+        "--peer-timeout", type=float, default=60, metavar="SECONDS",
+        help="without a sign of life from another process, the run ends after so long",
+    )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="no progress on standard error")
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 

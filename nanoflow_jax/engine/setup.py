@@ -6,6 +6,8 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
+from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.memory import check_weights, device_memory, local_bytes, page_bytes, plan_pages
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
@@ -22,6 +25,7 @@ from nanoflow_jax.engine.sampler_tables import SamplerTables
 from nanoflow_jax.models.llama import LlamaParams, param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.parallel.processes import Processes, joined
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import why_not_mosaic
 from nanoflow_jax.schedule.batch import StepShape
@@ -29,7 +33,7 @@ from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.tokenizer import Tokenizer
-from nanoflow_jax.weights.load import load_params
+from nanoflow_jax.weights.load import load_params, model_digest
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -72,6 +76,9 @@ def build_engine(
 
     make_params  (infos, mesh) -> weights, instead of loading them
     """
+    processes = joined()
+    if processes is not None:
+        _check_processes(processes, folder, options)
     devices = options.rank_of or mesh.size
     device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
     backend = _attention_backend(options.attention_backend, device, config, page_size)
@@ -121,6 +128,8 @@ def build_engine(
         )  # fmt: skip
         logger.info(planned.text())
         num_pages = planned.num_pages
+    if processes is not None:
+        num_pages = min(map(int, processes.exchange(str(num_pages))))
     if num_pages * page_size < limit:
         if options.max_model_len is not None or num_pages * page_size < 2:
             raise ConfigError(
@@ -138,7 +147,10 @@ def build_engine(
         spec, mesh, infos, params, shapes, sizes,
         num_pages=num_pages, page_size=page_size, progress=options.progress,
     )  # fmt: skip
-    return Engine(
+    make: Callable[..., Engine] = Engine
+    if processes is not None:
+        make = partial(LeadingEngine if processes.leads else FollowingEngine, processes)
+    return make(
         runner,
         shapes,
         SamplerTables(runner),
@@ -151,6 +163,15 @@ def build_engine(
         deterministic=options.deterministic,
         offload=offload,
     )
+
+
+def _check_processes(processes: Processes, folder: Path, options: EngineOptions) -> None:
+    """Raises ConfigError, in all processes, unless they can run as one."""
+    if options.kv_offload_bytes:
+        raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
+    versions = {name: version(name) for name in ("jax", "jaxlib", "nanoflow_jax")}
+    processes.agree("packages", " ".join(f"{name} {number}" for name, number in versions.items()))
+    processes.agree(f"model: {folder.name}", model_digest(folder))
 
 
 def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, backend: str, deterministic: bool) -> Key:
