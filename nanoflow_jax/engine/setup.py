@@ -149,6 +149,7 @@ def build_engine(
     )  # fmt: skip
     make: Callable[..., Engine] = Engine
     if processes is not None:
+        processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
         make = partial(LeadingEngine if processes.leads else FollowingEngine, processes)
     return make(
         runner,

@@ -1,0 +1,1 @@
+"""Batches of requests and evaluations, unattended: files in, files out."""
