@@ -53,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if getattr(args, "distributed", False) or getattr(args, "coordinator", None):
             from nanoflow_jax import distributed
 
-            distributed.join(
-                args.coordinator, args.num_processes, args.process_id, peer_timeout=args.peer_timeout
-            )
+            distributed.join(args.coordinator, args.num_processes, args.process_id, peer_timeout=args.peer_timeout)
             return distributed.run(lambda: args.run(args), report)
         return args.run(args)
     except BaseException as error:

@@ -1,13 +1,13 @@
 """One replica over several processes: process 0 runs the program, the others follow it.
 
-    from nanoflow_jax import LLM, distributed
+from nanoflow_jax import LLM, distributed
 
-    processes = distributed.join()      # SLURM, Kubernetes; elsewhere join("host:port", 2, process_id)
-    if not processes.leads:
-        raise SystemExit(distributed.follow())
-    llm = LLM(...)                      # over the devices of all processes
-    ...
-    distributed.leave()
+processes = distributed.join()      # SLURM, Kubernetes; elsewhere join("host:port", 2, process_id)
+if not processes.leads:
+    raise SystemExit(distributed.follow())
+llm = LLM(...)                      # over the devices of all processes
+...
+distributed.leave()
 """
 
 from __future__ import annotations

@@ -174,7 +174,7 @@ class NanoflowLM(TemplateLM):
 
     def _params(self, wanted: dict[str, Any], number: int) -> SamplingParams:
         """lm-eval's generation settings as ours. Raises ValueError for one that there is not."""
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(wanted, self.max_gen_toks))
+        settings = cast(dict[str, Any], normalize_gen_kwargs(wanted, self.max_gen_toks))
         if unknown := sorted(set(settings) - {*_SAMPLING, *_NOT_OURS}):
             accepted = ", ".join(sorted({*_SAMPLING, *_NOT_OURS}))
             raise ValueError(f"gen_kwargs: {unknown[0]!r} is not supported; accepted: {accepted}")
