@@ -40,7 +40,8 @@ class NanoflowLM(TemplateLM):
     max_gen_toks  tokens to generate at most, where a task does not say
     llm           an LLM that is there already, in place of all these
 
-    `batch_size` and `max_batch_size` are lm-eval's own; they change nothing. Raises ConfigError for anything else.
+    batch_size, max_batch_size and device are lm-eval's own, always given by it, and change nothing: the engine batches
+    by itself, and JAX_PLATFORMS says where. Raises ConfigError for anything else.
     """
 
     def __init__(
@@ -55,8 +56,6 @@ class NanoflowLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
-        if device is not None:
-            raise ConfigError("device: JAX chooses it; JAX_PLATFORMS=cpu or cuda is how to say which")
         try:
             self.llm = LLM(pretrained, **options) if llm is None else llm
         except TypeError as error:  # an option that LLM does not have
