@@ -16,7 +16,7 @@ from typing import Any
 
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
-from nanoflow_jax.evaluate import lm_eval_command
+from nanoflow_jax.evaluate import batch_command, lm_eval_command
 from nanoflow_jax.inspect import command as inspect_command
 
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect_command.add(commands, _Defaults)
     bench_command.add(commands, _Defaults)
     lm_eval_command.add(commands, _Defaults)
+    batch_command.add(commands, _Defaults, _add_model_options)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -153,7 +154,7 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 
-_MODEL_OPTIONS = (
+MODEL_OPTIONS = (
     "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
     "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization",
 )  # fmt: skip
@@ -162,7 +163,7 @@ _MODEL_OPTIONS = (
 def _make_llm(args: argparse.Namespace) -> Any:
     from nanoflow_jax.api import LLM
 
-    return LLM(args.model, progress=not args.quiet, **{name: getattr(args, name) for name in _MODEL_OPTIONS})
+    return LLM(args.model, progress=not args.quiet, **{name: getattr(args, name) for name in MODEL_OPTIONS})
 
 
 def _generate(args: argparse.Namespace) -> int:
