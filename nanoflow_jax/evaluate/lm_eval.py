@@ -32,7 +32,6 @@ _SAMPLING = (
 Pair = tuple[list[int], list[int]]  # tokens of a context and of its continuation
 
 
-@register_model("nanoflow")
 class NanoflowLM(TemplateLM):
     """An `LLM` as lm-eval wants it.
 
@@ -198,3 +197,6 @@ class NanoflowLM(TemplateLM):
         if len(tokens) > room:
             logger.warning("a context of %d tokens is cut to its last %d", len(tokens), room)
         return tokens[-room:] or [self.prefix_token_id]
+
+
+register_model("nanoflow")(NanoflowLM)  # not as a decorator, whose type would hide the class

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -160,10 +160,13 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")  # of datasets and sqlitedict
 def test_scores_of_local_tasks_and_answers_from_the_cache(lm: NanoflowLM, llm: LLM, tasks: Path) -> None:
     def evaluate() -> dict[str, Any]:
-        found = simple_evaluate(
-            model=lm, tasks=["sums", "choices"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-            use_cache=str(tasks / "answers"), bootstrap_iters=0,
-        )  # fmt: skip
+        found = cast(Any, simple_evaluate)(
+            model=lm,
+            tasks=["sums", "choices"],
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            use_cache=str(tasks / "answers"),
+            bootstrap_iters=0,
+        )
         assert found is not None
         return found["results"]
 
