@@ -109,7 +109,7 @@ class NanoflowLM(TemplateLM):
         for part in self._parts(requests):
             pairs = [self._fitted(context, continuation) for _, context, continuation in part]
             scores = self.llm.score(cast(Any, pairs), use_tqdm=not disable_tqdm)
-            for (key, *_), score in zip(part, scores, strict=True):
+            for (key, _context, _continuation), score in zip(part, scores, strict=True):
                 self.cache_hook.add_partial("loglikelihood", key, score)
             results += scores
         return results
@@ -172,7 +172,7 @@ class NanoflowLM(TemplateLM):
 
     def _params(self, wanted: dict[str, Any], number: int) -> SamplingParams:
         """lm-eval's generation settings as ours. Raises ValueError for one that there is not."""
-        settings = cast(dict[str, Any], normalize_gen_kwargs(wanted, self.max_gen_toks))
+        settings: dict[str, Any] = {**normalize_gen_kwargs(wanted, self.max_gen_toks)}
         if unknown := sorted(set(settings) - {*_SAMPLING, *_NOT_OURS}):
             accepted = ", ".join(sorted({*_SAMPLING, *_NOT_OURS}))
             raise ValueError(f"gen_kwargs: {unknown[0]!r} is not supported; accepted: {accepted}")

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.batch import BatchReport, Settings, answer, parse_lines
@@ -147,7 +147,8 @@ def run_batch_on_ray(
             completion_tokens += int(results["completion_tokens"].sum())
             written = 0
             for record in results["record"]:
-                if record_number(record) not in journal.done:  # never twice, whatever was retried
+                number = record_number(record)
+                if number is None or number not in journal.done:  # never twice, whatever was retried
                     journal.write(record)
                     written += 1
             seconds = time.monotonic() - started
@@ -190,7 +191,7 @@ def _answered(todo: list[dict[str, str]], arguments: tuple[Any, ...], options: R
                 num_gpus=0 if options.on_cpu else options.devices,
                 max_task_retries=RETRIES,
             )
-        yield from dataset.iter_batches(batch_size=None, prefetch_batches=0)
+        yield from cast(Iterator[dict[str, Any]], dataset.iter_batches(batch_size=None, prefetch_batches=0))
     except RaysError as error:
         raise RayError(f"--ray: {_line(error)}") from None
     finally:

@@ -82,6 +82,7 @@ def join(
             ) from None
         raise ConfigError(f"distributed: could not join the other processes: {what}") from None
     _JOINED = Processes(peer_timeout)
+    jax.devices()  # all find each other's devices now; later one could ask while the others wait for its messages
     return _JOINED
 
 
