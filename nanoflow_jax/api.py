@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
+from nanoflow_jax.distributed import lead
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
@@ -37,7 +38,8 @@ Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its t
 
 
 class LLM:
-    """A model ready to generate, sharded over a mesh of local devices.
+    """A model ready to generate, sharded over a mesh of devices: the local ones, or those of all processes that have
+    joined (nanoflow_jax.distributed).
 
     model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`,
                           or a Hub id
@@ -99,6 +101,7 @@ class LLM:
         seed: int = 0,
         progress: bool = True,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         _only("enable_prefix_caching", enable_prefix_caching, True, False)
         _only("deterministic", deterministic, True, False)
         _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
@@ -132,6 +135,7 @@ class LLM:
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()
+        lead(given)
         self.folder = folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
         if dtype == "auto":
