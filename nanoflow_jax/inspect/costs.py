@@ -8,11 +8,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
-from nanoflow_jax.search import latency
-from nanoflow_jax.search.latency import Prediction
+from nanoflow_jax.search.latency import LatencyModel, Prediction
 
 FREE = frozenset(
     """parameter constant bitcast tuple get-tuple-element after-all opt-barrier partition-id replica-id add-dependency
@@ -178,25 +176,25 @@ class CostModel:
     branches, by (op, piece) and per layer; those of one piece share it."""
 
     module: Module
-    hardware: Hardware
+    latency: LatencyModel
     devices: int
     costs: Costs
     mosaic_calls: Mapping[Piece, int]
     loops: Mapping[Piece, int]
 
     @staticmethod
-    def of(module: Module, hardware: Hardware, devices: int, costs: Costs | None) -> CostModel:
+    def of(module: Module, latency: LatencyModel, devices: int, costs: Costs | None) -> CostModel:
         every = [i for c in module.computations.values() for i in c.instructions]
         calls = Counter(i.piece for i in every if i.target.startswith(MOSAIC) and i.piece)
         loops = Counter(i.piece for i in every if i.opcode in CONTROL and i.piece)
-        return CostModel(module, hardware, devices, costs or {}, calls, loops)
+        return CostModel(module, latency, devices, costs or {}, calls, loops)
 
     def given(self, piece: Piece | None, sharers: Mapping[Piece, int]) -> Cost | None:
         """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
         if piece is None or (piece.op, piece.piece) not in self.costs:
             return None
         flops, moved = (value / max(sharers[piece], 1) for value in self.costs[piece.op, piece.piece])
-        found = latency.kernel(self.hardware, flops, moved)
+        found = self.latency.kernel(flops, moved)
         prediction = Prediction(found.us, found.bound, "roofline of the caller's cost", flops, moved)
         return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
 
@@ -208,7 +206,7 @@ class CostModel:
             return self._collective(kind, computation, instruction)
         if instruction.base == "copy" and any(shape.host for shape in self._ends(computation, instruction)):
             moved = operand_bytes(computation, instruction)
-            return Cost("host_copy", latency.host_copy(self.hardware, moved), 0.0, moved, "", instruction.pieces)
+            return Cost("host_copy", self.latency.host_copy(moved), 0.0, moved, "", instruction.pieces)
         if (call := mosaic_call(self.module, instruction)) is not None:
             return self._mosaic(computation, instruction, call)
         return self._kernel(computation, instruction)
@@ -221,7 +219,7 @@ class CostModel:
         inner = inner_collective(self.module, instruction)
         size = group_size(inner, self.devices)
         whole = operand_bytes(computation, instruction) * (size if kind == "all-gather" else 1)
-        prediction = latency.collective(self.hardware, kind, whole, size)
+        prediction = self.latency.collective(kind, whole, size)
         return Cost("collective", prediction, 0.0, whole, kind, instruction.pieces or inner.pieces)
 
     def _mosaic(self, computation: Computation, instruction: Instruction, call: Instruction) -> Cost:
@@ -231,7 +229,7 @@ class CostModel:
             return given
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
         moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
-        found = latency.kernel(self.hardware, 0.0, moved)
+        found = self.latency.kernel(0.0, moved)
         prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
         return Cost(kind, prediction, 0.0, moved, "", pieces)
 
@@ -254,4 +252,4 @@ class CostModel:
             kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
         else:
             kind, pieces = "elementwise", kernel_pieces(self.module, computation, instruction)
-        return Cost(kind, latency.kernel(self.hardware, flops, moved, dtype), flops, moved, "", pieces)
+        return Cost(kind, self.latency.kernel(flops, moved, dtype), flops, moved, "", pieces)

@@ -11,7 +11,7 @@ from nanoflow_jax.inspect.costs import CostModel, Costs
 from nanoflow_jax.inspect.findings import Finding, find
 from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.overlap import Collective, Event, Timeline, simulate
-from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.search.latency import LatencyModel, RooflineModel, optimal_tokens_per_second
 
 GIB = 2**30
 
@@ -160,6 +160,7 @@ def inspect_compiled(
     devices: int,
     *,
     costs: Costs | None = None,
+    latency: LatencyModel | None = None,
     tokens: int | None = None,
     parameters: float | None = None,
 ) -> Report:
@@ -167,12 +168,12 @@ def inspect_compiled(
 
     text: `compiled.as_text()`, scheduled HLO; memory_analysis: `compiled.memory_analysis()`, or None.
     costs: (FLOP, bytes) per layer of Mosaic kernels by (op, piece), for example {("GEMV", 1): (1.3e9, 3.7e8)};
-    without them their operands' bytes count, and the report says so. tokens: rows of the step; parameters: of the
-    whole model. Raises ValueError when the text is no compiled HLO module. What the reader does not know is a
-    finding, `unknown_hlo`.
+    without them their operands' bytes count, and the report says so. latency: None is the roofline of `hardware`.
+    tokens: rows of the step; parameters: of the whole model. Raises ValueError when the text is no compiled HLO
+    module. What the reader does not know is a finding, `unknown_hlo`.
     """
     module = parse(text)
-    timeline = simulate(CostModel.of(module, hardware, devices, costs))
+    timeline = simulate(CostModel.of(module, latency or RooflineModel(hardware), devices, costs))
     return Report(
         hardware=hardware.name,
         devices=devices,
