@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanoflow_jax.bench.throughput import ThroughputOptions, ThroughputReport
-    from nanoflow_jax.bench.workload import Workload
+    from nanoflow_jax.workload import Workload
 
 
 def _positive(text: str) -> int:
@@ -180,7 +180,7 @@ def _folder_or_name(model: str) -> str:
 
 def _workload(args: argparse.Namespace) -> Workload:
     """The workload; texts of a file are encoded by the tokenizer in the model's folder, if it has one."""
-    from nanoflow_jax.bench.workload import load_workload
+    from nanoflow_jax.workload import load_workload
 
     folder = Path(_folder_or_name(args.model))
     if not (folder / "tokenizer.json").is_file():

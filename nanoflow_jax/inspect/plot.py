@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.inspect.overlap import Event
 from nanoflow_jax.inspect.report import Report
 from nanoflow_jax.inspect.step import StepInspection
+from nanoflow_jax.search.timeline import Event
 
 # From top to bottom: the network right under compute, so that a collective stands under the GEMM that hides it.
 LANES = ("memory", "compute", "network")

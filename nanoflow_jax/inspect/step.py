@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
-from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, render
+from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
@@ -27,6 +27,7 @@ from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_qua
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.search.totals import Totals
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.inspect.overlap import Event
 from nanoflow_jax.inspect.report import Report
+from nanoflow_jax.search.timeline import Event
 
 LANES = ("compute", "memory", "network", "host")
 
