@@ -15,8 +15,10 @@ from nanoflow_jax.config import ConfigError, config_path
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much of the data sheet is reached. Efficiencies are shares in (0, 1], latencies microseconds; network_share is
-    the share of the SMs, in (0, 1), that a collective takes from what runs beside it. A file may leave that one out."""
+    """How much of the data sheet is reached. Efficiencies are shares in (0, 1], latencies microseconds.
+
+    network_share: of the SMs, that a collective takes from what runs beside it. A file may leave it out.
+    """
 
     gemm_efficiency: float
     memory_efficiency: float
@@ -106,7 +108,11 @@ def _read_table(path: Path, table: dict[str, Any], cls: type, prefix: str, given
         raise ConfigError(
             f"{path.name}: missing field {prefix}{missing[0]!r}; a hardware file needs {', '.join(wanted)}"
         )
-    read = {name: _read_field(f"{path.name}: {prefix}{name}", name, kind, table[name]) for name, kind in wanted.items() if name in table}
+    read = {
+        name: _read_field(f"{path.name}: {prefix}{name}", name, kind, table[name])
+        for name, kind in wanted.items()
+        if name in table
+    }
     return cls(**read, **given)
 
 

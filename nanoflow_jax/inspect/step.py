@@ -6,13 +6,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.config import ConfigError, ModelConfig, model_config
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
@@ -158,17 +157,6 @@ class StepInspection:
                 f"KV: {m.kv_tokens:,} tokens",
             ]
         )
-
-
-def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
-    with one."""
-    if (folder := Path(model)).is_dir():
-        return folder.name, ModelConfig.from_file(folder / "config.json")
-    path = config_path(
-        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
-    )
-    return path.stem, ModelConfig.from_file(path)
 
 
 def inspect_step(

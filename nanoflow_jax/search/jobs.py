@@ -26,7 +26,8 @@ COLLECTIVES = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 @dataclass(frozen=True)
 class Job:
     """One kernel or collective. kind: as of `Event`; needs: places in the list of jobs, all before this one; share: of
-    the SMs, that it takes from the compute stream; bytes: of the whole tensor of a collective, else of memory."""
+    the SMs, that it takes from the compute stream; capped: it never uses more, and was costed so; bytes: of the whole
+    tensor of a collective, else of memory."""
 
     piece: Piece
     kind: str
@@ -36,6 +37,7 @@ class Job:
     share: float
     bytes: float
     collective: str = ""
+    capped: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Shares:
     attention: float
 
     def __post_init__(self) -> None:
-        if not (0 < self.network and 0 < self.attention and self.network + self.attention < 1):
+        if not (self.network > 0 and self.attention > 0 and self.network + self.attention < 1):
             raise ConfigError(
                 f"shares: network {self.network} and attention {self.attention} must be above 0, their sum below 1"
             )
@@ -98,10 +100,8 @@ class _Builder:
                 raise ConfigError(f"nano_batches[{number}]: {rows} rows cannot scatter over {devices} devices")
         self.deferred = deferred_gathers(self.pieces)
         lane = plan.lanes.get("GEMV")
-        self.sms = lane.sms if lane else None
         self.attention_lane = lanes or lane is not None
-        if lanes and self.sms is None:
-            self.sms = max(1, round(shares.attention * costs.model.hardware.sm_count))
+        self.sms = lane.sms if lane else None
         self.jobs: list[Job] = []
         self.issued: tuple[int, ...] = ()  # the compute stream's last job
         self.pending: dict[int, tuple[int, ...]] = {}
@@ -109,9 +109,7 @@ class _Builder:
 
     # -- kinds of jobs
 
-    def run(
-        self, piece: Piece, kind: str, prediction: Prediction, needs: tuple[int, ...] = ()
-    ) -> tuple[int, ...]:
+    def run(self, piece: Piece, kind: str, prediction: Prediction, needs: tuple[int, ...] = ()) -> tuple[int, ...]:
         """A kernel of the compute stream."""
         self.jobs.append(Job(piece, kind, COMPUTE, prediction, needs, 0.0, prediction.bytes))
         self.issued = (len(self.jobs) - 1,)
@@ -202,10 +200,14 @@ class _Builder:
     def _gemv(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
         self._append(layer)
         needs = _reads(layer.q, piece.start, piece.stop)
-        prediction = self.costs.decode_attention(piece.rows, self.sms if self.attention_lane else None)
+        prediction = self.costs.decode_attention(piece.rows, self.sms)
         if self.attention_lane:
-            share = (self.sms or self.costs.model.hardware.sm_count) / self.costs.model.hardware.sm_count
-            done = self._start(Job(name, "attention", SIDE, prediction, needs, share, prediction.bytes))
+            share, capped = self.shares.attention, self.sms is not None
+            if self.sms is not None:
+                share = min(1.0, self.sms / self.costs.model.hardware.sm_count)
+            elif not self.lanes:
+                share = 1.0  # nothing holds the kernel back
+            done = self._start(Job(name, "attention", SIDE, prediction, needs, share, prediction.bytes, capped=capped))
             if not self.lanes:
                 layer.in_flight += done
         else:
@@ -215,9 +217,7 @@ class _Builder:
     def _pf(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
         self._append(layer)
         first = min(p.start for p in self.pieces if p.op == "PF")
-        done = self.run(
-            name, "attention", self.costs.prefill_attention(piece.rows), _reads(layer.q, first, piece.stop)
-        )
+        done = self.run(name, "attention", self.costs.prefill_attention(piece.rows), _reads(layer.q, first, piece.stop))
         layer.attention.append((piece.start, piece.stop, done))
 
     def _gemv_ag(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
@@ -254,9 +254,7 @@ class _Builder:
         layer.projected[number] = self.run(name, "elementwise", self.costs.silu(piece.rows))
 
     def _d(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        layer.projected[piece.piece] = self.run(
-            name, "gemm", self.costs.down(piece.rows), layer.projected[piece.piece]
-        )
+        layer.projected[piece.piece] = self.run(name, "gemm", self.costs.down(piece.rows), layer.projected[piece.piece])
 
     def _d_ag(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
         whole = layer.index == 0 if piece.piece in self.deferred else layer.index == self.layers - 1

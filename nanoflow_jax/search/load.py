@@ -3,6 +3,7 @@ step."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,7 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.schedule.plan import ROW_QUANTUM
 from nanoflow_jax.workload import Workload
 
+PAGE_SIZE = 64  # tokens per KV page, the engine's default
 SAMPLES = 4096  # requests drawn from a workload with random lengths
 
 
@@ -66,22 +68,37 @@ class Demand:
             float((prompt * (prompt + 1) / 2).sum() / prompt.sum()),
         )
 
-    def step(self, tokens: int, most_resident: float | None = None, quantum: int = ROW_QUANTUM) -> StepLoad:
-        """The average step of at most `tokens` rows once the engine runs steadily: as many requests end as begin, so
-        decode and prefill rows are to each other as in a request.
+    def step(
+        self,
+        tokens: int,
+        most_resident: float | None = None,
+        decode_slots: int | None = None,
+        quantum: int = ROW_QUANTUM,
+    ) -> StepLoad:
+        """The average step of `tokens` rows once the engine runs steadily: as many requests end as begin, so
+        decode and prefill rows are to each other as in a request. Both are multiples of `quantum`.
 
-        most_resident: tokens of KV that may be in pages at once. Fewer requests then run, and a step has fewer rows.
+        most_resident: tokens of KV that may be in pages at once; decode_slots: requests that may run at once. When
+        either is the tighter limit, a step has fewer rows. `tokens` is at least 2 * quantum.
         """
-        decode = tokens * self.decode_rows / (self.decode_rows + self.prefill_rows)
-        if most_resident is not None:
-            decode = min(decode, self.most_decode_rows(most_resident))
         if not self.decode_rows:
             return StepLoad(0, tokens, 0.0, self.prefill_context)
-        rows = max(quantum, int(decode) // quantum * quantum)
-        prefill = max(quantum, round(rows * self.prefill_rows / self.decode_rows / quantum) * quantum)
-        return StepLoad(rows, min(prefill, max(quantum, tokens - rows)), self.decode_context, self.prefill_context)
+        wanted = tokens * self.decode_rows / (self.decode_rows + self.prefill_rows)
+        most = math.inf if most_resident is None else max(0.0, most_resident - self.prefill_rows) / self._held
+        most = min(most, math.inf if decode_slots is None else decode_slots)
+        if wanted <= most:
+            rows = max(quantum, min(round(wanted / quantum) * quantum, tokens - quantum))
+            prefill = tokens - rows
+        else:
+            rows = max(quantum, int(most) // quantum * quantum)
+            prefill = max(quantum, round(rows * self.prefill_rows / self.decode_rows / quantum) * quantum)
+        return StepLoad(rows, prefill, self.decode_context, self.prefill_context)
 
-    def most_decode_rows(self, resident: float, page_size: int = 64) -> float:
-        """Requests that decode at once when so many tokens fit in pages: each holds its context and half a page that
-        is not full, and one prompt is on its way in."""
-        return max(0.0, (resident - self.prefill_rows) / (self.decode_context + page_size / 2))
+    def resident(self, load: StepLoad) -> float:
+        """Tokens of KV in pages during such a step: of the requests that decode, and of a prompt on its way in."""
+        return load.decode_rows * self._held + (self.prefill_rows if load.prefill_rows else 0.0)
+
+    @property
+    def _held(self) -> float:
+        """By one request: its context, and half a page that is not full."""
+        return self.decode_context + PAGE_SIZE / 2

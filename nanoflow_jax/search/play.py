@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoflow_jax.search.jobs import COMPUTE, NETWORK, STREAMS, Job
+from nanoflow_jax.search.jobs import COMPUTE, STREAMS, Job
 from nanoflow_jax.search.latency import LatencyModel
 
 LEAST_SHARE = 0.02  # of the SMs, for the compute stream
@@ -76,20 +76,20 @@ class _Speeds:
     def __init__(self, model: LatencyModel):
         self._model = model
         self.sources: set[str] = set()
-        self._known: dict[tuple[tuple[str, str, float], ...], dict[str, float]] = {}
+        self._known: dict[tuple[tuple[str, str, float, bool], ...], dict[str, float]] = {}
 
     def of(self, jobs: Sequence[Job], running: dict[str, int]) -> dict[str, float]:
-        key = tuple((stream, jobs[i].prediction.bound, jobs[i].share) for stream, i in running.items())
+        key = tuple((stream, jobs[i].prediction.bound, jobs[i].share, jobs[i].capped) for stream, i in running.items())
         if key not in self._known:
-            self._known[key] = {stream: self._speed(stream, kind, share, key) for stream, kind, share in key}
+            self._known[key] = {one[0]: self._speed(one, [other for other in key if other != one]) for one in key}
         return self._known[key]
 
-    def _speed(self, stream: str, kind: str, share: float, running: tuple[tuple[str, str, float], ...]) -> float:
-        others = [(kind_, share_) for stream_, kind_, share_ in running if stream_ != stream]
-        if not others or stream not in (COMPUTE, NETWORK):
+    def _speed(self, one: tuple[str, str, float, bool], others: Sequence[tuple[str, str, float, bool]]) -> float:
+        stream, kind, share, capped = one
+        if not others or capped:
             return 1.0
         if stream == COMPUTE:
-            share = max(LEAST_SHARE, 1.0 - sum(other for _, other in others))
-        rates = [self._model.rate(kind, share, beside) for beside, _ in others]
+            share = max(LEAST_SHARE, 1.0 - sum(other[2] for other in others))
+        rates = [self._model.rate(kind, share, beside) for _, beside, _, _ in others]
         self.sources.update(rate.source for rate in rates)
         return max(LEAST_SPEED, min(rate.speed for rate in rates))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, Job, Shares, build_jobs
+from nanoflow_jax.search.jobs import COMPUTE, NETWORK, Job, Shares, build_jobs
 from nanoflow_jax.search.latency import LatencyModel, optimal_tokens_per_second
 from nanoflow_jax.search.load import StepLoad
 from nanoflow_jax.search.play import Played, Run, play
@@ -156,7 +156,7 @@ def _inner(
     first, last = (1, layers - 2) if layers >= 4 else (-1, layers - 1)
     inner, count = range(first + 1, last + 1), last - first
     us = (ends[last] - (ends[first] if first >= 0 else 0.0)) / count
-    busy = dict.fromkeys(("compute", "memory", "network"), 0.0)
+    busy: dict[str, float] = {"compute": 0.0, "memory": 0.0, "network": 0.0}
     exposed_us = bubble_us = lost_us = 0.0
     for i, (job, run) in enumerate(zip(jobs, runs, strict=True)):
         if job.piece.layer not in inner:
@@ -169,9 +169,7 @@ def _inner(
     return InnerLayer(us, busy["compute"], busy["memory"], busy["network"], exposed_us, bubble_us, lost_us)
 
 
-def _timeline(
-    jobs: Sequence[Job], played: Played, exposed: dict[int, float], bubble_us: float, us: float
-) -> Timeline:
+def _timeline(jobs: Sequence[Job], played: Played, exposed: dict[int, float], bubble_us: float, us: float) -> Timeline:
     events = tuple(
         Event(
             name=str(job.piece),

@@ -5,7 +5,7 @@ inspector from a compiled program. Both are drawn, traced and added up by the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class Piece(NamedTuple):
@@ -80,3 +80,19 @@ class Timeline:
     us: float
     bubble_us: float
     unknown_loops: tuple[str, ...] = ()
+
+
+class Timed(Protocol):
+    """What can be drawn and traced: a simulation, or the inspector's report."""
+
+    @property
+    def hardware(self) -> str: ...
+
+    @property
+    def devices(self) -> int: ...
+
+    @property
+    def timeline(self) -> Timeline: ...
+
+    @property
+    def collectives(self) -> tuple[Collective, ...]: ...
