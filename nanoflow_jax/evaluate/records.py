@@ -74,9 +74,9 @@ class _Refused(Exception):
 def problem(line: int, custom_id: str | None, message: str, param: str | None = None) -> Problem:
     """A refused request; the message becomes one line of bounded length."""
     text = " ".join(message.split())
-    return Problem(
-        line, custom_id, "invalid_request", text if len(text) <= _MESSAGE else text[:_MESSAGE] + "...", param
-    )
+    if len(text) > _MESSAGE:  # the value stands in the middle, what is accepted at the end
+        text = f"{text[: _MESSAGE // 2]} ... {text[-_MESSAGE // 2 :]}"
+    return Problem(line, custom_id, "invalid_request", text, param)
 
 
 def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:

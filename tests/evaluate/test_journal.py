@@ -175,7 +175,14 @@ def test_a_limit_of_the_system_on_the_file(tmp_path: Path) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
 
-    command = [sys.executable, str(Path(__file__).parent / "stand_in.py"), str(source), str(output), "--pause", "0.0005"]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "stand_in.py"),
+        str(source),
+        str(output),
+        "--pause",
+        "0.0005",
+    ]
     stopped = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60)
     assert stopped.returncode == 1
     assert "File too large" in stopped.stderr.splitlines()[-1]

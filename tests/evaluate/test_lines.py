@@ -31,7 +31,9 @@ def test_lines_are_those_of_the_file(tmp_path_factory, parts: list[bytes], limit
             assert line.data == b""
             assert len(wanted) > limit - 3  # ends of lines may count
             assert f"at most {limit}" in line.problem
-    assert all(line.problem is not None for line, w in zip(found, expected, strict=True) if len(w.rstrip(b"\r\n")) > limit)
+    assert all(
+        line.problem is not None for line, w in zip(found, expected, strict=True) if len(w.rstrip(b"\r\n")) > limit
+    )
     assert identify(path) == FileIdentity(len(data), len(expected), hashlib.sha256(data).hexdigest())
 
 
