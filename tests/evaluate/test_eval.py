@@ -320,7 +320,8 @@ def test_pictures_show_the_figures() -> None:
         "t", "exact_match", mean([1, 0, 1, 1]), mean([0, 0, 1, 1]), paired_difference([1, 0, 1, 1], [0, 0, 1, 1]), 0
     )
     figure = plot_results(results, compared=[other], title="tiny")
-    bars = [bar.get_width() for bar in figure.axes[0].patches]
+    patches: list[Any] = list(figure.axes[0].patches)
+    bars = [bar.get_width() for bar in patches]
     assert bars == [0.75, 0.5]
     assert [line.get_xdata()[0] for line in figure.axes[1].lines][:1] == [0.25]  # type: ignore[index]
     single = plot_results([TaskResult("t", "1", "none", 0, {"f1": mean([1.0])}, ())])
