@@ -190,7 +190,7 @@ def write_in_order(path: Path) -> None:
             numbers.append(number)
             offsets.append(at)
             at += len(line)
-        starts = np.frombuffer(offsets, np.int64)[np.argsort(np.frombuffer(numbers, np.int64))]
+        starts = np.asarray(offsets)[np.argsort(np.asarray(numbers))]
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "wb") as out:
             for start in starts:

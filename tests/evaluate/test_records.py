@@ -96,7 +96,8 @@ BAD: list[tuple[Any, str | None, str]] = [
     (chat(model="gpt-4"), "model", "'tiny'"),
     (chat(stream=True), "stream", "not supported"),
     (chat(stream=0), "stream", "not supported"),
-    (chat(tools=[]), "tools", "unsupported"),
+    (chat(tools=[]), "tools", "accepted: allowed_token_ids"),
+    (chat(temprature=1), "temprature", "did you mean 'temperature'?"),
     (chat(prompt="x"), "prompt", "unsupported"),
     (chat(response_format={"type": "json_object"}), "response_format", "json_object"),
     (chat(messages=[]), "messages", "at least one"),
@@ -124,7 +125,7 @@ def test_a_bad_line_names_its_field(fields: Any, param: str | None, words: str) 
     assert words in found.message, found
     assert found.line == 4
     assert "\n" not in found.message
-    assert len(found.message) < 320
+    assert len(found.message) < 520
     if isinstance(fields, dict) and isinstance(fields.get("custom_id"), str) and 0 < len(fields["custom_id"]) < 513:
         assert found.custom_id == fields["custom_id"], "its id is in the error record"
 
