@@ -22,7 +22,7 @@ from nanoflow_jax.config import ConfigError
 PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as gone
 GRACE = 5.0  # seconds in which the watchdogs of others see what a process has told them
 PART = 1 << 20  # characters of a message that go into one entry of the service
-POLL_MS = 2000
+POLL_MS = 500  # between two of them a signal is seen
 JOIN_TIMEOUT = 300  # seconds that processes wait for each other at the start
 BACKSTOP = 5  # JAX ends a process by itself after so many times the peer timeout: never before our own message
 

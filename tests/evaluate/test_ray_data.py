@@ -81,11 +81,10 @@ def encoded(block: Block) -> dict[str, list[str]]:
     return {"block": [json.dumps(block.__dict__)]}
 
 
-@pytest.mark.parametrize("size", [3, 1000])
 def test_blocks_answered_one_by_one_make_the_plain_file(
-    size: int, llm: LLM, source: Path, plain: list[bytes], tmp_path: Path
+    llm: LLM, source: Path, plain: list[bytes], tmp_path: Path
 ) -> None:
-    actor = replica(llm, source)
+    actor, size = replica(llm, source), 4
     with journal(tmp_path / "first.jsonl") as results:  # stopped in the middle
         found = list(blocks(source, results, SETTINGS, size))
         for block in found[: len(found) // 2]:
