@@ -16,7 +16,7 @@ from typing import Any
 
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
-from nanoflow_jax.evaluate import batch_command, lm_eval_command
+from nanoflow_jax.evaluate import batch_command, eval_command, lm_eval_command
 from nanoflow_jax.inspect import command as inspect_command
 
 
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench_command.add(commands, _Defaults)
     lm_eval_command.add(commands, _Defaults)
     batch_command.add(commands, _Defaults, _add_model_options)
+    eval_command.add(commands, _Defaults, _add_model_options)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoflow_jax.engine.engine import Engine
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,14 +9,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoflow_jax.api import LLM
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Work
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.request import RequestOutput, error_line
 from nanoflow_jax.evaluate.journal import Journal, record_number
 from nanoflow_jax.evaluate.lines import Line, NumberSet, TextSet, read_lines
 from nanoflow_jax.evaluate.manifest import sync_folder
@@ -24,6 +23,9 @@ from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_li
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
 from nanoflow_jax.evaluate.windows import WINDOW, longest_first
 from nanoflow_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
 
 COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI interface
 
@@ -67,6 +69,8 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
         return llm.prepare(record.prompt, params, record)
     except ValueError as error:
         return record.refused(error)
+    except Exception as error:  # a chat template or a tokenizer that fails on one text must not end the run
+        return Problem(record.line, record.custom_id, "server_error", error_line(error))
 
 
 def work_steps(llm: LLM) -> Callable[[Work], float]:

@@ -62,7 +62,7 @@ class Mean:
     n: int
 
 
-def mean(scores: Sequence[float]) -> Mean:
+def mean(scores: Sequence[float] | np.ndarray) -> Mean:
     values = np.asarray(scores, np.float64)
     stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Mean(float(values.mean()), stderr, len(values))

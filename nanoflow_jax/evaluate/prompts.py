@@ -49,7 +49,7 @@ def samples(task: Task, limit: int | None = None) -> list[Sample]:
     shots = task.fewshot
     pool = list(task.data.documents() if shots.data is None else shots.data.documents()) if shots.count else []
     own = shots.data is None  # the pool begins with the documents themselves
-    if shots.count > len(pool) - own:
+    if shots.count and shots.count > len(pool) - own:
         raise ConfigError(f"{task.name}: fewshot.count: {shots.count}; there are {len(pool) - own} other documents")
     found = []
     for number, document in enumerate(documents):

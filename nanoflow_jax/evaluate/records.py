@@ -16,6 +16,7 @@ from nanoflow_jax.evaluate.lines import Line
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_ID = 512  # characters
+MAX_N = 128  # completions of one prompt, as in the OpenAI interface
 _MESSAGE = 300  # characters of an error message; values of any size may be quoted in it
 
 # Fields of a body that are fields of SamplingParams, under the same name and with the same meaning.
@@ -227,6 +228,9 @@ def _body(body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -
     if model is not None and models and model not in models:
         _wrong("model", model, " or ".join(map(repr, models)) + ", the model of this run, or left out")
     sampling = {name: body[name] for name in SAMPLING if body.get(name) is not None}
+    n = sampling.get("n", 1)
+    if type(n) is not int or not 1 <= n <= MAX_N:
+        _wrong("n", n, f"a whole number from 1 to {MAX_N}")
     if "logit_bias" in sampling:
         sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
     return sampling

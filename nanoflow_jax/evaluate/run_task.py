@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.api import LLM
 from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.evaluate.batch import work_steps
@@ -18,6 +17,9 @@ from nanoflow_jax.evaluate.response import encode_record
 from nanoflow_jax.evaluate.tasks import Task
 from nanoflow_jax.evaluate.windows import longest_first
 from nanoflow_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
 
 
 @dataclass(frozen=True)
