@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -174,7 +174,8 @@ class Processes:
             self._watchdog.join(GRACE)
             jax.distributed.shutdown()
             return
-        self._watchdog.announce(reason)
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone
+            self._watchdog.announce(reason)
         if self.leads:
             time.sleep(min(GRACE, self.peer_timeout) / 2)  # the service ends with this process: let the others read
         sys.stdout.flush()
