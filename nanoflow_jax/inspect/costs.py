@@ -175,8 +175,11 @@ def expected_us(call: Instruction) -> float | None:
     return int(found.group(1)) / 1000 if found else None
 
 
-def _from_tuning(us: float, roofline: Prediction) -> Prediction:
-    return replace(roofline, us=us, source="tuning table of the kernel (targets, not measured)")
+def _from_tuning(us: float | None, found: Prediction) -> Prediction:
+    """The time of the kernel's table in place of a roofline's; what is better than a roofline stays."""
+    if us is None or not found.source.startswith("roofline"):
+        return found
+    return replace(found, us=us, source="tuning table of the kernel (targets, not measured)")
 
 
 def _aliased(instruction: Instruction) -> bool:
@@ -240,14 +243,12 @@ class CostModel:
         piece = instruction.piece or call.piece
         us = expected_us(call)
         if (given := self.given(piece, self.mosaic_calls)) is not None:
-            return given if us is None else replace(given, prediction=_from_tuning(us, given.prediction))
+            return replace(given, prediction=_from_tuning(us, given.prediction))
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
         moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
         found = latency.kernel(self.hardware, 0.0, moved)
-        prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
-        if us is not None:
-            prediction = _from_tuning(us, prediction)
-        return Cost(kind, prediction, 0.0, moved, "", pieces)
+        roofline = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
+        return Cost(kind, _from_tuning(us, roofline), 0.0, moved, "", pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
         if is_library_gemm(instruction) or instruction.opcode == "dot":
