@@ -6,7 +6,7 @@ import json
 import logging
 import operator
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
+from nanoflow_jax.distributed import lead
+from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.sampling_params import SamplingParams
@@ -36,7 +38,8 @@ Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its t
 
 
 class LLM:
-    """A model ready to generate, sharded over a mesh of local devices.
+    """A model ready to generate, sharded over a mesh of devices: the local ones, or those of all processes that have
+    joined (nanoflow_jax.distributed).
 
     model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`,
                           or a Hub id
@@ -98,6 +101,7 @@ class LLM:
         seed: int = 0,
         progress: bool = True,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         _only("enable_prefix_caching", enable_prefix_caching, True, False)
         _only("deterministic", deterministic, True, False)
         _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
@@ -131,7 +135,8 @@ class LLM:
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()
-        folder = resolve_model(str(model), revision)
+        lead(given)
+        self.folder = folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
@@ -231,12 +236,35 @@ class LLM:
             self._until_done(requests, "scoring", use_tqdm)
         if failed := [r for r in requests if r.finish_reason == "error"]:
             raise RuntimeError(f"request {failed[0].request_id}: {failed[0].error}")
-        scores = []
-        for request in requests:
-            rows = request.prompt_logprobs
-            total = sum(float(part.astype("float64").sum()) for part in rows.logprobs)
-            scores.append((total, all(bool((part == 1).all()) for part in rows.ranks)))
-        return scores
+        return [(score.logprob, score.is_greedy) for score in map(score_of, requests)]
+
+    def prepare(self, prompt: Prompt, params: SamplingParams, key: Any = None) -> Work:
+        """A prompt for `run_stream`. Raises ValueError when it cannot be served."""
+        text, tokens = self._tokens(prompt, True)
+        self.engine.check(tokens, params)
+        return Work(key, text, tokens, params)
+
+    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, key: Any = None) -> Work:
+        """A conversation for `run_stream`. Raises ValueError when it cannot be served."""
+        text, tokens = self._tokens(self.tokenizer.chat(messages), False)
+        self.engine.check(tokens, params)
+        return Work(key, text, tokens, params)
+
+    def prepare_score(self, context: Prompt, continuation: Prompt, key: Any = None) -> Work:
+        """A pair for `run_stream`, as `score` takes it. Raises ValueError when it cannot be served."""
+        tokens, border = self._pair(context, continuation)
+        params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
+        self.engine.check(tokens, params)
+        return Work(key, None, tokens, params, scored_from=border - 1)
+
+    def run_stream(self, work: Iterable[Work | None]) -> Generator[tuple[Work, RequestOutput | Score]]:
+        """Runs prepared prompts from an iterator of any length, keeping the engine full without a pause between them;
+        yields each with its output (a Score for a pair) as it ends, in no order. The iterator is asked for more between
+        two steps, and may give None for "nothing this time". Closing it ends what is still running."""
+        with self._empty_after_errors(), held_interrupts() as check_interrupt:
+            for item, group in feed(self.engine, work, check_interrupt):
+                scored = item.scored_from is not None
+                yield item, score_of(group[0]) if scored else request_output(group, self.tokenizer)
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The model's own defaults (generation_config.json), with fields replaced."""

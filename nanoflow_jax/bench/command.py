@@ -15,12 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoflow_jax.bench import batch_command
+
 if TYPE_CHECKING:
     from nanoflow_jax.bench.throughput import ThroughputOptions, ThroughputReport
     from nanoflow_jax.bench.workload import Workload
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be an integer of at least 1")
     return int(text)
@@ -32,6 +34,7 @@ def add(commands: Any, formatter: Any) -> None:
     kinds = p.add_subparsers(dest="bench", required=True, metavar="KIND")
     _add_throughput(kinds, formatter)
     _add_host(kinds, formatter)
+    batch_command.add(kinds, formatter)
 
 
 # -- host
@@ -45,10 +48,10 @@ def _add_host(kinds: Any, formatter: Any) -> None:
         description="Runs the engine with a stand-in for the model and measures the host's work per step.\n\n"
         "  nanoflow bench host --requests 1280 --tokens 2048 --json",
     )
-    p.add_argument("--requests", type=_positive, default=1280, help="running requests")
-    p.add_argument("--tokens", type=_positive, default=2048, help="tokens per step")
+    p.add_argument("--requests", type=positive, default=1280, help="running requests")
+    p.add_argument("--tokens", type=positive, default=2048, help="tokens per step")
     p.add_argument("--model", default="llama_3_1_70b", help="whose number of program arguments")
-    p.add_argument("--steps", type=_positive, default=1000, help="steps to measure")
+    p.add_argument("--steps", type=positive, default=1000, help="steps to measure")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.set_defaults(run=_host)
 
@@ -84,23 +87,23 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
         "the network's time is then modelled from the hardware file.",
     )
     p.add_argument("--model", default="llama-3.1-8b", help="'tiny', a name in configs/models, a config.json, a folder")
-    p.add_argument("--layers", type=_positive, help="only so many layers of it; all when not given")
+    p.add_argument("--layers", type=positive, help="only so many layers of it; all when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument(
         "--workload", default="constant:512:512", help="constant:PROMPT:OUTPUT, a name in configs/workloads, or a JSONL"
     )
-    p.add_argument("--requests", type=_positive, help="how many; enough for a steady state when not given")
+    p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
     p.add_argument("--plan", default="two_gather_one_reduce", help="a name in configs/plans, or a TOML file")
     p.add_argument("--compare", metavar="PLAN", help="a second run with the same requests, and the ratio")
-    p.add_argument("--tensor-parallel-size", type=_positive, help="devices in the mesh; all when not given")
-    p.add_argument("--rank-of", type=_positive, metavar="N", help="run one rank of an N-way mesh on one device")
+    p.add_argument("--tensor-parallel-size", type=positive, help="devices in the mesh; all when not given")
+    p.add_argument("--rank-of", type=positive, metavar="N", help="run one rank of an N-way mesh on one device")
     p.add_argument("--inspect", action="store_true", help="with --rank-of: ask nanoflow inspect what stays exposed")
     p.add_argument("--gpu", help="a name in configs/hardware, or a TOML file; found out when not given")
-    p.add_argument("--tokens-per-step", type=_positive, default=2048, help="rows of the largest step")
-    p.add_argument("--decode-slots", type=_positive, help="requests that run at once; 5/8 of the rows, 64 on a CPU")
-    p.add_argument("--max-model-len", type=_positive, help="of prompt and output; what the workload needs")
-    p.add_argument("--page-size", type=_positive, default=64, help="tokens per KV page")
-    p.add_argument("--kv-cache-tokens", type=_positive, help="size of the KV pool; what memory allows")
+    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the largest step")
+    p.add_argument("--decode-slots", type=positive, help="requests that run at once; 5/8 of the rows, 64 on a CPU")
+    p.add_argument("--max-model-len", type=positive, help="of prompt and output; what the workload needs")
+    p.add_argument("--page-size", type=positive, default=64, help="tokens per KV page")
+    p.add_argument("--kv-cache-tokens", type=positive, help="size of the KV pool; what memory allows")
     p.add_argument("--memory-utilization", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--attention-backend", default="auto", choices=("auto", "xla", "mosaic"), help="of decode attention")
     p.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "fp8_e4m3"), help="of the KV pages")
@@ -108,7 +111,7 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
     p.add_argument("--deterministic", action="store_true", help="one step shape, sums in a fixed order")
     p.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
     p.add_argument("--seed", type=int, default=0, help="of lengths, prompts and weights")
-    p.add_argument("--cpu-devices", type=_positive, metavar="N", help="run on the CPU as N devices")
+    p.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.add_argument("--plot", metavar="FILE", help="draw the rows of each step over time")
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")

@@ -39,8 +39,8 @@ class MemoryPlan:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that one device's allocator may hand out; None where it has no limit (a CPU)."""
-    stats = mesh.devices.flat[0].memory_stats()
+    """Bytes that one device of this process may hand out; None where it has no limit (a CPU)."""
+    stats = mesh.local_devices[0].memory_stats()
     return None if stats is None else stats.get("bytes_limit")
 
 

@@ -6,6 +6,8 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from kernels_pallas.checks import FP8
 from kernels_pallas.self_check import Heads
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
+from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.engine.memory import check_weights, device_memory, local_bytes, page_bytes, plan_pages
 from nanoflow_jax.engine.offload import OffloadStore
@@ -26,6 +29,7 @@ from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.parallel.processes import Processes, joined
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import KernelBackends, choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
@@ -33,7 +37,7 @@ from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.tokenizer import Tokenizer
-from nanoflow_jax.weights.load import load_params, open_weights
+from nanoflow_jax.weights.load import load_params, model_digest, open_weights
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -77,6 +81,9 @@ def build_engine(
 
     make_params  (infos, mesh) -> weights, instead of loading them
     """
+    processes = joined()
+    if processes is not None:
+        _check_processes(processes, folder, options)
     devices = options.rank_of or mesh.size
     device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
     pages = page_dtype(config, options.kv_cache_dtype)
@@ -138,6 +145,8 @@ def build_engine(
         )  # fmt: skip
         logger.info(planned.text())
         num_pages = planned.num_pages
+    if processes is not None:
+        num_pages = min(map(int, processes.exchange(str(num_pages))))
     if num_pages * page_size < limit:
         if options.max_model_len is not None or num_pages * page_size < 2:
             raise ConfigError(
@@ -157,7 +166,11 @@ def build_engine(
         spec, mesh, infos, params, shapes, sizes,
         num_pages=num_pages, page_size=page_size, progress=options.progress,
     )  # fmt: skip
-    return Engine(
+    make: Callable[..., Engine] = Engine
+    if processes is not None:
+        processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
+        make = partial(LeadingEngine if processes.leads else FollowingEngine, processes)
+    return make(
         runner,
         shapes,
         SamplerTables(runner),
@@ -170,6 +183,15 @@ def build_engine(
         deterministic=options.deterministic,
         offload=offload,
     )
+
+
+def _check_processes(processes: Processes, folder: Path, options: EngineOptions) -> None:
+    """Raises ConfigError, in all processes, unless they can run as one."""
+    if options.kv_offload_bytes:
+        raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
+    versions = {name: version(name) for name in ("jax", "jaxlib", "nanoflow_jax")}
+    processes.agree("packages", " ".join(f"{name} {number}" for name, number in versions.items()))
+    processes.agree(f"model: {folder.name}", model_digest(folder))
 
 
 def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention: str, deterministic: bool) -> Key:

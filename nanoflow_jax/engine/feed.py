@@ -1,0 +1,102 @@
+"""Feeds an engine from an iterator, so that it stays full however long the input is, and hands on what has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanoflow_jax.engine.engine import Engine
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """One prompt, checked and ready for the engine (`LLM.prepare`).
+
+    key          whatever the caller needs to know it again
+    scored_from  not None: nothing is generated; the logprobs of the prompt's tokens after this position are wanted
+    """
+
+    key: Any
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    scored_from: int | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of output; None: up to the model's length."""
+        return 0 if self.scored_from is not None else self.params.max_tokens
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a continuation: its log-probability (sum over `num_tokens` tokens, natural logarithm), and whether greedy
+    decoding would give it. error: one line, where the request failed; the figures then mean nothing."""
+
+    logprob: float
+    is_greedy: bool
+    num_tokens: int
+    error: str | None = None
+
+
+def score_of(request: Request) -> Score:
+    """The score of a request that only wanted its prompt computed."""
+    rows = request.prompt_logprobs
+    if request.finish_reason == "error":
+        return Score(float("nan"), False, rows.count, request.error or "failed")
+    total = sum(float(part.astype("float64").sum()) for part in rows.logprobs)
+    return Score(total, all(bool((part == 1).all()) for part in rows.ranks), rows.count)
+
+
+def feed(
+    engine: Engine, work: Iterable[Work | None], check_interrupt: Callable[[], None] = lambda: None
+) -> Generator[tuple[Work, list[Request]]]:
+    """Runs `work` to its end; yields each with its completions, in the order in which they end.
+
+    The iterator is asked between two steps, for as much as admission may take in the next ones: what it does there
+    (reading, tokenizing) costs time only where it takes longer than a step. None means "nothing this time, ask
+    again". Requests that others have added to the engine go on, and are not reported.
+    """
+    ahead = 2 * max(shape.prefill_segments for shape in engine.scheduler.shapes)
+    capacity = engine.running.count + ahead  # also where failed requests wait apart from the queue
+    source, more = iter(work), True
+    group_of: dict[Request, tuple[Work, list[Request]]] = {}
+    try:
+        while more or group_of:
+            for _ in range(4 * ahead):
+                if not more or len(engine.scheduler.waiting) >= ahead or len(group_of) >= capacity:
+                    break
+                try:
+                    item = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                if item is not None:
+                    group = _add(engine, item)
+                    group_of |= dict.fromkeys(group, (item, group))
+            check_interrupt()
+            if not engine.has_work and not any(r.finish_reason for r in group_of):
+                continue
+            ended = engine.step()
+            # Requests may also have ended in another call on this engine.
+            ended += [r for r in group_of if r.finish_reason and r not in ended] if not engine.has_work else []
+            for request in ended:
+                item, group = group_of.pop(request, (None, []))
+                if item is not None and not any(r in group_of for r in group):
+                    yield item, group
+    finally:
+        for request in group_of:
+            if not request.finish_reason:
+                engine.abort(request)
+
+
+def _add(engine: Engine, work: Work) -> list[Request]:
+    text, tokens, params = work.prompt, work.prompt_token_ids, work.params
+    if work.scored_from is not None:
+        return [engine.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)]
+    return [engine.add(text, tokens, params, index=i) for i in range(params.n)]

@@ -1,0 +1,215 @@
+"""A batch file through an LLM: `answer` runs records of any source, `run_batch` a file into a journal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.engine.feed import Work
+from nanoflow_jax.engine.request import RequestOutput, error_line
+from nanoflow_jax.evaluate.journal import Journal, record_number
+from nanoflow_jax.evaluate.lines import Line, NumberSet, TextSet, read_lines
+from nanoflow_jax.evaluate.manifest import sync_folder
+from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_line, problem
+from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
+from nanoflow_jax.evaluate.windows import WINDOW, longest_first
+from nanoflow_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
+
+COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the OpenAI interface
+
+
+@dataclass(frozen=True)
+class Settings:
+    """model     the served name: in responses, and what a body's `model` must be
+    sampling  defaults of fields that a request leaves out, over the model's own (generation_config.json)
+    seed      of requests that bring none, together with their line: the same whatever ran before"""
+
+    model: str
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    window: int = WINDOW
+
+
+def parse_lines(
+    lines: Iterable[Line], models: Iterable[str], done: NumberSet | None = None
+) -> Iterator[Record | Problem | None]:
+    """Each line's record or problem; None for one that is done. A custom_id that came before is a problem, in a later
+    run of the same file as in the first."""
+    known, names = TextSet(), tuple(models)
+    for line in lines:
+        item = parse_line(line, names)
+        if item.custom_id is not None and not known.add(item.custom_id):
+            item = problem(line.number, item.custom_id, "custom_id: an earlier line has the same", "custom_id")
+        yield None if done is not None and line.number in done else item
+
+
+def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
+    """A record's tokens and sampling params. Never raises for what a record holds."""
+    wanted = {**settings.sampling, **record.sampling}
+    wanted.setdefault("max_tokens", COMPLETION_TOKENS if record.endpoint == COMPLETIONS else None)
+    if "seed" not in wanted:
+        wanted["seed"] = int(np.random.SeedSequence([settings.seed, record.line]).generate_state(1, np.uint32)[0])
+    try:
+        params = llm.default_sampling_params(**wanted)
+        if record.messages is not None:
+            return llm.prepare_chat(record.messages, params, record)
+        assert record.prompt is not None
+        return llm.prepare(record.prompt, params, record)
+    except ValueError as error:
+        return record.refused(error)
+    except Exception as error:  # a chat template or a tokenizer that fails on one text must not end the run
+        return Problem(record.line, record.custom_id, "server_error", error_line(error))
+
+
+def work_steps(llm: LLM) -> Callable[[Work], float]:
+    """About how many steps a prompt takes at most: what windows are sorted by."""
+    prefill_rows = max(shape.prefill_rows for shape in llm.engine.scheduler.shapes)
+
+    def steps(item: Work) -> float:
+        prompt = len(item.prompt_token_ids)
+        room = llm.max_model_len - prompt
+        most = room if item.most_tokens is None else min(item.most_tokens, room)
+        return most + prompt / prefill_rows
+
+    return steps
+
+
+def answer(
+    llm: LLM,
+    items: Iterable[Record | Problem | None],
+    settings: Settings,
+    emit: Callable[[Json], None],
+) -> None:
+    """Runs records, in windows by length, and gives `emit` one output record for each record or problem, as they come.
+
+    None among the items means "nothing this time". Raises what `emit` raises, and the engine's error when every request
+    fails.
+    """
+
+    def work() -> Iterator[Work | None]:
+        for item in items:
+            if isinstance(item, Record):
+                item = prepare(llm, item, settings)
+            if isinstance(item, Problem):
+                emit(error_record(item))
+            yield item if isinstance(item, Work) else None
+
+    ordered = longest_first(work(), work_steps(llm), lambda item: item.key.num_bytes, settings.window)
+    for item, output in llm.run_stream(ordered):
+        assert isinstance(output, RequestOutput)
+        emit(response_record(item.key, output, settings.model))
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """lines of the input; of these `errors` have an error record; `done_before` had a record when this run began.
+    Tokens and seconds are of this run, without loading the model."""
+
+    lines: int
+    errors: int
+    done_before: int
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return (self.prompt_tokens + self.completion_tokens) / self.seconds if self.seconds else 0.0
+
+
+def run_batch(
+    llm: LLM, source: Path, num_lines: int, journal: Journal, settings: Settings, progress: bool = True
+) -> BatchReport:
+    """Answers every line of `source` (it has `num_lines`) that has no record in the journal yet.
+
+    Results are durable when this returns or raises. Raises JournalError when they cannot be written, and ConfigError
+    when the input was changed meanwhile.
+    """
+    before, started = len(journal.done), time.monotonic()
+    prompt_tokens = completion_tokens = 0
+    with Progress(num_lines - before, "answering", "requests", progress) as bar:
+        shown = before
+
+        def emit(record: Json) -> None:
+            nonlocal prompt_tokens, completion_tokens, shown
+            journal.write(encode_record(record))
+            if record["response"] is not None:
+                usage = record["response"]["body"]["usage"]
+                prompt_tokens += usage["prompt_tokens"]
+                completion_tokens += usage["completion_tokens"]
+            if journal.synced > shown:
+                show()
+
+        def show() -> None:
+            nonlocal shown
+            seconds, now = time.monotonic() - started, journal.synced
+            rate = (now - before) / seconds
+            note = f"{(prompt_tokens + completion_tokens) / seconds:.0f} tokens/s"
+            if not sys.stderr.isatty():  # the bar of a terminal tells it
+                note += f", {_duration((num_lines - now) / rate)} left"
+            bar.advance(now - shown, note)
+            shown = now
+
+        answer(llm, parse_lines(read_lines(source), (settings.model,), journal.done), settings, emit)
+        journal.close()
+        if journal.synced > shown:
+            show()
+    if len(journal.done) != num_lines:
+        raise ConfigError(f"--input: {source} was changed during the run: {num_lines} lines, then {len(journal.done)}")
+    seconds = time.monotonic() - started
+    return BatchReport(num_lines, journal.errors, before, prompt_tokens, completion_tokens, seconds)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def write_in_order(path: Path) -> None:
+    """Rewrites a results file in the order of the numbers of its records, atomically: killed at any moment, either the
+    old or the new file is there. Takes 16 bytes of memory per record, and as much disk space again."""
+    numbers, offsets, at = [], [], 0
+    with open(path, "rb") as file:
+        for line in file:
+            number = record_number(line)
+            if number is None:
+                raise ConfigError(f"--ordered: {path} has a damaged record at byte {at}")
+            numbers.append(number)
+            offsets.append(at)
+            at += len(line)
+        order = np.argsort(np.array(numbers, np.int64), kind="stable")
+        starts = np.array(offsets, np.int64)[order]
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "wb") as out:
+            for start in starts:
+                file.seek(start)
+                out.write(file.readline())
+            out.flush()
+            os.fsync(out.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.absolute().parent)
+
+
+def first_errors(path: Path, count: int = 3) -> list[str]:
+    """Messages of the first error records of a results file."""
+    found = []
+    with open(path, "rb") as file:
+        for line in file:
+            if b'"error": {' in line[:80]:
+                error = json.loads(line)["error"]
+                found.append(f"line {error['line']}: {error['message']}")
+                if len(found) == count:
+                    break
+    return found

@@ -1,0 +1,248 @@
+"""Append-only results that survive a kill at any moment.
+
+A run has two files: `results.jsonl`, one record per line, and `results.jsonl.manifest.json`, written first. A record
+begins with its id and its error, `{"id": "..._17", "error": null, `; the number is that of the line or sample it
+answers, and which ones are done is read from there. Records are written and synced to the disk by a thread of its own,
+at most SYNC_SECONDS after they were given: the device does not wait for the disk. `synced` counts those that no kill
+and no power cut can take.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import queue
+import re
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.evaluate.lines import NumberSet
+from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
+
+SYNC_SECONDS = 1.0
+QUEUE_RECORDS = 4096  # given and not yet written: then the caller waits
+_ID = re.compile(rb'\{"id": "(?:[a-z]+_)+(\d{1,15})", "error": (n|\{)')
+
+
+class JournalError(OSError):
+    """Results cannot be written; those written before are safe."""
+
+
+def manifest_path(output: Path) -> Path:
+    return output.with_name(output.name + ".manifest.json")
+
+
+def record_number(line: bytes) -> int | None:
+    """The number that a record answers; None when the line is no whole record."""
+    found = _ID.match(line)
+    return int(found[1]) if found and line.endswith(b"}\n") and b"\0" not in line else None
+
+
+def is_error(line: bytes) -> bool:
+    """Whether a record tells of a request that could not be served."""
+    found = _ID.match(line)
+    return found is not None and found[2] == b"{"
+
+
+class Journal:
+    """Open with `Journal.open`; use as a context manager.
+
+    done     numbers that have a record
+    errors   how many of these are errors
+    synced   records that are on the disk, those of earlier runs included
+    """
+
+    def __init__(self, path: Path, file: Any, done: NumberSet, errors: int):
+        self.path, self.done, self.errors, self.synced = path, done, errors, len(done)
+        self._file = file
+        self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
+        self._error: OSError | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def open(cls, path: Path, manifest: Manifest, *, restart: bool = False, allow_changed: bool = False) -> Journal:
+        """Begins a run or continues it. A torn last line is cut off.
+
+        restart        puts results that are there aside (`results.jsonl.old-1`, ...) and begins anew
+        allow_changed  continues although model, settings or input are others
+        Raises ConfigError, one line: the file is not of such a run, the manifest is another one's, another process is
+        writing, or a record in the middle is damaged.
+        """
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"--output: {path}: its folder does not exist")
+        if path.is_dir():
+            raise ConfigError(f"--output: {path} is a folder; a file is needed")
+        if restart and (path.exists() or manifest_path(path).exists()):
+            with _locked(path):
+                _put_aside(path)
+        file = _locked(path)
+        try:
+            _check_manifest(path, manifest, allow_changed)
+            done, errors = _scan(path, file)
+            sync_folder(path.absolute().parent)
+            return cls(path, file, done, errors)
+        except BaseException:
+            file.close()
+            raise
+
+    def write(self, record: bytes) -> None:
+        """Takes one encoded record; it is durable within SYNC_SECONDS, or when `close` returns. Raises JournalError
+        when an earlier one could not be written."""
+        number = record_number(record)
+        assert number is not None, record[:80]
+        if not self.done.add(number):
+            raise ValueError(f"record {number} is written twice")
+        self.errors += is_error(record)
+        while True:
+            self._raise_error()
+            try:
+                return self._queue.put(record, timeout=1.0)
+            except queue.Full:
+                continue
+
+    def close(self) -> None:
+        """Writes what is left. Raises JournalError when that fails."""
+        if not self._closed:
+            self._closed = True
+            while self._thread.is_alive():
+                try:
+                    self._queue.put(None, timeout=1.0)
+                    break
+                except queue.Full:
+                    continue
+            self._thread.join()
+            self._file.close()
+        self._raise_error()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            self.close()
+        except JournalError:
+            if error is None:
+                raise
+
+    def _raise_error(self) -> None:
+        if (error := self._error) is not None:
+            raise JournalError(
+                f"{self.path}: {error.strerror or error}; {self.synced} results are safe: make room, and start the "
+                "same command again"
+            ) from error
+
+    # -- the thread
+
+    def _write_all(self) -> None:
+        try:
+            open_ = True
+            while open_:
+                batch, open_ = self._gather()
+                if batch:
+                    self._append(batch)
+        except OSError as error:
+            self._error = error
+
+    def _gather(self) -> tuple[list[bytes], bool]:
+        """What has come within SYNC_SECONDS after the first, and whether more may come."""
+        first = self._queue.get()
+        if first is None:
+            return [], False
+        batch, until = [first], time.monotonic() + SYNC_SECONDS
+        while len(batch) < QUEUE_RECORDS:
+            try:
+                item = self._queue.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                break
+            if item is None:
+                return batch, False
+            batch.append(item)
+        return batch, True
+
+    def _append(self, batch: list[bytes]) -> None:
+        before = os.fstat(self._file.fileno()).st_size
+        data = memoryview(b"".join(batch))
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            os.ftruncate(self._file.fileno(), before)  # no torn line stays where it can be helped
+            raise
+        self.synced += len(batch)
+
+
+def _locked(path: Path) -> Any:
+    """The file, open to append; no other process has it."""
+    file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise ConfigError(f"--output: {path} is being written by another process") from None
+    return file
+
+
+def _check_manifest(path: Path, manifest: Manifest, allow_changed: bool) -> None:
+    """Writes the manifest of a new run; raises ConfigError unless the run that is there may be continued."""
+    beside, begun = manifest_path(path), path.stat().st_size > 0
+    if begun and not beside.exists():
+        raise ConfigError(f"--output: {path} exists and has no manifest beside it; name a new file, or use --restart")
+    if begun:
+        changed = Manifest.read(beside).differences(manifest)
+        if not changed:
+            return
+        if not allow_changed:
+            raise ConfigError(
+                f"--output: {path} holds results of another run: {'; '.join(changed)}; accepted: the same again, "
+                "--allow-changed to keep those results and go on, or --restart to put them aside"
+            )
+    manifest.write(beside)
+
+
+def _scan(path: Path, file: Any) -> tuple[NumberSet, int]:
+    """The numbers that have a record, and how many are errors; cuts off what a kill or a power cut left unfinished at
+    the end."""
+    done = NumberSet()
+    good = bad_at = errors = 0
+    bad_line: int | None = None
+    with open(path, "rb") as reader:
+        for count, line in enumerate(reader, start=1):
+            number = record_number(line)
+            if number is not None and bad_line is not None:
+                raise ConfigError(
+                    f"--output: line {bad_line} of {path} (byte {bad_at}) is no result, though results follow; "
+                    "repair it, or use --restart, which puts the file aside"
+                )
+            if number is None:
+                bad_line, bad_at = (count, good) if bad_line is None else (bad_line, bad_at)
+                continue
+            if not done.add(number):
+                raise ConfigError(
+                    f"--output: line {count} of {path} is the second result of request {number}; "
+                    "remove it, or use --restart, which puts the file aside"
+                )
+            errors += is_error(line)
+            good += len(line)
+    if bad_line is not None:
+        os.ftruncate(file.fileno(), good)
+        os.fsync(file.fileno())
+    return done, errors
+
+
+def _put_aside(path: Path) -> None:
+    if not path.exists() and not manifest_path(path).exists():
+        return
+    number = 1
+    while (old := path.with_name(f"{path.name}.old-{number}")).exists() or manifest_path(old).exists():
+        number += 1
+    if path.exists():
+        os.rename(path, old)
+    if manifest_path(path).exists():
+        os.rename(manifest_path(path), manifest_path(old))

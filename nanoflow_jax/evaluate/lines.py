@@ -1,0 +1,138 @@
+"""Lines of a file of any size, in bounded memory: reading them, and remembering which are done and which ids came."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+MAX_LINE_BYTES = 4 * 2**20  # a prompt of 131,072 tokens, written as ids or as escaped text, takes less
+_CHUNK = 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line, without its end. problem: why it could not be read; `data` is then empty."""
+
+    number: int  # from 1
+    data: bytes
+    problem: str | None = None
+    start: int = 0  # byte of the file
+
+
+def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, start: int = 0, number: int = 1) -> Iterator[Line]:
+    """The lines of a file; "\\n" or "\\r\\n" end one, the last needs none. A byte order mark at the beginning is left
+    out. A line longer than `max_bytes` is passed over and told as a problem.
+
+    start, number  where to begin: the first byte of a line, and the line's number
+    """
+    with open(path, "rb") as file:
+        if not start and file.read(3) == b"\xef\xbb\xbf":
+            start = 3
+        file.seek(start)
+        while data := file.readline(max_bytes + 2):
+            length = len(data)
+            if not data.endswith(b"\n"):
+                while rest := file.readline(_CHUNK):
+                    length += len(rest)
+                    if rest.endswith(b"\n"):
+                        break
+            if length > max_bytes + 2 or len(data.rstrip(b"\r\n")) > max_bytes:
+                what = f"the line has {length} bytes; accepted: at most {max_bytes}"
+                yield Line(number, b"", what, start)
+            else:
+                yield Line(number, data.rstrip(b"\r\n"), start=start)
+            number, start = number + 1, start + length
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """size in bytes, lines, and sha256 of the contents."""
+
+    size: int
+    lines: int
+    sha256: str
+
+
+def identify(path: Path) -> FileIdentity:
+    """Reads the file once. Raises OSError."""
+    digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+            lines += chunk.count(b"\n")
+            last = chunk[-1:]
+    bom_only = size == 3 and digest.digest() == hashlib.sha256(b"\xef\xbb\xbf").digest()
+    return FileIdentity(size, lines + (last != b"\n" and not bom_only), digest.hexdigest())
+
+
+class NumberSet:
+    """A set of whole numbers from 0, one bit each: 1.25 MB for ten million."""
+
+    def __init__(self) -> None:
+        self._bits = bytearray()
+        self._count = 0
+
+    def add(self, number: int) -> bool:
+        """False when it was there."""
+        at, bit = number >> 3, 1 << (number & 7)
+        if at >= len(self._bits):
+            self._bits.extend(bytes(max(at + 1 - len(self._bits), len(self._bits) // 2, 1024)))
+        if self._bits[at] & bit:
+            return False
+        self._bits[at] |= bit
+        self._count += 1
+        return True
+
+    def __contains__(self, number: int) -> bool:
+        at = number >> 3
+        return at < len(self._bits) and bool(self._bits[at] & (1 << (number & 7)))
+
+    def __len__(self) -> int:
+        return self._count
+
+
+class TextSet:
+    """Which texts came before, by 64-bit digest: 8 bytes each, beside a few thousand recent ones in a Python set.
+
+    Two of ten million different texts share a digest with a probability of 3 in a million; the later one is then taken
+    for known.
+    """
+
+    RECENT = 4096
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._runs: list[np.ndarray] = []  # sorted, each at least twice as long as the next
+
+    def add(self, text: str) -> bool:
+        """False when it was there."""
+        data = text.encode("utf-8", "surrogatepass")
+        digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+        if digest in self._recent or any(_holds(run, digest) for run in self._runs):
+            return False
+        self._recent.add(digest)
+        if len(self._recent) == self.RECENT:
+            self._settle()
+        return True
+
+    @property
+    def nbytes(self) -> int:
+        """Of the sorted runs."""
+        return sum(run.nbytes for run in self._runs)
+
+    def _settle(self) -> None:
+        run = np.sort(np.fromiter(self._recent, np.uint64, len(self._recent)))
+        self._recent.clear()
+        while self._runs and len(self._runs[-1]) < 2 * len(run):
+            run = np.sort(np.concatenate([self._runs.pop(), run]))
+        self._runs.append(run)
+
+
+def _holds(run: np.ndarray, digest: int) -> bool:
+    at = int(run.searchsorted(np.uint64(digest)))
+    return at < len(run) and int(run[at]) == digest

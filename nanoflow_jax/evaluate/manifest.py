@@ -1,0 +1,100 @@
+"""What a run is: written before its first result, and compared before it is continued."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanoflow_jax.config import ConfigError
+
+FORMAT = 1
+_WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """identity  everything that can change a bit of a result: model, settings, input. Names map to plain JSON values
+    about     what is only told: versions, paths, the command"""
+
+    kind: str  # "batch" or "eval"
+    identity: Mapping[str, Any]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def differences(self, other: Manifest) -> list[str]:
+        """One text per setting that is not the same in `other`."""
+        mine, theirs = {"kind": self.kind, **self.identity}, {"kind": other.kind, **other.identity}
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return [
+            f"{name} was {_short(mine.get(name))} and is {_short(theirs.get(name))}"
+            for name in names
+            if mine.get(name) != theirs.get(name)
+        ]
+
+    def write(self, path: Path) -> None:
+        """Atomically, and durable when this returns. Raises OSError."""
+        data = json.dumps({"format": FORMAT, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
+        write_durably(path, data.encode("utf-8", "backslashreplace"))
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises ConfigError, one line."""
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            if fields.pop("format") != FORMAT:
+                raise ConfigError(f"{path}: written by another version of nanoflow; use --restart, or that version")
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path}: not the manifest of a run ({error})") from None
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replaces a file in one step; it is on the disk when this returns."""
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names of new files durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Of a model's config, tokenizer and weights: sha256 over names, sizes and contents of its files; of large files
+    the first and the last MiB count. Notes (*.md) and hidden files do not."""
+    digest = hashlib.sha256()
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() != ".md"]
+    for path in paths:
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
+            continue
+        size = path.stat().st_size
+        digest.update(f"{name.as_posix()}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            if size <= 2 * _WHOLE:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(_WHOLE))
+                file.seek(-_WHOLE, os.SEEK_END)
+                digest.update(file.read(_WHOLE))
+    return digest.hexdigest()
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,246 @@
+"""One line of a batch file, parsed strictly: a `Record` to run, or a `Problem` that names the field at fault.
+
+Accepted are the OpenAI batch format (`custom_id`, `method`, `url`, `body`) for chat and plain completions, and plain
+lines `{"prompt": ...}` with an optional `custom_id` and the same fields as a completion's body.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
+from nanoflow_jax.evaluate.lines import Line
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MAX_ID = 512  # characters
+MAX_N = 128  # completions of one prompt, as in the OpenAI interface
+_MESSAGE = 300  # characters of an error message; values of any size may be quoted in it
+
+# Fields of a body that are fields of SamplingParams, under the same name and with the same meaning.
+SAMPLING = (
+    "n", "temperature", "top_p", "top_k", "min_p", "seed", "max_tokens", "min_tokens", "stop", "stop_token_ids",
+    "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
+    "include_stop_str_in_output", "skip_special_tokens",
+)  # fmt: skip
+LABELS = ("user", "metadata")  # name a request; there is nothing to apply
+SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {  # fields accepted only where they change nothing
+    "stream": (False,),
+    "echo": (False,),
+    "store": (False,),
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why a line has no response. param: the field at fault, where there is one."""
+
+    line: int
+    custom_id: str | None
+    code: str  # "invalid_request", or "server_error" when the engine failed on it
+    message: str  # one line
+    param: str | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """A request. Either `prompt` (text or token ids) or `messages` is set; `sampling` holds what the line asks for,
+    by the names of SamplingParams."""
+
+    line: int
+    custom_id: str | None
+    endpoint: str
+    prompt: str | list[int] | None
+    messages: list[dict[str, str]] | None
+    sampling: dict[str, Any] = field(default_factory=dict)
+    num_bytes: int = 0  # of its line
+
+    def refused(self, error: ValueError) -> Problem:
+        """What came of an error that was told about this record's prompt or settings."""
+        name, colon, _ = str(error).partition(": ")
+        return problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
+
+
+class _Refused(Exception):
+    def __init__(self, name: str | None, message: str):
+        super().__init__(message)
+        self.name = name
+
+
+def problem(line: int, custom_id: str | None, message: str, param: str | None = None) -> Problem:
+    """A refused request; the message becomes one line of bounded length."""
+    text = " ".join(message.split())
+    return Problem(
+        line, custom_id, "invalid_request", text if len(text) <= _MESSAGE else text[:_MESSAGE] + "...", param
+    )
+
+
+def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
+    """`models`: names that a body's `model` may have; a body without one is always accepted. Never raises."""
+    custom_id: str | None = None
+    try:
+        if line.problem is not None:
+            _refuse(None, line.problem)
+        fields = _json_object(line.data)
+        custom_id = _custom_id(fields)
+        openai = "body" in fields or "url" in fields or "method" in fields
+        return (_openai if openai else _plain)(line, custom_id, fields, models)
+    except _Refused as error:
+        return problem(line.number, custom_id, str(error), error.name)
+
+
+def _refuse(name: str | None, message: str) -> NoReturn:
+    raise _Refused(name, f"{name}: {message}" if name else message)
+
+
+def _wrong(name: str, value: Any, accepted: str) -> NoReturn:
+    _refuse(name, f"{value!r} is not accepted; it must be {accepted}")
+
+
+def _json_object(data: bytes) -> dict[str, Any]:
+    def no_constant(name: str) -> NoReturn:
+        _refuse(None, f"not JSON ({name} is no JSON number)")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            _refuse(twice if twice.isidentifier() else None, f"{twice!r} is there twice in one object")
+        return found
+
+    if not data.strip():
+        _refuse(None, "the line is empty; a JSON object is needed")
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=unique)
+    except UnicodeDecodeError as error:
+        _refuse(None, f"not UTF-8 text (byte {error.start} of the line)")
+    except RecursionError:
+        _refuse(None, "not accepted: the JSON is nested too deeply")
+    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
+        _refuse(None, f"not JSON ({error})")
+    if not isinstance(value, dict):
+        _refuse(None, f"not a JSON object but {type(value).__name__}")
+    return value
+
+
+def _custom_id(fields: dict[str, Any]) -> str | None:
+    custom_id = fields.get("custom_id")
+    if custom_id is None:
+        return None
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= MAX_ID:
+        _wrong("custom_id", custom_id, f"a text of 1 to {MAX_ID} characters")
+    return custom_id
+
+
+def _plain(line: Line, custom_id: str | None, fields: dict[str, Any], models: Collection[str]) -> Record:
+    body = {name: value for name, value in fields.items() if name != "custom_id"}
+    if "prompt" not in body:
+        _refuse("prompt", 'it is missing; accepted: {"prompt": ...}, or custom_id, method, url and body')
+    return _completion(line, custom_id, body, models)
+
+
+def _openai(line: Line, custom_id: str | None, fields: dict[str, Any], models: Collection[str]) -> Record:
+    if unknown := sorted(set(fields) - {"custom_id", "method", "url", "body"}):
+        _refuse(unknown[0], "unknown field; accepted: custom_id, method, url, body")
+    if custom_id is None:
+        _refuse("custom_id", "it is missing; every request needs its own")
+    if fields.get("method") != "POST":
+        _wrong("method", fields.get("method"), "'POST'")
+    endpoint, body = fields.get("url"), fields.get("body")
+    if endpoint not in (CHAT, COMPLETIONS):
+        _wrong("url", endpoint, f"{CHAT!r} or {COMPLETIONS!r}")
+    if not isinstance(body, dict):
+        _wrong("body", body, "a JSON object")
+    return (_chat if endpoint == CHAT else _completion)(line, custom_id, body, models)
+
+
+def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
+    sampling = _body(body, models, ("prompt", "logprobs"))
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+        _refuse("prompt", "a list of prompts is not accepted; give each its own line")
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
+        _wrong("prompt", prompt, "a text or a list of token ids")
+    if body.get("logprobs") is not None:
+        sampling["logprobs"] = body["logprobs"]
+    return Record(line.number, custom_id, COMPLETIONS, prompt, None, sampling, len(line.data))
+
+
+def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
+    sampling = _body(body, models, ("messages", "logprobs", "top_logprobs", "max_completion_tokens"))
+    if (limit := body.get("max_completion_tokens")) is not None:
+        if sampling.get("max_tokens", limit) != limit:
+            _refuse("max_completion_tokens", f"{limit!r}, but max_tokens is {sampling['max_tokens']!r}; give one")
+        sampling["max_tokens"] = limit
+    wanted, top = body.get("logprobs"), body.get("top_logprobs")
+    if wanted is not None and not isinstance(wanted, bool):
+        _wrong("logprobs", wanted, "true or false; top_logprobs says how many")
+    if top is not None and not wanted:
+        _refuse("top_logprobs", "it needs logprobs: true")
+    if wanted:
+        if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
+            _wrong("top_logprobs", top, f"a whole number from 0 to {MAX_LOGPROBS}")
+        sampling["logprobs"] = top or 0
+    return Record(line.number, custom_id, CHAT, None, _messages(body.get("messages")), sampling, len(line.data))
+
+
+def _messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or not messages:
+        _wrong("messages", messages, "a list of at least one message")
+    found = []
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            _wrong("messages", message, 'objects {"role": ..., "content": ...}')
+        if unknown := sorted(set(message) - {"role", "content"}):
+            _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: role, content")
+        content = message.get("content")
+        if isinstance(content, list):
+            content = "".join(_text_part(part) for part in content)
+        if not isinstance(content, str):
+            _wrong("messages", message, "messages whose content is a text, or a list of text parts")
+        found.append({"role": message["role"], "content": content})
+    return found
+
+
+def _text_part(part: Any) -> str:
+    if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+        _wrong("messages", part, '{"type": "text", "text": ...}: only text can be read')
+    if not isinstance(part["text"], str):
+        _wrong("messages", part, '{"type": "text", "text": ...}')
+    return part["text"]
+
+
+def _body(body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -> dict[str, Any]:
+    """The sampling fields of a body. A field that is null counts as not given."""
+    for name, value in body.items():
+        if name in SWITCHED_OFF and value is not None:
+            if not any(type(value) is type(off) and value == off for off in SWITCHED_OFF[name]):
+                off = json.dumps(SWITCHED_OFF[name][0])
+                _refuse(name, f"{value!r} is not supported in a batch; accepted: {off}, or leave it out")
+        elif name not in (*SAMPLING, *LABELS, *SWITCHED_OFF, *own, "model"):
+            _refuse(name, f"unknown or unsupported field; accepted: {', '.join(sorted((*own, *SAMPLING, 'model')))}")
+    model = body.get("model")
+    if model is not None and models and model not in models:
+        _wrong("model", model, " or ".join(map(repr, models)) + ", the model of this run, or left out")
+    sampling = {name: body[name] for name in SAMPLING if body.get(name) is not None}
+    n = sampling.get("n", 1)
+    if type(n) is not int or not 1 <= n <= MAX_N:
+        _wrong("n", n, f"a whole number from 1 to {MAX_N}")
+    if "logit_bias" in sampling:
+        sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
+    return sampling
+
+
+def _logit_bias(value: Any) -> Any:
+    """JSON has texts for keys; SamplingParams has token ids."""
+    if not isinstance(value, dict):
+        return value  # SamplingParams refuses it
+    for token in value:
+        if not (token.isascii() and token.isdecimal() and len(token) < 12):
+            _refuse("logit_bias", f"{token!r} is not accepted; keys are token ids")
+    return {int(token): bias for token, bias in value.items()}

@@ -1,0 +1,105 @@
+"""A task's questions through an LLM into a journal: one record per question, durable and resumable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from nanoflow_jax.engine.feed import Score, Work
+from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.evaluate.batch import work_steps
+from nanoflow_jax.evaluate.journal import Journal
+from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
+from nanoflow_jax.evaluate.prompts import Sample, sample_record
+from nanoflow_jax.evaluate.response import encode_record
+from nanoflow_jax.evaluate.tasks import Task
+from nanoflow_jax.evaluate.windows import longest_first
+from nanoflow_jax.progress import Progress
+
+if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
+
+
+@dataclass(frozen=True)
+class _Key:
+    sample: Sample
+    choice: int = 0
+
+
+def run_task(llm: LLM, task: Task, asked: Sequence[Sample], journal: Journal, progress: bool = True) -> None:
+    """Asks what has no record in the journal yet, which is closed when this returns. A question that cannot be served,
+    or that the engine fails on, scores 0 and keeps its error."""
+    left = [sample for sample in asked if sample.number not in journal.done]
+    scores: dict[int, list[Score | None]] = {}
+    started = time.monotonic()
+    with Progress(len(left), task.name, "questions", progress) as bar:
+
+        def emit(sample: Sample, fields: dict[str, Any], values: dict[str, float], error: str | None = None) -> None:
+            journal.write(encode_record(sample_record(sample, fields, values, error)))
+            bar.advance(note=f"{bar.done / (time.monotonic() - started):.0f} questions/s")
+
+        def work() -> Iterator[Work | None]:
+            for sample in left:
+                try:
+                    items = _prepare(llm, task, sample)
+                except ValueError as error:
+                    emit(sample, {}, dict.fromkeys(task.metrics, 0.0), " ".join(str(error).split()))
+                    yield None
+                    continue
+                yield from items
+
+        for item, output in llm.run_stream(longest_first(work(), work_steps(llm))):
+            sample, choice = item.key.sample, item.key.choice
+            if isinstance(output, RequestOutput):
+                emit(sample, *judge_text(task, sample, output))
+                continue
+            assert sample.choices is not None
+            of_sample = scores.setdefault(sample.number, [None] * len(sample.choices))
+            of_sample[choice] = output
+            known = [s for s in of_sample if s is not None]
+            if len(known) == len(of_sample):
+                del scores[sample.number]
+                emit(sample, *judge_choices(task, sample, known))
+        journal.close()
+
+
+def _prepare(llm: LLM, task: Task, sample: Sample) -> list[Work]:
+    if sample.choices is not None:
+        continuations = [task.delimiter + choice for choice in sample.choices]
+        return [llm.prepare_score(sample.prompt, c, _Key(sample, i)) for i, c in enumerate(continuations)]
+    params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.generate})
+    if sample.messages is not None:
+        return [llm.prepare_chat(sample.messages, params, _Key(sample))]
+    return [llm.prepare(sample.prompt, params, _Key(sample))]
+
+
+Judged = tuple[dict[str, Any], dict[str, float], str | None]  # fields of the record, scores, error
+
+
+def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
+    """By the best of the targets; an output without the answer that `extract` looks for is wrong."""
+    done = output.outputs[0]
+    if done.finish_reason == "error":
+        return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
+    answer = done.text if task.extract is None else task.extract(done.text)
+    fields = {"output": done.text, "answer": answer, "finish_reason": done.finish_reason}
+    if answer is None:
+        return fields, dict.fromkeys(task.metrics, 0.0), None
+    return fields, {m: max(TEXT_METRICS[m](answer, t) for t in sample.targets) for m in task.metrics}, None
+
+
+def judge_choices(task: Task, sample: Sample, scores: Sequence[Score]) -> Judged:
+    """By the log-probabilities of the choices as continuations of the prompt."""
+    assert sample.choices is not None
+    if failed := [s.error for s in scores if s.error is not None]:
+        return {"choices": list(sample.choices)}, dict.fromkeys(task.metrics, 0.0), failed[0]
+    logprobs, right = [s.logprob for s in scores], sample.choices.index(sample.targets[0])
+    fields = {
+        "choices": list(sample.choices),
+        "logprobs": logprobs,
+        "is_greedy": [s.is_greedy for s in scores],
+        "num_tokens": [s.num_tokens for s in scores],
+    }
+    return fields, {m: CHOICE_METRICS[m](logprobs, sample.choices, right) for m in task.metrics}, None

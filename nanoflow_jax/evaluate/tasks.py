@@ -1,0 +1,271 @@
+"""What an evaluation asks, and what counts as right: a task, read from YAML or JSONL.
+
+    name: addition
+    version: 1
+    data: {problems: addition, split: test, seed: 1, count: 200}   # or {file: questions.jsonl}
+    prompt: "{{ prompt }}"            # Jinja templates over the fields of a document
+    target: "{{ answer }}"            # or a list of texts, any of which is right
+    fewshot: {count: 2, seed: 0}      # examples, drawn for each question with a fixed seed
+    generate: {max_tokens: 8}         # or choices: ["{{ answer }}", "{{ wrong }}"]
+    extract: {regex: "([0-9]+)"}      # what of the output is the answer
+    metrics: [exact_match]
+
+A JSONL file is a task by itself: each line has `prompt` and `target`, and `choices` where one is to be chosen.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nanoflow_jax.assets import tasks as builtin
+from nanoflow_jax.config import ConfigError, configs_root
+from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Documents: lines of a JSONL file, or the first `count` problems of a built-in generator (`assets.tasks`)."""
+
+    file: str | None = None
+    problems: str | None = None
+    split: str = "test"
+    seed: int = 0
+    count: int | None = None
+
+    def documents(self) -> Iterator[Document]:
+        """Raises ConfigError, one line."""
+        if self.problems is not None:
+            stream = builtin.problems(self.problems, self.split, self.seed)  # type: ignore[arg-type]
+            yield from (asdict(problem) for problem in itertools.islice(stream, self.count))
+            return
+        assert self.file is not None
+        found = 0
+        with open(self.file, encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    document = json.loads(line)
+                except ValueError as error:
+                    raise ConfigError(f"{self.file}:{number}: not JSON ({error})") from None
+                if not isinstance(document, dict):
+                    raise ConfigError(f"{self.file}:{number}: must be a JSON object, not {type(document).__name__}")
+                yield document
+                found += 1
+                if found == self.count:
+                    return
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """`count` examples before each question, drawn with a seed of their own for each. data None: from the task's own
+    documents, without the one asked about."""
+
+    count: int = 0
+    seed: int = 0
+    separator: str = "\n\n"
+    data: Data | None = None
+
+
+@dataclass(frozen=True)
+class Extract:
+    """The answer in an output: the last (or first) match of a regular expression, or its group. No match: no
+    answer."""
+
+    regex: str
+    group: int = 0
+    match: str = "first"
+
+    def __call__(self, text: str) -> str | None:
+        found = list(re.finditer(self.regex, text))
+        return found[-1 if self.match == "last" else 0][self.group] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """As the module describes it. delimiter: between a prompt and its target, in examples and before a choice.
+    choices: templates, or the name of a field that holds a list; None: text is generated."""
+
+    name: str
+    data: Data
+    prompt: str
+    target: str | tuple[str, ...]
+    metrics: tuple[str, ...]
+    version: str = "1"
+    description: str = ""
+    delimiter: str = ""
+    chat: bool = False
+    choices: str | tuple[str, ...] | None = None
+    generate: Mapping[str, Any] = field(default_factory=dict)
+    extract: Extract | None = None
+    fewshot: FewShot = FewShot()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: two tasks with the same are the same."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def task_names() -> list[str]:
+    """The built-in tasks."""
+    return sorted(path.stem for path in (configs_root() / "tasks").glob("*.yaml"))
+
+
+def load_task(name: str) -> Task:
+    """A built-in name, or the path of a YAML or JSONL file. Raises ConfigError, one line."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml", ".jsonl"):
+        path = configs_root() / "tasks" / f"{name}.yaml"
+        if name not in task_names():
+            raise ConfigError(
+                f"task: {name!r} is not known; accepted: {', '.join(task_names())}, or a path ending in .yaml or .jsonl"
+            )
+    if not path.is_file():
+        raise ConfigError(f"task: {path} is not a file")
+    if path.suffix == ".jsonl":
+        return _from_lines(path)
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    try:
+        return _task(fields, path)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _from_lines(path: Path) -> Task:
+    data = Data(file=str(path))
+    first = next(data.documents(), None)
+    if first is None:
+        raise ConfigError(f"{path}: it is empty; a task needs at least one line")
+    if missing := [name for name in ("prompt", "target") if name not in first]:
+        raise ConfigError(f"{path}:1: {missing[0]!r} is missing; each line has prompt and target, and may have choices")
+    chosen = "choices" in first
+    return Task(
+        name=path.stem,
+        data=data,
+        prompt="{{ prompt }}",
+        target="{{ target }}",
+        choices="choices" if chosen else None,
+        generate={} if chosen else {"max_tokens": 64, "temperature": 0.0},
+        metrics=("accuracy", "accuracy_norm") if chosen else ("exact_match",),
+    )
+
+
+def _task(fields: Any, path: Path) -> Task:
+    if not isinstance(fields, dict):
+        raise ConfigError("must hold a mapping with data, prompt, target and metrics")
+    known = Task.__dataclass_fields__
+    _known("task", fields, known)
+    if missing := [name for name in ("data", "prompt", "target", "metrics") if name not in fields]:
+        raise ConfigError(f"{missing[0]}: it is missing")
+    made = {"name": path.stem, **fields}
+    made["version"] = str(made.get("version", "1"))
+    made["data"] = _data("data", made["data"], path)
+    made["fewshot"] = _fewshot(made.get("fewshot", {}), path)
+    if "extract" in made:
+        made["extract"] = _extract(made["extract"])
+    for name in ("target", "choices", "metrics"):
+        if isinstance(made.get(name), list):
+            made[name] = tuple(made[name])
+    for name in ("name", "prompt", "description", "delimiter"):
+        if not isinstance(made.get(name, ""), str):
+            raise ConfigError(f"{name}: {made[name]!r} is not accepted; it must be a text")
+    if not isinstance(made.get("chat", False), bool):
+        raise ConfigError(f"chat: {made['chat']!r} is not accepted; it must be true or false")
+    for name in ("target", "choices"):
+        value = made.get(name)
+        texts = value if isinstance(value, tuple) else (value,)
+        if name in made and (not texts or not all(isinstance(t, str) for t in texts)):
+            raise ConfigError(f"{name}: {value!r} is not accepted; it must be a text or a list of texts")
+    return _checked(Task(**made))
+
+
+def _checked(task: Task) -> Task:
+    """Raises ConfigError for parts that do not go together."""
+    if task.choices is not None:
+        for name, given in (("generate", task.generate), ("extract", task.extract), ("chat", task.chat)):
+            if given:
+                raise ConfigError(f"{name}: it does not go together with choices, which are scored as continuations")
+    accepted = TEXT_METRICS if task.choices is None else CHOICE_METRICS
+    if not isinstance(task.metrics, tuple) or not task.metrics or not all(m in accepted for m in task.metrics):
+        kind = "generated text" if task.choices is None else "choices"
+        raise ConfigError(f"metrics: {task.metrics!r} is not accepted; for {kind}: a list of {', '.join(accepted)}")
+    if not isinstance(task.generate, Mapping):
+        raise ConfigError(f"generate: {task.generate!r} is not accepted; it must be a mapping of sampling settings")
+    _known("generate", task.generate, SamplingParams.__dataclass_fields__)
+    if task.generate.get("n", 1) != 1:
+        raise ConfigError("generate.n: one output per question is judged; accepted: 1")
+    try:
+        SamplingParams(**task.generate)
+    except ValueError as error:
+        raise ConfigError(f"generate.{error}") from None
+    return task
+
+
+def _known(where: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"{where}: unknown field {name!r}; accepted: {', '.join(known)}")
+
+
+def _data(where: str, fields: Any, path: Path) -> Data:
+    if not isinstance(fields, dict) or ("file" in fields) == ("problems" in fields):
+        raise ConfigError(f"{where}: a mapping with either 'file' or 'problems' is needed")
+    _known(where, fields, Data.__dataclass_fields__)
+    for name in ("seed", "count"):
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or value < (name == "count")):
+            raise ConfigError(f"{where}.{name}: {value!r} is not accepted; it must be a whole number")
+    if "problems" in fields:
+        if fields["problems"] not in builtin.TASKS:
+            raise ConfigError(f"{where}.problems: {fields['problems']!r}; accepted: {', '.join(builtin.TASKS)}")
+        if fields.get("split", "test") not in ("train", "test"):
+            raise ConfigError(f"{where}.split: {fields['split']!r}; accepted: train, test")
+        if fields.get("count") is None:
+            raise ConfigError(f"{where}.count: it is missing; the problems have no end")
+        return Data(**fields)
+    file = path.parent / str(fields["file"])
+    if not file.is_file():
+        raise ConfigError(f"{where}.file: {file} is not a file")
+    return Data(**{**fields, "file": str(file)})
+
+
+def _fewshot(fields: Any, path: Path) -> FewShot:
+    if not isinstance(fields, dict):
+        raise ConfigError(f"fewshot: {fields!r} is not accepted; a mapping with count, seed, separator, data")
+    _known("fewshot", fields, FewShot.__dataclass_fields__)
+    for name in ("count", "seed"):
+        if type(fields.get(name, 0)) is not int or fields.get(name, 0) < 0:
+            raise ConfigError(f"fewshot.{name}: {fields[name]!r} is not accepted; it must be a whole number")
+    if not isinstance(fields.get("separator", ""), str):
+        raise ConfigError(f"fewshot.separator: {fields['separator']!r} is not accepted; it must be a text")
+    data = fields.get("data")
+    return FewShot(**{**fields, "data": None if data is None else _data("fewshot.data", data, path)})
+
+
+def _extract(fields: Any) -> Extract:
+    if not isinstance(fields, dict) or not isinstance(fields.get("regex"), str):
+        raise ConfigError(f"extract: {fields!r} is not accepted; a mapping with regex, group, match")
+    _known("extract", fields, Extract.__dataclass_fields__)
+    try:
+        groups = re.compile(fields["regex"]).groups
+    except re.error as error:
+        raise ConfigError(f"extract.regex: {fields['regex']!r} is no regular expression ({error})") from None
+    group = fields.get("group", 1 if groups else 0)
+    if type(group) is not int or not 0 <= group <= groups:
+        raise ConfigError(f"extract.group: {group!r} is not accepted; the expression has {groups}")
+    if fields.get("match", "first") not in ("first", "last"):
+        raise ConfigError(f"extract.match: {fields['match']!r} is not accepted; it must be first or last")
+    return Extract(**{**fields, "group": group})
