@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.engine.memory import page_bytes
+from nanoflow_jax.engine.memory import page_bytes, plan_pages
 from nanoflow_jax.engine.setup import prefix_root
 from nanoflow_jax.models.kv_scales import NAMES, find_kv_scales, is_kv_scale
 from nanoflow_jax.models.llama import LlamaParams, param_infos
@@ -205,6 +205,11 @@ def test_convert_keeps_scales_and_other_pages_need_none(folder: Path, tmp_path: 
 def test_pages_of_half_the_bytes() -> None:
     bf16 = replace(config(), dtype="bfloat16")
     assert page_bytes(bf16, 8, 64) == 2 * page_bytes(bf16, 8, 64, "fp8") == 4 * LAYERS * 64 * DIM
+    pools = [
+        plan_pages(2**30, 2**28, 2**20, page_bytes(bf16, 8, 64, kind), 10**9, 1, lambda _: 2**24).num_pages
+        for kind in ("auto", "fp8")
+    ]
+    assert pools[1] in (2 * pools[0], 2 * pools[0] + 1)
     assert page_dtype(bf16, "fp8") == page_dtype(bf16, "fp8_e4m3") == jnp.float8_e4m3fn
     with pytest.raises(ConfigError, match="kv_cache_dtype: 'int8' is not supported; accepted: 'auto', 'fp8'"):
         page_dtype(bf16, "int8")

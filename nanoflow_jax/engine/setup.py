@@ -94,9 +94,6 @@ def build_engine(
     logger.info(
         "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
     )
-    if backend == "mosaic":
-        heads = Heads(q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8)
-        check_mosaic_kernels(backends, heads, mesh.local_devices[0])
     decode_slots = _decode_slots(options, devices, on_cpu)
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
@@ -111,6 +108,9 @@ def build_engine(
     usable = None if memory is None else int(memory * options.memory_utilization)
     if usable is not None:
         check_weights(config, infos, mesh.size, usable)
+    if backend == "mosaic":  # what takes seconds comes after what can be refused at once
+        heads = Heads(q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8)
+        check_mosaic_kernels(backends, heads, mesh.local_devices[0])
 
     def sizes_for(length: int) -> SlotSizes:
         return SlotSizes(decode_slots, BIAS_ROWS, -(-length // page_size))

@@ -30,7 +30,7 @@ SAMPLING_OPTIONS = (
 # Options that can change a bit of a result, and so belong to what a run is.
 IDENTITY_OPTIONS = (
     "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-    "page_size", "deterministic", "seed",
+    "page_size", "kv_cache_dtype", "attention_backend", "deterministic", "seed",
 )  # fmt: skip
 
 
