@@ -41,7 +41,7 @@ types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 pytest: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations=10 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
 
 notebooks: $(VENV)/dev
 	rm -rf build/notebooks && mkdir -p build/notebooks

@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import AppendTuning
 
 MAX_BLOCK = 16  # tokens of one block: its stores are unrolled
@@ -150,7 +151,11 @@ def append_kv_mosaic(
         kernel_name="append_kv",
     )
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    kernel(k, v, pages, slots, first_page[None], k_ref, v_ref)
+    expected = tuning.expected
+    moved = 2 * 2 * k.shape[0] * token_bytes + 8 * k.shape[0]  # K and V, read and written, and where to
+    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
+    with scheduled_as(us):
+        kernel(k, v, pages, slots, first_page[None], k_ref, v_ref)
     return jax.freeze(k_ref), jax.freeze(v_ref)
 
 

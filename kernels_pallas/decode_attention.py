@@ -35,6 +35,7 @@ def decode_attention(
     backend: str = "xla",
     tuning: DecodeTuning | None = None,
     sm_budget: int | None = None,
+    expected_context: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of one new token per row, whose K and V are already in the pages.
@@ -52,6 +53,8 @@ def decode_attention(
     Of backend "mosaic" alone:
     tuning      one of `kernels_pallas.tuning.DECODE`; the H200's by default
     sm_budget   how many SMs it may use, to leave the others to a GEMM
+    expected_context
+                tokens of context of a row, for the time that XLA's scheduler is told; by default the table's width
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
     Returns out [R, Hq, d] in q's dtype and the log-sum-exp [R, Hq] in float32. Empty rows give 0 and -inf.
@@ -84,9 +87,12 @@ def decode_attention(
             v_scale=v_scale,
             tuning=tuning,
             sm_budget=sm_budget,
+            expected_context=expected_context,
             interpret=interpret,
         )
-    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
+    check_mosaic_only(
+        backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
+    )
     visible = lengths[:, None]
     out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale)
     return out[:, 0], lse[:, 0]

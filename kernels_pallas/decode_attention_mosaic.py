@@ -39,10 +39,12 @@ from kernels_pallas.decode_plan import (
     ceil_div,
     check_mosaic,
     combine,
+    expected_us,
     make_factors,
     make_plan,
     two_terms,
 )
+from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import DecodeTuning
 
 Q_SLOTS = 2
@@ -361,12 +363,14 @@ def decode_attention_mosaic(
     v_scale: jax.Array | None,
     tuning: DecodeTuning,
     sm_budget: int | None = None,
+    expected_context: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `kernels_pallas.decode_attention`, which describes the arguments and has checked their shapes.
 
-    sm_budget  SMs to use at most; the tuning's by default
-    interpret  as `pallas_call`'s, for tests without a GPU
+    sm_budget         SMs to use at most; the tuning's by default
+    expected_context  tokens of a row, for the time that the scheduler is told; the table's width by default
+    interpret         as `pallas_call`'s, for tests without a GPU
     """
     check_mosaic(q, k_pages, v_pages, page_table, lengths, sm_budget)
     rows, q_heads, d = q.shape
@@ -385,7 +389,9 @@ def decode_attention_mosaic(
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
     call = _call(plan, k_pages.dtype, interpret)
-    out, lse = call(q, k_pages, v_pages, page_table, lengths, first_page[None], *factors)
+    context = plan.row_pages * PAGE_SIZE if expected_context is None else expected_context
+    with scheduled_as(expected_us(plan, context, tuning)):
+        out, lse = call(q, k_pages, v_pages, page_table, lengths, first_page[None], *factors)
     if splits > 1:
         shape = (rows, kv_heads, splits, heads)
         out, lse = combine(plan, out.reshape(*shape[:3], d, heads), lse.reshape(shape), lengths)

@@ -97,6 +97,16 @@ def make_plan(
     )
 
 
+def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
+    """Microseconds of a call whose rows have `context` tokens each: K and V, the queries and the result."""
+    expected = tuning.expected_fp8 if plan.fp8 else tuning.expected
+    if expected is None:
+        return None
+    kv = 2 * plan.rows * context * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
+    rows = plan.rows * plan.kv_heads * plan.heads * plan.head_dim * 2 * 2
+    return expected.us(moved=kv + rows, sms=plan.programs, all_sms=tuning.sms)
+
+
 def ceil_div(x: jax.Array, by: int) -> jax.Array:
     return lax.div(x + jnp.int32(by - 1), jnp.int32(by))  # of non-negative numbers: floor_divide would test the signs
 

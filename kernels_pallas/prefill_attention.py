@@ -41,6 +41,7 @@ def prefill_attention(
     backend: str = "xla",
     tuning: PrefillTuning | None = None,
     sm_budget: int | None = None,
+    expected_context: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """Causal attention of S segments (chunks of requests) packed one after another, K and V already in the pages.
@@ -59,6 +60,8 @@ def prefill_attention(
     Of backend "mosaic" alone:
     tuning      one of `kernels_pallas.tuning.PREFILL`; the H200's by default
     sm_budget   how many SMs it may use, to leave the others to a GEMM
+    expected_context
+                tokens of context of a row, for the time that XLA's scheduler is told; by default the table's width
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
     Returns out [P, Hq, d] in q's dtype; padding rows give 0. Raises ValueError naming the argument that does not fit.
@@ -89,9 +92,12 @@ def prefill_attention(
             scale=scale,
             tuning=tuning,
             sm_budget=sm_budget,
+            expected_context=expected_context,
             interpret=interpret,
         )
-    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
+    check_mosaic_only(
+        backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
+    )
     rows = q.shape[0]
 
     # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any

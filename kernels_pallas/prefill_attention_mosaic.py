@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.expected import scheduled_as
 from kernels_pallas.prefill_body_mosaic import Q_SLOTS, prefill_body
 from kernels_pallas.prefill_tiles import GROUPS, PAGE_SIZE, ROWS, STEP, UNIT, UNITS, Plan, list_tiles
 from kernels_pallas.tuning import PrefillTuning
@@ -102,6 +103,18 @@ def check_mosaic(
         raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
 
 
+def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | None:
+    """Microseconds of a call whose rows see `context` tokens each, which 128 rows together read from memory once. Few
+    rows are few tiles, and not every SM has one."""
+    if tuning.expected is None:
+        return None
+    flops = 4 * plan.tokens * context * plan.q_heads * plan.head_dim
+    rows = 2 * plan.tokens * plan.q_heads * plan.head_dim * 2
+    kv = 2 * max(1, plan.tokens // 128) * context * plan.kv_heads * plan.head_dim * 2
+    busy = min(plan.sms, max(1, plan.tokens // plan.tile_tokens) * plan.head_groups)
+    return tuning.expected.us(moved=rows + kv, flops=flops, sms=busy, all_sms=tuning.sms)
+
+
 def prefill_attention_mosaic(
     q: jax.Array,
     k_pages: jax.Array,
@@ -114,12 +127,14 @@ def prefill_attention_mosaic(
     scale: float,
     tuning: PrefillTuning,
     sm_budget: int | None = None,
+    expected_context: int | None = None,
     interpret: Any = None,
 ) -> jax.Array:
     """As `kernels_pallas.prefill_attention`, which describes the arguments and has checked their shapes.
 
-    sm_budget  SMs to use at most; the tuning's by default
-    interpret  as `pallas_call`'s, for tests without a GPU
+    sm_budget         SMs to use at most; the tuning's by default
+    expected_context  tokens that a row sees, for the time that the scheduler is told; the table's width by default
+    interpret         as `pallas_call`'s, for tests without a GPU
     """
     check_mosaic(q, k_pages, v_pages, page_table, row_starts, lengths, scale, sm_budget)
     tokens, q_heads, d = q.shape
@@ -144,5 +159,7 @@ def prefill_attention_mosaic(
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
     tiles = list_tiles(plan, row_starts, lengths)
-    out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles, first_page[None])
+    context = plan.row_pages * PAGE_SIZE if expected_context is None else expected_context
+    with scheduled_as(_expected_us(plan, context, tuning)):
+        out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles, first_page[None])
     return out.reshape(-1, q_heads, d)[:tokens]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
+from nanoflow_jax.distributed import lead
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
@@ -23,6 +24,7 @@ from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
+from nanoflow_jax.schedule.attention import KV_CACHE_DTYPES
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
@@ -36,7 +38,8 @@ Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its t
 
 
 class LLM:
-    """A model ready to generate, sharded over a mesh of local devices.
+    """A model ready to generate, sharded over a mesh of devices: the local ones, or those of all processes that have
+    joined (nanoflow_jax.distributed).
 
     model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`,
                           or a Hub id
@@ -46,7 +49,12 @@ class LLM:
     tensor_parallel_size  devices in the mesh; None takes all that are present
     plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
                           two_gather_one_reduce
-    attention_backend     "xla", or "mosaic" on Hopper; "auto" is "xla" until Mosaic's is measured
+    attention_backend     "mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before
+                          Mosaic kernels are used on a GPU each is checked against the XLA path; one that is wrong is an
+                          error that says to pass "xla", never a silent fallback
+    kv_cache_dtype        "auto": the model's; "fp8" or "fp8_e4m3": twice as many tokens in the same memory, K and V
+                          rounded to float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or
+                          with 1 where it has none
     max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
     tokens_per_step       rows of the largest step, decode and prefill together
     decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
@@ -93,11 +101,12 @@ class LLM:
         seed: int = 0,
         progress: bool = True,
     ):
+        given = {name: value for name, value in locals().items() if name not in ("self", "progress")}
         _only("enable_prefix_caching", enable_prefix_caching, True, False)
         _only("deterministic", deterministic, True, False)
         _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
         _only("quantization", quantization, None)
-        _only("kv_cache_dtype", kv_cache_dtype, "auto")
+        _only("kv_cache_dtype", kv_cache_dtype, *KV_CACHE_DTYPES)
         _only("dtype", dtype, "auto", "bfloat16", "float32")
         for name, value in (("page_size", page_size), ("tokens_per_step", tokens_per_step)):
             _at_least(name, value, 1)
@@ -126,6 +135,7 @@ class LLM:
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
         use_compile_cache()
+        lead(given)
         self.folder = folder = resolve_model(str(model), revision)
         config = ModelConfig.from_file(folder / "config.json")
         if dtype == "auto":
@@ -150,6 +160,7 @@ class LLM:
             kv_offload_folder=kv_offload_folder,
             deterministic=deterministic,
             attention_backend=attention_backend,
+            kv_cache_dtype=kv_cache_dtype,
             seed=seed,
             progress=progress,
         )

@@ -16,8 +16,9 @@ from typing import Any
 
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
-from nanoflow_jax.evaluate import batch_command, eval_command
+from nanoflow_jax.evaluate import batch_command, eval_command, lm_eval_command
 from nanoflow_jax.inspect import command as inspect_command
+from nanoflow_jax.search import command as search_command
 
 
 class _Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -32,8 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(commands)
     inspect_command.add(commands, _Defaults)
     bench_command.add(commands, _Defaults)
+    lm_eval_command.add(commands, _Defaults)
     batch_command.add(commands, _Defaults, _add_model_options)
     eval_command.add(commands, _Defaults, _add_model_options)
+    search_command.add(commands, _Defaults)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
@@ -41,14 +44,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(args, "cpu_devices", None):
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(args.cpu_devices)
+
+    def report(error: BaseException) -> int:
+        if isinstance(error, KeyboardInterrupt):
+            line = "interrupted"
+        elif isinstance(error, (ValueError, OSError)):  # ConfigError and WeightsError are ValueErrors
+            line = " ".join(str(error).split())
+        else:
+            raise error
+        print(f"nanoflow {args.command}: {line}", file=sys.stderr)
+        return 1
+
     try:
+        if getattr(args, "distributed", False) or getattr(args, "coordinator", None):
+            from nanoflow_jax import distributed
+
+            distributed.join(args.coordinator, args.num_processes, args.process_id, peer_timeout=args.peer_timeout)
+            return distributed.run(lambda: args.run(args), report)
         return args.run(args)
-    except (ValueError, OSError) as error:  # ConfigError and WeightsError are ValueErrors
-        print(f"nanoflow {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"nanoflow {args.command}: interrupted", file=sys.stderr)
-        return 1
+    except BaseException as error:
+        return report(error)
 
 
 def _positive(text: str) -> int:
@@ -123,14 +138,34 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages"
     )
+    group.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        help="of the KV pages: auto (the model's), or fp8 (fp8_e4m3), half the bytes",
+    )
+    group.add_argument("--attention-backend", default="auto", help="auto (mosaic on Hopper, else xla), mosaic or xla")
     group.add_argument("--cpu-devices", type=_positive, metavar="N", help="run on the CPU as N devices")
+    several = p.add_argument_group(
+        "several processes as one replica",
+        "The same command in each; process 0 alone reads input, writes output and shows progress.",
+    )
+    several.add_argument(
+        "--distributed", action="store_true", help="join the processes that JAX finds: SLURM, Kubernetes, Open MPI"
+    )
+    several.add_argument("--coordinator", metavar="HOST:PORT", help="elsewhere: where process 0 listens")
+    several.add_argument("--num-processes", type=_positive, metavar="N", help="and how many there are")
+    several.add_argument("--process-id", type=int, metavar="I", help="and which one this is, from 0")
+    several.add_argument(
+        "--peer-timeout", type=float, default=60, metavar="SECONDS",
+        help="without a sign of life from another process, the run ends after so long",
+    )  # fmt: skip
     group.add_argument("--quiet", action="store_true", help="no progress on standard error")
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 
 MODEL_OPTIONS = (
     "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
-    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization",
+    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization", "kv_cache_dtype", "attention_backend",
 )  # fmt: skip
 
 

@@ -30,6 +30,11 @@ class Tokenizer:
                 f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed"
             ) from None
 
+    @property
+    def hugging_face(self) -> Any:
+        """The library's own object."""
+        return self._tokenizer
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             text.encode("utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,6 +16,13 @@ from nanoflow_jax.platform import without_compile_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Notebooks first, then files with many tests: whole files go to test processes in this order, and a long one that
+    came last would leave the other processes idle."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name != "test_notebooks.py", -tests[item.path], str(item.path)))
 
 
 @pytest.fixture(autouse=True)

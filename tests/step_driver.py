@@ -18,13 +18,14 @@ from checkpoints import Reference
 from jax.sharding import NamedSharding
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.llama import LlamaParams, param_infos
 from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
 from nanoflow_jax.schedule.batch import StepBatch, StepShape, abstract_batch, empty_batch
 from nanoflow_jax.schedule.plan import SchedulePlan
 from nanoflow_jax.schedule.step import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
-from nanoflow_jax.weights.load import load_params
+from nanoflow_jax.weights.load import load_params, open_weights
 
 PAGE_SIZE = 8
 # LLVM's optimisations take half of a compilation and change no result beyond rounding.
@@ -48,6 +49,7 @@ class Driver:
     dtype: str = "float32"
     num_pages: int = 96
     enforce_order: bool = False
+    kv_cache_dtype: str = "auto"
     config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
 
     @cached_property
@@ -60,10 +62,14 @@ class Driver:
 
     @cached_property
     def infos(self) -> LlamaParams:
-        plan = self.plan
+        plan, scales = self.plan, None
+        if self.kv_cache_dtype != "auto":
+            table = open_weights(self.folder).table
+            scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
-            self.config, self.devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, dtype=self.dtype
-        )
+            self.config, self.devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, dtype=self.dtype,
+            kv_scales=scales,
+        )  # fmt: skip
 
     @cached_property
     def params(self) -> LlamaParams:
@@ -72,12 +78,15 @@ class Driver:
     @cached_property
     def _abstract_cache(self) -> KVCache:
         shape = cache_shape(self.config, self.devices, self.num_pages, PAGE_SIZE)
-        pages = jax.ShapeDtypeStruct(shape, jnp.dtype(self.dtype), sharding=NamedSharding(self.mesh, CACHE_SPEC))
+        dtype = self.dtype if self.kv_cache_dtype == "auto" else "float8_e4m3fn"
+        pages = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(self.mesh, CACHE_SPEC))
         return KVCache(pages, pages)
 
     @cached_property
     def step(self) -> Any:
-        spec = StepSpec(self.config, self.plan, self.shape, enforce_order=self.enforce_order)
+        spec = StepSpec(
+            self.config, self.plan, self.shape, kv_cache_dtype=self.kv_cache_dtype, enforce_order=self.enforce_order
+        )
         batch = abstract_batch(self.shape, self.num_pages, replicated(self.mesh))
         step: Any = build_logits_step(spec, self.mesh, self.infos)  # jitted
         lowered = step.lower(abstract_params(self.infos, self.mesh), self._abstract_cache, batch)

@@ -252,7 +252,7 @@ def test_bad_params(llm: LLM, params: Any, words: list[str]) -> None:
         ({"deterministic": True, "plan": "nanoflow_70b"}, ["deterministic", "'nanoflow_70b'", "'gather'"]),
         ({"attention_backend": "mosaic"}, ["attention_backend", "'mosaic'", "'xla'"]),
         ({"quantization": "fp8"}, ["quantization", "'fp8'"]),
-        ({"kv_cache_dtype": "fp8"}, ["kv_cache_dtype", "'fp8'"]),
+        ({"kv_cache_dtype": "int8"}, ["kv_cache_dtype", "'int8'", "'fp8'"]),
         ({"revision": "main"}, ["revision", "'main'"]),
     ],
     ids=str,

@@ -162,7 +162,7 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
     assert status == 0, err
     found = json.loads(out)
     assert found["lost"]["pages"] > 0.3
-    assert found["lost"]["shape_padding"] < 0.1
+    assert found["lost"]["pages"] > 4 * found["lost"]["shape_padding"]  # that of the steps that let somebody in
     assert found["window"]["running_median"] < 8
 
 
@@ -187,7 +187,7 @@ def test_host(capsys: pytest.CaptureFixture[str]):
     assert (found["requests"], found["tokens"], found["steps"]) == (64, 128, 40)
     assert 0 < found["host_ms_median"] <= found["host_ms_p99"]
     assert 0.5 * 128 < found["rows_used_mean"] <= 128
-    assert found["arguments"] == (7 * 80 + 3) + (2 + 4) + 1  # of 70B: weights, pages and slots, inputs
+    assert found["arguments"] == (5 * 80 + 4) + (2 + 4) + 1  # of 70B: weights, pages and slots, inputs
 
 
 # -- rank slices
@@ -274,7 +274,7 @@ def test_a_rank_slice_runs_on_one_device():
     abstract = abstract_state(StepSpec(config, plan, shape, rank_of=8), mesh, infos, SIZES, 16, 8)
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract)
     packed = pack(empty_inputs(shape, 16, SIZES.slots, SIZES.bias_rows))
-    _, output = lowered.compile()(random_params(infos, mesh), state, packed)
+    _, output = lowered.compile()(tuple(jax.tree.leaves(random_params(infos, mesh))), state, packed)
     tokens = np.asarray(output.sampled.tokens)
     assert tokens.shape == (18,)
     assert tokens.min() >= 0

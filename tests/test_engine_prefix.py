@@ -122,12 +122,13 @@ def test_keys_without_parents_are_noticed(llm: LLM, monkeypatch: pytest.MonkeyPa
     prompts = [[*rng.integers(0, VOCAB, PAGE).tolist(), *shared, 5] for _ in range(6)]
     want = tokens(llm.generate(prompts, greedy(16), use_tqdm=False))
     llm.engine.scheduler.pool.reset()
-    real = scheduler_module.next_key
+    real = scheduler_module.next_keys
 
-    def orphaned(previous: bytes, page: np.ndarray, prefilled: int) -> bytes:
-        return real(b"", page, prefilled)
+    def orphaned(previous: bytes, tokens: np.ndarray, page_size: int, prefilled: int) -> list[bytes]:
+        pages = [tokens[at : at + page_size] for at in range(0, len(tokens) - page_size + 1, page_size)]
+        return [key for page in pages for key in real(b"", page, page_size, prefilled)]
 
-    monkeypatch.setattr(scheduler_module, "next_key", orphaned)
+    monkeypatch.setattr(scheduler_module, "next_keys", orphaned)
     first = [prompts[0][PAGE:]]
     llm.generate(first, greedy(1), use_tqdm=False)
     llm.generate([[*p[:PAGE], 5] for p in prompts], greedy(1), use_tqdm=False)

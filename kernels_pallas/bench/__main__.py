@@ -16,6 +16,7 @@ import jax
 
 from kernels_pallas.bench import baselines, kernels, report
 from kernels_pallas.bench.cases import CASES, QUICK, TINY, AppendCase, Case, DecodeCase, kind
+from kernels_pallas.bench.goals import GOALS_FOR, expected_us, goal
 from kernels_pallas.bench.kernels import Setting
 from kernels_pallas.bench.measure import TINY_EFFORT, copy_bandwidth, gemm_rate
 from kernels_pallas.targets import mosaic_supported
@@ -82,6 +83,14 @@ def _setting(interpret: bool, gpu: str) -> Setting:
     return Setting(effort=TINY_EFFORT, interpret=plgpu.InterpretGPUParams())
 
 
+def _judged(case: Case, ours: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """What the tuning table expects, and on the GPU that has goals, whether the case's is met."""
+    if options.interpret:
+        return {}
+    wanted = goal(case) if options.tuning == GOALS_FOR else None
+    return {"expected_us": expected_us(case, options.tuning)} | ({} if wanted is None else wanted.judge(ours))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -146,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if record := figures.get(name, absent):
                 found[library] = record
         rated = {library: report.with_rates(cases[name], one, copy, gemm) for library, one in found.items()}
-        result["cases"][name] = {"results": rated}
+        result["cases"][name] = {"results": rated} | _judged(cases[name], rated["mosaic"], options)
         save()
     result["finished"] = not result["left_out"]
     save()

@@ -83,6 +83,12 @@ def _cell(result: dict[str, Any]) -> str:
     return "failed: " + result["failed"] if "failed" in result else "not available"
 
 
+def _goal(case: dict[str, Any]) -> str:
+    if "goal" not in case:
+        return ""
+    return f"{case['goal']}: " + {True: "met", False: "missed", None: "not measured"}[case["met"]]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """A table per kernel; why something is missing stands below, once."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
@@ -103,19 +109,22 @@ def markdown(report: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "Percent: of the copy's rate; for prefill of the GEMM's. Error: the worst row's, relative to float32.",
+        "Percent: of the copy's rate; for prefill of the GEMM's. Error: the worst row's, relative to float32. "
+        "Expected: what the tuning table says, which the scheduler is told.",
         "",
     ]
     why: dict[str, None] = {}
     for kind in dict.fromkeys(name.split("/")[0] for name in report["cases"]):
-        cases = {n.split("/")[1]: c["results"] for n, c in report["cases"].items() if n.startswith(kind + "/")}
-        columns = list(dict.fromkeys(name for results in cases.values() for name in results))
-        lines += [f"## {kind}", "", f"| case | {' | '.join(columns)} | error |"]
-        lines += ["|" + " --- |" * (len(columns) + 2)]
-        for name, results in cases.items():
+        cases = {n.split("/")[1]: case for n, case in report["cases"].items() if n.startswith(kind + "/")}
+        columns = list(dict.fromkeys(name for case in cases.values() for name in case["results"]))
+        lines += [f"## {kind}", "", f"| case | {' | '.join(columns)} | error | expected | goal |"]
+        lines += ["|" + " --- |" * (len(columns) + 4)]
+        for name, case in cases.items():
+            results, expected = case["results"], case.get("expected_us")
             cells = [_cell(results[column]) if column in results else "" for column in columns]
             error = next((f"{r['error']:.1e}" for r in results.values() if "error" in r), "")
-            lines.append(f"| {name} | {' | '.join(cells)} | {error} |")
+            after = f"{error} | {'' if expected is None else f'{expected:.1f} µs'} | {_goal(case)}"
+            lines.append(f"| {name} | {' | '.join(cells)} | {after} |")
             why |= {f"{c}: {r['not_available']}": None for c, r in results.items() if "not_available" in r}
         lines.append("")
     lines += [f"- {line}" for line in why]

@@ -41,9 +41,9 @@ def add(kinds: Any, formatter: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.api import LLM
     from nanoflow_jax.bench.batch import measure_batch
-    from nanoflow_jax.bench.workload import load_workload
     from nanoflow_jax.config import ModelConfig
     from nanoflow_jax.weights.hub import resolve_model
+    from nanoflow_jax.workload import load_workload
 
     workload = load_workload(args.workload)
     config = ModelConfig.from_file(resolve_model(args.model, None) / "config.json")

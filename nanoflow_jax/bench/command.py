@@ -19,7 +19,7 @@ from nanoflow_jax.bench import batch_command
 
 if TYPE_CHECKING:
     from nanoflow_jax.bench.throughput import ThroughputOptions, ThroughputReport
-    from nanoflow_jax.bench.workload import Workload
+    from nanoflow_jax.workload import Workload
 
 
 def positive(text: str) -> int:
@@ -58,7 +58,7 @@ def _add_host(kinds: Any, formatter: Any) -> None:
 
 def _host(args: argparse.Namespace) -> int:
     from nanoflow_jax.bench.host import measure
-    from nanoflow_jax.inspect.step import model_config
+    from nanoflow_jax.config import model_config
 
     started = time.monotonic()
     report = measure(args.requests, args.tokens, model_config(args.model)[1], args.steps)
@@ -106,6 +106,7 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
     p.add_argument("--kv-cache-tokens", type=positive, help="size of the KV pool; what memory allows")
     p.add_argument("--memory-utilization", type=float, default=0.9, help="share of a GPU's memory")
     p.add_argument("--attention-backend", default="auto", choices=("auto", "xla", "mosaic"), help="of decode attention")
+    p.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "fp8_e4m3"), help="of the KV pages")
     p.add_argument("--no-prefix-caching", action="store_true", help="pages of ended requests are not kept")
     p.add_argument("--deterministic", action="store_true", help="one step shape, sums in a fixed order")
     p.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
@@ -147,9 +148,8 @@ def _throughput(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> ThroughputOptions:
     from nanoflow_jax.bench.throughput import ThroughputOptions
-    from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.config import ConfigError, model_config
     from nanoflow_jax.hardware import load_hardware
-    from nanoflow_jax.inspect.step import model_config
 
     _, config = model_config(_folder_or_name(args.model))
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if config.dtype == "float16" else config.dtype
@@ -160,8 +160,8 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
         raise ConfigError("inspect: it adds the network to a rank slice; --rank-of N is needed too")
     names = (
         "requests", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
-        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend", "temperature",
-        "inspect", "seed",
+        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend",
+        "kv_cache_dtype", "temperature", "inspect", "seed",
     )  # fmt: skip
     return ThroughputOptions(
         model=args.model,
@@ -183,7 +183,7 @@ def _folder_or_name(model: str) -> str:
 
 def _workload(args: argparse.Namespace) -> Workload:
     """The workload; texts of a file are encoded by the tokenizer in the model's folder, if it has one."""
-    from nanoflow_jax.bench.workload import load_workload
+    from nanoflow_jax.workload import load_workload
 
     folder = Path(_folder_or_name(args.model))
     if not (folder / "tokenizer.json").is_file():

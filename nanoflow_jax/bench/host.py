@@ -59,7 +59,8 @@ class StandInRunner:
 
     def __init__(self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int):
         self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
-        self._params = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), param_infos(config, 1), is_leaf=is_info)
+        weights = jax.tree.leaves(param_infos(config, 1), is_leaf=is_info)
+        self._params = tuple(jnp.zeros(1, jnp.int32) for _ in weights)
         self._state = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), StepState(CACHE_SPECS, SLOT_SPECS))
         self.arguments = len(jax.tree.leaves((self._params, self._state))) + 1
 
@@ -67,7 +68,7 @@ class StandInRunner:
             def step(params: Any, state: Any, packed: jax.Array) -> Any:
                 sampling = unpack(packed, shape).sampling
                 tokens = (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % 1000
-                nothing = no_logprobs(shape.sampled_rows), no_logprobs(shape.prefill_rows)
+                nothing = no_logprobs(0), no_logprobs(0)  # not read: no request asks for them
                 return state, StepOutput(Sampled(tokens, nothing[0]), nothing[1])
 
             packed = jax.ShapeDtypeStruct((packed_length(shape),), jnp.int32)

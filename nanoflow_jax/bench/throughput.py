@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.bench.network import inspected_exposure, network_step
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
-from nanoflow_jax.bench.workload import BenchRequest, Workload
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
@@ -34,6 +33,7 @@ from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
 from nanoflow_jax.schedule.slots import empty_inputs
 from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.workload import BenchRequest, Workload
 
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one
 
@@ -58,6 +58,7 @@ class ThroughputOptions:
     enable_prefix_caching: bool = True
     deterministic: bool = False
     attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
     temperature: float = 0.0
     hardware: Hardware | None = None
     inspect: bool = False
@@ -154,6 +155,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
             "enable_prefix_caching": options.enable_prefix_caching,
             "deterministic": options.deterministic,
             "attention_backend": options.attention_backend,
+            "kv_cache_dtype": options.kv_cache_dtype,
             "temperature": options.temperature,
             "seed": options.seed,
         },
@@ -208,6 +210,7 @@ def _build(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: in
             kv_offload_folder=None,
             deterministic=options.deterministic,
             attention_backend=options.attention_backend,
+            kv_cache_dtype=options.kv_cache_dtype,
             seed=options.seed,
             progress=options.progress,
             rank_of=options.rank_of,

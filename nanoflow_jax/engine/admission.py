@@ -30,9 +30,9 @@ class Expectation:
     def remaining(self, produced: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """Tokens [n] still expected of requests that have produced some. One past the mean is expected to go half as
         far again."""
-        expected = np.ceil(allowed * self.share)
-        expected = np.where(produced >= expected, produced + np.maximum(produced // 2, 1), expected)
-        return np.clip(np.minimum(expected, allowed) - produced, 0, None).astype(np.int64)
+        left = np.ceil(allowed * self.share) - produced
+        left = np.where(left > 0, left, np.maximum(produced >> 1, 1))
+        return np.minimum(left, allowed - produced).astype(np.int64)
 
 
 def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_size: int) -> int:
@@ -45,7 +45,10 @@ def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_
     The peak is just before one of them ends (as in LightLLM's past-future scheduler): when the one with r tokens
     remaining ends, all with at least r have grown by r, and those with less have given theirs back.
     """
-    order = np.argsort(-remaining, kind="stable")
+    falling = remaining.max(initial=0) - remaining
+    if falling.max(initial=0) < 2**16:
+        falling = falling.astype(np.uint16)  # then NumPy sorts by counting, three times as fast
+    order = np.argsort(falling, kind="stable")
     remaining, spare, held = remaining[order], spare[order], held[order]
     # Growth of request i by r tokens takes ceil((r - spare_i) / page_size) pages; bounded from above, summed over all.
     count = np.arange(1, len(remaining) + 1)

@@ -50,6 +50,7 @@ class StepRecord:
 class _Flight:
     step: ScheduledStep
     output: StepOutput
+    scored: bool  # logprobs of prompt tokens are wanted
 
 
 class Engine:
@@ -80,7 +81,7 @@ class Engine:
         self.runner, self.tables, self.offload = runner, tables, offload
         self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
         self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
-        self.running = Running(runner.sizes.slots, max_model_len, runner.page_size)
+        self.running = Running(runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows)
         self.scheduler = Scheduler(
             shapes,
             PagePool(runner.num_pages, self._evicted if offload is not None else None),
@@ -196,7 +197,8 @@ class Engine:
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
                 inputs = build_inputs(scheduled, self.running, self.runner.num_pages, self.runner.sizes)
-                self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs))
+                scored = bool(inputs.targets.max(initial=-1) >= 0)
+                self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
                 self.num_steps += 1
             if flight is not None:
                 asked = time.perf_counter()
@@ -218,18 +220,21 @@ class Engine:
         """Takes over what a step gave. Returns how many tokens were booked."""
         step, output, run = flight.step, flight.output, self.running
         first = step.shape.decode_rows
-        chunks = [(first + i, c) for i, c in enumerate(step.prefill) if c.samples]
+        chunks = [(first + i, c.slot) for i, c in enumerate(step.prefill) if c.samples]
         rows = np.concatenate([np.flatnonzero(step.samples), np.array([row for row, _ in chunks], np.intp)])
-        slots = np.concatenate([step.decode[step.samples], np.array([c.slot for _, c in chunks], np.int32)])
-        here = run.epoch[slots] == step.epochs[slots]
-        if not here.all() or (run.sampling.top_logprobs[slots] >= 0).any():
+        slots = np.concatenate([step.decode[step.samples], np.array([slot for _, slot in chunks], np.intp)])
+        here = (run.epoch == step.epochs)[slots]
+        all_here = here.all()
+        if not all_here or (run.sampling.top_logprobs[slots] >= 0).any():
             jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
-        self._book_scores(step, output)
-        for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
-            orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
-            if orphan is not None and orphan.pending:
-                self._book_orphan(orphan, int(sampled[row]), output, row, finished)
-        rows, slots = rows[here], slots[here]
+        if flight.scored:
+            self._book_scores(step, output)
+        if not all_here:
+            for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
+                orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
+                if orphan is not None and orphan.pending:
+                    self._book_orphan(orphan, int(sampled[row]), output, row, finished)
+            rows, slots = rows[here], slots[here]
         ended = run.append(slots, sampled[rows])
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
             request = run.requests[slots[i]]

@@ -12,6 +12,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
+from nanoflow_jax.schedule.attention import page_dtype
 
 GIB = 2**30
 FIRST_GUESS = 0.05  # share of the memory for temporaries, before a step has been compiled
@@ -38,8 +39,8 @@ class MemoryPlan:
 
 
 def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that one device's allocator may hand out; None where it has no limit (a CPU)."""
-    stats = mesh.devices.flat[0].memory_stats()
+    """Bytes that one device of this process may hand out; None where it has no limit (a CPU)."""
+    stats = mesh.local_devices[0].memory_stats()
     return None if stats is None else stats.get("bytes_limit")
 
 
@@ -49,10 +50,10 @@ def local_bytes(infos: LlamaParams, devices: int) -> int:
     return sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
 
 
-def page_bytes(config: ModelConfig, devices: int, page_size: int) -> int:
+def page_bytes(config: ModelConfig, devices: int, page_size: int, kv_cache_dtype: str = "auto") -> int:
     """Bytes of one page of all layers on one device."""
     groups = kv_groups(config, devices) // devices
-    return 2 * config.num_layers * groups * page_size * config.head_dim * (4 if config.dtype == "float32" else 2)
+    return 2 * config.num_layers * groups * page_size * config.head_dim * page_dtype(config, kv_cache_dtype).itemsize
 
 
 def check_weights(config: ModelConfig, infos: LlamaParams, devices: int, limit: int) -> None:

@@ -23,12 +23,16 @@ def root_key(*what: str) -> Key:
     return hashlib.blake2b("\0".join(what).encode(), digest_size=16).digest()
 
 
-def next_key(previous: Key, tokens: np.ndarray, prefilled: int) -> Key:
-    """Key of the page of `tokens` [page_size] int32 after the page of key `previous`. `prefilled`: how many of the
-    tokens went through prefill rows, where that makes a difference (deterministic mode), else 0."""
-    return hashlib.blake2b(
-        previous + prefilled.to_bytes(4, "little") + tokens.astype("<i4", copy=False).tobytes(), digest_size=16
-    ).digest()
+def next_keys(previous: Key, tokens: np.ndarray, page_size: int, prefilled: int) -> list[Key]:
+    """Keys of the whole pages of `tokens` [n] int32, which follow the page of key `previous`. `prefilled`: how many of
+    the tokens went through prefill rows, where that makes a difference (deterministic mode), else 0."""
+    data, step, keys = tokens.astype("<i4", copy=False).tobytes(), 4 * page_size, []
+    for end in range(step, len(data) + 1, step):
+        of_page = min(max(prefilled, 0), page_size).to_bytes(4, "little")
+        prefilled -= page_size
+        previous = hashlib.blake2b(previous + of_page + data[end - step : end], digest_size=16).digest()
+        keys.append(previous)
+    return keys
 
 
 class PagePool:
@@ -80,23 +84,25 @@ class PagePool:
 
     def release(self, pages: np.ndarray) -> None:
         """One user less of each page; pages in order of the sequence, so that its end is evicted before its start."""
-        if (self._users[pages] < 1).any():
-            page = int(pages[self._users[pages] < 1][0])
-            raise RuntimeError(f"page {page} is freed twice")
-        self._users[pages] -= 1
-        unused = pages[self._users[pages] == 0][::-1]
-        keyed = [int(page) in self._key_of for page in unused] if self._key_of else []
-        if any(keyed):
-            for page in unused[keyed].tolist():
+        users = self._users[pages] - 1
+        if users.min(initial=0) < 0:
+            raise RuntimeError(f"page {int(pages[users.argmin()])} is freed twice")
+        self._users[pages] = users
+        free = []
+        for page in pages[users == 0][::-1].tolist():
+            if page in self._key_of:
                 self._kept[page] = None
-            unused = unused[~np.array(keyed)]
-        self._push(unused)
+            else:
+                free.append(page)
+        self._push(np.array(free, np.int32))
 
-    def register(self, page: int, key: Key) -> None:
-        """Makes a page in use findable. A key that another page has already stays there."""
-        if key not in self._page_of and page not in self._key_of:
-            self._page_of[key] = page
-            self._key_of[page] = key
+    def register(self, pages: Sequence[int], keys: Sequence[Key]) -> None:
+        """Makes pages in use findable. A key that another page has already stays there."""
+        page_of, key_of = self._page_of, self._key_of
+        for page, key in zip(pages, keys, strict=True):
+            if key not in page_of and page not in key_of:
+                page_of[key] = page
+                key_of[page] = key
 
     def find(self, keys: Sequence[Key]) -> list[int]:
         """Pages of the longest run of `keys`, from the first on, that are here."""

@@ -122,8 +122,10 @@ class Request:
     @property
     def next_score(self) -> int | None:
         """Position of the prompt whose next token's logprob is wanted next; None when none is."""
+        if self.params.prompt_logprobs is None:
+            return None
         position = self.scored_from + self.prompt_logprobs.count
-        return position if self.params.prompt_logprobs is not None and position < self.prompt_length - 1 else None
+        return position if position < self.prompt_length - 1 else None
 
     def finish(self, reason: str, stop: int | str | None = None, error: str | None = None) -> None:
         self.finish_reason, self.stop_reason, self.error = reason, stop, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -56,9 +56,10 @@ class Runner:
         page_size: int,
         progress: bool,
     ):
-        self.mesh, self.params, self.sizes, self.num_pages = mesh, params, sizes, num_pages
-        self.page_size = page_size
+        self.mesh, self.sizes, self.num_pages, self.page_size = mesh, sizes, num_pages, page_size
+        self._params = tuple(jax.tree.leaves(params))
         self._replicated = replicated(mesh)
+        self.on_dispatch: Callable[[np.ndarray], None] | None = None  # is shown each step's packed inputs
         self._steps = compile_steps(
             spec, mesh, infos, shapes, sizes, num_pages=num_pages, page_size=page_size, progress=progress
         )
@@ -82,7 +83,10 @@ class Runner:
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         """Starts one step. Returns its output, whose tokens are on their way to the host."""
-        self.state, output = self._steps[shape](self.params, self.state, pack(inputs))
+        packed = pack(inputs)
+        if self.on_dispatch is not None:
+            self.on_dispatch(packed)
+        self.state, output = self._steps[shape](self._params, self.state, packed)
         output.sampled.tokens.copy_to_host_async()
         return output
 

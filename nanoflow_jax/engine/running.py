@@ -4,13 +4,11 @@ requests."""
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 
 import numpy as np
 
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.schedule.batch import SamplingArrays
-from nanoflow_jax.schedule.slots import sampling_views
+from nanoflow_jax.schedule.slots import neutral_settings, sampling_views
 
 STOPS = 8  # stop tokens of a request that are compared at once; one with more is watched
 NEVER = np.iinfo(np.int64).max
@@ -20,8 +18,8 @@ class Running:
     """State per slot. The pages hold the keys and values of tokens [0, computed), as soon as the steps dispatched so
     far have run."""
 
-    def __init__(self, slots: int, max_model_len: int, page_size: int):
-        self.count, self.page_size = slots, page_size
+    def __init__(self, slots: int, max_model_len: int, page_size: int, num_biases: int):
+        self.count, self.page_size, self._num_biases = slots, page_size, num_biases
 
         def zeros(*shape: int, dtype: type = np.int32) -> np.ndarray:
             return np.zeros((slots, *shape), dtype)
@@ -40,12 +38,15 @@ class Running:
         self.in_table = np.zeros(slots, bool)  # the device has its page table
         self.pages = zeros(-(-max_model_len // page_size))
         self.num_pages = zeros()
-        self.stops = np.full((slots, STOPS), -1, np.int32)
+        self.most_pages = zeros()  # of a sequence of max_length
+        self.stops = np.full((STOPS, slots), -1, np.int32)
+        self.num_stops = 0  # the most that any request here has had
         self.watched = np.zeros(slots, bool)
         self.min_length = zeros()  # until the sequence is so long, bias_below counts, then bias
         self.bias_below = zeros()
-        # As one array, so that a step takes all settings of its rows at once. `position` is not kept here.
-        self.settings = np.zeros((len(fields(SamplingArrays)), slots), np.int32)
+        # As one array, so that a step takes all settings of its rows at once. `position` is not kept here. The last
+        # column is for rows that sample nothing.
+        self.settings = neutral_settings(slots + 1, slots, num_biases)
         self.sampling = sampling_views(self.settings)
         self.bias, self.history = self.sampling.bias, self.sampling.history
         self._free = list(range(slots - 1, -1, -1))
@@ -65,7 +66,7 @@ class Running:
     def in_order(self, which: np.ndarray) -> np.ndarray:
         """The slots where `which` [S] bool is set, the earliest request first."""
         slots = np.flatnonzero(which)
-        return slots[np.argsort(self.number[slots])]
+        return slots if len(slots) < 2 else slots[np.argsort(self.number[slots])]
 
     def enter(
         self, request: Request, pages: np.ndarray, computed: int, prefill_end: int, biases: tuple[int, int]
@@ -82,9 +83,11 @@ class Running:
         self.in_table[slot] = False
         self.pages[slot, : len(pages)] = pages
         self.num_pages[slot] = len(pages)
+        self.most_pages[slot] = -(-request.max_length // self.page_size)
         stops = sorted(request.stop_tokens)
-        self.stops[slot] = -1
-        self.stops[slot, : min(len(stops), STOPS)] = stops[:STOPS]
+        self.stops[:, slot] = -1
+        self.stops[: min(len(stops), STOPS), slot] = stops[:STOPS]
+        self.num_stops = max(self.num_stops, min(len(stops), STOPS))
         self.watched[slot] = request.watched or bool(params.stop) or params.logprobs is not None or len(stops) > STOPS
         self.min_length[slot] = request.prompt_length + params.min_tokens
         self.bias_below[slot], self.bias[slot] = biases
@@ -106,7 +109,8 @@ class Running:
         request.slot = None
         self.requests[slot] = None
         self.number[slot] = NEVER
-        self.known[slot] = self.length[slot] = self.computed[slot] = self.num_pages[slot] = 0
+        self.known[slot] = self.length[slot] = self.computed[slot] = 0
+        self.num_pages[slot] = self.most_pages[slot] = 0
         self.epoch[slot] += 1
         self._free.append(slot)
         return request
@@ -122,7 +126,7 @@ class Running:
                 request.slot = None
                 found.append(request)
         epoch = self.epoch + 1
-        self.__init__(self.count, self.tokens.shape[1], self.page_size)
+        self.__init__(self.count, self.tokens.shape[1], self.page_size, self._num_biases)
         self.epoch = epoch
         return sorted(found, key=lambda r: r.number)
 
@@ -139,5 +143,7 @@ class Running:
             request = self.requests[slot]
             assert request is not None
             request.metrics.first_token_time = request.metrics.first_token_time or time.monotonic()
-        stopped = (self.stops[slots] == tokens[:, None]).any(axis=1)
-        return stopped | (self.known[slots] >= self.max_length[slots])
+        ended = places + 1 >= self.max_length[slots]
+        for stops in self.stops[: self.num_stops]:
+            ended |= stops[slots] == tokens
+        return ended

@@ -8,13 +8,15 @@ computed again later (or finds its pages again); the one that arrived first alwa
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nanoflow_jax.engine.admission import Expectation, peak_pages
-from nanoflow_jax.engine.pages import Key, PagePool, next_key
+from nanoflow_jax.engine.pages import Key, PagePool, next_keys
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.running import Running
 from nanoflow_jax.schedule.batch import StepShape
@@ -35,7 +37,7 @@ class ScheduledStep:
     """A shape and what fills it."""
 
     shape: StepShape
-    decode: np.ndarray  # [n] int32: slots of the decode rows
+    decode: np.ndarray  # [n] intp: slots of the decode rows
     positions: np.ndarray  # [n] int32: of their tokens
     samples: np.ndarray  # [n] bool: False where a known token is computed again
     prefill: list[Chunk]
@@ -91,7 +93,7 @@ class Scheduler:
     hooks: Hooks
     root: Key | None = None
     by_phase: bool = False
-    waiting: list[Request] = field(default_factory=list)  # by order of arrival
+    waiting: deque[Request] = field(default_factory=deque)  # by order of arrival
     admitting: Request | None = None  # whose admission is under way
     orphans: dict[tuple[int, int], Request] = field(default_factory=dict)  # (slot, epoch): preempted, token in flight
     stats: SchedulerStats = field(default_factory=SchedulerStats)
@@ -99,6 +101,8 @@ class Scheduler:
     def __post_init__(self) -> None:
         self.shapes = sorted(self.shapes, key=lambda s: (s.rows, s.decode_rows))
         self.page_size = self.running.page_size
+        self._most_prefill = max(s.prefill_rows for s in self.shapes)
+        self._most_segments = max(s.prefill_segments for s in self.shapes)
         self.expectation = Expectation()
 
     @property
@@ -109,11 +113,13 @@ class Scheduler:
         return -(-tokens // self.page_size)
 
     def add(self, request: Request) -> None:
-        """Queues a request by its number. A new one has the largest and goes to the end."""
-        place = len(self.waiting)
-        while place and self.waiting[place - 1].number > request.number:
-            place -= 1
-        self.waiting.insert(place, request)
+        """Queues a request by its number. A new one goes to the end of what may be a long queue, one that was
+        preempted is among the first."""
+        if not self.waiting or self.waiting[-1].number < request.number:
+            self.waiting.append(request)
+        else:
+            place = next(i for i, other in enumerate(self.waiting) if other.number > request.number)
+            self.waiting.insert(place, request)
 
     # -- the next step
 
@@ -135,10 +141,9 @@ class Scheduler:
 
     def _due(self) -> np.ndarray:
         """Slots whose next row is a decode row."""
-        run = self.running
+        run = self.running  # of an empty slot, length is 0
         more = (run.computed + 1 < run.length) | (run.length < run.max_length)
-        due = run.active & run.in_table & (run.computed >= run.prefill_end) & (run.computed < run.length) & more
-        return np.flatnonzero(due).astype(np.int32)
+        return np.flatnonzero((run.computed < run.length) & more & (run.computed >= run.prefill_end) & run.in_table)
 
     def _secure_pages(self, due: np.ndarray) -> np.ndarray:
         """Gives each due slot the page of its next token; slots preempted for that are no longer due."""
@@ -185,9 +190,9 @@ class Scheduler:
         """Moves waiting requests to slots, in order, while there are slots, prefill rows, and pages: for their tokens
         now, and for what all running ones are expected to grow to."""
         run = self.running
-        budget = max(s.prefill_rows for s in self.shapes)
+        budget = self._most_prefill
         budget -= int((run.prefill_end[prefilling] - run.computed[prefilling]).sum()) if prefilling else 0
-        segments = max(s.prefill_segments for s in self.shapes) - len(prefilling)
+        segments = self._most_segments - len(prefilling)
         while self.waiting and not run.is_full and budget > 0 and segments > 0:
             request = self.waiting[0]
             if request.pending:  # its last token is still on its way
@@ -197,7 +202,7 @@ class Scheduler:
             self.admitting = None
             if slot is None:
                 break
-            self.waiting.pop(0)
+            self.waiting.popleft()
             prefilling.append(slot)
             budget -= int(run.prefill_end[slot] - run.computed[slot])
             segments -= 1
@@ -225,14 +230,12 @@ class Scheduler:
         if offloaded and self.hooks.restore is not None:
             wanted = keys[len(hits) : len(hits) + offloaded]
             restored = self.hooks.restore(wanted, pages[:offloaded])
-            for page, key in zip(pages[:restored].tolist(), wanted, strict=False):
-                pool.register(page, key)
+            pool.register(pages[:restored].tolist(), wanted[:restored])
         found = (len(hits) + restored) * self.page_size
         self._count(request, len(hits) * self.page_size, restored * self.page_size)
         end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
         owned = np.concatenate([np.array(hits, np.int32), pages])
         slot = run.enter(request, owned, found, end, biases)
-        request.keys = keys[: len(hits) + restored]
         self.hooks.enter(request)
         return slot
 
@@ -255,26 +258,23 @@ class Scheduler:
         if run.num_running == 0:
             return True
         # First the cheap question: would there be enough if all became as long as they may?
-        own = request.max_length - len(request.tokens)
-        longest = int((run.max_length - run.length)[run.active].sum()) + own
-        if needed + longest // self.page_size + run.num_running + 1 <= available:
+        own = self.pages_for(request.max_length) - self.pages_for(len(request.tokens))
+        if needed + own + int((run.most_pages - run.num_pages).sum()) <= available:
             return True
         slots = np.flatnonzero(run.active)
-        left = self.expectation.remaining(
-            run.length[slots] - run.prompt_length[slots], run.max_length[slots] - run.prompt_length[slots]
-        )
-        produced = len(request.tokens) - request.prompt_length
-        own_left = self.expectation.remaining(
-            np.array([produced]), np.array([request.max_length - request.prompt_length])
-        )
+
+        def with_own(values: np.ndarray, own: int) -> np.ndarray:
+            joined = np.empty(len(slots) + 1, np.int32)
+            joined[:-1], joined[-1] = values[slots], own
+            return joined
+
+        length = with_own(run.length, len(request.tokens))
+        prompt = with_own(run.prompt_length, request.prompt_length)
+        most = with_own(run.max_length, request.max_length)
+        held = with_own(run.num_pages, self.pages_for(len(request.tokens)))
+        left = self.expectation.remaining(length - prompt, most - prompt)
         # What growing takes beyond the pages that are held now.
-        spare = run.num_pages[slots] * self.page_size - run.length[slots]
-        own_spare = (-len(request.tokens)) % self.page_size
-        growth = peak_pages(
-            np.append(left, own_left), np.append(spare, own_spare),
-            np.append(run.num_pages[slots], self.pages_for(len(request.tokens))), self.page_size,
-        )  # fmt: skip
-        return needed + growth <= available
+        return needed + peak_pages(left, held * self.page_size - length, held, self.page_size) <= available
 
     # -- prefixes
 
@@ -283,16 +283,18 @@ class Scheduler:
         must be computed to go on, nor one whose logprobs are wanted."""
         if self.root is None:
             return []
-        keys, tokens = request.keys, request.tokens
-        last = len(tokens) - 1 if request.next_score is None else request.next_score
-        for index in range(len(keys), last // self.page_size):
-            keys.append(self._key(keys[-1] if keys else self.root, tokens, index, request.prompt_length))
-        return keys[: last // self.page_size]
+        last = len(request.tokens) - 1 if request.next_score is None else request.next_score
+        self._extend_keys(request, request.tokens, last // self.page_size)
+        return request.keys[: last // self.page_size]
 
-    def _key(self, previous: Key, tokens: np.ndarray, index: int, prompt_length: int) -> Key:
-        first = index * self.page_size
-        prefilled = min(max(prompt_length - first, 0), self.page_size) if self.by_phase else 0
-        return next_key(previous, tokens[first : first + self.page_size], prefilled)
+    def _extend_keys(self, request: Request, tokens: np.ndarray, pages: int) -> None:
+        """Computes the keys of the request's first `pages` pages that it lacks."""
+        keys, first = request.keys, len(request.keys) * self.page_size
+        if first < pages * self.page_size:
+            assert self.root is not None
+            prefilled = request.prompt_length - first if self.by_phase else 0
+            new = tokens[first : pages * self.page_size]
+            keys += next_keys(keys[-1] if keys else self.root, new, self.page_size, prefilled)
 
     def _register(self, slot: int, start: int, stop: int) -> None:
         """Makes the pages that tokens [start, stop) have filled findable, for steps after this one."""
@@ -301,12 +303,9 @@ class Scheduler:
         run = self.running
         request = run.requests[slot]
         assert request is not None
-        keys, pages, tokens = request.keys, run.pages[slot], run.tokens[slot]
-        # Pages before `start` have no key yet when their tokens were computed again in decode rows.
-        for index in range(min(start // self.page_size, len(keys)), stop // self.page_size):
-            if index >= len(keys):
-                keys.append(self._key(keys[-1] if keys else self.root, tokens, index, request.prompt_length))
-            self.pool.register(int(pages[index]), keys[index])
+        first, last = start // self.page_size, stop // self.page_size
+        self._extend_keys(request, run.tokens[slot], last)
+        self.pool.register(run.pages[slot, first:last].tolist(), request.keys[first:last])
 
     # -- leaving
 
@@ -344,8 +343,9 @@ class Scheduler:
 
     def remove(self, request: Request) -> None:
         """Forgets a request wherever it is; its pages are free again."""
-        if request in self.waiting:
-            self.waiting.remove(request)
+        if request.slot is None or request is self.admitting:  # no other one is in the queue
+            with suppress(ValueError):
+                self.waiting.remove(request)
         if request.slot is not None:
             self.leave(request.slot)
         if request.pending:

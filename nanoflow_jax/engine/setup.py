@@ -6,30 +6,39 @@ import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
+from kernels_pallas.checks import FP8
+from kernels_pallas.self_check import Heads
+from nanoflow_jax import __version__
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
+from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
+from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.engine.memory import check_weights, device_memory, local_bytes, page_bytes, plan_pages
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
 from nanoflow_jax.engine.sampler_tables import SamplerTables
-from nanoflow_jax.models.llama import LlamaParams, param_infos
+from nanoflow_jax.models.kv_scales import find_kv_scales
+from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.parallel.processes import Processes, joined
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.attention import why_not_mosaic
+from nanoflow_jax.schedule.attention import KernelBackends, choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.tokenizer import Tokenizer
-from nanoflow_jax.weights.load import load_params
+from nanoflow_jax.weights.load import load_params, model_digest, open_weights
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -53,6 +62,7 @@ class EngineOptions:
     kv_offload_folder: str | Path | None
     deterministic: bool
     attention_backend: str
+    kv_cache_dtype: str
     seed: int
     progress: bool
     rank_of: int | None = None  # run the first rank's program of so many devices on a mesh of one, to measure it
@@ -72,23 +82,35 @@ def build_engine(
 
     make_params  (infos, mesh) -> weights, instead of loading them
     """
+    processes = joined()
+    if processes is not None:
+        _check_processes(processes, folder, options)
     devices = options.rank_of or mesh.size
     device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
-    backend = _attention_backend(options.attention_backend, device, config, page_size)
-    logger.info("attention backend: %s; plan: %s; mesh: %d devices", backend, plan.name, devices)
+    pages = page_dtype(config, options.kv_cache_dtype)
+    backend = choose_backend(options.attention_backend, config, capability(device), page_size)
+    groups = kv_groups(config, devices) // devices
+    backends = KernelBackends.of(backend, pages, groups, config.head_dim)
+    logger.info(
+        "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
+    )
     decode_slots = _decode_slots(options, devices, on_cpu)
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
     limit = config.max_position_embeddings if options.max_model_len is None else options.max_model_len
     if not 1 < limit <= config.max_position_embeddings:
         raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_position_embeddings}")
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    kv_scales = None if pages != FP8 else {} if make_params else _kv_scales(folder, config)
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
     if options.rank_of is not None:
         infos = rank_infos(infos, options.rank_of)
     memory = device_memory(mesh)
     usable = None if memory is None else int(memory * options.memory_utilization)
     if usable is not None:
         check_weights(config, infos, mesh.size, usable)
+    if backend == "mosaic":  # what takes seconds comes after what can be refused at once
+        heads = Heads(q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8)
+        check_mosaic_kernels(backends, heads, mesh.local_devices[0])
 
     def sizes_for(length: int) -> SlotSizes:
         return SlotSizes(decode_slots, BIAS_ROWS, -(-length // page_size))
@@ -98,7 +120,10 @@ def build_engine(
         return [max(shapes, key=_size)] if options.deterministic else shapes
 
     some_shape = StepShape(decode_slots, 0, 0, 1)
-    spec = StepSpec(config, plan, some_shape, backend, deterministic=options.deterministic, rank_of=options.rank_of)
+    spec = StepSpec(
+        config, plan, some_shape, backend, options.kv_cache_dtype,
+        deterministic=options.deterministic, rank_of=options.rank_of,
+    )  # fmt: skip
     most_pages = -(-decode_slots * (limit + page_size) // page_size)  # more could not be used at once
     if options.kv_cache_tokens is not None:
         num_pages = options.kv_cache_tokens // page_size
@@ -117,10 +142,12 @@ def build_engine(
         needed = -(-limit // page_size) if options.max_model_len is not None else 1
         planned = plan_pages(
             usable, local_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
-            page_bytes(config, devices, page_size), most_pages, needed, temporaries,
+            page_bytes(config, devices, page_size, options.kv_cache_dtype), most_pages, needed, temporaries,
         )  # fmt: skip
         logger.info(planned.text())
         num_pages = planned.num_pages
+    if processes is not None:
+        num_pages = min(map(int, processes.exchange(str(num_pages))))
     if num_pages * page_size < limit:
         if options.max_model_len is not None or num_pages * page_size < 2:
             raise ConfigError(
@@ -130,7 +157,9 @@ def build_engine(
             )
         limit = num_pages * page_size
 
-    root = prefix_root(folder, config, plan, backend, options.deterministic) if options.enable_prefix_caching else None
+    root = None
+    if options.enable_prefix_caching:
+        root = prefix_root(folder, config, plan, f"{backends.text()} {pages}", options.deterministic)
     offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
     params = make_params(infos, mesh) if make_params else _load(folder, config, mesh, infos, options.progress)
     shapes, sizes = shapes_for(limit), sizes_for(limit)
@@ -138,7 +167,11 @@ def build_engine(
         spec, mesh, infos, params, shapes, sizes,
         num_pages=num_pages, page_size=page_size, progress=options.progress,
     )  # fmt: skip
-    return Engine(
+    make: Callable[..., Engine] = Engine
+    if processes is not None:
+        processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
+        make = partial(LeadingEngine if processes.leads else FollowingEngine, processes)
+    return make(
         runner,
         shapes,
         SamplerTables(runner),
@@ -153,10 +186,19 @@ def build_engine(
     )
 
 
-def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, backend: str, deterministic: bool) -> Key:
-    """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it."""
+def _check_processes(processes: Processes, folder: Path, options: EngineOptions) -> None:
+    """Raises ConfigError, in all processes, unless they can run as one."""
+    if options.kv_offload_bytes:
+        raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
+    processes.agree("packages", f"nanoflow_jax {__version__}, jax {version('jax')}, jaxlib {version('jaxlib')}")
+    processes.agree(f"model: {folder.name}", model_digest(folder))
+
+
+def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention: str, deterministic: bool) -> Key:
+    """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it. `attention`: the
+    kernels' backends and the pages' dtype."""
     plan_text = hashlib.sha256(repr(plan).encode()).hexdigest()
-    return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, backend, str(deterministic))
+    return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, attention, str(deterministic))
 
 
 def _offload(options: EngineOptions, root: Key) -> OffloadStore:
@@ -204,15 +246,20 @@ def _slot_bytes(config: ModelConfig, devices: int, sizes: SlotSizes) -> int:
     return whole + (state.counts.size * 2 + state.biases.size * 4) // devices
 
 
-def _attention_backend(wanted: str, device: Any, config: ModelConfig, page_size: int) -> str:
-    """The backend of attention. "auto" is XLA's everywhere until the Mosaic kernels have been measured on a GPU."""
-    if wanted != "mosaic":
-        return "xla"
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    capability = (int(major), int(minor)) if device.platform == "gpu" else None
-    if reason := why_not_mosaic(config, capability, page_size):
-        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {reason}; accepted: 'auto', 'xla'")
-    return "mosaic"
+def capability(device: Any) -> tuple[int, int] | None:
+    """Compute capability of a GPU; None of anything else."""
+    if device.platform != "gpu":
+        return None
+    major, _, minor = str(device.compute_capability).partition(".")
+    return int(major), int(minor)
+
+
+def _kv_scales(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The checkpoint's scales of fp8 pages, as `param_infos` takes them. Logs whether there are any."""
+    table = open_weights(folder).table
+    found = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, config)
+    logger.info("scales of the fp8 KV pages: %s", "the checkpoint's" if found else "1, the checkpoint has none")
+    return found
 
 
 def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, progress: bool) -> LlamaParams:

@@ -17,8 +17,9 @@ def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: S
     shape, page_size = step.shape, running.page_size
     inputs = empty_inputs(shape, num_pages, sizes.slots, sizes.bias_rows)
     slots, positions, n = step.decode, step.positions, len(step.decode)
-    known = positions < running.known[slots]
-    inputs.token_ids[:n] = np.where(known, running.tokens[slots, np.where(known, positions, 0)], IN_FLIGHT)
+    inputs.token_ids[:n] = IN_FLIGHT
+    again = np.flatnonzero(positions < running.known[slots])  # tokens that the host knows: computed once more
+    inputs.token_ids[again] = running.tokens[slots[again], positions[again]]
     inputs.positions[:n] = positions
     inputs.write_pages[:n] = running.pages[slots, positions // page_size]
     inputs.slots[:n] = slots
@@ -30,34 +31,31 @@ def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: S
         inputs.token_ids[rows] = running.tokens[slot, chunk.start : chunk.stop]
         inputs.positions[rows] = chunk_positions
         inputs.write_pages[rows] = running.pages[slot, chunk_positions // page_size]
-        inputs.prefill_table[segment, : running.num_pages[slot]] = running.pages_of(slot)
+        held = running.num_pages[slot]
+        inputs.prefill_table[segment, :held] = running.pages[slot, :held]
         row += count
         inputs.prefill_starts[segment + 1] = row - first
         inputs.slots[first + segment] = slot
         _want_scores(inputs, running, slot, chunk.start, rows.start - first, count)
     inputs.prefill_starts[len(step.prefill) + 1 :] = row - first
 
-    prefilled = np.array([c.slot for c in step.prefill], np.int32)
-    ends = np.array([c.stop for c in step.prefill], np.int32)
-    samples = np.array([c.samples for c in step.prefill], bool)
-    _fill_sampling(inputs, running, slice(0, n), slots, positions + 1, step.samples)
-    _fill_sampling(inputs, running, slice(first, first + len(prefilled)), prefilled, ends, samples)
+    _fill_sampling(inputs, step, running)
     return inputs
 
 
-def _fill_sampling(
-    inputs: StepInputs, running: Running, rows: slice, slots: np.ndarray, length: np.ndarray, samples: np.ndarray
-) -> None:
-    """length: tokens of each sequence ahead of the sampled one. Rows that do not sample keep the defaults, which cost
-    nothing and change no history."""
-    sampling, which = inputs.sampling, rows
-    if not samples.all():
-        which, slots, length = np.arange(rows.start, rows.stop)[samples], slots[samples], length[samples]
-    sampling_settings(inputs)[:, which] = running.settings.take(slots, axis=1)
-    sampling.position[which] = length
-    below = length < running.min_length[slots]
-    if below.any():
-        sampling.bias[which] = np.where(below, running.bias_below[slots], running.bias[slots])
+def _fill_sampling(inputs: StepInputs, step: ScheduledStep, running: Running) -> None:
+    """Rows that do not sample take neutral settings, which cost nothing and change no history."""
+    n, first, chunks = len(step.decode), step.shape.decode_rows, step.prefill
+    slots = inputs.slots.astype(np.intp)
+    slots[:n][~step.samples] = running.count
+    slots[first : first + len(chunks)] = [c.slot if c.samples else running.count for c in chunks]
+    running.settings.take(slots, axis=1, out=sampling_settings(inputs), mode="clip")
+    length = inputs.sampling.position  # tokens of each sequence ahead of the sampled one
+    length[:n] = np.where(step.samples, step.positions + 1, 0)
+    length[first : first + len(chunks)] = [c.stop if c.samples else 0 for c in chunks]
+    below = np.flatnonzero(length < running.min_length.take(slots, mode="clip"))
+    below = below[slots[below] < running.count]
+    inputs.sampling.bias[below] = running.bias_below[slots[below]]
 
 
 def _want_scores(inputs: StepInputs, running: Running, slot: int, start: int, row: int, count: int) -> None:

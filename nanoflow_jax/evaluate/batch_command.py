@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from nanoflow_jax import __version__
 
 if TYPE_CHECKING:
-    from nanoflow_jax.evaluate.batch import BatchReport
+    from nanoflow_jax.evaluate.batch import BatchReport, Settings
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import FileIdentity
     from nanoflow_jax.evaluate.manifest import Manifest
+    from nanoflow_jax.evaluate.ray_data import RayOptions
 
 SAMPLING_OPTIONS = (
     ("max-tokens", int, "tokens to generate at most; 16 for a completion, up to the model's length for a chat"),
@@ -29,7 +30,7 @@ SAMPLING_OPTIONS = (
 # Options that can change a bit of a result, and so belong to what a run is.
 IDENTITY_OPTIONS = (
     "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-    "page_size", "deterministic", "seed",
+    "page_size", "kv_cache_dtype", "attention_backend", "deterministic", "seed",
 )  # fmt: skip
 
 
@@ -57,7 +58,22 @@ def add(commands: Any, formatter: Any, add_model_options: Callable[[argparse.Arg
         sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
     sampling.add_argument("--seed", type=int, default=0, help="of requests that bring none, together with their line")
     add_model_options(p)
+    _add_ray_options(p)
     p.set_defaults(run=_run)
+
+
+def _add_ray_options(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group(
+        "many replicas", "On this machine, or on the Ray cluster that RAY_ADDRESS names; only here is anything written."
+    )
+    group.add_argument("--ray", action="store_true", help="answer with several replicas, by Ray Data")
+    group.add_argument("--ray-replicas", type=int, metavar="N", help="how many; as many as GPUs hold when not given")
+    group.add_argument(
+        "--ray-devices", type=int, default=8, metavar="N", help="GPUs of each replica; with --cpu-devices those instead"
+    )
+    group.add_argument(
+        "--ray-block", type=int, default=2048, metavar="LINES", help="lines that a replica answers at a time"
+    )
 
 
 def add_run_options(p: argparse.ArgumentParser) -> None:
@@ -97,7 +113,8 @@ def run_manifest(args: argparse.Namespace, kind: str, identity: dict[str, Any], 
 
 
 def _devices(args: argparse.Namespace) -> int:
-    if args.cpu_devices:
+    """Those of all processes."""
+    if args.cpu_devices and not (args.distributed or args.coordinator):
         return args.cpu_devices
     import jax
 
@@ -107,14 +124,20 @@ def _devices(args: argparse.Namespace) -> int:
 def make_llm(args: argparse.Namespace) -> Any:
     """The LLM of a command with model options and --deterministic."""
     from nanoflow_jax.api import LLM
+
+    return LLM(**llm_options(args), progress=not args.quiet)
+
+
+def llm_options(args: argparse.Namespace) -> dict[str, Any]:
     from nanoflow_jax.cli import MODEL_OPTIONS
 
     options = {name: getattr(args, name) for name in MODEL_OPTIONS}
-    return LLM(args.model, progress=not args.quiet, deterministic=args.deterministic, seed=args.seed, **options)
+    return {"model": args.model, **options, "deterministic": args.deterministic, "seed": args.seed}
 
 
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.engine.sampling_params import SamplingParams
+    from nanoflow_jax.evaluate.batch import Settings
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import identify
 
@@ -127,6 +150,7 @@ def _run(args: argparse.Namespace) -> int:
     sampling = {name: getattr(args, name) for name in names if hasattr(args, name)}
     SamplingParams(**sampling)  # a bad setting is told before the model is loaded
     served = args.served_model_name or args.model
+    ray = _ray_options(args)
     found = identify(source)
     identity = {"input": found.sha256, "sampling": sampling, "served_model_name": served}
     about = {"input": str(source), "input_bytes": found.size, "input_lines": found.lines}
@@ -134,7 +158,7 @@ def _run(args: argparse.Namespace) -> int:
     with Journal.open(output, manifest, restart=args.restart, allow_changed=args.allow_changed) as journal:
         if journal.done and not args.quiet:
             print(f"continuing: {len(journal.done)} of {found.lines} lines have a result", file=sys.stderr)
-        report = _answer(args, source, found, journal, sampling, served)
+        report = _answer(args, source, found, journal, Settings(served, sampling, args.seed), manifest, ray)
     if args.ordered:
         from nanoflow_jax.evaluate.batch import write_in_order
 
@@ -143,15 +167,47 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _ray_options(args: argparse.Namespace) -> RayOptions | None:
+    """None without --ray. Raises ConfigError for what cannot be."""
+    from nanoflow_jax.config import ConfigError
+
+    if not args.ray:
+        return None
+    from nanoflow_jax.evaluate.ray_data import RayOptions
+
+    for name in ("ray_replicas", "ray_devices", "ray_block"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not accepted; it must be at least 1")
+    if args.distributed or args.coordinator:
+        raise ConfigError("--ray: a replica on Ray is one process; accepted: --ray, or several processes, not both")
+    devices = args.cpu_devices or args.ray_devices
+    if args.tensor_parallel_size is None:  # and not all that the driver's machine has
+        args.tensor_parallel_size = devices
+    return RayOptions(args.ray_replicas, devices, bool(args.cpu_devices), args.ray_block)
+
+
 def _answer(
-    args: argparse.Namespace, source: Path, found: FileIdentity, journal: Journal, sampling: dict[str, Any], served: str
+    args: argparse.Namespace,
+    source: Path,
+    found: FileIdentity,
+    journal: Journal,
+    settings: Settings,
+    manifest: Manifest,
+    ray: RayOptions | None,
 ) -> BatchReport:
-    from nanoflow_jax.evaluate.batch import BatchReport, Settings, run_batch
+    from nanoflow_jax.evaluate.batch import BatchReport, run_batch
 
     if len(journal.done) >= found.lines:
         return BatchReport(found.lines, journal.errors, found.lines, 0, 0, 0.0)
     try:
-        settings = Settings(served, sampling, args.seed)
+        if ray is not None:
+            from nanoflow_jax.evaluate.ray_data import run_batch_on_ray
+
+            model = manifest.identity["model"]
+            return run_batch_on_ray(
+                llm_options(args), model, source, found.lines, journal, settings, ray, progress=not args.quiet
+            )
         return run_batch(make_llm(args), source, found.lines, journal, settings, progress=not args.quiet)
     except KeyboardInterrupt:
         journal.close()

@@ -20,17 +20,20 @@ class Line:
     number: int  # from 1
     data: bytes
     problem: str | None = None
+    start: int = 0  # byte of the file
 
 
-def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
+def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, start: int = 0, number: int = 1) -> Iterator[Line]:
     """The lines of a file; "\\n" or "\\r\\n" end one, the last needs none. A byte order mark at the beginning is left
-    out. A line longer than `max_bytes` is passed over and told as a problem."""
-    number = 0
+    out. A line longer than `max_bytes` is passed over and told as a problem.
+
+    start, number  where to begin: the first byte of a line, and the line's number
+    """
     with open(path, "rb") as file:
-        if file.read(3) != b"\xef\xbb\xbf":
-            file.seek(0)
+        if not start and file.read(3) == b"\xef\xbb\xbf":
+            start = 3
+        file.seek(start)
         while data := file.readline(max_bytes + 2):
-            number += 1
             length = len(data)
             if not data.endswith(b"\n"):
                 while rest := file.readline(_CHUNK):
@@ -38,9 +41,11 @@ def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
                     if rest.endswith(b"\n"):
                         break
             if length > max_bytes + 2 or len(data.rstrip(b"\r\n")) > max_bytes:
-                yield Line(number, b"", f"the line has {length} bytes; accepted: at most {max_bytes}")
+                what = f"the line has {length} bytes; accepted: at most {max_bytes}"
+                yield Line(number, b"", what, start)
             else:
-                yield Line(number, data.rstrip(b"\r\n"))
+                yield Line(number, data.rstrip(b"\r\n"), start=start)
+            number, start = number + 1, start + length
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nanoflow_jax.inspect.costs import (
     operand_bytes,
 )
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
-from nanoflow_jax.inspect.overlap import Timeline, is_sync
+from nanoflow_jax.inspect.overlap import is_sync
+from nanoflow_jax.search.timeline import Timeline
 
 GEMM_OPS = frozenset(["KQV", "O", "UG", "D"])
 NANO_BATCH_OPS = frozenset(["O", "O.AG", "O.AR", "O.RS", "UG", "D", "D.AR", "D.RS", "D.AG", "GEMV.AG"])
@@ -32,6 +33,7 @@ INDEX = re.compile(r"[su](16|32|64)$|pred$")
 PAGES = re.compile(r"page|cache")  # what the step's arguments for KV pages are called
 KERNELS = frozenset(["fusion", "copy", "transpose", "convert", "add", "multiply", "reduce", "gather", "scatter"])
 LARGE = 2**20  # bytes
+TINY = 256  # bytes: a scale of a layer's KV pages, say; a copy of so little is none
 STACK = 256  # a leading dimension up to this is taken for stacked layers, not for pages
 
 
@@ -273,6 +275,8 @@ def copies(program: _Program) -> Iterator[Finding]:
     for computation in program.running:
         for instruction in computation.instructions:
             if instruction.opcode in FREE or instruction.opcode.endswith("-done") or not instruction.shapes:
+                continue
+            if instruction.bytes < TINY:
                 continue
             if any(shape.host for shape in instruction.shapes):  # offload: meant, and not in device memory
                 continue

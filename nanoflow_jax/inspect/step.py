@@ -6,27 +6,28 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.config import ConfigError, ModelConfig, model_config
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
-from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, render
+from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.platform import without_compile_cache
-from nanoflow_jax.schedule.attention import why_not_mosaic
+from nanoflow_jax.schedule.attention import choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
-from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.search.latency import LatencyModel, Prediction, RooflineModel, optimal_tokens_per_second
+from nanoflow_jax.search.load import StepLoad
+from nanoflow_jax.search.shapes import OpCosts, Shapes
+from nanoflow_jax.search.totals import Totals
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9
@@ -101,6 +102,7 @@ class StepInspection:
     decode_tokens: int
     context: int
     attention_backend: str
+    kv_cache_dtype: str
     layers: int
     model_layers: int
     compile_seconds: float
@@ -133,6 +135,7 @@ class StepInspection:
             "decode_tokens",
             "context",
             "attention_backend",
+            "kv_cache_dtype",
             "layers",
             "model_layers",
             "compile_seconds",
@@ -149,7 +152,7 @@ class StepInspection:
             [
                 f"{self.model}, plan {self.plan.name}, "
                 f"{self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
-                f"decode attention {self.attention_backend}, "
+                f"decode attention {self.attention_backend}, KV pages {self.kv_cache_dtype}, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}{only}, "
@@ -157,17 +160,6 @@ class StepInspection:
                 f"KV: {m.kv_tokens:,} tokens",
             ]
         )
-
-
-def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
-    with one."""
-    if (folder := Path(model)).is_dir():
-        return folder.name, ModelConfig.from_file(folder / "config.json")
-    path = config_path(
-        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
-    )
-    return path.stem, ModelConfig.from_file(path)
 
 
 def inspect_step(
@@ -181,8 +173,10 @@ def inspect_step(
     context: int = 1024,
     layers: int | None = None,
     attention_backend: str = "auto",
+    kv_cache_dtype: str = "auto",
     options: Mapping[str, Option] | None = None,
     enforce_order: bool = True,
+    latency: LatencyModel | None = None,
 ) -> StepInspection:
     """Compiles one step and reports on it.
 
@@ -192,8 +186,10 @@ def inspect_step(
                       depend on it)
     layers            compile only this many layers (all are alike, and 80 take minutes); None: all
     attention_backend of decode attention: "mosaic" on Hopper, "xla"; "auto" takes Mosaic where the GPU has it
+    kv_cache_dtype    of the KV pages: "auto" (the model's), "fp8" or "fp8_e4m3"
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
+    latency           the model that times ops; None: the roofline of the GPU's figures
 
     Raises ConfigError naming what cannot be used.
     """
@@ -218,25 +214,22 @@ def inspect_step(
         decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1
     )
 
-    refusal = why_not_mosaic(config, hardware.capability, PAGE_SIZE)
-    if attention_backend == "auto":
-        attention_backend = "xla" if refusal else "mosaic"
-    if attention_backend not in ("mosaic", "xla"):
-        raise ConfigError(
-            f"attention_backend: {attention_backend!r} is not accepted; accepted: 'auto', 'mosaic', 'xla'"
-        )
-    if attention_backend == "mosaic" and refusal:
-        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {refusal}; accepted: 'auto', 'xla'")
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    pages_dtype = page_dtype(config, kv_cache_dtype)
+    attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
+    kv_scales = None if kv_cache_dtype == "auto" else {}
+    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
-    per_token = _kv_bytes_per_token(config, devices)
+    item = pages_dtype.itemsize
+    per_token = _kv_bytes_per_token(config, devices, item)
     pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
     rows = PAGE_SIZE * kv_groups(config, devices) // devices * config.num_layers  # of a page, as 32-bit indices count
     pages = min(pool, (2**31 - 1) // rows)
 
     started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)
-    spec = StepSpec(config, plan, shape, attention_backend, enforce_order=enforce_order)
+    spec = StepSpec(
+        config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order, expected_context=context
+    )
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
     lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
     options = {**saving_options(hardware), **(options or {})}
@@ -244,15 +237,18 @@ def inspect_step(
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
+    latency = latency or RooflineModel(hardware)
+    pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
     report = inspect_compiled(
         hlo,
         analysis,
         hardware,
         devices,
-        costs=attention_costs(config, plan.pieces(decode_tokens, prefill, row_quantum(devices)), devices, context),
+        costs=attention_costs(config, pieces, devices, context, latency, item),
+        latency=latency,
     )
     report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
-    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token)
+    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
     return StepInspection(
         model=name,
         plan=plan,
@@ -262,6 +258,7 @@ def inspect_step(
         decode_tokens=decode_tokens,
         context=context,
         attention_backend=attention_backend,
+        kv_cache_dtype=pages_dtype.name,
         layers=config.num_layers,
         model_layers=full.num_layers,
         compile_seconds=seconds,
@@ -322,10 +319,10 @@ def compare(inspections: Sequence[StepInspection]) -> str:
     return "\n".join(["Per inner layer: collectives, MiB, network, exposed network, findings. Predicted.", *lines])
 
 
-def _kv_bytes_per_token(config: ModelConfig, devices: int) -> int:
+def _kv_bytes_per_token(config: ModelConfig, devices: int, item: int) -> int:
     """K and V of one token in all layers, on one device."""
     groups = kv_groups(config, devices) // devices
-    return 2 * config.num_layers * groups * config.head_dim * jnp.dtype(config.dtype).itemsize
+    return 2 * config.num_layers * groups * config.head_dim * item
 
 
 def _local_bytes(info: Any, devices: int) -> int:
@@ -333,11 +330,17 @@ def _local_bytes(info: Any, devices: int) -> int:
 
 
 def _memory(
-    config: ModelConfig, plan: SchedulePlan, hardware: Hardware, devices: int, temporaries: int, kv_pages: int
+    config: ModelConfig,
+    plan: SchedulePlan,
+    hardware: Hardware,
+    devices: int,
+    temporaries: int,
+    kv_pages: int,
+    item: int,
 ) -> StepMemory:
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
-    per_token = _kv_bytes_per_token(config, devices)
+    per_token = _kv_bytes_per_token(config, devices, item)
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
     return StepMemory(
         weights, kv_pages, temporaries, hardware.memory_bytes, headroom, per_token, max(0, headroom // per_token)
@@ -345,20 +348,17 @@ def _memory(
 
 
 def attention_costs(
-    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int
-) -> dict[tuple[str, int], tuple[float, float]]:
-    """(FLOP, bytes) of each attention piece and KV append of one layer on one device, every row with `context` tokens
-    before it.
-
-    GEMV reads each row's K and V once; PF reads a chunk's pages once per tile of rows, counted as once per 128 rows.
-    """
-    heads, groups = config.num_heads // devices, kv_groups(config, devices) // devices
-    costs = {}
+    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int, model: LatencyModel, item: int = 2
+) -> dict[tuple[str, int], Prediction]:
+    """Each attention piece and KV append of one layer on one device, every row with `context` tokens before it; item:
+    bytes of an element of the pages."""
+    costs = OpCosts(model, Shapes.of(config, devices, item), StepLoad(1, 0, context, context))
+    found = {}
     for piece in pieces:
-        if piece.op == "KQV":  # an append per KQV: new K and V are read, and written
-            costs["KV.APPEND", piece.piece] = 0.0, piece.rows * groups * config.head_dim * 2 * 2.0 * 2
-        if piece.op in ("GEMV", "PF"):
-            flops = 4.0 * piece.rows * context * heads * config.head_dim
-            readers = piece.rows if piece.op == "GEMV" else piece.rows / 128
-            costs[piece.op, piece.piece] = flops, readers * context * groups * config.head_dim * 2 * 2.0
-    return costs
+        if piece.op == "KQV":
+            found["KV.APPEND", piece.piece] = costs.append(piece.rows)
+        elif piece.op == "GEMV":
+            found["GEMV", piece.piece] = costs.decode_attention(piece.rows)
+        elif piece.op == "PF":
+            found["PF", piece.piece] = costs.prefill_attention(piece.rows)
+    return found

@@ -8,6 +8,7 @@ the mesh size: KQV groups each KV head with the query heads it serves; UG keeps 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig, RopeConfig
+from nanoflow_jax.models.kv_scales import kv_scales_info
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
 from nanoflow_jax.parallel.mesh import AXIS
 
@@ -33,13 +35,11 @@ class LayerParams:
     needs one layout only has None for the other.
     """
 
-    attention_norm: Any  # [H]
     kqv: Any  # [G, r + 2, d, H]: per group the query heads, then K, then V
     kqv_bias: Any  # [G, r + 2, d] or None
     o_rows: Any  # [H, heads * d] split over H, for O split over N
     o_columns: Any  # [H, heads * d] split over heads, for O split over K
     o_bias: Any  # [H] or None
-    mlp_norm: Any  # [H]
     ug: Any  # [2, F, H]: gate, up
     ug_bias: Any  # [2, F] or None
     down: Any  # [H, F]
@@ -48,12 +48,17 @@ class LayerParams:
 
 @struct.dataclass
 class LlamaParams:
-    """All weights. V: vocabulary padded to the mesh."""
+    """All weights. L: layers; V: vocabulary padded to the mesh.
+
+    The layers' norms are one array: a step's start costs the host time for every argument.
+    """
 
     embedding: Any  # [V, H] split over V
+    norms: Any  # [L, 2, H]: ahead of attention, ahead of the MLP
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
+    kv_scales: Any = None  # [2 (K, V), layers, G] float32 split over G, of fp8 pages; None without
 
 
 def kv_groups(config: ModelConfig, devices: int) -> int:
@@ -67,9 +72,19 @@ def padded_vocab(config: ModelConfig, devices: int) -> int:
 
 
 def param_infos(
-    config: ModelConfig, devices: int, *, o_rows: bool = True, o_columns: bool = True, dtype: Any = None
+    config: ModelConfig,
+    devices: int,
+    *,
+    o_rows: bool = True,
+    o_columns: bool = True,
+    dtype: Any = None,
+    kv_scales: Mapping[str, tuple[int, ...]] | None = None,
 ) -> LlamaParams:
-    """Declares every weight for a mesh of `devices`; `o_rows`, `o_columns`: which layouts of O the plan needs."""
+    """Declares every weight for a mesh of `devices`.
+
+    o_rows, o_columns  which layouts of O the plan needs
+    kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    """
     dtype = jnp.dtype(dtype or config.dtype)
     H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     width = config.num_heads * d
@@ -109,17 +124,25 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
 
+    def layer_norms() -> ParamInfo:
+        kinds = ("input_layernorm", "post_attention_layernorm")
+        names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
+
+        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
+        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
+
     def layer(i: int) -> LayerParams:
         prefix = f"model.layers.{i}"
         o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
         return LayerParams(
-            attention_norm=plain(f"{prefix}.input_layernorm.weight", (H,), P(), "ones"),
             kqv=kqv(prefix, "weight"),
             kqv_bias=kqv(prefix, "bias") if config.attention_bias else None,
             o_rows=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_rows else None,
             o_columns=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_columns else None,
             o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if config.attention_bias else None,
-            mlp_norm=plain(f"{prefix}.post_attention_layernorm.weight", (H,), P(), "ones"),
             ug=gate_up(prefix, "weight"),
             ug_bias=gate_up(prefix, "bias") if config.mlp_bias else None,
             down=plain(f"{down}.weight", (H, F), P(None, AXIS)),
@@ -128,9 +151,11 @@ def param_infos(
 
     return LlamaParams(
         embedding=vocab_rows("model.embed_tokens.weight"),
+        norms=layer_norms(),
         layers=tuple(layer(i) for i in range(config.num_layers)),
         final_norm=plain("model.norm.weight", (H,), P(), "ones"),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
+        kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
     )
 
 

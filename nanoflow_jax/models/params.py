@@ -49,6 +49,11 @@ class ParamInfo:
     read: Callable[[ReadSlice, Index], np.ndarray]
 
     @property
+    def name(self) -> str:
+        """Of the checkpoint's first tensor; "" for a weight that it does not hold."""
+        return self.sources[0].name if self.sources else ""
+
+    @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
 
@@ -100,6 +105,6 @@ def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:
 
     def key(info: ParamInfo) -> jax.Array:
         """By the tensor's name: the two layouts of O hold the same matrix."""
-        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(info.sources[0].name.encode()))
+        return jax.random.fold_in(jax.random.key(seed), zlib.crc32(info.name.encode()))
 
     return jax.tree.map(lambda info: make(info, key(info)), infos, is_leaf=is_info)

@@ -13,10 +13,10 @@ AXIS = "tp"
 
 
 def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> Mesh:
-    """A mesh of `tensor_parallel_size` devices over axis "tp"; None takes as many of all devices as the model
-    divides into.
+    """A mesh of `tensor_parallel_size` devices, those of all processes, over axis "tp"; None takes all.
 
-    Raises ConfigError when there are too few devices, or when the size does not divide the model.
+    Raises ConfigError when there are too few devices, when the size does not divide the model, or when it leaves a
+    process without a device.
     """
     devices = jax.devices()
     size = len(devices) if tensor_parallel_size is None else tensor_parallel_size
@@ -25,6 +25,11 @@ def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> M
             f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}"
         )
     check_divides(config, size)
+    if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:size]}:
+        raise ConfigError(
+            f"tensor_parallel_size: {size} of {len(devices)} devices leave process {min(idle)} without one; "
+            f"accepted: {len(devices)}, or fewer processes"
+        )
     return Mesh(np.array(devices[:size]), (AXIS,))
 
 

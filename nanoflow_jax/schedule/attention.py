@@ -1,16 +1,34 @@
-"""Which attention kernels a model can use on a GPU, decided before anything is lowered."""
+"""Which attention kernels a model uses on a GPU, decided before anything is lowered."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from kernels_pallas.checks import FP8
 from kernels_pallas.targets import mosaic_supported
-from nanoflow_jax.config import ModelConfig
+from kernels_pallas.tuning import APPEND, DECODE, PREFILL
+from nanoflow_jax.config import ConfigError, ModelConfig
 
 KERNELS = ("decode_attention", "prefill_attention", "append_kv")
 HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
+APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
+BACKENDS = ("auto", "mosaic", "xla")
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+
+
+def page_dtype(config: ModelConfig, kv_cache_dtype: str) -> Any:
+    """Of the KV pages: the model's own for "auto", float8_e4m3fn for "fp8" and "fp8_e4m3". Raises ConfigError."""
+    if kv_cache_dtype not in KV_CACHE_DTYPES:
+        accepted = ", ".join(map(repr, KV_CACHE_DTYPES))
+        raise ConfigError(f"kv_cache_dtype: {kv_cache_dtype!r} is not supported; accepted: {accepted}")
+    return jnp.dtype(config.dtype if kv_cache_dtype == "auto" else FP8)
 
 
 def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str | None:
-    """One line on why the Mosaic kernels cannot run a model; None when it can. `capability` is None where there is no
+    """One line on why the Mosaic kernels cannot run a model; None when they can. `capability` is None where there is no
     GPU."""
     if capability is None or not all(mosaic_supported(capability, kernel) for kernel in KERNELS):
         found = "no GPU" if capability is None else f"compute capability {capability[0]}.{capability[1]}"
@@ -24,3 +42,50 @@ def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page
     if config.heads_per_kv_head > MAX_REPEATS:
         return f"it needs at most {MAX_REPEATS} query heads per KV head, not {config.heads_per_kv_head}"
     return None
+
+
+def choose_backend(wanted: str, config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str:
+    """ "mosaic" or "xla". "auto" takes Mosaic where the GPU and the model allow it. Raises ConfigError."""
+    if wanted not in BACKENDS:
+        accepted = ", ".join(map(repr, BACKENDS))
+        raise ConfigError(f"attention_backend: {wanted!r} is not accepted; accepted: {accepted}")
+    if wanted == "xla":
+        return wanted
+    refusal = why_not_mosaic(config, capability, page_size)
+    if wanted == "mosaic" and refusal:
+        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {refusal}; accepted: 'auto', 'xla'")
+    return "xla" if refusal else "mosaic"
+
+
+@dataclass(frozen=True)
+class KernelBackends:
+    """The backend of each kernel: what `attention_backend` asks for, where the kernel has it for these pages."""
+
+    decode: str
+    prefill: str
+    append: str
+
+    @classmethod
+    def of(cls, backend: str, pages: Any, groups: int, head_dim: int) -> KernelBackends:
+        """pages: their dtype; groups: KV groups of one device."""
+        fp8 = jnp.dtype(pages) == FP8
+        aligned = groups * head_dim * jnp.dtype(pages).itemsize % APPEND_ALIGNMENT == 0
+        return cls(backend, "xla" if fp8 else backend, backend if aligned else "xla")
+
+    def text(self) -> str:
+        if self.decode == self.prefill == self.append:
+            return self.decode
+        return f"{self.decode} (prefill {self.prefill}, append {self.append})"
+
+    def options(self, gpu: str, expected_context: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Keyword arguments of decode_attention, prefill_attention and append_kv; gpu: a key of the tuning tables."""
+        context = {"expected_context": expected_context}
+        decode, prefill, append = (
+            {"backend": backend} | ({"tuning": table[gpu], **more} if backend == "mosaic" else {})
+            for backend, table, more in (
+                (self.decode, DECODE, context),
+                (self.prefill, PREFILL, context),
+                (self.append, APPEND, {}),
+            )
+        )
+        return decode, prefill, append

@@ -7,7 +7,7 @@ needs from the host is packed into one int32 vector: one transfer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any
@@ -25,6 +25,7 @@ from nanoflow_jax.models.llama import padded_vocab
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import SamplingArrays, StepBatch, StepShape
 
+SETTINGS = len(fields(SamplingArrays))
 BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tokens) in use at once
 
 
@@ -86,21 +87,31 @@ class StepInputs:
 def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
     """Inputs of padding only for the host to fill: NumPy arrays, all views of the one vector that `pack` returns."""
     vector = _padding(shape, num_pages, num_slots, num_biases).copy()
+    typed = {"i": vector, "f": vector.view(np.float32), "u": vector.view(np.uint32)}  # once, not for each leaf
     places, tree = _layout(shape)
-    views = [vector[at : at + size].view(dtype).reshape(dims) for at, size, dims, dtype in places]
+    views = [typed[dtype.kind][at : at + size].reshape(dims) for at, size, dims, dtype in places]
     return jax.tree.unflatten(tree, views)
 
 
+def neutral_settings(count: int, num_slots: int, num_biases: int) -> np.ndarray:
+    """[SETTINGS, count] int32: the settings of rows that sample nothing, as those of padding."""
+    column = [
+        x.view(np.int32)
+        for x in jax.tree.leaves(_padding_inputs(StepShape(1, 0, 0, 1), 0, num_slots, num_biases).sampling)
+    ]
+    return np.tile(np.array(column), (1, count))
+
+
 def sampling_views(settings: np.ndarray) -> SamplingArrays:
-    """settings [fields of SamplingArrays, n] int32, bit for bit, as arrays [n] of their own types: views."""
+    """settings [SETTINGS, n] int32, bit for bit, as arrays [n] of their own types: views."""
     leaves, tree = jax.tree.flatten(_padding_inputs(StepShape(1, 0, 0, 1), 0, 0, 0).sampling)
     return jax.tree.unflatten(tree, [row.view(leaf.dtype) for row, leaf in zip(settings, leaves, strict=True)])
 
 
 def sampling_settings(inputs: StepInputs) -> np.ndarray:
-    """The inverse for inputs that `empty_inputs` made: [fields, B] int32, a view. They are the vector's last part."""
-    fields = len(jax.tree.leaves(inputs.sampling))
-    return inputs.token_ids.base[-fields * inputs.slots.size :].reshape(fields, -1)
+    """The inverse for inputs that `empty_inputs` made: [SETTINGS, B] int32, a view. They are the vector's last part."""
+    rows = inputs.slots.size
+    return inputs.token_ids.base[-SETTINGS * rows :].reshape(SETTINGS, rows)
 
 
 def pack(inputs: StepInputs) -> np.ndarray:

@@ -22,14 +22,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import append_kv, decode_attention, prefill_attention
+from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.logprobs import score_rows
 from nanoflow_jax.engine.sampler import StepOutput, sample
 from nanoflow_jax.models import llama
 from nanoflow_jax.models.llama import LayerParams, LlamaParams
-from nanoflow_jax.models.params import param_specs
+from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.schedule.attention import KernelBackends, page_dtype
 from nanoflow_jax.schedule.batch import StepBatch, StepShape
 from nanoflow_jax.schedule.order import IssueOrder
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
@@ -40,7 +42,7 @@ from nanoflow_jax.schedule.slots import SLOT_SPECS, SlotState, resolve, unpack
 @struct.dataclass
 class KVCache:
     """Pages of all layers, `[num_layers * num_pages, KV groups, page_size, d]`, split over the groups; layer l's begin
-    at l * num_pages. Donated to each step.
+    at l * num_pages. Donated to each step. Pages of fp8 hold K and V over `LlamaParams.kv_scales`.
 
     One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
     """
@@ -54,9 +56,11 @@ CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
 
 # Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
-_decode_attention = jax.jit(decode_attention, static_argnames=("backend", "sm_budget"), inline=True)
-_prefill_attention = jax.jit(prefill_attention, static_argnames=("backend",), inline=True)
-_append_kv = jax.jit(append_kv, static_argnames=("backend",), inline=True)
+_STATIC = ("backend", "tuning", "expected_context")
+_decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_budget"), inline=True)
+_prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
+_append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
+ATTENTION, MLP = 0, 1  # the norms of a layer
 NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
 
@@ -72,10 +76,17 @@ class StepSpec:
     config: ModelConfig
     plan: SchedulePlan
     shape: StepShape
-    attention_backend: str = "xla"  # of decode and prefill attention, and KV append
+    attention_backend: str = "xla"  # of decode and prefill attention, and KV append, where they have it
+    kv_cache_dtype: str = "auto"  # of the pages: `schedule.attention.KV_CACHE_DTYPES`
     enforce_order: bool = field(default=False)
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
+    gpu: str = DEFAULT_GPU  # whose tuning the kernels take; `build_step` puts the mesh's
+    expected_context: int | None = None  # tokens of a row, for the kernels' expected times; None: the pool's share
+
+    @property
+    def page_dtype(self) -> Any:
+        return page_dtype(self.config, self.kv_cache_dtype)
 
 
 @struct.dataclass
@@ -87,21 +98,24 @@ class StepState:
 
 
 def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -> jax.stages.Wrapped:
-    """The engine's step as a jitted function `(params, state, packed) -> (state, output)`, state donated.
+    """The engine's step as a jitted function `(leaves, state, packed) -> (state, output)`, state donated.
 
+    leaves  those of LlamaParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
     packed  int32 vector, a packed `StepInputs` of `spec.shape`
     output  a `StepOutput`, the same on every device
     """
     state_specs = StepState(CACHE_SPECS, SLOT_SPECS)
+    spec = replace(spec, gpu=tuned_gpu(mesh.devices.flat[0].device_kind))
+    declared, tree = jax.tree.flatten(infos, is_leaf=is_info)
 
-    def step(params: LlamaParams, state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
         with collectives.rank_slice(spec.rank_of):
-            return _step(spec, page_size, params, state, packed)
+            return _step(spec, page_size, jax.tree.unflatten(tree, leaves), state, packed)
 
     sharded = jax.shard_map(
         step,
         mesh=mesh,
-        in_specs=(param_specs(infos), state_specs, P()),
+        in_specs=(tuple(info.spec for info in declared), state_specs, P()),
         out_specs=(state_specs, P()),
         check_vma=False,
     )
@@ -172,10 +186,14 @@ class _StepRun:
     """
 
     def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
-        self.config, self.shape, self.backend = spec.config, spec.shape, spec.attention_backend
+        self.config, self.shape = spec.config, spec.shape
         self.params, self.batch, self.lanes = params, batch, spec.plan.lanes
         self.k_pages, self.v_pages = cache.k, cache.v
         self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
+        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, cache.k.shape[1], spec.config.head_dim)
+        self.decode_options, self.prefill_options, self.append_options = backends.options(
+            spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
+        )
         self.write_pages = jnp.where(batch.write_pages < self.num_pages, batch.write_pages, NO_PAGE)
         self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
@@ -214,8 +232,13 @@ class _StepRun:
                 share = piece.rows // self.devices
                 with jax.named_scope(f"EMBED.{number}"):
                     self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-                    normed = self._norm(x, self.params.layers[0].attention_norm)
+                    normed = self._norm(x, self._norm_weight(0, ATTENTION))
                 self.normed.put(piece.start, piece.stop, normed)
+
+    def _norm_weight(self, layer: int, which: int) -> jax.Array:
+        """[H], of the norm ahead of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
+        norms = self.params.norms
+        return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
 
     def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         return llama.rms_norm(x, weight, self.config.rms_norm_eps)
@@ -224,7 +247,7 @@ class _StepRun:
         """Adds what is pending to the residual of a nano-batch and returns the norm of the sum, in one ordered op."""
         x = self.residual[number]
         if number not in self.pending:
-            return self.order.run(self._norm, x, norm_weight)
+            return self.order.run(lambda x: self._norm(x, norm_weight), x)
 
         def add_and_norm(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             x = _add(x, update, bias)
@@ -235,7 +258,9 @@ class _StepRun:
 
     def layer(self, index: int) -> None:
         """Issues the pieces of one layer in the plan's order."""
-        state = _LayerState(index, self.params.layers[index], jnp.int32(index * self.num_pages))
+        state = _LayerState(
+            index, self.params.layers[index], jnp.int32(index * self.num_pages), _layer_scales(self.params, index)
+        )
         for piece in self.pieces:
             with jax.named_scope(f"L{index}/{piece.name}"):
                 getattr(self, _METHODS[piece.op])(piece, state)
@@ -256,7 +281,7 @@ class _StepRun:
         number = piece.nano_batch
         if number not in s.attention_normed and number not in self.scattered:
             rows = self.nano_batches[number]
-            self.normed.put(rows.start, rows.stop, self._settle(number, s.params.attention_norm))
+            self.normed.put(rows.start, rows.stop, self._settle(number, self._norm_weight(s.index, ATTENTION)))
             s.attention_normed.add(number)
         rows = slice(piece.start, piece.stop)
         span, inputs = self.normed.get(piece.start, piece.stop)
@@ -285,7 +310,7 @@ class _StepRun:
             rows = slice(piece.start, piece.stop)
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
                 self.k_pages, self.v_pages = self.order.run(
-                    partial(_append_kv, first_page=s.first_page, backend=self.backend),
+                    partial(_append_kv, first_page=s.first_page, **s.scales, **self.append_options),
                     self.k_pages,
                     self.v_pages,
                     k,
@@ -301,14 +326,14 @@ class _StepRun:
         span, q = s.q.get(piece.start, piece.stop)
 
         # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
-        lane = self.lanes.get("GEMV") if self.backend == "mosaic" else None
+        lane = self.lanes.get("GEMV") if self.decode_options["backend"] == "mosaic" else None
         sms = lane.sms if lane else None
 
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
             out, _ = _decode_attention(
                 span(*q), k_pages, v_pages, table, lengths,
-                first_page=s.first_page, backend=self.backend, sm_budget=sms,
+                first_page=s.first_page, sm_budget=sms, **s.scales, **self.decode_options,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -335,8 +360,9 @@ class _StepRun:
             )
             table = batch.prefill_table
             out = _prefill_attention(
-                span(*q), k_pages, v_pages, table, starts, lengths, first_page=s.first_page, backend=self.backend
-            )
+                span(*q), k_pages, v_pages, table, starts, lengths,
+                first_page=s.first_page, **s.scales, **self.prefill_options,
+            )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
         out = self.order.run(attend, self.k_pages, self.v_pages, *q)
@@ -368,7 +394,7 @@ class _StepRun:
 
     def _o_ag(self, piece: OpPiece, s: _LayerState) -> None:
         if piece.piece in self.scattered:
-            normed = self._settle(piece.piece, s.params.mlp_norm)
+            normed = self._settle(piece.piece, self._norm_weight(s.index, MLP))
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
         else:  # [n, H/p] -> [p, n, H/p]
             gathered = self.order.start(collectives.all_gather, s.projected.pop(piece.piece))
@@ -390,7 +416,7 @@ class _StepRun:
 
     def _ug(self, piece: OpPiece, s: _LayerState) -> None:
         if piece.piece not in self.scattered:
-            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, s.params.mlp_norm))
+            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, self._norm_weight(s.index, MLP)))
         span, inputs = self.normed.get(piece.start, piece.stop)
         s.activated[piece.piece] = self.order.run(lambda *x: llama.gated_mlp_up(span(*x), s.params), *inputs)
 
@@ -411,8 +437,19 @@ class _StepRun:
         layer = s.index + (number not in self.deferred)
         # The first layer's input comes whole from the embedding; what the last layer leaves is gathered in `hidden`.
         if number in self.pending and layer < self.config.num_layers:
-            normed = self._settle(number, self.params.layers[layer].attention_norm)
+            normed = self._settle(number, self._norm_weight(layer, ATTENTION))
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
+
+
+def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
+    """Tokens of context to expect of a row: what the pool gives each decode row, at most a whole page table."""
+    shared = num_pages * page_size // max(shape.decode_rows, 1)
+    return max(1, min(shared, shape.pages_per_request * page_size))
+
+
+def _layer_scales(params: LlamaParams, index: int) -> dict[str, jax.Array]:
+    scales = params.kv_scales
+    return {} if scales is None else {"k_scale": scales[0, index], "v_scale": scales[1, index]}
 
 
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -429,6 +466,7 @@ class _LayerState:
     index: int
     params: LayerParams
     first_page: jax.Array  # [] int32: where its pages begin
+    scales: dict[str, jax.Array]  # k_scale and v_scale [g] float32 of fp8 pages; of others none
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
     unwritten: list[tuple[OpPiece, jax.Array, jax.Array]] = field(default_factory=list)  # k, v [n, g, d] not in pages
     in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.load import open_weights
@@ -52,8 +53,9 @@ def convert(
     if dtype not in ("auto", "float32", "bfloat16"):
         raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
     config = ModelConfig.from_file(model_folder / "config.json")
-    infos = param_infos(config, devices=1)
     source = open_weights(model_folder)
+    kv_scales = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
+    infos = param_infos(config, devices=1, kv_scales=kv_scales)
     check_tensors(source, config, infos)
     blocks: dict[str, list[str]] = {}
     for name in expected_shapes(infos):
@@ -120,6 +122,8 @@ def _write_blocks(
 
 def _stored_dtype(source: WeightSource, name: str, dtype: str) -> np.dtype:
     own = source.table[name].dtype
+    if is_kv_scale(name):
+        return DTYPES[own]
     return DTYPES[dtype if dtype != "auto" else "bfloat16" if own == "float16" else own]
 
 
@@ -137,6 +141,7 @@ def _read_whole(source: WeightSource, name: str, dtype: np.dtype) -> tuple[np.nd
 
 def _sample(values: np.ndarray) -> str:
     """SHA-256 of up to _SAMPLE_ROWS evenly spaced rows, the first and last among them."""
+    values = np.atleast_1d(values)
     rows = np.unique(np.linspace(0, len(values) - 1, _SAMPLE_ROWS).astype(np.int64))
     return hashlib.sha256(values[rows].tobytes()).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, is_info
 from nanoflow_jax.weights.orbax_files import OrbaxFiles, is_checkpoint
 from nanoflow_jax.weights.safetensors_files import SafetensorsFiles
-from nanoflow_jax.weights.source import OnProgress, WeightSource, check_tensors
+from nanoflow_jax.weights.source import DTYPES, OnProgress, WeightSource, check_tensors
 
 CHUNK_BYTES = 16 << 20  # values are assembled and cast in pieces of about this many bytes
 
@@ -22,6 +23,22 @@ def open_weights(folder: str | Path) -> WeightSource:
     """Opens safetensors or a converted checkpoint. Raises WeightsError if the folder holds neither, or is damaged."""
     folder = Path(folder)
     return OrbaxFiles(folder) if is_checkpoint(folder) else SafetensorsFiles(folder)
+
+
+def model_digest(folder: str | Path) -> str:
+    """A short digest of a model folder: its config, its tokenizer, and the shape, dtype and first values of every
+    tensor. Reads little, and tells models apart that differ in training alone."""
+    folder, digest = Path(folder), hashlib.sha256()
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"-")
+    source = open_weights(folder)
+    for name, info in sorted(source.table.items()):
+        digest.update(f"{name} {info.shape} {info.dtype}".encode())
+        if info.shape and info.dtype in DTYPES:
+            index = (*(slice(0, 1) for _ in info.shape[:-1]), slice(0, info.shape[-1]))
+            digest.update(np.ascontiguousarray(source.read_slice(name, index)).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_params(
@@ -42,7 +59,7 @@ def load_params(
         arrays.append(_load(info, mesh, source.read_slice))
         done += info.nbytes
         if progress is not None:
-            progress(info.sources[0].name, done, total)
+            progress(info.name, done, total)
     return jax.tree.unflatten(tree, arrays)
 
 

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.kv_scales import is_kv_scale
 from nanoflow_jax.models.params import Index, is_info
 
 OnProgress = Callable[[str, int, int], None]  # (what is done now, bytes done, bytes in all)
@@ -90,5 +91,6 @@ def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
-    """Whether a tensor that no weight is made of may be there: rotary buffers, and the copy of a tied embedding."""
-    return bool(_INERT.search(name)) or (name == _TIED_HEAD and config.tie_word_embeddings)
+    """Whether a tensor that no weight is made of may be there: rotary buffers, the copy of a tied embedding, scales of
+    fp8 KV pages where the pages are not."""
+    return bool(_INERT.search(name)) or is_kv_scale(name) or (name == _TIED_HEAD and config.tie_word_embeddings)

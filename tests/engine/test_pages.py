@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from nanoflow_jax.engine.pages import Key, PagePool, next_key, root_key
+from nanoflow_jax.engine.pages import Key, PagePool, next_keys, root_key
 
 KEYS = [bytes([number]) * 4 for number in range(8)]
 
@@ -91,8 +92,10 @@ class _Pool(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9), first=st.integers(0, 7))
     def register(self, which: int, first: int) -> None:
         """The pages of a sequence, from the first on."""
-        for page, key in zip(self.held[which % len(self.held)], KEYS[first:] + KEYS[:first], strict=False):
-            self.pool.register(page, key)
+        pages = self.held[which % len(self.held)][: len(KEYS)]
+        keys = (KEYS[first:] + KEYS[:first])[: len(pages)]
+        self.pool.register(pages, keys)
+        for page, key in zip(pages, keys, strict=True):
             if page not in self.key_of and key not in self.key_of.values():
                 self.key_of[page] = key
 
@@ -193,11 +196,12 @@ class _KeepsTheWrongEnd(PagePool):
 class _MovesKeys(PagePool):
     """Broken: a key goes to the page that was computed last."""
 
-    def register(self, page: int, key: Key) -> None:
-        if page not in self._key_of:
-            if (old := self._page_of.pop(key, None)) is not None:
-                del self._key_of[old]
-            super().register(page, key)
+    def register(self, pages: Sequence[int], keys: Sequence[Key]) -> None:
+        for page, key in zip(pages, keys, strict=True):
+            if page not in self._key_of:
+                if (old := self._page_of.pop(key, None)) is not None:
+                    del self._key_of[old]
+                super().register([page], [key])
 
 
 BROKEN = [
@@ -224,11 +228,18 @@ def test_broken_pools_are_found(broken: type[PagePool]) -> None:
 
 def chain(tokens: list[int], prefilled: int, page_size: int, root: Key) -> list[Key]:
     """Keys of the full pages of a sequence whose first `prefilled` tokens went through prefill rows."""
-    keys = [root]
-    for at in range(0, len(tokens) - page_size + 1, page_size):
-        page = np.array(tokens[at : at + page_size], np.int32)
-        keys.append(next_key(keys[-1], page, min(max(prefilled - at, 0), page_size)))
-    return keys[1:]
+    return next_keys(root, np.array(tokens, np.int32), page_size, prefilled)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 2), max_size=12), st.integers(-2, 12), st.integers(1, 3), st.integers(0, 4))
+def test_keys_may_be_computed_in_parts(tokens: list[int], prefilled: int, size: int, pages: int) -> None:
+    """A chain can be taken up after any of its pages."""
+    whole, first = chain(tokens, prefilled, size, b"root"), tokens[: pages * size]
+    begun = chain(first, prefilled, size, b"root")
+    rest = chain(tokens[pages * size :], prefilled - pages * size, size, begun[-1] if begun else b"root")
+    assert len(whole) == len(tokens) // size
+    assert whole == begun + rest
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -253,5 +264,5 @@ def test_roots_differ_by_every_part() -> None:
 
 def test_keys_do_not_depend_on_the_integers_layout() -> None:
     page = np.arange(8, dtype=np.int32)
-    assert next_key(b"x", page, 0) == next_key(b"x", np.arange(16, dtype=np.int32)[:8], 0)
-    assert next_key(b"x", page, 0) == next_key(b"x", page.astype(np.int64), 0)
+    assert next_keys(b"x", page, 8, 0) == next_keys(b"x", np.arange(16, dtype=np.int32)[:8], 8, 0)
+    assert next_keys(b"x", page, 8, 0) == next_keys(b"x", page.astype(np.int64), 8, 0)

@@ -212,11 +212,15 @@ Twin = tuple[Any, str, Callable[[Any], Any]]
 
 
 def _key_ignores_parent(original: Any) -> Any:
-    return lambda previous, tokens, prefilled: original(b"", tokens, prefilled)
+    def keys(previous: bytes, tokens: np.ndarray, page_size: int, prefilled: int) -> list[bytes]:
+        pages = [tokens[at : at + page_size] for at in range(0, len(tokens) - page_size + 1, page_size)]
+        return [original(b"", page, page_size, prefilled - i * page_size)[0] for i, page in enumerate(pages)]
+
+    return keys
 
 
 def _key_ignores_phase(original: Any) -> Any:
-    return lambda previous, tokens, prefilled: original(previous, tokens, 0)
+    return lambda previous, tokens, page_size, prefilled: original(previous, tokens, page_size, 0)
 
 
 def _evicts_without_forgetting(original: Any) -> Any:
@@ -266,7 +270,8 @@ def _hits_the_last_page(original: Any) -> Any:
         found = original(self, request)
         index = len(found)
         if self.root is not None and len(request.tokens) == (index + 1) * self.page_size:
-            found.append(self._key(found[-1] if found else self.root, request.tokens, index, request.prompt_length))
+            self._extend_keys(request, request.tokens, index + 1)
+            found = request.keys[: index + 1]
         return found
 
     return keys
@@ -380,8 +385,8 @@ def _keeps_biases(original: Any) -> Any:
 
 
 TWINS: dict[str, Twin] = {
-    "key ignores its parent": (scheduler, "next_key", _key_ignores_parent),
-    "key ignores the phase": (scheduler, "next_key", _key_ignores_phase),
+    "key ignores its parent": (scheduler, "next_keys", _key_ignores_parent),
+    "key ignores the phase": (scheduler, "next_keys", _key_ignores_phase),
     "evicted pages are still found": (PagePool, "_evict", _evicts_without_forgetting),
     "a page is released twice": (PagePool, "release", _releases_twice),
     "a page leaks": (PagePool, "release", _leaks),

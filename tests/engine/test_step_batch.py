@@ -39,7 +39,7 @@ SHAPES = [StepShape(8, 0, 0, 6), StepShape(1, 8, 1, 6), StepShape(4, 24, 5, 6), 
 def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledStep, Running]:
     """Decode rows (of a token in flight, of a known one that samples, of one that is computed again) and chunks
     (sampling, not sampling, empty), of requests with scattered pages and different settings."""
-    running = Running(SLOTS, LIMIT, PAGE)
+    running = Running(SLOTS, LIMIT, PAGE, BIASES)
     free = rng.permutation(NUM_PAGES).tolist()
     pick = rng.choice
 

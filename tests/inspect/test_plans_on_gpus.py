@@ -3,13 +3,19 @@ and what the inspector says when the promise is broken."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from functools import cache
 
 import pytest
 
+from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.costs import expected_us
+from nanoflow_jax.inspect.hlo import parse
+from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.overlap import Collective
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
+from nanoflow_jax.search.latency import RooflineModel
 
 pytestmark = pytest.mark.aot
 
@@ -23,6 +29,13 @@ def inspected(
 ) -> StepInspection:
     options = {"xla_gpu_dot_merger_threshold_mb": merger_mb} if merger_mb else None
     return inspect_step("llama-3.1-70b", gpu, plan, tokens=TOKENS, layers=layers, options=options, enforce_order=order)
+
+
+@cache
+def fp8_step() -> StepInspection:
+    return inspect_step(
+        "llama-3.1-70b", "h200", "nanoflow_70b", tokens=TOKENS, layers=2, kv_cache_dtype="fp8", enforce_order=False
+    )
 
 
 def inner(step: StepInspection) -> list[Collective]:
@@ -94,6 +107,60 @@ def test_attention_on_a_stream_of_its_own() -> None:
     assert not main & {stream for op, stream in streams if op == "GEMV"}
     assert all(c.is_async and batches_beside(step, c) - {c.nano_batch} for c in inner(step))
     assert not kinds(step) & {"kv_copy", "weight_copy", "merged_gemm", "merged_collective", "unknown_hlo"}
+
+
+def mosaic_calls(step: StepInspection) -> list[tuple[str, str, float | None]]:
+    """(kernel, op piece, microseconds that the scheduler is told) of every Mosaic call in the program."""
+    calls = [i for c in parse(step.hlo).computations.values() for i in c.instructions if i.target.startswith(MOSAIC)]
+    kernels = ("decode_attention", "prefill_attention", "append_kv")
+    named = [(next(k for k in kernels if f"jit({k})" in i.op_name), i) for i in calls]
+    return [(kernel, f"{i.piece.op}.{i.piece.piece}", expected_us(i)) for kernel, i in named if i.piece]
+
+
+def table_us(kernel: str, rows: int, item: int = 2) -> float:
+    """By hand: 1024 tokens of context per row, 8 query heads on one KV head of 128; the table's rate for an H200."""
+    start, rate = 3.0, {"append_kv": 3.3e12, "decode_attention": 3.96e12 if item == 2 else 3.5e12}
+    if kernel == "prefill_attention":
+        return start + 4 * rows * 1024 * 8 * 128 / (600e12 * rows / 16 / 132) * 1e6  # tiles of 16 rows, one per SM
+    if kernel == "append_kv":
+        return start + rows * (4 * 128 * item + 8) / rate[kernel] * 1e6
+    return start + rows * (2 * 1024 * 128 * item + 2 * 8 * 128 * 2) / rate[kernel] * 1e6
+
+
+@pytest.mark.parametrize("pages", ["auto", "fp8"])
+def test_the_scheduler_is_told_what_every_mosaic_kernel_takes(pages: str) -> None:
+    """The real step holds the plan's kernels, each with the tuning table's time; over fp8 pages prefill is XLA's. No
+    page is copied, and fp8 pages hold twice as many tokens."""
+    step = inspected("nanoflow_70b") if pages == "auto" else fp8_step()
+    rows = {p.name: p.rows for p in step.pieces}
+    found = mosaic_calls(step)
+    wanted = {"decode_attention": ("GEMV", 4), "prefill_attention": ("PF", 0 if pages == "fp8" else 1)}
+    for kernel, (op, per_layer) in {**wanted, "append_kv": ("KV.APPEND", 4)}.items():
+        calls = [(piece, us) for name, piece, us in found if name == kernel]
+        assert len(calls) == per_layer * step.layers
+        for piece, us in calls:
+            assert piece.startswith(op)
+            count = rows[piece.replace("KV.APPEND", "KQV")]
+            assert us == pytest.approx(table_us(kernel, count, 1 if pages == "fp8" else 2), abs=1e-3)
+    assert len(found) == sum(i.count('custom_call_target="mosaic_gpu') for i in step.hlo.splitlines())
+    assert "kv_copy" not in kinds(step)
+    if pages == "fp8":
+        assert re.search(r"custom-call\(.*mosaic_gpu.*f8e4m3fn\[\d+,64,128\]", step.hlo)
+        assert step.memory.kv_bytes_per_token == 80 * 2 * 128
+        assert step.memory.kv_tokens == pytest.approx(2 * inspected("nanoflow_70b").memory.kv_tokens, rel=0.01)
+
+
+def test_the_inspector_times_attention_by_the_latency_model() -> None:
+    """As the simulator does, so that both say the same of a plan."""
+    model = RooflineModel(load_hardware("h200"))
+    events = inspected("nanoflow_70b").report.timeline.events
+    us = {
+        f"{e.piece.op}.{e.piece.piece}": e.end_us - e.start_us
+        for e in events
+        if e.kind == "attention" and e.piece and e.piece.layer == 1
+    }
+    assert us["GEMV.1"] == pytest.approx(model.decode_attention(256, 1024, 8, 1, 128).us, abs=1e-3)
+    assert us["PF.1"] == pytest.approx(model.prefill_attention(768, 1024, 8, 1, 128).us, abs=1e-3)
 
 
 def test_70b_fits_eight_h200() -> None:

@@ -41,8 +41,8 @@ def hugging_face_tensors(params: LlamaParams, config: ModelConfig) -> dict[str, 
         tensors["lm_head.weight"] = vocabulary(params.head)
     for i, layer in enumerate(params.layers):
         prefix = f"model.layers.{i}"
-        tensors[f"{prefix}.input_layernorm.weight"] = host(layer.attention_norm)
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = host(layer.mlp_norm)
+        tensors[f"{prefix}.input_layernorm.weight"] = host(params.norms)[i, 0]
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = host(params.norms)[i, 1]
         np.testing.assert_array_equal(host(layer.o_rows), host(layer.o_columns))
         tensors[f"{prefix}.self_attn.o_proj.weight"] = host(layer.o_columns)
         tensors[f"{prefix}.mlp.down_proj.weight"] = host(layer.down)

@@ -1,0 +1,160 @@
+"""Which attention backend is taken, and that Mosaic kernels are checked before an engine uses them on a GPU."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import decode_attention_mosaic
+from kernels_pallas.self_check import Heads, KernelError
+from kernels_pallas.tuning import DECODE
+from nanoflow_jax import LLM
+from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.engine import kernel_check, setup
+from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
+from nanoflow_jax.schedule.attention import KernelBackends, choose_backend
+from nanoflow_jax.weights.hub import resolve_model
+
+FIELDS = {**CASES["bare_config"].config, "head_dim": 64, "torch_dtype": "bfloat16"}
+CONFIG = ModelConfig.from_hf(FIELDS)
+LLAMA = ModelConfig.from_file(resolve_model("tiny") / "config.json")
+HEADS = Heads(q_heads=2, kv_heads=1, head_dim=64)
+MOSAIC = KernelBackends("mosaic", "mosaic", "mosaic")
+
+
+@dataclass(frozen=True)
+class FakeDevice:
+    compute_capability: str = "9.0"
+    platform: str = "gpu"
+    device_kind: str = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(autouse=True)
+def nothing_checked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel_check._checked.cache_clear()
+    monkeypatch.setattr(kernel_check.jax, "default_device", nullcontext)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [
+        (FakeDevice("9.0"), "mosaic"),
+        (FakeDevice("8.0"), "xla"),
+        (FakeDevice("10.0"), "xla"),
+        (FakeDevice("", "cpu", "cpu"), "xla"),
+    ],
+)
+def test_auto(device: FakeDevice, backend: str) -> None:
+    assert choose_backend("auto", CONFIG, setup.capability(device), 64) == backend
+    assert choose_backend("xla", CONFIG, setup.capability(device), 64) == "xla"
+    if backend == "xla":
+        with pytest.raises(ConfigError, match="attention_backend: 'mosaic' cannot be used: it needs a Hopper GPU"):
+            choose_backend("mosaic", CONFIG, setup.capability(device), 64)
+
+
+@pytest.mark.parametrize(
+    ("config", "page_size"),
+    [
+        (replace(CONFIG, dtype="float32"), 64),
+        (CONFIG, 32),
+        (ModelConfig.from_hf({**FIELDS, "head_dim": 32}), 64),
+        (ModelConfig.from_hf({**FIELDS, "num_attention_heads": 32, "num_key_value_heads": 1}), 64),
+    ],
+)
+def test_auto_leaves_what_mosaic_cannot_do_to_xla(config: ModelConfig, page_size: int) -> None:
+    assert choose_backend("auto", config, (9, 0), page_size) == "xla"
+
+
+def test_each_kernel_has_its_own_backend() -> None:
+    """Prefill over fp8 pages is XLA's; so is the append of rows that are too narrow for a bulk copy."""
+    assert KernelBackends.of("mosaic", "bfloat16", 1, 64) == MOSAIC
+    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 128) == KernelBackends("mosaic", "xla", "mosaic")
+    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 64) == KernelBackends("mosaic", "xla", "xla")
+    assert KernelBackends.of("xla", "float8_e4m3fn", 1, 128) == KernelBackends("xla", "xla", "xla")
+    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 64).text() == "mosaic (prefill xla, append xla)"
+    decode, prefill, append = MOSAIC.options("h100", 700)
+    assert decode == {"backend": "mosaic", "tuning": DECODE["h100"], "expected_context": 700}
+    assert prefill["expected_context"] == 700
+    assert set(append) == {"backend", "tuning"}
+    assert KernelBackends("xla", "xla", "xla").options("h100", 700) == ({"backend": "xla"},) * 3
+
+
+def record(monkeypatch: pytest.MonkeyPatch, wrong: str = "") -> list[str]:
+    """Stands in for the kernels: those called, of which one may be wrong."""
+    called: list[str] = []
+
+    def check(kernel: str, heads: Heads, *, tuning: Any, interpret: Any) -> float:
+        called.append(kernel)
+        if kernel == wrong:
+            raise KernelError(f"{kernel}: a row is off by 1.4 of its norm from the XLA path, over 0.02")
+        return 1e-3
+
+    monkeypatch.setattr(kernel_check, "check_kernel", check)
+    return called
+
+
+def test_only_what_is_used_is_checked_and_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "nanoflow_jax")
+    called = record(monkeypatch)
+    for _ in range(2):
+        check_mosaic_kernels(MOSAIC, HEADS, FakeDevice())
+    assert called == ["decode_attention", "prefill_attention", "append_kv"]
+    check_mosaic_kernels(KernelBackends("mosaic", "xla", "mosaic"), replace(HEADS, fp8=True), FakeDevice())
+    assert called[3:] == ["decode_attention", "append_kv"]
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3
+    assert lines[0].startswith("Mosaic kernels checked against the XLA path in ")
+    assert "decode_attention 1.0e-03, prefill_attention 1.0e-03, append_kv 1.0e-03" in lines[0]
+
+
+def test_a_wrong_kernel_is_an_error_that_says_what_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    record(monkeypatch, wrong="prefill_attention")
+    for _ in range(2):  # a second engine of the process is refused too
+        with pytest.raises(ConfigError) as caught:
+            check_mosaic_kernels(MOSAIC, HEADS, FakeDevice())
+        assert str(caught.value) == (
+            "attention_backend: the Mosaic kernels are not used: prefill_attention: a row is off by 1.4 of its norm "
+            "from the XLA path, over 0.02 (NVIDIA H100 80GB HBM3, 2 query and 1 KV heads of 64); "
+            'accepted: attention_backend="xla"'
+        )
+
+
+def test_k_for_v_in_the_kernel_itself_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Mosaic kernel under the interpreter, given K where V should be."""
+    real = decode_attention_mosaic.decode_attention_mosaic
+
+    def twin(q: Any, k: Any, v: Any, *rest: Any, **more: Any) -> Any:
+        return real(q, k, k, *rest, **more)
+
+    monkeypatch.setattr(decode_attention_mosaic, "decode_attention_mosaic", twin)
+    only_decode = KernelBackends("mosaic", "xla", "xla")
+    with pytest.raises(ConfigError, match=r"decode_attention: a row is off by .*; accepted: attention_backend=\"xla\""):
+        check_mosaic_kernels(only_decode, HEADS, FakeDevice(), plgpu.InterpretGPUParams())
+
+
+def test_an_engine_checks_before_it_loads_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what the check raises is what the user sees."""
+    seen: list[tuple[Any, ...]] = []
+
+    def refuse(*what: Any) -> None:
+        seen.append(what)
+        raise ConfigError("attention_backend: the Mosaic kernels are not used: a test")
+
+    monkeypatch.setattr(setup, "choose_backend", lambda *_: "mosaic")
+    monkeypatch.setattr(setup, "check_mosaic_kernels", refuse)
+    monkeypatch.setattr(setup, "load_params", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match=r"^attention_backend: the Mosaic kernels are not used: a test$"):
+        LLM("tiny", tensor_parallel_size=2, kv_cache_dtype="fp8", progress=False)
+    ((backends, heads, device),) = seen
+    assert backends.prefill == "xla"
+    assert heads.fp8
+    assert heads.q_heads * 2 == LLAMA.num_heads
+    assert device.platform == "cpu"
