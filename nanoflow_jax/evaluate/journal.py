@@ -25,6 +25,7 @@ from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
 
 SYNC_SECONDS = 1.0
 QUEUE_RECORDS = 4096  # given and not yet written: then the caller waits
+QUEUE_BYTES = 64 * 2**20
 _ID = re.compile(rb'\{"id": "(?:[a-z]+_)+(\d{1,15})", "error": (n|\{)')
 
 
@@ -60,6 +61,7 @@ class Journal:
         self.path, self.done, self.errors, self.synced = path, done, errors, len(done)
         self._file = file
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
+        self._given = self._written = 0  # bytes; each has one thread that adds to it
         self._error: OSError | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
@@ -99,8 +101,12 @@ class Journal:
         if not self.done.add(number):
             raise ValueError(f"record {number} is written twice")
         self.errors += is_error(record)
+        self._given += len(record)
         while True:
             self._raise_error()
+            if self._given - self._written > QUEUE_BYTES + len(record):
+                time.sleep(0.01)
+                continue
             try:
                 return self._queue.put(record, timeout=1.0)
             except queue.Full:
@@ -154,8 +160,8 @@ class Journal:
         first = self._queue.get()
         if first is None:
             return [], False
-        batch, until = [first], time.monotonic() + SYNC_SECONDS
-        while len(batch) < QUEUE_RECORDS:
+        batch, until, size = [first], time.monotonic() + SYNC_SECONDS, len(first)
+        while len(batch) < QUEUE_RECORDS and size < QUEUE_BYTES // 2:
             try:
                 item = self._queue.get(timeout=max(0.0, until - time.monotonic()))
             except queue.Empty:
@@ -163,6 +169,7 @@ class Journal:
             if item is None:
                 return batch, False
             batch.append(item)
+            size += len(item)
         return batch, True
 
     def _append(self, batch: list[bytes]) -> None:
@@ -176,6 +183,7 @@ class Journal:
             os.ftruncate(self._file.fileno(), before)  # no torn line stays where it can be helped
             raise
         self.synced += len(batch)
+        self._written += sum(map(len, batch))
 
 
 def _locked(path: Path) -> Any:

@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,24 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal._file.close()
     assert path.read_bytes() == record(1)
     assert run(path, 2) == [1]
+
+
+def test_large_records_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who writes faster than the disk waits, by bytes as by records."""
+    path, held = tmp_path / "out.jsonl", []
+    monkeypatch.setattr(journals, "QUEUE_BYTES", 20_000)
+    monkeypatch.setattr(journals, "SYNC_SECONDS", 0.0)
+    append = Journal._append
+
+    def slow(self: Journal, batch: list[bytes]) -> None:
+        held.append(self._given - self._written)
+        time.sleep(0.001)
+        append(self, batch)
+
+    monkeypatch.setattr(Journal, "_append", slow)
+    run(path, *range(1, 400))
+    assert max(held) <= 20_000 + 2 * len(record(399))
+    assert path.read_bytes() == b"".join(record(i) for i in range(1, 400))
 
 
 def test_a_limit_of_the_system_on_the_file(tmp_path: Path) -> None:
