@@ -20,12 +20,14 @@ from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
+from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.platform import use_compile_cache
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import KV_CACHE_DTYPES
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
+from nanoflow_jax.search.known import DEFAULT, known_plan
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 
@@ -48,7 +50,7 @@ class LLM:
     dtype                 "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32"
     tensor_parallel_size  devices in the mesh; None takes all that are present
     plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
-                          two_gather_one_reduce
+                          the best one known for the model, GPU and load, else two_gather_one_reduce
     attention_backend     "mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before
                           Mosaic kernels are used on a GPU each is checked against the XLA path; one that is wrong is an
                           error that says to pass "xla", never a silent fallback
@@ -141,10 +143,14 @@ class LLM:
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
         self.config = replace(config, dtype=dtype)
-        if not isinstance(plan, SchedulePlan):
-            plan = load_plan("two_gather_one_reduce" if plan == "auto" else str(plan))
-        self.plan = plan
         self.mesh = make_mesh(self.config, tensor_parallel_size)
+        if not isinstance(plan, SchedulePlan):
+            plan = (
+                self._auto_plan(tokens_per_step, decode_slots, deterministic)
+                if plan == "auto"
+                else load_plan(str(plan))
+            )
+        self.plan = plan
         self.tokenizer = Tokenizer(tokenizer or folder)
         self._defaults, eos = _generation_defaults(folder, self.config)
         options = EngineOptions(
@@ -167,6 +173,15 @@ class LLM:
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
+
+    def _auto_plan(self, tokens_per_step: int, decode_slots: int | None, deterministic: bool) -> SchedulePlan:
+        if deterministic:  # which wants all rows treated alike
+            return load_plan(DEFAULT)
+        hardware = hardware_of(self.mesh.devices.flat[0])
+        slots = decode_slots or tokens_per_step * 5 // 8
+        plan, why = known_plan(self.config, hardware.name if hardware else None, self.mesh.size, tokens_per_step, slots)
+        logger.info(why)
+        return plan
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True

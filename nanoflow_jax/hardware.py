@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.config import ConfigError, config_path, configs_root
 
 
 @dataclass(frozen=True)
@@ -134,3 +134,15 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     if "name" in table:
         raise ConfigError(f"{path.name}: unknown field 'name'; the file's own name is used")
     return _read_table(path, table, Hardware, "", {"name": path.stem, "calibration": calibration})
+
+
+def hardware_of(device: Any) -> Hardware | None:
+    """The hardware file of a JAX device; None for a CPU, and for a GPU that no file names."""
+    if device.platform != "gpu":
+        return None
+    kind = device.device_kind
+    for path in sorted((configs_root() / "hardware").glob("*.toml")):
+        hardware = load_hardware(path)
+        if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):
+            return hardware
+    return None

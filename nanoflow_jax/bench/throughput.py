@@ -20,12 +20,12 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.bench.network import inspected_exposure, network_step
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
-from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
-from nanoflow_jax.hardware import Hardware, load_hardware
+from nanoflow_jax.hardware import Hardware, hardware_of
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
@@ -122,7 +122,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     window = steady_window(steps, count, enough)
 
     rate = window.tokens / window.seconds / gpus
-    hardware = options.hardware or _present(mesh)
+    hardware = options.hardware or hardware_of(mesh.devices.flat[0])
     optimum = optimal_tokens_per_second(hardware, config.num_params) if hardware else None
     report = ThroughputReport(
         model=options.model,
@@ -278,19 +278,6 @@ def _window_figures(window: Window, steps: list[TimedStep]) -> dict[str, float]:
         "step_ms_median": float(np.median(busy)) * 1e3,
         "step_ms_p99": float(np.percentile(busy, 99)) * 1e3,
     }
-
-
-def _present(mesh: Mesh) -> Hardware | None:
-    """The hardware file of the device at hand; None for a CPU and for a GPU that no file names."""
-    device = mesh.devices.flat[0]
-    if device.platform != "gpu":
-        return None
-    kind = device.device_kind
-    for path in sorted((configs_root() / "hardware").glob("*.toml")):
-        hardware = load_hardware(path)
-        if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):
-            return hardware
-    return None
 
 
 def _modelled_network(

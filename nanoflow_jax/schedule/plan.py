@@ -22,6 +22,16 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     [lanes.GEMV]
     stream = 1
     sms = 48
+
+    # optional: what the plan was made for, by which LLM(plan="auto") finds it; a GPU by its name in configs/hardware
+    [for]
+    gpu = "h200"
+    devices = 8
+    hidden_size = 8192
+    intermediate_size = 28672
+    num_layers = 80
+    num_heads = 64
+    num_kv_heads = 8
 """
 
 from __future__ import annotations
@@ -31,10 +41,11 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
 from itertools import accumulate, pairwise
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.schedule.ops import LANE_OPS, RESOURCE, SPLITTABLE, STRATEGIES
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
@@ -61,6 +72,24 @@ class Lane:
 
     stream: int
     sms: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan was made for: a GPU and the sizes of a model."""
+
+    gpu: str
+    devices: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    @staticmethod
+    def of(config: ModelConfig, gpu: str, devices: int) -> Target:
+        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in ("gpu", "devices")}
+        return Target(gpu, devices, **sizes)
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,7 @@ class SchedulePlan:
     splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     order: tuple[str, ...] = ()
     lanes: Mapping[str, Lane] = field(default_factory=dict)
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -195,7 +225,7 @@ def _line_of(text: str, message: str) -> str:
 
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
-    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes"}
+    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes", "for"}
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
     batches = _typed("nano_batches", fields.get("nano_batches"), list)
@@ -218,7 +248,10 @@ def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
         raise ConfigError("order: must be a list of strings such as 'KQV.1'")
     sized = {k: _typed(k, fields[k], int) for k in ("tokens_per_step", "decode_tokens") if k in fields}
     description = _typed("description", fields.get("description", ""), str)
-    return SchedulePlan(name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, **sized)
+    target = _target(fields["for"]) if "for" in fields else None
+    return SchedulePlan(
+        name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, target=target, **sized
+    )
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -239,6 +272,14 @@ def _lane(name: str, value: Any) -> Lane:
     if "stream" not in numbers or min(numbers.values()) < 1:
         raise ConfigError(f"{name}: needs stream (1 or more), and may have sms (1 or more), not {fields}")
     return Lane(**numbers)
+
+
+def _target(value: Any) -> Target:
+    table = _typed("for", value, dict)
+    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target)}
+    if odd := sorted(set(table) ^ set(wanted)):
+        raise ConfigError(f"for.{odd[0]}: the table [for] holds exactly {', '.join(wanted)}")
+    return Target(**{name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()})
 
 
 def _check(plan: SchedulePlan) -> None:

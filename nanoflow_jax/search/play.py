@@ -46,7 +46,7 @@ def play(jobs: Sequence[Job], model: LatencyModel) -> Played:
     left = [job.prediction.us for job in jobs]
     start, end = [0.0] * len(jobs), [-1.0] * len(jobs)
     running: dict[str, int] = {}
-    speeds = _Speeds(model)
+    speeds = Speeds(model)
     now, done = 0.0, 0
     while done < len(jobs):
         for stream in streams:
@@ -70,7 +70,7 @@ def play(jobs: Sequence[Job], model: LatencyModel) -> Played:
     return Played(runs, frozenset(speeds.sources))
 
 
-class _Speeds:
+class Speeds:
     """Speeds of the jobs that run at once, remembered by what they are."""
 
     def __init__(self, model: LatencyModel):
