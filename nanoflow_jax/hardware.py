@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.config import ConfigError, config_path, configs_root
 
 
 @dataclass(frozen=True)
@@ -123,3 +123,12 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     if "name" in table:
         raise ConfigError(f"{path.name}: unknown field 'name'; the file's own name is used")
     return _read_table(path, table, Hardware, "", {"name": path.stem, "calibration": calibration})
+
+
+def hardware_of_device(kind: str) -> Hardware | None:
+    """The file of `configs/hardware` for a GPU that JAX calls `kind`; None when no file names it."""
+    for path in sorted((configs_root() / "hardware").glob("*.toml")):
+        hardware = load_hardware(path)
+        if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):
+            return hardware
+    return None

@@ -21,12 +21,12 @@ from jax.sharding import Mesh
 from nanoflow_jax.bench.network import inspected_exposure, network_step
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
 from nanoflow_jax.bench.workload import BenchRequest, Workload
-from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
-from nanoflow_jax.hardware import Hardware, load_hardware
+from nanoflow_jax.hardware import Hardware, hardware_of_device
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
@@ -282,12 +282,7 @@ def _present(mesh: Mesh) -> Hardware | None:
     device = mesh.devices.flat[0]
     if device.platform != "gpu":
         return None
-    kind = device.device_kind
-    for path in sorted((configs_root() / "hardware").glob("*.toml")):
-        hardware = load_hardware(path)
-        if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):
-            return hardware
-    return None
+    return hardware_of_device(device.device_kind)
 
 
 def _modelled_network(
