@@ -17,6 +17,7 @@ from typing import Any
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
 from nanoflow_jax.inspect import command as inspect_command
+from nanoflow_jax.search import command as search_command
 from nanoflow_jax.search.profile import command as profile_command
 
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add(commands)
     inspect_command.add(commands, _Defaults)
     bench_command.add(commands, _Defaults)
+    search_command.add(commands, _Defaults)
     profile_command.add(commands, _Defaults)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)

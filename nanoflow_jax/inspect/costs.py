@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
@@ -20,7 +20,7 @@ READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 ATTENTION_OPS = frozenset(["GEMV", "PF"])
 CONTROL = frozenset(["while", "conditional", "call"])
-Costs = Mapping[tuple[str, int], tuple[float, float]]
+Costs = Mapping[tuple[str, int], Prediction | tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def dot_flops(computation: Computation, dot: Instruction) -> float:
         found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', dot.config)
         contracted = re.findall(r"\d+", found.group(1)) if found else []
     return 2.0 * dot.shapes[0].elements * math.prod(lhs.dims[int(axis)] for axis in contracted)
+
+
+def gemm_size(dot: Instruction, flops: float) -> tuple[int, int, int] | None:
+    """(m, n, k) of `[m, k] @ [k, n]`; None for a product of other dimensions."""
+    dims = dot.shapes[0].dims
+    return (dims[0], dims[1], round(flops / (2 * dims[0] * dims[1]))) if len(dims) == 2 and all(dims) else None
 
 
 def gemm_pieces(module: Module, instruction: Instruction) -> tuple[Piece, ...]:
@@ -172,8 +178,8 @@ def _aliased(instruction: Instruction) -> bool:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of the instructions of one module. `costs` gives (FLOP, bytes) of Mosaic kernels, and of loops and
-    branches, by (op, piece) and per layer; those of one piece share it."""
+    """Costs of the instructions of one module. `costs` gives predictions, or (FLOP, bytes), of Mosaic kernels, and of
+    loops and branches, by (op, piece) and per layer; those of one piece share it."""
 
     module: Module
     latency: LatencyModel
@@ -193,9 +199,13 @@ class CostModel:
         """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
         if piece is None or (piece.op, piece.piece) not in self.costs:
             return None
-        flops, moved = (value / max(sharers[piece], 1) for value in self.costs[piece.op, piece.piece])
-        found = self.latency.kernel(flops, moved)
-        prediction = Prediction(found.us, found.bound, "roofline of the caller's cost", flops, moved)
+        given, parts = self.costs[piece.op, piece.piece], max(sharers[piece], 1)
+        if isinstance(given, Prediction):
+            flops, moved = given.flops / parts, given.bytes / parts
+            prediction = replace(given, us=given.us / parts, flops=flops, bytes=moved)
+        else:
+            flops, moved = (value / parts for value in given)
+            prediction = replace(self.latency.kernel(flops, moved), source="roofline of the caller's cost")
         return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
 
     def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
@@ -234,14 +244,17 @@ class CostModel:
         return Cost(kind, prediction, 0.0, moved, "", pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
+        size = None
         if is_library_gemm(instruction) or instruction.opcode == "dot":
             flops = dot_flops(computation, instruction)
             moved = operand_bytes(computation, instruction) + result_bytes(instruction, is_library_gemm(instruction))
             dtype = computation.by_name[instruction.operands[0]].shapes[0].dtype
+            size = gemm_size(instruction, flops)
         elif instruction.base in ("fusion", "call", "async"):
             found = list(dots(self.module, instruction))
             flops = sum(dot_flops(inner, dot) for inner, dot in found)
             moved = fusion_bytes(self.module, computation, instruction)
+            size = gemm_size(found[0][1], flops) if len(found) == 1 else None
             inner, dot = found[0] if found else (computation, instruction)
             dtype = inner.by_name[dot.operands[0]].shapes[0].dtype if found else "bf16"
         else:
@@ -252,4 +265,8 @@ class CostModel:
             kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
         else:
             kind, pieces = "elementwise", kernel_pieces(self.module, computation, instruction)
-        return Cost(kind, self.latency.kernel(flops, moved, dtype), flops, moved, "", pieces)
+        prediction = self.latency.kernel(flops, moved, dtype)
+        if size is not None:  # a GEMM that is known by its size, with what is fused to it
+            alone = self.latency.gemm(*size, dtype)
+            prediction = replace(max(prediction, alone, key=lambda p: p.us), flops=flops, bytes=moved)
+        return Cost(kind, prediction, flops, moved, "", pieces)

@@ -40,9 +40,7 @@ def add(commands: Any, formatter: Any) -> None:
     p.add_argument("--context", type=_positive, default=8192, help="tokens of the longest context")
     p.add_argument("--page-size", type=_positive, default=64, help="tokens per KV page")
     p.add_argument("--attention-backend", default="auto", choices=("auto", "xla", "mosaic"), help="and of KV append")
-    p.add_argument(
-        "--points", default="normal", choices=("few", "normal", "dense"), help="how finely sizes are sampled"
-    )
+    p.add_argument("--points", default="normal", choices=("few", "normal", "dense"), help="how densely")
     p.add_argument("--ops", nargs="+", metavar="OP", help="only these: gemm, decode_attention, collective, pair, ...")
     p.add_argument("--output", default="profile.jsonl", metavar="FILE", help="the table; it is added to")
     p.add_argument("--force", action="store_true", help="begin anew where the file is another machine's or model's")
@@ -55,8 +53,7 @@ def add(commands: Any, formatter: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from nanoflow_jax.config import config_path, configs_root
-    from nanoflow_jax.inspect.step import model_config
+    from nanoflow_jax.config import config_path, configs_root, model_config
     from nanoflow_jax.schedule.plan import load_plan
     from nanoflow_jax.search.profile.run import profile
     from nanoflow_jax.weights.hub import EMBEDDED

@@ -19,7 +19,7 @@ from nanoflow_jax.schedule.batch import SamplingArrays
 from nanoflow_jax.schedule.slots import SlotState
 from nanoflow_jax.search.profile.points import BYTES, Point
 
-DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 COLLECTIVES = {
     "all-gather": collectives.all_gather_rows,
     "all-reduce": collectives.all_reduce,

@@ -6,15 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
+from nanoflow_jax.search.shapes import Shapes
 
-from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.models.llama import kv_groups, padded_vocab
-from nanoflow_jax.schedule.ops import RESOURCE
-from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-
-HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
-BYTES = {"f32": 4, "bf16": 2, "f16": 2}
+BYTES = {"f32": 4, "bf16": 2}
 KINDS = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 
 # The sizes of each op that a table interpolates over, beside those that name a shape.
@@ -29,6 +25,8 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("rows",),
 }
 OPS = (*AXES, "pair")
+SMALL_BYTES = 1024  # per device, of the smallest collective: what it takes to start one
+PAIR_CONTEXT = 1024  # of decode attention in a pair, at most
 
 Size = int | str
 
@@ -49,8 +47,10 @@ class Point:
 
     @property
     def family(self) -> tuple[tuple[str, Size], ...]:
-        """The sizes that are not axes: points that differ in axes alone are one grid."""
-        return tuple(pair for pair in self.sizes if pair[0] not in AXES[self.op])
+        """The sizes that are not axes: points that differ in axes alone are one grid. A collective moves bytes of any
+        dtype."""
+        left_out = (*AXES[self.op], "dtype") if self.op == "collective" else AXES[self.op]
+        return tuple(pair for pair in self.sizes if pair[0] not in left_out)
 
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **dict(self.sizes)}
@@ -59,7 +59,7 @@ class Point:
     def from_json(fields: Mapping[str, Any]) -> Point:
         """Raises ValueError naming what is wrong."""
         sizes = {name: value for name, value in fields.items() if name != "op"}
-        op = fields.get("op")
+        op = str(fields.get("op"))
         if op not in AXES or not set(AXES[op]) <= set(sizes):
             raise ValueError(f"{dict(fields)} is not a point; op must be one of {', '.join(AXES)}, with its sizes")
         if wrong := [n for n, v in sizes.items() if isinstance(v, bool) or not isinstance(v, int | str)]:
@@ -110,15 +110,15 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Scope:
-    """What a table is about. sms: SM budgets can be given to decode attention, of so many SMs; 0: they cannot.
+    """What a table is about. tokens: of a step; context: the longest.
 
-    streams: two kernels can run at once on one device; network: the devices are there, so that collectives can run;
-    pool_bytes: the most that the pages of one point may take.
+    sms: budgets can be given to decode attention, of so many SMs; 0: they cannot. streams: two kernels can run at once
+    on one device. network: the devices are there, so that collectives can run. pool_bytes: the most that the pages of
+    one point may take.
     """
 
-    config: ModelConfig
+    shapes: Shapes
     plans: tuple[SchedulePlan, ...]
-    devices: int
     tokens: int
     context: int
     page_size: int
@@ -126,6 +126,10 @@ class Scope:
     streams: bool
     network: bool
     pool_bytes: int
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.pool_bytes // (2 * self.shapes.kv_heads * self.shapes.head_dim * self.shapes.element_bytes)
 
 
 def spread(low: int, high: int, count: int, step: int = 1) -> list[int]:
@@ -155,23 +159,13 @@ def points(scope: Scope, grid: Grid, ops: Iterable[str] = OPS) -> list[Point | P
 
 def gemm_shapes(scope: Scope) -> dict[str, tuple[int, int]]:
     """(n, k) of the GEMMs on one device: the weights `[n, k]` that the plans use."""
-    config, p = scope.config, scope.devices
-    hidden, ffn, width = config.hidden_size, config.intermediate_size // p, config.num_heads * config.head_dim
-    groups = kv_groups(config, p) // p
-    shapes = {"KQV": ((config.num_heads // p + 2 * groups) * config.head_dim, hidden)}
+    s = scope.shapes
+    shapes = {"KQV": ((s.q_heads + 2 * s.kv_heads) * s.head_dim, s.hidden)}
     if any(plan.needs_o_rows for plan in scope.plans):
-        shapes["O over N"] = hidden // p, width
+        shapes["O over N"] = s.hidden // s.devices, s.width
     if any(plan.needs_o_columns for plan in scope.plans):
-        shapes["O over K"] = hidden, width // p
-    return shapes | {"UG": (2 * ffn, hidden), "D": (hidden, ffn), "HEAD": (padded_vocab(config, p) // p, hidden)}
-
-
-def heads(scope: Scope) -> dict[str, Size]:
-    """Those of one device, as sizes of an attention point."""
-    config, p = scope.config, scope.devices
-    kv_heads = kv_groups(config, p) // p
-    dtype = HLO_NAMES[config.dtype]
-    return {"q_heads": config.num_heads // p, "kv_heads": kv_heads, "head_dim": config.head_dim, "dtype": dtype}
+        shapes["O over K"] = s.hidden, s.width // s.devices
+    return shapes | {"UG": (2 * s.ffn, s.hidden), "D": (s.hidden, s.ffn), "HEAD": (s.vocab, s.hidden)}
 
 
 def _rows(scope: Scope, grid: Grid) -> list[int]:
@@ -182,9 +176,9 @@ def _rows(scope: Scope, grid: Grid) -> list[int]:
     return sorted(rows)
 
 
-def _pieces(scope: Scope, plan: SchedulePlan) -> Sequence[Any]:
+def _pieces(scope: Scope, plan: SchedulePlan) -> Sequence[OpPiece]:
     exact = plan.tokens_per_step == scope.tokens and plan.decode_tokens is not None
-    quantum = row_quantum(scope.devices)
+    quantum = row_quantum(scope.shapes.devices)
     decode = plan.decode_tokens if exact else scope.tokens * 5 // 8 // quantum * quantum
     assert decode is not None
     return plan.pieces(decode, scope.tokens - decode, quantum)
@@ -192,43 +186,41 @@ def _pieces(scope: Scope, plan: SchedulePlan) -> Sequence[Any]:
 
 def _collectives(scope: Scope) -> dict[str, int]:
     """Kinds that the plans use, and bytes per row of the widest of each."""
-    if not scope.network or scope.devices == 1:
-        return {}
-    config, width = scope.config, BYTES[HLO_NAMES[scope.config.dtype]]
-    found: dict[str, int] = {}
-    for plan in scope.plans:
-        for op in RESOURCE:
-            if (kind := op.rpartition(".")[2]) in KINDS and any(p.op == op for p in _pieces(scope, plan)):
-                columns = config.num_heads * config.head_dim if op == "GEMV.AG" else config.hidden_size
-                found[KINDS[kind]] = max(found.get(KINDS[kind], 0), columns * width)
+    s, found = scope.shapes, dict[str, int]()
+    for plan in scope.plans if scope.network else ():
+        for op in dict.fromkeys(piece.op for piece in _pieces(scope, plan)):
+            if (kind := op.rpartition(".")[2]) in KINDS:
+                columns = s.width if op == "GEMV.AG" else s.hidden
+                found[KINDS[kind]] = max(found.get(KINDS[kind], 0), columns * s.element_bytes)
     return found
 
 
 def _single(scope: Scope, grid: Grid) -> list[Point]:
-    config, dtype = scope.config, HLO_NAMES[scope.config.dtype]
-    shape, rows = heads(scope), _rows(scope, grid)
-    per_token = 2 * int(shape["kv_heads"]) * config.head_dim * jnp.dtype(config.dtype).itemsize
-    contexts = spread(scope.page_size, scope.context, grid.contexts, scope.page_size)
+    s, rows = scope.shapes, _rows(scope, grid)
+    kv: dict[str, Size] = {"kv_heads": s.kv_heads, "head_dim": s.head_dim, "dtype": s.dtype}
+    heads = {"q_heads": s.q_heads, **kv}
     found = [Point.of("copy", bytes=max(scope.pool_bytes // 8, 2**20))]
-    found += [Point.of("gemm", m=m, n=n, k=k, dtype=dtype) for n, k in gemm_shapes(scope).values() for m in rows]
-    for context in contexts:
+    found += [Point.of("gemm", m=m, n=n, k=k, dtype=s.dtype) for n, k in gemm_shapes(scope).values() for m in rows]
+    for context in spread(scope.page_size, scope.context, grid.contexts, scope.page_size):
         for requests in spread(1, scope.tokens, grid.rows):
-            if requests * context * per_token <= scope.pool_bytes:
+            if requests * context <= scope.pool_tokens:
                 for sms in _budgets(scope, grid):
-                    found.append(Point.of("decode_attention", requests=requests, context=context, sms=sms, **shape))
+                    found.append(Point.of("decode_attention", requests=requests, context=context, sms=sms, **heads))
         for tokens in spread(16, scope.tokens, grid.rows, 16):
-            if (context + tokens) * per_token <= scope.pool_bytes:
-                found.append(Point.of("prefill_attention", tokens=tokens, context=context, **shape))
+            if context + tokens <= scope.pool_tokens:
+                found.append(Point.of("prefill_attention", tokens=tokens, context=context, **heads))
     for kind, row_bytes in _collectives(scope).items():
-        sizes = spread(8 * scope.devices, scope.tokens, grid.sizes, 8 * scope.devices)
-        found += [
-            Point.of("collective", kind=kind, devices=scope.devices, dtype=dtype, bytes=n * row_bytes) for n in sizes
-        ]
-    kv = {name: size for name, size in shape.items() if name != "q_heads"}
+        found.append(_moved(scope, kind, SMALL_BYTES * s.devices))
+        for n in spread(8 * s.devices, scope.tokens // s.devices * s.devices, grid.sizes, 8 * s.devices):
+            found.append(_moved(scope, kind, n * row_bytes))
     found += [Point.of("append", rows=n, **kv) for n in rows]
-    found += [Point.of("norm", rows=n, hidden=config.hidden_size, dtype=dtype) for n in rows]
-    vocab = padded_vocab(config, scope.devices) // scope.devices
-    return found + [Point.of("sampling", rows=n, vocab=vocab) for n in spread(8, scope.tokens, grid.rows, 8)]
+    found += [Point.of("norm", rows=n, hidden=s.hidden, dtype=s.dtype) for n in (1, *rows)]
+    return found + [Point.of("sampling", rows=n, vocab=s.vocab) for n in spread(8, scope.tokens, grid.rows, 8)]
+
+
+def _moved(scope: Scope, kind: str, whole_bytes: int) -> Point:
+    s = scope.shapes
+    return Point.of("collective", kind=kind, devices=s.devices, dtype=s.dtype, bytes=whole_bytes)
 
 
 def _budgets(scope: Scope, grid: Grid) -> list[int]:
@@ -239,22 +231,20 @@ def _budgets(scope: Scope, grid: Grid) -> list[int]:
 
 def _pairs(scope: Scope) -> list[Pair]:
     """GEMM beside decode attention on each SM budget, and either beside each kind of collective, at half a step."""
-    dtype, half = HLO_NAMES[scope.config.dtype], max(8, scope.tokens // 2 // 8 * 8)
-    shapes, shape = gemm_shapes(scope), heads(scope)
-    n, k = shapes["UG"]
-    gemm = Point.of("gemm", m=half, n=n, k=k, dtype=dtype)
-    per_token = 2 * int(shape["kv_heads"]) * scope.config.head_dim * BYTES[dtype]
-    context = min(1024, scope.context, max(scope.page_size, scope.pool_bytes // (half * per_token)))
+    s, half = scope.shapes, max(8, scope.tokens // 2 // 8 * 8)
+    n, k = gemm_shapes(scope)["UG"]
+    gemm = Point.of("gemm", m=half, n=n, k=k, dtype=s.dtype)
+    context = min(PAIR_CONTEXT, scope.context, max(scope.page_size, scope.pool_tokens // half))
 
     def attention(sms: int) -> Point:
-        return Point.of("decode_attention", requests=half, context=context, sms=sms, **shape)
+        heads: dict[str, Size] = {"q_heads": s.q_heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim}
+        return Point.of("decode_attention", requests=half, context=context, sms=sms, dtype=s.dtype, **heads)
 
     found = []
     if scope.streams:
         budgets = _budgets(scope, GRIDS["normal"])
         found += [Pair(gemm, attention(sms)) for sms in (budgets[1:] or budgets)]
     for kind, row_bytes in _collectives(scope).items():
-        rows = max(1, half // scope.devices) * scope.devices
-        moved = Point.of("collective", kind=kind, devices=scope.devices, dtype=dtype, bytes=rows * row_bytes)
+        moved = _moved(scope, kind, max(1, half // s.devices) * s.devices * row_bytes)
         found += [Pair(gemm, moved), Pair(attention(0), moved)]
     return found

@@ -1,8 +1,8 @@
 """From kernels to programs that can be timed: many calls in one dispatch, one after another, none optimized away.
 
 On a GPU the calls are unrolled, in an order that `IssueOrder` keeps; decode attention beside a GEMM is on a stream of
-its own, as in a step. XLA's CPU compiler drops barriers and would merge equal calls, so there the calls are a loop whose
-every turn depends on the one before, and a pair is two loops that XLA may run at once.
+its own, as in a step. XLA's CPU compiler drops barriers and would merge equal calls, so there the calls are a loop in
+which every turn depends on the one before, and a pair is two loops that XLA may run at once.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import sys
 import time
 from collections import defaultdict
@@ -34,7 +35,8 @@ from nanoflow_jax.search.profile.table import (
     these_versions,
     this_machine,
 )
-from nanoflow_jax.search.profile.timing import US, PairTiming, Timing, time_pair, time_program
+from nanoflow_jax.search.profile.timing import US, PairTiming, Timing, time_pair, time_programs
+from nanoflow_jax.search.shapes import Shapes
 
 CPU_POOL_BYTES = 64 * 2**20
 GPU_POOL_SHARE = 0.25  # of the device's memory
@@ -115,12 +117,15 @@ def profile(
     }
     header = {
         "format": FORMAT,
+        "points": density,
         "machine": this_machine(),
         "versions": these_versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "model": sizes,
+        "sms": _sms(machine.hardware),
+        "memory_bytes": _memory(jax.devices()[0]),
     }
     found = _resume(output, sizes, force)
     left = [point for point in wanted if found is None or point not in found.measured]
@@ -180,24 +185,28 @@ def _machine(config: ModelConfig, devices: int, page_size: int, backend: str) ->
     return Machine(programs.Bench(mesh, gpu, l2, most), backend, page_size, hardware), skipped
 
 
+def _sms(hardware: Hardware | None) -> int:
+    return hardware.sm_count if hardware else int(getattr(jax.devices()[0], "core_count", 0))
+
+
 def _memory(device: Any) -> int:
-    stats = device.memory_stats() or {}
-    return int(stats.get("bytes_limit", 16 * 2**30))
+    """Bytes of one device; of a CPU that plays several, its share."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.device_count()
+    return int((device.memory_stats() or {}).get("bytes_limit", 16 * 2**30))
 
 
 def _scope(
     machine: Machine, config: ModelConfig, plans: tuple[SchedulePlan, ...], devices: int, tokens: int, context: int
 ) -> Scope:
     gpu, mosaic = machine.bench.gpu, machine.backend == "mosaic"
-    sms = machine.hardware.sm_count if machine.hardware else int(getattr(jax.devices()[0], "core_count", 0))
     return Scope(
-        config=config,
+        shapes=Shapes.of(config, devices),
         plans=plans,
-        devices=devices,
         tokens=tokens,
         context=context,
         page_size=machine.page_size,
-        sms=sms if gpu and mosaic else 0,
+        sms=_sms(machine.hardware) if gpu and mosaic else 0,
         streams=mosaic or not gpu,
         network=machine.bench.mesh.size == devices > 1,
         pool_bytes=machine.bench.most_bytes,
@@ -224,7 +233,7 @@ def measure(machine: Machine, point: Point | Pair, grid: Grid) -> Timing | PairT
             return time_pair(programs.pair(machine.bench, first, second), grid)
         one = kernel(point, machine.page_size, machine.backend)
         program = programs.single(machine.bench, one, _calls(machine, one, point))
-        return time_program(program, grid, program.calls[0])
+        return time_programs([(program, program.calls[0])], grid)[0]
     except (RuntimeError, ValueError, NotImplementedError) as error:  # of memory, of a kernel, of a pair
         return " ".join(str(error).split())[:300] or type(error).__name__
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from nanoflow_jax.search.profile.points import Grid
 from nanoflow_jax.search.profile.programs import Program
 
 US = 1e6
 RATIO = 3  # how much longer one side of a pair is than the other
+MOST_TIMES = 100_000  # of a program, in one run
 MOST_CALLS = 256  # of one side of a pair
 TAKING_TURNS = 0.999  # a pair with this much of both sides' time lost shares the device by turns
 
@@ -26,20 +27,27 @@ class Timing:
     runs: int
 
 
-def time_program(program: Program, grid: Grid, calls: int) -> Timing:
-    """Time of one of the `calls` calls in each run of the program, after a warm-up; each run takes at least
-    `grid.seconds`, about."""
+def time_programs(programs: Sequence[tuple[Program, int]], grid: Grid) -> list[Timing]:
+    """Time of one of the (calls) in each run of each program, after a warm-up; a run lasts at least `grid.seconds`,
+    about. Runs of the programs take turns, so that what slows the machine for a while slows all of them."""
+    repeated = [_times_for(program, grid.seconds) for program, _ in programs]
+    taken: list[list[float]] = [[] for _ in programs]
+    for _ in range(grid.runs):
+        for (program, calls), times, found in zip(programs, repeated, taken, strict=True):
+            started = time.perf_counter()
+            program.run(times)
+            found.append((time.perf_counter() - started) * US / times / calls)
+    return [Timing(statistics.median(t), min(t), max(t), grid.runs) for t in taken]
+
+
+def _times_for(program: Program, seconds: float) -> int:
+    """How often a program runs in so many seconds; warms it up."""
     program.run(1)
     started = time.perf_counter()
     program.run(1)
-    times = max(1, min(100_000, round(grid.seconds / max(time.perf_counter() - started, 1e-7))))
+    times = max(1, min(MOST_TIMES, round(seconds / max(time.perf_counter() - started, 1e-7))))
     program.run(times)
-    taken = []
-    for _ in range(grid.runs):
-        started = time.perf_counter()
-        program.run(times)
-        taken.append((time.perf_counter() - started) * US / times / calls)
-    return Timing(statistics.median(taken), min(taken), max(taken), grid.runs)
+    return times
 
 
 @dataclass(frozen=True)
@@ -58,15 +66,14 @@ class PairTiming:
 def time_pair(build: Callable[[int, int], Program], grid: Grid) -> PairTiming:
     """`build` as from `programs.pair`."""
 
-    def measure(a: int, b: int) -> float:
-        program = build(a, b)
-        per_round = max(calls // max(n, 1) for calls, n in zip(program.calls, (a, b), strict=True))
-        return time_program(program, grid, per_round).us
+    def program(a: int, b: int) -> tuple[Program, int]:
+        made = build(a, b)
+        return made, max(calls // max(n, 1) for calls, n in zip(made.calls, (a, b), strict=True))
 
-    first, second = measure(1, 0), measure(0, 1)
-    outlasting = _calls(first, second), _calls(second, first)[::-1]
-    rounds = tuple((a, b, measure(a, b)) for a, b in outlasting)
-    (a, b, us), (c, d, them) = rounds
+    alone = [program(1, 0), program(0, 1)]
+    first, second = (timing.us for timing in time_programs(alone, replace(grid, runs=3)))
+    (a, b), (c, d) = _calls(first, second), _calls(second, first)[::-1]
+    first, second, us, them = (t.us for t in time_programs([*alone, program(a, b), program(c, d)], grid))
     lost = (us - a * first) / (b * second), (them - d * second) / (c * first)
     return PairTiming(first, second, ((a, b, us), (c, d, them)), *speeds(*lost))
 
