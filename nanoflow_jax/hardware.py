@@ -138,9 +138,11 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
 
 def hardware_of(device: Any) -> Hardware | None:
     """The hardware file of a JAX device; None for a CPU, and for a GPU that no file names."""
-    if device.platform != "gpu":
-        return None
-    kind = device.device_kind
+    return hardware_of_device(device.device_kind) if device.platform == "gpu" else None
+
+
+def hardware_of_device(kind: str) -> Hardware | None:
+    """The hardware file of a GPU that JAX calls `kind`; None when no file names it."""
     for path in sorted((configs_root() / "hardware").glob("*.toml")):
         hardware = load_hardware(path)
         if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):

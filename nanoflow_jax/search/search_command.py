@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.search.command import add_target, check_outputs, positive, read_target
+from nanoflow_jax.search.simulate_command import add_target, check_outputs, positive, read_target
 
 if TYPE_CHECKING:
     from nanoflow_jax.schedule.plan import SchedulePlan

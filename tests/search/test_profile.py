@@ -1,0 +1,206 @@
+"""`nanoflow profile`: a killed run goes on where it was, foreign tables are refused, pairs compile for a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from nanoflow_jax.config import ConfigError, model_config
+from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
+from nanoflow_jax.schedule.compile import GPU_OPTIONS, STREAM_OPTIONS
+from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.search.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
+from nanoflow_jax.search.measured import EXTRAPOLATED_RATE, ProfileModel, load_profile
+from nanoflow_jax.search.profile import programs
+from nanoflow_jax.search.profile.kernels import kernel
+from nanoflow_jax.search.profile.points import GRIDS, Pair, Point, Scope, points, spread
+from nanoflow_jax.search.profile.run import time_left
+from nanoflow_jax.search.profile.table import FORMAT, TableWriter, read_table, these_versions, this_machine
+from nanoflow_jax.search.profile.timing import PairTiming, Timing, speeds
+from nanoflow_jax.search.shapes import Shapes
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(output: Path, *more: str) -> list[str]:
+    options = ["--model", "tiny", "--devices", "1", "--tokens-per-step", "32", "--context", "64", "--points", "few"]
+    ops = ["--ops", "gemm", "norm", "append", "--output", str(output), "--quiet"]
+    return [sys.executable, "-m", "nanoflow_jax", "profile", "--cpu-devices", "1", *options, *ops, *more]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path):
+    output = tmp_path / "profile.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command(output), env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 300
+    while (not output.exists() or output.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = output.read_bytes()
+    whole = before[: before.rindex(b"\n") + 1]
+    output.write_bytes(whole + b'{"op": "gemm", "m"')  # as if the last write had been torn
+    done = subprocess.run(
+        command(output, "--json"), env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    report = json.loads(done.stdout)
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert output.read_bytes().startswith(whole)
+    keys = [Point.from_json({k: v for k, v in line.items() if k not in TIMES}) for line in lines[1:]]
+    assert len(set(keys)) == len(keys) == report["points"]
+    assert report["measured_now"] == report["points"] - (whole.count(b"\n") - 1) > 0
+    assert report["skipped"] and not report["failed"]
+
+    table = read_table(output)
+    other = json.loads(whole.splitlines()[0])
+    other["versions"]["jax"] = "0.0.1"
+    output.write_text(json.dumps(other) + "\n")
+    refused = subprocess.run(command(output), env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "'0.0.1'" in refused.stderr
+    assert len(table.times) == len(keys)
+
+
+TIMES = ("us", "low", "high", "runs")
+
+
+def header() -> dict:
+    return {"format": FORMAT, "machine": this_machine(), "versions": these_versions(), "memory_bytes": 2**30}
+
+
+GEMM = {m: Point.of("gemm", m=m, n=64, k=32, dtype="f32") for m in (8, 64)}
+HEADS = {"q_heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "f32"}
+DECODE = {
+    (r, c): Point.of("decode_attention", requests=r, context=c, sms=0, **HEADS) for r in (1, 16) for c in (64, 256)
+}
+PAIR = Pair(GEMM[64], DECODE[16, 256])
+
+
+def write(path: Path) -> None:
+    with TableWriter(path, header(), 0) as writer:
+        writer.add(Point.of("copy", bytes=2**20), Timing(100.0, 90.0, 110.0, 5))
+        for m, point in GEMM.items():
+            writer.add(point, Timing(float(m), m - 1.0, m + 1.0, 5))
+        for (requests, context), point in DECODE.items():
+            writer.add(point, Timing(1.0 + requests * context / 100, 1.0, 1e3, 5))
+        writer.add(PAIR, PairTiming(64.0, 42.0, ((2, 1, 150.0), (1, 4, 180.0)), 0.6, 0.8))
+        writer.add(Point.of("norm", rows=8, hidden=32, dtype="f32"), "out of memory")
+
+
+def test_every_answer_says_where_it_comes_from(tmp_path: Path):
+    write(tmp_path / "table.jsonl")
+    measured = load_profile(tmp_path / "table.jsonl")
+    model: LatencyModel = measured
+    assert (model.gemm(64, 64, 32, "f32").us, model.gemm(64, 64, 32, "f32").source) == (64.0, PROFILE)
+    assert (model.gemm(36, 64, 32, "f32").us, model.gemm(36, 64, 32, "f32").source) == (pytest.approx(36.0), PROFILE)
+    assert model.gemm(65, 64, 32, "f32").source == model.gemm(4, 64, 32, "f32").source == EXTRAPOLATED
+    assert model.gemm(64, 64, 33, "f32").source == model.gemm(64, 64, 32, "bf16").source == ROOFLINE
+    assert model.kernel(1.0, 1.0).source == model.norm(8, 32, element_bytes=4).source == ROOFLINE
+    for (requests, context), us in (((1, 64), 1.64), ((16, 64), 11.24), ((4, 100), 5.0)):
+        answer = model.decode_attention(requests, context, 2, 1, 16, kv_bytes=4)
+        assert (answer.us, answer.source) == (pytest.approx(us), PROFILE)  # the swapped axes would give another
+    assert model.decode_attention(17, 64, 2, 1, 16, kv_bytes=4).source == EXTRAPOLATED
+    assert model.rate("memory", 0.5, "compute").source == PROFILE
+    assert model.rate("memory", 0.5, "compute").speed == 0.8 and model.rate("compute", 0.5, "memory").speed == 0.6
+    assert model.rate("memory", 0.25, "compute").source == EXTRAPOLATED_RATE
+    assert model.rate("network", 0.5, "compute").source == PUBLISHED
+    assert measured.correction == 0
+
+
+def test_another_table_is_refused(tmp_path: Path):
+    path = tmp_path / "table.jsonl"
+    write(path)
+    with pytest.raises(ConfigError, match=r"not on h200; --allow-foreign"):
+        load_profile(path, load_hardware("h200"))
+    lines = path.read_text().splitlines()
+    changed = json.loads(lines[0])
+    changed["machine"]["cpu"] = "another"
+    path.write_text("\n".join([json.dumps(changed), *lines[1:]]) + "\n")
+    with pytest.raises(ConfigError, match="cpu 'another'"):
+        load_profile(path)
+    assert isinstance(load_profile(path, allow_foreign=True), ProfileModel)
+    path.write_text("\n".join([lines[0], '{"op": "gemm", "m": 8, "us": -1}', *lines[1:]]) + "\n")
+    with pytest.raises(ConfigError, match=r"table\.jsonl:2: "):
+        read_table(path)
+    path.write_text("model weights\n")
+    with pytest.raises(ConfigError, match=r"table\.jsonl:1: "):
+        read_table(path)
+
+
+def test_one_process_writes(tmp_path: Path):
+    with (
+        TableWriter(tmp_path / "t", header(), 0),
+        pytest.raises(ConfigError, match="another process"),
+        TableWriter(tmp_path / "t", header(), 0),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("a", "b"), [(0.64, 0.95), (1.0, 1.0), (0.5, 0.5), (0.9, 0.3)])
+def test_speeds_of_a_pair_come_back(a: float, b: float):
+    """Two rounds played with known speeds, one outlasting the other each time."""
+    assert speeds((1 - a) / b, (1 - b) / a) == pytest.approx((a, b))
+
+
+def scope(model: str, devices: int, tokens: int, **changes: object) -> Scope:
+    plans = tuple(load_plan(name) for name in ("nanoflow_70b", "scatter_70b"))
+    shapes = Shapes.of(model_config(model)[1], devices)
+    made = Scope(shapes, plans, tokens, 4096, 64, 132, streams=True, network=True, pool_bytes=2**33)
+    return replace(made, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_points_cover_the_plans():
+    found = points(scope("llama-3.1-70b", 8, 2048), GRIDS["normal"])
+    assert len({p.op for p in found[:9]}) == 9 and len(set(found)) == len(found)
+    gemms = {(p["n"], p["k"]) for p in found if isinstance(p, Point) and p.op == "gemm"}
+    assert gemms == {(1280, 8192), (1024, 8192), (8192, 1024), (7168, 8192), (8192, 3584), (16032, 8192)}
+    assert {p["m"] for p in found if isinstance(p, Point) and p.op == "gemm"} >= {256, 384, 640, 768, 1408, 2048}
+    moved = {p["kind"] for p in found if isinstance(p, Point) and p.op == "collective"}
+    assert moved == {"all-gather", "all-reduce", "reduce-scatter"}
+    assert {p.second["sms"] for p in found if isinstance(p, Pair) and p.second.op == "decode_attention"} > {44, 88}
+    alone = points(scope("llama-3.1-70b", 8, 2048, network=False, sms=0), GRIDS["few"])
+    assert not any(p.op == "collective" for p in alone) and len(alone) < len(found)
+    assert spread(8, 2048, 3, 8) == [8, 128, 2048] and spread(64, 64, 5) == [64]
+    assert time_left({"gemm": [1.0, 3.0]}, [found[1], found[3]]) == 4.0
+
+
+@pytest.mark.aot
+def test_a_pair_compiles_for_a_gpu():
+    """A GEMM beside Mosaic decode attention, which is on a stream of its own and on so many SMs."""
+    hardware = load_hardware("h200")
+    bench = programs.Bench(gpu_mesh(hardware, 1), gpu=True, l2_bytes=hardware.l2_bytes)
+    heads = {"q_heads": 8, "kv_heads": 1, "head_dim": 128, "dtype": "bf16"}
+    gemm = kernel(Point.of("gemm", m=1024, n=7168, k=8192, dtype="bf16"), 64, "mosaic")
+    decode = kernel(Point.of("decode_attention", requests=512, context=1024, sms=44, **heads), 64, "mosaic")
+    inputs = []
+    for one in (gemm, decode):
+        avals = jax.eval_shape(lambda one=one: one.make(2))
+        where = programs.placement(bench, False)
+        inputs.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), avals))
+
+    def lowered(network: bool) -> str:
+        second = replace(decode, network=network)  # a collective is not put on a stream
+        program = lambda one, two: programs.side_by_side(gemm, second, 2, 1, one, two)  # noqa: E731
+        options = {**GPU_OPTIONS, **STREAM_OPTIONS, **saving_options(hardware)}
+        return jax.jit(program).lower(*inputs).compile(compiler_options=options).as_text() or ""
+
+    text = lowered(False)
+    entry = text[text.rindex("\nENTRY") :].splitlines()
+    kinds = ["S" if " call-start(" in x else "D" if " call-done(" in x else "G" for x in entry if _counts(x)]
+    assert "".join(kinds) == "SGGD" * programs.ROUNDS
+    assert text.count('custom_call_target="mosaic_gpu') == programs.ROUNDS
+    assert " call-start(" not in lowered(True)
+
+
+def _counts(line: str) -> bool:
+    return any(word in line for word in (" call-start(", " call-done(", 'custom_call_target="__cublas'))
