@@ -45,7 +45,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     vocabulary = config.vocab_size // (options.rank_of or 1)  # a slice embeds the tokens of its own rows only
     limit = options.max_model_len or options.workload.limit(config.max_position_embeddings)
     options.workload.requests(1, limit, vocabulary, options.seed)  # lengths that do not fit are told before the work
-    engine, weights_seconds, compile_seconds = _build(options, plan, mesh, limit)
+    engine, weights_seconds, compile_seconds = build_random(options, plan, mesh, limit)
     enough = LIFETIMES * usual_running(engine, options.workload)
     count = options.requests or enough
     requests = options.workload.requests(count, engine.max_model_len, vocabulary, options.seed)
@@ -117,7 +117,7 @@ def _mesh(options: ThroughputOptions) -> tuple[Mesh, int]:
     return Mesh(np.array(jax.devices()[:1]), (AXIS,)), options.rank_of
 
 
-def _build(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: int) -> tuple[Engine, float, float]:
+def build_random(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: int) -> tuple[Engine, float, float]:
     """An engine with random weights, and the seconds that weights and the rest, mostly compiling, took."""
     weights_seconds = 0.0
 
