@@ -48,8 +48,8 @@ def _full(python: str) -> list[Part]:
         workload = ("--workload", f"constant:{lengths}", "--attention-backend", "mosaic")
         found.append(run(f"8b_{_slug(lengths)}", seconds, seconds + 150, *model, *workload))
     # The whole 70B model for one workload: 80 layers compile for minutes, and a request lives long.
-    for plan in ("nanoflow_70b", "sequential"):
-        found.append(run(f"70b_rank_512_512_{plan}", 100, 540, *rank, "--plan", plan, "--workload", "constant:512:512"))
+    whole = (*rank, "--workload", "constant:512:512", "--plan")
+    found += [run(f"70b_rank_512_512_{p}", 100, 540, *whole, p) for p in ("nanoflow_70b", "sequential")]
     for lengths in LENGTHS[1:]:
         workload = ("--layers", "20", "--workload", f"constant:{lengths}")
         compared = ("--plan", "nanoflow_70b", "--compare", "sequential")

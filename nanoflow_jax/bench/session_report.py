@@ -15,8 +15,8 @@ def summary(header: Mapping[str, str], parts: Mapping[str, dict[str, Any]]) -> s
     if rows:
         lines += [
             "Tokens per second and GPU are prompt and output tokens that were computed, and their share of the "
-            "optimum; served: with prompt tokens found in kept pages. Ratios are of served tokens. A rank slice has no network "
-            "in it: with a modelled one, the figure lies between those in brackets.",
+            "optimum; served: with prompt tokens found in kept pages. Ratios are of served tokens. A rank slice has no "
+            "network in it: with a modelled one, the figure lies between those in brackets.",
             "",
             "| " + " | ".join(COLUMNS) + " |",
             "|" + " --- |" * len(COLUMNS),
