@@ -150,15 +150,20 @@ class ModelConfig:
         return config
 
 
-def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
-    with one."""
+def model_file(model: str) -> Path:
+    """The config.json of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder with
+    one."""
     if (folder := Path(model)).is_dir():
-        return folder.name, ModelConfig.from_file(folder / "config.json")
-    path = config_path(
+        return folder / "config.json"
+    return config_path(
         "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
     )
-    return path.stem, ModelConfig.from_file(path)
+
+
+def model_config(model: str) -> tuple[str, ModelConfig]:
+    """Name and config of a model that `model_file` finds."""
+    path = model_file(model)
+    return Path(model).name if Path(model).is_dir() else path.stem, ModelConfig.from_file(path)
 
 
 def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:

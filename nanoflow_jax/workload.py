@@ -1,7 +1,8 @@
 """What a benchmark asks for: lengths of prompts and outputs, from published figures or from a file of the user's.
 
-A workload is `constant:PROMPT:OUTPUT`, a name in `configs/workloads` (mean and sigma of log-normal lengths, with their
-source), or a JSONL file with one request per line:
+A workload is `constant:PROMPT:OUTPUT`, `shared:PREFIX:PROMPT:OUTPUT[:GROUPS]` (each prompt of PROMPT tokens begins with
+one of GROUPS common prefixes of PREFIX tokens), a name in `configs/workloads` (mean and sigma of log-normal lengths,
+with their source), or a JSONL file with one request per line:
 
     {"prompt_tokens": 300, "output_tokens": 200}
     {"prompt": "text, or a list of token ids", "max_tokens": 200}
@@ -71,12 +72,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Workload:
-    """Length distributions, or the entries of a file, which are used in order and again from the first."""
+    """Length distributions, or the entries of a file, which are used in order and again from the first.
+
+    prefix  tokens that a random prompt begins with, one of `groups` beginnings; 0: all prompts differ
+    """
 
     name: str
     prompt: Lengths
     output: Lengths
     entries: tuple[Entry, ...] = ()
+    prefix: int = 0
+    groups: int = 1
 
     @property
     def mean_tokens(self) -> float:
@@ -100,8 +106,10 @@ class Workload:
         """`count` requests of at most `limit` tokens each, the same for the same seed. Random prompts draw their
         tokens from [0, vocabulary). Raises ConfigError when the lengths do not fit."""
         rng = np.random.default_rng(seed)
+        chosen = self._chosen(count, limit, rng)
+        prefixes = rng.integers(0, vocabulary, (self.groups, self.prefix))
         requests = []
-        for entry in self._chosen(count, limit, rng):
+        for entry in chosen:
             if entry.prompt_tokens + entry.output_tokens > limit:
                 raise ConfigError(
                     f"workload: {self.name!r} has a request of {entry.prompt_tokens} + {entry.output_tokens} tokens; "
@@ -109,7 +117,9 @@ class Workload:
                 )
             ids = entry.prompt_token_ids
             if ids is None:
-                ids = rng.integers(0, vocabulary, entry.prompt_tokens).tolist()
+                ids = rng.integers(0, vocabulary, entry.prompt_tokens - self.prefix).tolist()
+                if self.prefix:
+                    ids = prefixes[rng.integers(self.groups)].tolist() + ids
             elif not 0 <= min(ids) <= max(ids) < vocabulary:
                 raise ConfigError(f"workload: {self.name!r} has a token id outside 0 to {vocabulary - 1}")
             requests.append(BenchRequest(ids, entry.output_tokens))
@@ -147,9 +157,23 @@ def load_workload(text: str, encode: Callable[[str], list[int]] | None = None) -
         if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
             raise ConfigError(f"workload: {text!r} is not accepted; expected constant:PROMPT:OUTPUT, both at least 1")
         return Workload(text, Lengths(int(parts[0]), 0), Lengths(int(parts[1]), 0))
+    if text.startswith("shared:"):
+        return _shared(text)
     if text.endswith((".jsonl", ".json")):
         return _from_lines(Path(text), encode)
     return _from_toml(config_path("workloads", text))
+
+
+def _shared(text: str) -> Workload:
+    parts = text.split(":")[1:]
+    good = len(parts) in (3, 4) and all(p.isdecimal() and int(p) > 0 for p in parts)
+    if not good or int(parts[0]) > int(parts[1]):
+        raise ConfigError(
+            f"workload: {text!r} is not accepted; expected shared:PREFIX:PROMPT:OUTPUT[:GROUPS], all at least 1, "
+            "PREFIX at most PROMPT"
+        )
+    prefix, prompt, output, groups = (*map(int, parts), 1)[:4]
+    return Workload(text, Lengths(prompt, 0), Lengths(output, 0), prefix=prefix, groups=groups)
 
 
 def _from_toml(path: Path) -> Workload:

@@ -152,3 +152,25 @@ def test_lengths_that_do_not_fit():
     with pytest.raises(ConfigError, match=r"max_model_len: 700 is too short .* accepted: at least 935"):
         load_workload("sharegpt").requests(10, 700, 100, seed=0)
     load_workload("sharegpt").requests(10, 935, 100, seed=0)
+
+
+def test_common_beginnings():
+    workload = load_workload("shared:6:9:4:3")
+    requests = workload.requests(200, 13, 1000, seed=5)
+    assert workload.limit(100) == 13
+    beginnings = {tuple(r.prompt_token_ids[:6]) for r in requests}
+    assert len(beginnings) == 3
+    assert len({tuple(r.prompt_token_ids[6:]) for r in requests}) == 200
+    assert {(len(r.prompt_token_ids), r.output_tokens) for r in requests} == {(9, 4)}
+    one = load_workload("shared:6:9:4").requests(20, 13, 1000, seed=5)
+    assert len({tuple(r.prompt_token_ids[:6]) for r in one}) == 1
+    assert requests == workload.requests(200, 13, 1000, seed=5)
+
+
+@pytest.mark.parametrize(
+    "text", ["shared:5", "shared:5:6", "shared:7:6:1", "shared:0:6:1", "shared:1:6:1:0", "shared:a:6:1"]
+)
+def test_common_beginnings_that_are_not_accepted(text: str):
+    with pytest.raises(ConfigError, match=r"expected shared:PREFIX:PROMPT:OUTPUT\[:GROUPS\]") as error:
+        load_workload(text)
+    assert "\n" not in str(error.value)

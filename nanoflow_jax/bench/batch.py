@@ -62,7 +62,8 @@ def measure_batch(llm: LLM, workload: Workload, count: int | None, repeats: int,
         source = Path(folder) / "requests.jsonl"
         source.write_text("".join(json.dumps(line) + "\n" for line in _lines(requests)), encoding="utf-8")
         for turn in range(repeats):
-            bare = steady_window(drive(llm.engine, requests, 0.0, progress=False), len(requests), enough)
+            steps, _ = drive(llm.engine, requests, 0.0, progress=False)
+            bare = steady_window(steps, len(requests), enough)
             batch, seconds = _run_batch(llm, source, Path(folder) / f"results-{turn}.jsonl")
             window = steady_window(batch, len(requests), enough)
             pairs.append(Pair(_rate(bare), _rate(window), seconds))

@@ -7,8 +7,8 @@ import json
 import os
 import platform
 import shlex
+import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from nanoflow_jax.bench import batch_command
 
 if TYPE_CHECKING:
-    from nanoflow_jax.bench.throughput import ThroughputOptions, ThroughputReport
+    from nanoflow_jax.bench.report import ThroughputOptions
     from nanoflow_jax.workload import Workload
 
 
@@ -26,6 +26,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be an integer of at least 1")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be a number of seconds above 0")
+    return value
 
 
 def add(commands: Any, formatter: Any) -> None:
@@ -80,7 +90,10 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
         description="Runs a workload with random weights and measures the steady state.\n\n"
         "  nanoflow bench throughput --model llama-3.1-8b --workload sharegpt --plot run.png\n"
         "  nanoflow bench throughput --model llama-3.1-70b --rank-of 8 --plan nanoflow_70b --json\n"
-        "  nanoflow bench throughput --cpu-devices 8 --model tiny --workload constant:64:64 --compare sequential\n\n"
+        "  nanoflow bench throughput --cpu-devices 8 --model tiny --workload constant:64:64 --compare sequential\n"
+        "  nanoflow bench throughput --workload shared:448:512:64 --compare no-prefix-caching --repeat 3\n\n"
+        "Tokens are counted twice: computed ones, of which the share of the optimum is taken, and served ones, which\n"
+        "are those and the prompt tokens found in kept pages; ratios are of served tokens per second.\n"
         "Shares of the window's time that are lost: host (the device had nothing to do), shape padding (empty rows\n"
         "of a compiled step), pages (empty rows while a request waited for KV pages), preemption (rows that\n"
         "computed tokens again). A rank slice runs one rank of a mesh with local copies in place of collectives;\n"
@@ -90,11 +103,26 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
     p.add_argument("--layers", type=positive, help="only so many layers of it; all when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument(
-        "--workload", default="constant:512:512", help="constant:PROMPT:OUTPUT, a name in configs/workloads, or a JSONL"
+        "--workload",
+        default="constant:512:512",
+        help="constant:PROMPT:OUTPUT; shared:PREFIX:PROMPT:OUTPUT[:GROUPS], where prompts of PROMPT tokens begin with "
+        "one of GROUPS (1 when not given) common prefixes of PREFIX tokens; a name in configs/workloads; or a JSONL",
     )
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
     p.add_argument("--plan", default="two_gather_one_reduce", help="a name in configs/plans, or a TOML file")
-    p.add_argument("--compare", metavar="PLAN", help="a second run with the same requests, and the ratio")
+    p.add_argument(
+        "--compare",
+        metavar="X",
+        help="a second run with the same requests, and the ratio: X is a plan, or deterministic, no-prefix-caching "
+        "(that option toggled), or xla-attention",
+    )
+    p.add_argument("--repeat", type=positive, default=1, metavar="N", help="N runs, or pairs of runs in turn")
+    p.add_argument("--seconds", type=_seconds, help="end each run after so long; when the requests are used up")
+    p.add_argument("--with-transformers", action="store_true", help="also run transformers continuous batching")
+    p.add_argument(
+        "--transformers-python", metavar="PATH", default=sys.executable, help="a Python with torch and transformers"
+    )
+    p.add_argument("--transformers-seconds", type=_seconds, default=300.0, metavar="S", help="its run ends then")
     p.add_argument("--tensor-parallel-size", type=positive, help="devices in the mesh; all when not given")
     p.add_argument("--rank-of", type=positive, metavar="N", help="run one rank of an N-way mesh on one device")
     p.add_argument("--inspect", action="store_true", help="with --rank-of: ask nanoflow inspect what stays exposed")
@@ -125,29 +153,44 @@ def _throughput(args: argparse.Namespace) -> int:
             raise ValueError(f"--plot: {args.plot}: its folder does not exist")
         if find_spec("matplotlib") is None:
             raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
+    from nanoflow_jax.bench import report, transformers_peer
+    from nanoflow_jax.bench.compare import TOGGLES, measure_in_turn
     from nanoflow_jax.bench.throughput import measure
+    from nanoflow_jax.config import model_file
     from nanoflow_jax.platform import use_compile_cache
+    from nanoflow_jax.schedule.plan import load_plan
 
     use_compile_cache()
     options = _options(args)
-    reports = [measure(options, args.plan)]
-    if args.compare:
-        reports.append(measure(options, args.compare))
+    if args.compare and args.compare not in TOGGLES:
+        load_plan(args.compare)
+    peer = None
+    if args.with_transformers:
+        options = transformers_peer.settled(options)
+        fields = json.loads(model_file(_folder_or_name(args.model)).read_text())
+        peer = transformers_peer.measure_transformers(
+            options, fields, args.transformers_python, args.transformers_seconds
+        )
+    found = measure_in_turn(options, args.plan, args.compare, args.repeat, measure)
     if args.plot:
         from nanoflow_jax.bench.plot import plot_reports
 
-        plot_reports(reports, args.plot)
+        plot_reports(found.shown, args.plot)
+    ratio = found.shown[0].served_tokens_per_second_per_gpu / peer["tokens_per_second"] if peer else 0.0
     if args.json:
-        print(json.dumps(_json(args, reports), indent=1))
-    else:
-        print("\n\n".join(_text(report) for report in reports))
-        if args.compare:
-            print(f"\n{reports[0].plan} / {reports[1].plan}: {_ratio(reports):.3f} times the tokens/s, in one run")
+        against = {"transformers": peer, "ratio_to_transformers": ratio} if peer else {}
+        print(json.dumps({**found.shown[0].to_json(), **_provenance(args), **found.to_json(), **against}, indent=1))
+        return 0
+    print("\n\n".join(report.text(r) for r in found.shown))
+    if args.compare:
+        print(f"\n{found.text()}")
+    if peer:
+        print(f"\n{transformers_peer.text(peer, ratio)}")
     return 0
 
 
 def _options(args: argparse.Namespace) -> ThroughputOptions:
-    from nanoflow_jax.bench.throughput import ThroughputOptions
+    from nanoflow_jax.bench.report import ThroughputOptions
     from nanoflow_jax.config import ConfigError, model_config
     from nanoflow_jax.hardware import load_hardware
 
@@ -159,7 +202,7 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
     if args.inspect and not args.rank_of:
         raise ConfigError("inspect: it adds the network to a rank slice; --rank-of N is needed too")
     names = (
-        "requests", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
+        "requests", "seconds", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
         "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend",
         "kv_cache_dtype", "temperature", "inspect", "seed",
     )  # fmt: skip
@@ -194,60 +237,11 @@ def _workload(args: argparse.Namespace) -> Workload:
     return load_workload(args.workload, lambda text: tokenizer.encode(text, True))
 
 
-def _ratio(reports: Sequence[ThroughputReport]) -> float:
-    return reports[0].tokens_per_second_per_gpu / reports[1].tokens_per_second_per_gpu
-
-
-def _json(args: argparse.Namespace, reports: Sequence[ThroughputReport]) -> dict[str, Any]:
-    data = reports[0].to_json()
-    data["versions"] = {"python": platform.python_version()}
-    data["versions"] |= {name: version(name) for name in ("nanoflow_jax", "jax", "jaxlib")}
-    data["command"] = shlex.join(["nanoflow", *args.arguments])
-    data["date"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    data["cpus"] = os.cpu_count()
-    if args.compare:
-        data["compare"] = reports[1].to_json()
-        data["ratio"] = _ratio(reports)
-    return data
-
-
-def _text(report: ThroughputReport) -> str:
-    w, o, lost = report.window, report.options, report.lost
-    layers = "" if report.layers == report.model_layers else f", {report.layers} of its {report.model_layers} layers"
-    where = f"{report.gpus} x {report.device}"
-    if report.rank_of:
-        where = f"one rank of {report.rank_of} on one {report.device}, collectives replaced by local copies"
-    optimum = "no optimum: the GPU is not known (--gpu)"
-    if report.share_of_optimum is not None:
-        optimum = (
-            f"{report.share_of_optimum:.1%} of the optimum {report.optimum_tokens_per_second_per_gpu:,.0f} "
-            f"({report.hardware}: FLOP/s / (2 x parameters))"
-        )
-    lines = [
-        f"{report.model}{layers}, {report.dtype}, plan {report.plan}, {report.workload}: {where}",
-        f"{report.tokens_per_second_per_gpu:,.1f} tokens/s/GPU (prompt + output"
-        f"{', without network' if report.rank_of else ''}), {optimum}",
-        "time: "
-        + ", ".join(f"{name.replace('_', ' ')} {lost[name]:.1%}" for name in lost if name != "useful")
-        + f" lost; useful rows {lost['useful']:.1%}",
-        f"window: {w['seconds']:.1f} s, {w['share_of_run']:.0%} of the run, {w['steps']} steps, {w['tokens']} tokens, "
-        f"{w['requests_ended']} of {o['requests']} requests ended in it, {w['running_median']} running, "
-        f"{w['rows_used_mean']:.0f} of {o['tokens_per_step']} rows used, step median {w['step_ms_median']:.2f} ms",
-        f"before it: weights {report.weights_seconds:.1f} s, compile {report.compile_seconds:.1f} s, "
-        f"warm-up {report.warmup_seconds:.1f} s, ramp {w['ramp_seconds']:.1f} s",
-    ]
-    if report.rank_of and report.network is None:
-        lines.append("no network part: the GPU is not known (--gpu)")
-    if network := report.network:
-        lines.append(
-            f"network ({network['source']}): {network['seconds_per_step'] * 1e3:.2f} ms per step, "
-            f"{network['collectives_per_step']} collectives"
-        )
-        for name in ("exposed", "hidden", "inspected"):
-            if (rate := network.get(f"tokens_per_second_per_gpu_{name}")) is not None:
-                share = network.get(f"share_of_optimum_{name}")
-                of = "" if share is None else f", {share:.1%} of the optimum"
-                lines.append(f"  modelled, {name}: {rate:,.1f} tokens/s/GPU{of}")
-        if "inspected" in network:
-            lines.append(f"  {network['inspected']}")
-    return "\n".join(lines)
+def _provenance(args: argparse.Namespace) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("nanoflow_jax", "jax", "jaxlib")}
+    return {
+        "versions": {"python": platform.python_version(), **versions},
+        "command": shlex.join(["nanoflow", *args.arguments]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "cpus": os.cpu_count(),
+    }

@@ -7,9 +7,13 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from nanoflow_jax.bench.report import ThroughputOptions
+from nanoflow_jax.bench.timeline import Window
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.schedule.batch import StepShape
@@ -64,3 +68,44 @@ def inspected_exposure(
     totals = json.loads(done.stdout)["totals"]
     share = totals["exposed_network_us"] / totals["network_us"] if totals["network_us"] else 0.0
     return share, f"nanoflow inspect: {share:.0%} of the network's time is exposed in a full step"
+
+
+def modelled_network(
+    options: ThroughputOptions,
+    plan: SchedulePlan,
+    plan_name: str,
+    window: Window,
+    hardware: Hardware,
+    optimum: float | None,
+) -> dict[str, Any]:
+    """What the network would add to each step of a rank slice: all of its time (exposed), or only what is longer
+    than the step itself (hidden); and by the inspector's share, when it is asked for."""
+    assert options.rank_of is not None
+    devices = options.rank_of
+    by_shape = {
+        shape: network_step(options.config, plan, shape, hardware, devices) for shape in {s.shape for s in window.steps}
+    }
+    network = np.array([by_shape[s.shape].seconds for s in window.steps])
+    bounds = {
+        "exposed": window.seconds + network.sum(),
+        "hidden": window.seconds + np.maximum(network - window.busy, 0).sum(),
+    }
+    found: dict[str, Any] = {
+        "source": f"modelled: link figures of {hardware.name}, not measured",
+        "seconds_per_step": float(network.mean()),
+        "collectives_per_step": max(n.collectives for n in by_shape.values()),
+    }
+    if options.inspect:
+        largest = max(by_shape, key=lambda shape: shape.rows)
+        share, note = inspected_exposure(
+            options.model, plan_name, hardware.name, devices, largest, options.config.num_layers
+        )
+        found["inspected"] = note
+        if share is not None:
+            bounds["inspected"] = window.seconds + share * network.sum()
+    for name, seconds in bounds.items():
+        rate = float(window.tokens / seconds / devices)
+        found[f"tokens_per_second_per_gpu_{name}"] = rate
+        if optimum:
+            found[f"share_of_optimum_{name}"] = rate / optimum
+    return found

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nanoflow_jax.bench.throughput import ThroughputReport
+from nanoflow_jax.bench.report import ThroughputReport
 
 BINS = 240  # more steps than that are averaged
 KINDS = (("decode", "#2b6cb0"), ("prefill", "#dd7a1f"), ("empty", "#d5d8dc"))

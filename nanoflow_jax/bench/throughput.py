@@ -10,22 +10,22 @@ it measures has no network in it; `network` holds what a model of the network ad
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from nanoflow_jax.bench.network import inspected_exposure, network_step
+from nanoflow_jax.bench.network import modelled_network
+from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
-from nanoflow_jax.hardware import Hardware, hardware_of
+from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
@@ -38,72 +38,6 @@ from nanoflow_jax.workload import BenchRequest, Workload
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one
 
 
-@dataclass(frozen=True, kw_only=True)
-class ThroughputOptions:
-    """What to run. `model_layers`: of the whole model, when `config` has fewer."""
-
-    model: str
-    config: ModelConfig
-    workload: Workload
-    model_layers: int
-    requests: int | None = None  # None: about LIFETIMES times as many as run at once
-    max_model_len: int | None = None
-    tokens_per_step: int = 2048
-    decode_slots: int | None = None
-    page_size: int = 64
-    kv_cache_tokens: int | None = None
-    memory_utilization: float = 0.9
-    tensor_parallel_size: int | None = None
-    rank_of: int | None = None
-    enable_prefix_caching: bool = True
-    deterministic: bool = False
-    attention_backend: str = "auto"
-    kv_cache_dtype: str = "auto"
-    temperature: float = 0.0
-    hardware: Hardware | None = None
-    inspect: bool = False
-    seed: int = 0
-    progress: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class ThroughputReport:
-    """Figures of the steady window. Times in seconds; `lost` holds shares of the window's time (bench.timeline).
-
-    gpus             that the model is split over: the mesh, or what a rank slice is a slice of
-    share_of_optimum of FLOP/s ÷ (2 × parameters); None where the GPU is not known
-    network          of a rank slice: what is modelled, not measured
-    """
-
-    model: str
-    layers: int
-    model_layers: int
-    dtype: str
-    plan: str
-    workload: str
-    device: str
-    hardware: str | None
-    gpus: int
-    rank_of: int | None
-    tokens_per_second_per_gpu: float
-    optimum_tokens_per_second_per_gpu: float | None
-    share_of_optimum: float | None
-    lost: dict[str, float]
-    window: dict[str, float]
-    weights_seconds: float
-    compile_seconds: float
-    warmup_seconds: float
-    options: dict[str, Any]
-    network: dict[str, Any] | None = None
-    steps: tuple[TimedStep, ...] = field(default=(), repr=False)
-    span: Window | None = field(default=None, repr=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, without the steps."""
-        plain = replace(self, steps=(), span=None)
-        return {k: v for k, v in asdict(plain).items() if k not in ("steps", "span")}
-
-
 def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     """One run. Raises ConfigError, one line, when something cannot be used or the run had no steady state."""
     plan, config = load_plan(plan_name), options.config
@@ -111,15 +45,15 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     vocabulary = config.vocab_size // (options.rank_of or 1)  # a slice embeds the tokens of its own rows only
     limit = options.max_model_len or options.workload.limit(config.max_position_embeddings)
     options.workload.requests(1, limit, vocabulary, options.seed)  # lengths that do not fit are told before the work
-    engine, weights_seconds, compile_seconds = _build(options, plan, mesh, limit)
+    engine, weights_seconds, compile_seconds = build_random(options, plan, mesh, limit)
     enough = LIFETIMES * usual_running(engine, options.workload)
     count = options.requests or enough
     requests = options.workload.requests(count, engine.max_model_len, vocabulary, options.seed)
     started = time.perf_counter()
     warm_up(engine)
     warmup_seconds = time.perf_counter() - started
-    steps = drive(engine, requests, options.temperature, options.progress)
-    window = steady_window(steps, count, enough)
+    steps, cut = drive(engine, requests, options.temperature, options.progress, options.seconds)
+    window = steady_window(steps, count, enough, cut=cut)
 
     rate = window.tokens / window.seconds / gpus
     hardware = options.hardware or hardware_of(mesh.devices.flat[0])
@@ -136,6 +70,12 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
         gpus=gpus,
         rank_of=options.rank_of,
         tokens_per_second_per_gpu=rate,
+        served_tokens_per_second_per_gpu=window.served_tokens / window.seconds / gpus,
+        prefix_hits={
+            "prompt_tokens": window.prompt_tokens,
+            "cached_tokens": window.cached_tokens,
+            "share": window.cached_tokens / max(1, window.prompt_tokens),
+        },
         optimum_tokens_per_second_per_gpu=optimum,
         share_of_optimum=rate / optimum if optimum else None,
         lost=time_lost(window),
@@ -163,7 +103,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
         span=window,
     )
     if options.rank_of and hardware:
-        report = replace(report, network=_modelled_network(options, plan, plan_name, window, hardware, optimum))
+        report = replace(report, network=modelled_network(options, plan, plan_name, window, hardware, optimum))
     return report
 
 
@@ -178,7 +118,7 @@ def _mesh(options: ThroughputOptions) -> tuple[Mesh, int]:
     return Mesh(np.array(jax.devices()[:1]), (AXIS,)), options.rank_of
 
 
-def _build(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: int) -> tuple[Engine, float, float]:
+def build_random(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: int) -> tuple[Engine, float, float]:
     """An engine with random weights, and the seconds that weights and the rest, mostly compiling, took."""
     weights_seconds = 0.0
 
@@ -221,15 +161,30 @@ def _build(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, limit: in
 
 
 def usual_running(engine: Engine, workload: Workload) -> int:
-    """About how many requests will run at once: bounded by the slots, the rows of a step in balance between prompts
-    and outputs, and the pages."""
-    rows = max(s.rows for s in engine.scheduler.shapes)
-    prefill = max(s.prefill_rows for s in engine.scheduler.shapes)
-    prompt, output = workload.prompt.mean, workload.output.mean
+    """About how many requests will run at once in this engine."""
+    page_size = engine.runner.page_size
+    cached = workload.prefix // page_size * page_size if engine.scheduler.root is not None else 0
+    return expected_running(
+        workload,
+        rows=max(s.rows for s in engine.scheduler.shapes),
+        prefill=max(s.prefill_rows for s in engine.scheduler.shapes),
+        slots=engine.running.count,
+        pool=engine.runner.num_pages * page_size,
+        page_size=page_size,
+        cached=cached,
+    )
+
+
+def expected_running(
+    workload: Workload, *, rows: int, prefill: int, slots: int, pool: int | None, page_size: int, cached: int = 0
+) -> int:
+    """About how many requests run at once: bounded by the slots, the rows of a step in balance between prompts and
+    outputs, and the pool's tokens (None: no bound). cached: tokens at the beginning of each prompt found in pages."""
+    prompt, output = max(1.0, workload.prompt.mean - cached), workload.output.mean
     balanced = min(rows * output / (prompt + output), prefill * output / prompt)
-    held = prompt + output / 2 + engine.runner.page_size / 2
-    pages = engine.runner.num_pages * engine.runner.page_size / held
-    return max(1, round(min(engine.running.count, balanced + prefill / prompt, pages)))
+    held = prompt + output / 2 + page_size / 2
+    pages = slots if pool is None else pool / held
+    return max(1, round(min(slots, balanced + prefill / prompt, pages)))
 
 
 def warm_up(engine: Engine) -> None:
@@ -240,13 +195,17 @@ def warm_up(engine: Engine) -> None:
         jax.block_until_ready(runner.dispatch(shape, inputs).sampled.tokens)
 
 
-def drive(engine: Engine, requests: list[BenchRequest], temperature: float, progress: bool) -> list[TimedStep]:
-    """Runs until the queue is empty; what is running then is dropped."""
+def drive(
+    engine: Engine, requests: list[BenchRequest], temperature: float, progress: bool, seconds: float | None = None
+) -> tuple[list[TimedStep], bool]:
+    """Runs until the queue is empty, or for so many seconds; what is running then is dropped. Returns the steps, and
+    whether the time ran out first."""
+    end = float("inf") if seconds is None else time.perf_counter() + seconds
     params = SamplingParams(temperature=temperature, max_tokens=None, ignore_eos=True, detokenize=False)
     ahead = 2 * max(s.prefill_segments for s in engine.scheduler.shapes)
     added = 0
     with StepClock(engine) as clock, Progress(len(requests), "requests", "requests", progress) as bar:
-        while added < len(requests) or engine.scheduler.waiting:
+        while time.perf_counter() < end and (added < len(requests) or engine.scheduler.waiting):
             while added < len(requests) and len(engine.scheduler.waiting) < ahead:
                 request = requests[added]
                 engine.add(None, request.prompt_token_ids, params, max_tokens=request.output_tokens)
@@ -257,8 +216,9 @@ def drive(engine: Engine, requests: list[BenchRequest], temperature: float, prog
             clock.ended += len(ended)
             if ended:
                 bar.advance(len(ended))
+        cut = added < len(requests) or bool(engine.scheduler.waiting)
         engine.abort_all()
-    return clock.steps
+    return clock.steps, cut
 
 
 def _window_figures(window: Window, steps: list[TimedStep]) -> dict[str, float]:
@@ -278,44 +238,3 @@ def _window_figures(window: Window, steps: list[TimedStep]) -> dict[str, float]:
         "step_ms_median": float(np.median(busy)) * 1e3,
         "step_ms_p99": float(np.percentile(busy, 99)) * 1e3,
     }
-
-
-def _modelled_network(
-    options: ThroughputOptions,
-    plan: SchedulePlan,
-    plan_name: str,
-    window: Window,
-    hardware: Hardware,
-    optimum: float | None,
-) -> dict[str, Any]:
-    """What the network would add to each step of a rank slice: all of its time (exposed), or only what is longer
-    than the step itself (hidden); and by the inspector's share, when it is asked for."""
-    assert options.rank_of is not None
-    devices = options.rank_of
-    by_shape = {
-        shape: network_step(options.config, plan, shape, hardware, devices) for shape in {s.shape for s in window.steps}
-    }
-    network = np.array([by_shape[s.shape].seconds for s in window.steps])
-    bounds = {
-        "exposed": window.seconds + network.sum(),
-        "hidden": window.seconds + np.maximum(network - window.busy, 0).sum(),
-    }
-    found: dict[str, Any] = {
-        "source": f"modelled: link figures of {hardware.name}, not measured",
-        "seconds_per_step": float(network.mean()),
-        "collectives_per_step": max(n.collectives for n in by_shape.values()),
-    }
-    if options.inspect:
-        largest = max(by_shape, key=lambda shape: shape.rows)
-        share, note = inspected_exposure(
-            options.model, plan_name, hardware.name, devices, largest, options.config.num_layers
-        )
-        found["inspected"] = note
-        if share is not None:
-            bounds["inspected"] = window.seconds + share * network.sum()
-    for name, seconds in bounds.items():
-        rate = float(window.tokens / seconds / devices)
-        found[f"tokens_per_second_per_gpu_{name}"] = rate
-        if optimum:
-            found[f"share_of_optimum_{name}"] = rate / optimum
-    return found

@@ -42,6 +42,8 @@ class TimedStep:
     recomputed_tokens: int  # computed again after preemptions, since the run began
     dispatched: float  # before the call that starts it
     finished: float = 0.0  # its tokens were there
+    prompt_tokens: int = 0  # of requests admitted since the run began
+    cached_tokens: int = 0  # of those, found in kept pages
 
     @property
     def rows_used(self) -> int:
@@ -93,6 +95,8 @@ class StepClock:
             refused=refused > self._refused,
             recomputed_tokens=scheduler.stats.recomputed_tokens,
             dispatched=time.perf_counter(),
+            prompt_tokens=scheduler.stats.prompt_tokens,
+            cached_tokens=scheduler.stats.cached_tokens,
         )
         self._refused = refused
         output = self._runner.dispatch(shape, inputs)
@@ -146,12 +150,28 @@ class Window:
         """Prompt and output tokens computed; those computed again do not count."""
         return sum(s.rows_used for s in self.steps) - self.recomputed_rows
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the requests that were admitted in the window."""
+        return self.steps[-1].prompt_tokens - self.steps[0].prompt_tokens
 
-def steady_window(steps: Sequence[TimedStep], requests: int, enough: int) -> Window:
+    @property
+    def cached_tokens(self) -> int:
+        """Of those prompt tokens, the ones found in kept pages, so not computed."""
+        return self.steps[-1].cached_tokens - self.steps[0].cached_tokens
+
+    @property
+    def served_tokens(self) -> int:
+        """Prompt and output tokens that users got the work of: those computed, and those found."""
+        return self.tokens + self.cached_tokens
+
+
+def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut: bool = False) -> Window:
     """From when nearly as many requests run as do later, to when no more wait.
 
     Raises ConfigError, naming a larger number of requests (`enough`, or more by what was seen), when that is less than
     half of the run's time, or when fewer requests ended in it than ran at once: then it says little about the long run.
+    cut: a time limit ended the run, so that more requests would not help.
     """
     fed = next((i for i, s in enumerate(steps) if i and s.waiting == 0), len(steps))
     fed_steps = steps[:fed]
@@ -164,10 +184,12 @@ def steady_window(steps: Sequence[TimedStep], requests: int, enough: int) -> Win
     ended = inside[-1].ended - inside[0].ended if inside else 0
     if share < 0.5 or ended < plateau:
         highest = max(s.running for s in steps)
+        what, more = f"{requests} requests are", f"--requests {max(enough, 6 * highest, 2 * requests)} or more"
+        if cut:
+            what, more = f"{whole:.0f} seconds are", f"--seconds {max(1, round(2 * whole))} or more"
         raise ConfigError(
-            f"throughput: {requests} requests are too few for a steady state: {share:.0%} of the run's time (half is "
-            f"needed) and {ended} ended requests (as many are needed as ran at once, {highest}); "
-            f"accepted: --requests {max(enough, 6 * highest, 2 * requests)} or more"
+            f"throughput: {what} too few for a steady state: {share:.0%} of the run's time (half is "
+            f"needed) and {ended} ended requests (as many are needed as ran at once, {highest}); accepted: {more}"
         )
     return Window(inside, steps[first - 1].finished, ended, plateau, share)
 

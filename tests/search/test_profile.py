@@ -186,7 +186,9 @@ def test_a_pair_compiles_for_a_gpu():
     for one in (gemm, decode):
         avals = jax.eval_shape(lambda one=one: one.make(2))
         where = programs.placement(bench, False)
-        inputs.append(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), avals))
+        inputs.append(
+            jax.tree.map(lambda x, where=where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), avals)
+        )
 
     def lowered(network: bool) -> str:
         second = replace(decode, network=network)  # a collective is not put on a stream
