@@ -150,6 +150,17 @@ class ModelConfig:
         return config
 
 
+def model_config(model: str) -> tuple[str, ModelConfig]:
+    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
+    with one."""
+    if (folder := Path(model)).is_dir():
+        return folder.name, ModelConfig.from_file(folder / "config.json")
+    path = config_path(
+        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
+    )
+    return path.stem, ModelConfig.from_file(path)
+
+
 def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:
     """Normalises Hugging Face's `eos_token_id` (absent, one id, or a list) to a tuple of ids."""
     values = [] if value is None else value if isinstance(value, list) else [value]

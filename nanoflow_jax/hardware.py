@@ -6,7 +6,7 @@ The files in `configs/hardware/*.toml` carry the source of each figure. A user's
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ from nanoflow_jax.config import ConfigError, config_path
 
 @dataclass(frozen=True)
 class Calibration:
-    """How much of the data sheet is reached. Efficiencies are shares in (0, 1], latencies microseconds."""
+    """How much of the data sheet is reached. Efficiencies are shares in (0, 1], latencies microseconds.
+
+    network_share: of the SMs, that a collective takes from what runs beside it. A file may leave it out.
+    """
 
     gemm_efficiency: float
     memory_efficiency: float
     network_efficiency: float
     network_latency_us: float
     kernel_latency_us: float
+    network_share: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ def _read_field(where: str, name: str, kind: str, value: Any) -> Any:
         return value
     if name.endswith("efficiency"):
         return _number(where, value, kind, 0, 1)
+    if name.endswith("share"):
+        return _number(where, value, kind, 0, 0.9)
     zero_allowed = name == "fp8_flops" or name.endswith("latency_us")
     if zero_allowed and not isinstance(value, bool) and value == 0:
         return 0.0
@@ -93,15 +99,20 @@ def _read_field(where: str, name: str, kind: str, value: Any) -> Any:
 
 def _read_table(path: Path, table: dict[str, Any], cls: type, prefix: str, given: dict[str, Any]) -> Any:
     wanted = {field.name: str(field.type) for field in fields(cls) if field.name not in given}
+    optional = {field.name for field in fields(cls) if field.default is not MISSING}
     for name in table:
         if name not in wanted and name not in given:
             raise ConfigError(f"{path.name}: unknown field {prefix}{name!r}; accepted: {', '.join(sorted(wanted))}")
-    missing = [name for name in wanted if name not in table]
+    missing = [name for name in wanted if name not in table and name not in optional]
     if missing:
         raise ConfigError(
             f"{path.name}: missing field {prefix}{missing[0]!r}; a hardware file needs {', '.join(wanted)}"
         )
-    read = {name: _read_field(f"{path.name}: {prefix}{name}", name, kind, table[name]) for name, kind in wanted.items()}
+    read = {
+        name: _read_field(f"{path.name}: {prefix}{name}", name, kind, table[name])
+        for name, kind in wanted.items()
+        if name in table
+    }
     return cls(**read, **given)
 
 

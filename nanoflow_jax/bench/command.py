@@ -19,7 +19,7 @@ from nanoflow_jax.bench import batch_command
 
 if TYPE_CHECKING:
     from nanoflow_jax.bench.throughput import ThroughputOptions, ThroughputReport
-    from nanoflow_jax.bench.workload import Workload
+    from nanoflow_jax.workload import Workload
 
 
 def positive(text: str) -> int:
@@ -58,7 +58,7 @@ def _add_host(kinds: Any, formatter: Any) -> None:
 
 def _host(args: argparse.Namespace) -> int:
     from nanoflow_jax.bench.host import measure
-    from nanoflow_jax.inspect.step import model_config
+    from nanoflow_jax.config import model_config
 
     started = time.monotonic()
     report = measure(args.requests, args.tokens, model_config(args.model)[1], args.steps)
@@ -148,9 +148,8 @@ def _throughput(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> ThroughputOptions:
     from nanoflow_jax.bench.throughput import ThroughputOptions
-    from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.config import ConfigError, model_config
     from nanoflow_jax.hardware import load_hardware
-    from nanoflow_jax.inspect.step import model_config
 
     _, config = model_config(_folder_or_name(args.model))
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if config.dtype == "float16" else config.dtype
@@ -184,7 +183,7 @@ def _folder_or_name(model: str) -> str:
 
 def _workload(args: argparse.Namespace) -> Workload:
     """The workload; texts of a file are encoded by the tokenizer in the model's folder, if it has one."""
-    from nanoflow_jax.bench.workload import load_workload
+    from nanoflow_jax.workload import load_workload
 
     folder = Path(_folder_or_name(args.model))
     if not (folder / "tokenizer.json").is_file():

@@ -14,7 +14,7 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-from nanoflow_jax.search.latency import US, collective
+from nanoflow_jax.search.latency import US, RooflineModel
 
 KINDS = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
@@ -33,20 +33,18 @@ def network_step(
 ) -> NetworkStep:
     """The collectives of a step on `devices` GPUs by the roofline of `search.latency`: the plan's in every layer,
     those of the embedding and of greedy sampling."""
-    width = jnp.dtype(config.dtype).itemsize
+    model, width = RooflineModel(hardware), jnp.dtype(config.dtype).itemsize
     pieces = plan.pieces(shape.decode_rows, shape.prefill_rows, row_quantum(devices))
     layer = [(KINDS[kind], p) for p in pieces if (kind := p.op.rpartition(".")[2]) in KINDS]
     columns = {"GEMV": config.num_heads * config.head_dim}  # the others move the residual's
     us = [
-        collective(hardware, kind, p.rows * columns.get(p.op.partition(".")[0], config.hidden_size) * width, devices).us
+        model.collective(kind, p.rows * columns.get(p.op.partition(".")[0], config.hidden_size) * width, devices).us
         for kind, p in layer
     ] * config.num_layers
     us += [
-        collective(hardware, "all-reduce", p.rows * config.hidden_size * width, devices).us
-        for p in pieces
-        if p.op == "O"
+        model.collective("all-reduce", p.rows * config.hidden_size * width, devices).us for p in pieces if p.op == "O"
     ]
-    us += [collective(hardware, "all-reduce", shape.sampled_rows * 4, devices).us] * SAMPLER_REDUCTIONS
+    us += [model.collective("all-reduce", shape.sampled_rows * 4, devices).us] * SAMPLER_REDUCTIONS
     return NetworkStep(sum(us) / US, len(us))
 
 

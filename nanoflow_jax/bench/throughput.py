@@ -20,7 +20,6 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.bench.network import inspected_exposure, network_step
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
-from nanoflow_jax.bench.workload import BenchRequest, Workload
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
@@ -34,6 +33,7 @@ from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
 from nanoflow_jax.schedule.slots import empty_inputs
 from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.workload import BenchRequest, Workload
 
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one
 

@@ -9,11 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kernels_pallas.expected import LATENCY
-from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
-from nanoflow_jax.search import latency
-from nanoflow_jax.search.latency import Prediction
+from nanoflow_jax.search.latency import LatencyModel, Prediction
 
 FREE = frozenset(
     """parameter constant bitcast tuple get-tuple-element after-all opt-barrier partition-id replica-id add-dependency
@@ -23,7 +21,7 @@ READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 ATTENTION_OPS = frozenset(["GEMV", "PF"])
 CONTROL = frozenset(["while", "conditional", "call"])
-Costs = Mapping[tuple[str, int], tuple[float, float]]
+Costs = Mapping[tuple[str, int], Prediction | tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,12 @@ def dot_flops(computation: Computation, dot: Instruction) -> float:
         found = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', dot.config)
         contracted = re.findall(r"\d+", found.group(1)) if found else []
     return 2.0 * dot.shapes[0].elements * math.prod(lhs.dims[int(axis)] for axis in contracted)
+
+
+def gemm_size(dot: Instruction, flops: float) -> tuple[int, int, int] | None:
+    """(m, n, k) of `[m, k] @ [k, n]`; None for a product of other dimensions."""
+    dims = dot.shapes[0].dims
+    return (dims[0], dims[1], round(flops / (2 * dims[0] * dims[1]))) if len(dims) == 2 and all(dims) else None
 
 
 def gemm_pieces(module: Module, instruction: Instruction) -> tuple[Piece, ...]:
@@ -175,43 +179,40 @@ def expected_us(call: Instruction) -> float | None:
     return int(found.group(1)) / 1000 if found else None
 
 
-def _from_tuning(us: float | None, found: Prediction) -> Prediction:
-    """The time of the kernel's table in place of a roofline's; what is better than a roofline stays."""
-    if us is None or not found.source.startswith("roofline"):
-        return found
-    return replace(found, us=us, source="tuning table of the kernel (targets, not measured)")
-
-
 def _aliased(instruction: Instruction) -> bool:
     return "output_to_operand_aliasing" in instruction.attributes
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of the instructions of one module. `costs` gives (FLOP, bytes) of Mosaic kernels, and of loops and
-    branches, by (op, piece) and per layer; those of one piece share it."""
+    """Costs of the instructions of one module. `costs` gives predictions, or (FLOP, bytes), of Mosaic kernels, and of
+    loops and branches, by (op, piece) and per layer; those of one piece share it."""
 
     module: Module
-    hardware: Hardware
+    latency: LatencyModel
     devices: int
     costs: Costs
     mosaic_calls: Mapping[Piece, int]
     loops: Mapping[Piece, int]
 
     @staticmethod
-    def of(module: Module, hardware: Hardware, devices: int, costs: Costs | None) -> CostModel:
+    def of(module: Module, latency: LatencyModel, devices: int, costs: Costs | None) -> CostModel:
         every = [i for c in module.computations.values() for i in c.instructions]
         calls = Counter(i.piece for i in every if i.target.startswith(MOSAIC) and i.piece)
         loops = Counter(i.piece for i in every if i.opcode in CONTROL and i.piece)
-        return CostModel(module, hardware, devices, costs or {}, calls, loops)
+        return CostModel(module, latency, devices, costs or {}, calls, loops)
 
     def given(self, piece: Piece | None, sharers: Mapping[Piece, int]) -> Cost | None:
         """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
         if piece is None or (piece.op, piece.piece) not in self.costs:
             return None
-        flops, moved = (value / max(sharers[piece], 1) for value in self.costs[piece.op, piece.piece])
-        found = latency.kernel(self.hardware, flops, moved)
-        prediction = Prediction(found.us, found.bound, "roofline of the caller's cost", flops, moved)
+        given, parts = self.costs[piece.op, piece.piece], max(sharers[piece], 1)
+        if isinstance(given, Prediction):
+            flops, moved = given.flops / parts, given.bytes / parts
+            prediction = replace(given, us=given.us / parts, flops=flops, bytes=moved)
+        else:
+            flops, moved = (value / parts for value in given)
+            prediction = replace(self.latency.kernel(flops, moved), source="roofline of the caller's cost")
         return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
 
     def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
@@ -222,7 +223,7 @@ class CostModel:
             return self._collective(kind, computation, instruction)
         if instruction.base == "copy" and any(shape.host for shape in self._ends(computation, instruction)):
             moved = operand_bytes(computation, instruction)
-            return Cost("host_copy", latency.host_copy(self.hardware, moved), 0.0, moved, "", instruction.pieces)
+            return Cost("host_copy", self.latency.host_copy(moved), 0.0, moved, "", instruction.pieces)
         if (call := mosaic_call(self.module, instruction)) is not None:
             return self._mosaic(computation, instruction, call)
         return self._kernel(computation, instruction)
@@ -235,30 +236,34 @@ class CostModel:
         inner = inner_collective(self.module, instruction)
         size = group_size(inner, self.devices)
         whole = operand_bytes(computation, instruction) * (size if kind == "all-gather" else 1)
-        prediction = latency.collective(self.hardware, kind, whole, size)
+        prediction = self.latency.collective(kind, whole, size)
         return Cost("collective", prediction, 0.0, whole, kind, instruction.pieces or inner.pieces)
 
     def _mosaic(self, computation: Computation, instruction: Instruction, call: Instruction) -> Cost:
         pieces = instruction.pieces or call.pieces
         piece = instruction.piece or call.piece
-        us = expected_us(call)
         if (given := self.given(piece, self.mosaic_calls)) is not None:
-            return replace(given, prediction=_from_tuning(us, given.prediction))
+            return given
         kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
         moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
-        found = latency.kernel(self.hardware, 0.0, moved)
-        roofline = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
-        return Cost(kind, _from_tuning(us, roofline), 0.0, moved, "", pieces)
+        found = self.latency.kernel(0.0, moved)
+        prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
+        if (us := expected_us(call)) is not None:
+            prediction = replace(prediction, us=us, source="tuning table of the kernel (targets, not measured)")
+        return Cost(kind, prediction, 0.0, moved, "", pieces)
 
     def _kernel(self, computation: Computation, instruction: Instruction) -> Cost:
+        size = None
         if is_library_gemm(instruction) or instruction.opcode == "dot":
             flops = dot_flops(computation, instruction)
             moved = operand_bytes(computation, instruction) + result_bytes(instruction, is_library_gemm(instruction))
             dtype = computation.by_name[instruction.operands[0]].shapes[0].dtype
+            size = gemm_size(instruction, flops)
         elif instruction.base in ("fusion", "call", "async"):
             found = list(dots(self.module, instruction))
             flops = sum(dot_flops(inner, dot) for inner, dot in found)
             moved = fusion_bytes(self.module, computation, instruction)
+            size = gemm_size(found[0][1], flops) if len(found) == 1 else None
             inner, dot = found[0] if found else (computation, instruction)
             dtype = inner.by_name[dot.operands[0]].shapes[0].dtype if found else "bf16"
         else:
@@ -269,4 +274,8 @@ class CostModel:
             kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
         else:
             kind, pieces = "elementwise", kernel_pieces(self.module, computation, instruction)
-        return Cost(kind, latency.kernel(self.hardware, flops, moved, dtype), flops, moved, "", pieces)
+        prediction = self.latency.kernel(flops, moved, dtype)
+        if size is not None:  # a GEMM that is known by its size, with what is fused to it
+            alone = self.latency.gemm(*size, dtype)
+            prediction = replace(max(prediction, alone, key=lambda p: p.us), flops=flops, bytes=moved)
+        return Cost(kind, prediction, flops, moved, "", pieces)

@@ -19,7 +19,8 @@ from nanoflow_jax.inspect.costs import (
     operand_bytes,
 )
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
-from nanoflow_jax.inspect.overlap import Timeline, is_sync
+from nanoflow_jax.inspect.overlap import is_sync
+from nanoflow_jax.search.timeline import Timeline
 
 GEMM_OPS = frozenset(["KQV", "O", "UG", "D"])
 NANO_BATCH_OPS = frozenset(["O", "O.AG", "O.AR", "O.RS", "UG", "D", "D.AR", "D.RS", "D.AG", "GEMV.AG"])

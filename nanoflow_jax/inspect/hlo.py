@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanoflow_jax.inspect.hlo_words import ATTRIBUTES, CALLED, KERNELS, LAYER_OPS, OPCODES, OUTER_OPS
+from nanoflow_jax.search.timeline import Piece
 
 BITS = {
     "pred": 8,
@@ -39,17 +40,6 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\]()]|, ')
 _PIECE = re.compile(r"(?:^|/)(?:L(\d+)/)?([A-Z]+(?:\.[A-Z]+)?)\.(\d+)(?=/|$)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TABLES = ("HloModule", "FileNames", "FunctionNames", "FileLocations", "StackFrames")
-
-
-class Piece(NamedTuple):
-    """A plan's op piece; `layer` is None outside of layers, and `piece` counts from 1."""
-
-    layer: int | None
-    op: str
-    piece: int
-
-    def __str__(self) -> str:
-        return f"{self.op}.{self.piece}" if self.layer is None else f"L{self.layer}/{self.op}.{self.piece}"
 
 
 class Shape(NamedTuple):

@@ -14,73 +14,11 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from nanoflow_jax.inspect.costs import CONTROL, Cost, CostModel
-from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
+from nanoflow_jax.inspect.hlo import Computation, Instruction, Module
+from nanoflow_jax.search.timeline import Collective, Event, Piece, Timeline
 
 HEAVY = ("gemm", "attention")
 LANES = {"compute": "compute", "memory": "memory", "network": "network", "host": "host"}
-
-
-@dataclass(frozen=True)
-class Event:
-    """One instruction's run, microseconds from the step's start. lane: compute, memory, network or host, the
-    resource that binds it. `exposed_us`: how long the compute stream stood still for it."""
-
-    name: str
-    kind: str
-    lane: str
-    stream: str
-    start_us: float
-    end_us: float
-    pieces: tuple[Piece, ...]
-    flops: float
-    bytes: float
-    source: str
-    exposed_us: float = 0.0
-
-    @property
-    def piece(self) -> Piece | None:
-        return self.pieces[0] if self.pieces else None
-
-    @property
-    def us(self) -> float:
-        return self.end_us - self.start_us
-
-    @property
-    def label(self) -> str:
-        return str(self.piece) if self.piece else f"untraced:{self.name}"
-
-
-@dataclass(frozen=True)
-class Collective:
-    """One collective. bytes: the whole tensor; wire_bytes: what each GPU sends. beside: the GEMM and attention
-    pieces between its start and its done; beside_other: the other kernels there. nano_batch is the piece's number."""
-
-    op: str | None
-    nano_batch: int | None
-    layer: int | None
-    kind: str
-    name: str
-    bytes: int
-    wire_bytes: int
-    is_async: bool
-    beside: tuple[str, ...]
-    beside_other: tuple[str, ...]
-    predicted_us: float
-    exposed_us: float
-    start_us: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """Events in order of issue, and the collectives. us: until the last stream is done. unknown_loops: ops of the loops
-    whose trip count XLA does not give; their bodies are counted once."""
-
-    events: tuple[Event, ...]
-    collectives: tuple[Collective, ...]
-    us: float
-    bubble_us: float
-    unknown_loops: tuple[str, ...] = ()
 
 
 @dataclass

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.inspect.overlap import Event
-from nanoflow_jax.inspect.report import Report
 from nanoflow_jax.inspect.step import StepInspection
+from nanoflow_jax.search.simulate import Simulation
+from nanoflow_jax.search.timeline import Event, Timed
 
 # From top to bottom: the network right under compute, so that a collective stands under the GEMM that hides it.
 LANES = ("memory", "compute", "network")
@@ -23,7 +23,7 @@ PLAIN, WAIT, INK = "#b8bcc2", "#c62828", "#1d2430"
 HEIGHT = 0.72
 
 
-def _window(report: Report, layers: tuple[int, int] | None) -> tuple[tuple[int, int], float, float]:
+def _window(report: Timed, layers: tuple[int, int] | None) -> tuple[tuple[int, int], float, float]:
     """Layers (first, last), and the microseconds from their first kernel's start to their last one's end."""
     known = sorted({e.piece.layer for e in report.timeline.events if e.piece and e.piece.layer is not None})
     if not known:
@@ -62,7 +62,7 @@ def _draw(ax: Axes, event: Event, lane: int, origin: float, color: str, inside: 
 
 def draw_timeline(
     ax: Axes,
-    report: Report,
+    report: Timed,
     width_inches: float,
     *,
     layers: tuple[int, int] | None = None,
@@ -129,7 +129,7 @@ def _finish(figure: Figure, ax: Axes, used: set[int], path: str | Path | None) -
 
 
 def plot(
-    report: Report | StepInspection,
+    report: Timed | StepInspection,
     path: str | Path | None = None,
     *,
     layers: tuple[int, int] | None = None,
@@ -138,10 +138,12 @@ def plot(
 ) -> Figure:
     """One timeline, as `draw_timeline` draws it, written when a path is given.
 
-    An inspection brings its nano-batches.
+    An inspection and a simulation bring their nano-batches.
     """
+    if isinstance(report, StepInspection | Simulation):
+        nano_batches = nano_batches or report.nano_batches
     if isinstance(report, StepInspection):
-        report, nano_batches = report.report, nano_batches or report.nano_batches
+        report = report.report
     figure = _figure(1)
     ax = figure.add_subplot()
     used = draw_timeline(ax, report, 14.6, layers=layers, nano_batches=nano_batches, title=title)
@@ -149,28 +151,29 @@ def plot(
 
 
 def plot_inspections(
-    inspections: Sequence[StepInspection],
+    inspections: Sequence[StepInspection | Simulation],
     path: str | Path | None = None,
     *,
     layers: tuple[int, int] | None = None,
 ) -> Figure:
-    """The timelines of several plans below each other, on one time scale, written when a path is given.
+    """The timelines of several plans, inspected or simulated, below each other, on one time scale.
 
-    layers: (first, last), the middle two of each when left out. Raises ConfigError.
+    path: written to, when given; layers: (first, last), the middle two of each when left out. Raises ConfigError.
     """
     figure = _figure(len(inspections))
     panels = figure.subplots(len(inspections), squeeze=False)[:, 0]
-    windows = [_window(i.report, layers) for i in inspections]
+    reports: list[Timed] = [i.report if isinstance(i, StepInspection) else i for i in inspections]
+    windows = [_window(report, layers) for report in reports]
     longest = max(end - start for _, start, end in windows)
     used: set[int] = set()
-    for ax, inspection, (shown, start, end) in zip(panels, inspections, windows, strict=True):
+    for ax, inspection, report, (shown, start, end) in zip(panels, inspections, reports, windows, strict=True):
         used |= draw_timeline(
             ax,
-            inspection.report,
+            report,
             14.6 * (end - start) / longest,
             layers=shown,
             nano_batches=inspection.nano_batches,
-            title=f"{inspection.plan.name} on {inspection.devices} x {inspection.hardware.name}",
+            title=f"{inspection.plan.name} on {report.devices} x {report.hardware}",
         )
         ax.set_xlim(0, longest)
     return _finish(figure, panels[-1], used, path)

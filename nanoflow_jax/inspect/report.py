@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,46 +10,12 @@ from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.costs import CostModel, Costs
 from nanoflow_jax.inspect.findings import Finding, find
 from nanoflow_jax.inspect.hlo import parse
-from nanoflow_jax.inspect.overlap import Collective, Event, Timeline, simulate
-from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.inspect.overlap import simulate
+from nanoflow_jax.search.latency import LatencyModel, RooflineModel
+from nanoflow_jax.search.timeline import Collective, Timeline
+from nanoflow_jax.search.totals import Totals, add_up
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class LayerTotals:
-    """Microseconds of one layer's kernels by the resource that binds them; layer None: outside of layers, or untraced.
-
-    exposed_network_us: how long the compute stream stood still for the layer's collectives.
-    """
-
-    layer: int | None
-    compute_us: float
-    memory_us: float
-    network_us: float
-    exposed_network_us: float
-
-
-@dataclass(frozen=True)
-class Totals:
-    """The step. us: its length; bubble_us: compute stream idle for another reason than the network.
-
-    binding: the resource that is busy longest. tokens_per_second_per_gpu and share_of_optimum (of FLOP/s ÷
-    2·parameters, data sheet rate): None unless the caller gave tokens and parameters.
-    """
-
-    us: float
-    compute_us: float
-    memory_us: float
-    network_us: float
-    exposed_network_us: float
-    bubble_us: float
-    host_us: float
-    flops: float
-    binding: str
-    layers: tuple[LayerTotals, ...]
-    tokens_per_second_per_gpu: float | None = None
-    share_of_optimum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,44 +59,6 @@ class Report:
         return data
 
 
-def _layer(event: Event) -> int | None:
-    return event.piece.layer if event.piece else None
-
-
-def _totals(
-    timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
-) -> Totals:
-    busy: defaultdict[str, float] = defaultdict(float)
-    layers: dict[int | None, defaultdict[str, float]] = {}
-    for event in timeline.events:
-        busy[event.lane] += event.us
-        busy["exposed"] += event.exposed_us
-        layer = layers.setdefault(_layer(event), defaultdict(float))
-        layer[event.lane] += event.us
-        layer["exposed"] += event.exposed_us
-    order = sorted(layers, key=lambda layer: (layer is None, layer or 0))
-    per_layer = tuple(
-        LayerTotals(i, layers[i]["compute"], layers[i]["memory"], layers[i]["network"], layers[i]["exposed"])
-        for i in order
-    )
-    rate = tokens / (timeline.us * 1e-6) / devices if tokens and timeline.us else None
-    share = rate / optimal_tokens_per_second(hardware, parameters) if rate and parameters else None
-    return Totals(
-        us=timeline.us,
-        compute_us=busy["compute"],
-        memory_us=busy["memory"],
-        network_us=busy["network"],
-        exposed_network_us=busy["exposed"],
-        bubble_us=timeline.bubble_us,
-        host_us=busy["host"],
-        flops=sum(event.flops for event in timeline.events),
-        binding=max(("compute", "memory", "network"), key=lambda lane: busy[lane]),
-        layers=per_layer,
-        tokens_per_second_per_gpu=rate,
-        share_of_optimum=share,
-    )
-
-
 def _memory(analysis: Any, hardware: Hardware) -> Memory | None:
     if analysis is None:
         return None
@@ -160,6 +88,7 @@ def inspect_compiled(
     devices: int,
     *,
     costs: Costs | None = None,
+    latency: LatencyModel | None = None,
     tokens: int | None = None,
     parameters: float | None = None,
 ) -> Report:
@@ -167,18 +96,18 @@ def inspect_compiled(
 
     text: `compiled.as_text()`, scheduled HLO; memory_analysis: `compiled.memory_analysis()`, or None.
     costs: (FLOP, bytes) per layer of Mosaic kernels by (op, piece), for example {("GEMV", 1): (1.3e9, 3.7e8)};
-    without them their operands' bytes count, and the report says so. tokens: rows of the step; parameters: of the
-    whole model. Raises ValueError when the text is no compiled HLO module. What the reader does not know is a
-    finding, `unknown_hlo`.
+    without them their operands' bytes count, and the report says so. latency: None is the roofline of `hardware`.
+    tokens: rows of the step; parameters: of the whole model. Raises ValueError when the text is no compiled HLO
+    module. What the reader does not know is a finding, `unknown_hlo`.
     """
     module = parse(text)
-    timeline = simulate(CostModel.of(module, hardware, devices, costs))
+    timeline = simulate(CostModel.of(module, latency or RooflineModel(hardware), devices, costs))
     return Report(
         hardware=hardware.name,
         devices=devices,
         collectives=timeline.collectives,
         findings=find(module, timeline),
-        totals=_totals(timeline, hardware, devices, tokens, parameters),
+        totals=add_up(timeline, hardware, devices, tokens, parameters),
         memory=_memory(memory_analysis, hardware),
         notes=_notes(timeline, hardware),
         timeline=timeline,

@@ -6,15 +6,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.config import ConfigError, ModelConfig, model_config
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
-from nanoflow_jax.inspect.report import GIB, Report, Totals, inspect_compiled, render
+from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
@@ -25,7 +24,10 @@ from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
-from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.search.latency import LatencyModel, Prediction, RooflineModel, optimal_tokens_per_second
+from nanoflow_jax.search.load import StepLoad
+from nanoflow_jax.search.shapes import OpCosts, Shapes
+from nanoflow_jax.search.totals import Totals
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9
@@ -160,17 +162,6 @@ class StepInspection:
         )
 
 
-def model_config(model: str) -> tuple[str, ModelConfig]:
-    """Name and config of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder
-    with one."""
-    if (folder := Path(model)).is_dir():
-        return folder.name, ModelConfig.from_file(folder / "config.json")
-    path = config_path(
-        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
-    )
-    return path.stem, ModelConfig.from_file(path)
-
-
 def inspect_step(
     model: str,
     gpu: str | Hardware,
@@ -185,6 +176,7 @@ def inspect_step(
     kv_cache_dtype: str = "auto",
     options: Mapping[str, Option] | None = None,
     enforce_order: bool = True,
+    latency: LatencyModel | None = None,
 ) -> StepInspection:
     """Compiles one step and reports on it.
 
@@ -197,6 +189,7 @@ def inspect_step(
     kv_cache_dtype    of the KV pages: "auto" (the model's), "fp8" or "fp8_e4m3"
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
+    latency           the model that times ops; None: the roofline of the GPU's figures
 
     Raises ConfigError naming what cannot be used.
     """
@@ -244,14 +237,15 @@ def inspect_step(
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
+    latency = latency or RooflineModel(hardware)
+    pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
     report = inspect_compiled(
         hlo,
         analysis,
         hardware,
         devices,
-        costs=attention_costs(
-            config, plan.pieces(decode_tokens, prefill, row_quantum(devices)), devices, context, item
-        ),
+        costs=attention_costs(config, pieces, devices, context, latency, item),
+        latency=latency,
     )
     report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
     memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
@@ -354,20 +348,17 @@ def _memory(
 
 
 def attention_costs(
-    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int, item: int = 2
-) -> dict[tuple[str, int], tuple[float, float]]:
-    """(FLOP, bytes) of each attention piece and KV append of one layer on one device, every row with `context` tokens
-    before it; item: bytes of an element of the pages.
-
-    GEMV reads each row's K and V once; PF reads a chunk's pages once per tile of rows, counted as once per 128 rows.
-    """
-    heads, groups = config.num_heads // devices, kv_groups(config, devices) // devices
-    costs = {}
+    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int, model: LatencyModel, item: int = 2
+) -> dict[tuple[str, int], Prediction]:
+    """Each attention piece and KV append of one layer on one device, every row with `context` tokens before it; item:
+    bytes of an element of the pages."""
+    costs = OpCosts(model, Shapes.of(config, devices, item), StepLoad(1, 0, context, context))
+    found = {}
     for piece in pieces:
-        if piece.op == "KQV":  # an append per KQV: new K and V are read, and written
-            costs["KV.APPEND", piece.piece] = 0.0, piece.rows * groups * config.head_dim * 2 * (2.0 + item)
-        if piece.op in ("GEMV", "PF"):
-            flops = 4.0 * piece.rows * context * heads * config.head_dim
-            readers = piece.rows if piece.op == "GEMV" else piece.rows / 128
-            costs[piece.op, piece.piece] = flops, readers * context * groups * config.head_dim * 2.0 * item
-    return costs
+        if piece.op == "KQV":
+            found["KV.APPEND", piece.piece] = costs.append(piece.rows)
+        elif piece.op == "GEMV":
+            found["GEMV", piece.piece] = costs.decode_attention(piece.rows)
+        elif piece.op == "PF":
+            found["PF", piece.piece] = costs.prefill_attention(piece.rows)
+    return found

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.inspect.overlap import Event
-from nanoflow_jax.inspect.report import Report
+from nanoflow_jax.search.timeline import Event, Timed
 
 LANES = ("compute", "memory", "network", "host")
 
@@ -18,7 +17,7 @@ def _lane(event: Event) -> str:
     return f"{event.lane}, {event.stream}" if side else event.lane
 
 
-def trace(report: Report) -> dict[str, Any]:
+def trace(report: Timed) -> dict[str, Any]:
     """Trace of a report: complete events ("X"), times in microseconds, sorted by start. The exposed part of a
     collective is its own event on the lane "waiting"."""
     lanes = [*LANES, *sorted({_lane(e) for e in report.timeline.events} - set(LANES)), "waiting"]
@@ -47,6 +46,6 @@ def trace(report: Report) -> dict[str, Any]:
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def write_trace(report: Report, path: str | Path) -> None:
+def write_trace(report: Timed, path: str | Path) -> None:
     """Writes the trace as a JSON file."""
     Path(path).write_text(json.dumps(trace(report)))

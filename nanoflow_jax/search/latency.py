@@ -1,23 +1,48 @@
-"""How long one op takes: a roofline over FLOP, bytes of memory and bytes of network, corrected by
-`Hardware.calibration`.
+"""How long an op takes, alone and beside another: the one model that the simulator, the search, the inspector and the
+benchmarks ask.
 
-Every prediction says where it comes from (`source`) and what binds it (`bound`), so that a table never mixes a
-measurement with an estimate unseen.
+`LatencyModel` is the interface, in terms of local shapes (what one GPU computes). `RooflineModel` answers from a
+hardware file: the longer of arithmetic and memory traffic, corrected by `Hardware.calibration`, and NanoFlow's
+published curves for ops that share a GPU. A profile's model answers from measurements and falls back on this one.
+
+Every answer says where it comes from (`source`), so that no table mixes a measurement with an estimate unseen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import Hardware
 
 US = 1e6
+TILE_ROWS = 128  # rows of a prefill attention tile: each reads the pages of its context once
+
+# Where an answer comes from.
+PROFILE = "profile"
+EXTRAPOLATED = "profile, extrapolated by roofline"
+ROOFLINE = "roofline"
+PUBLISHED = "published curve"
+
+# NanoFlow's P(R), measured on A100: the speed that an op keeps, as a share of its speed alone, with resource share R
+# while another runs beside it. Between the points and to (0, 0) and (1, 1): straight lines. GEMM: P(R) = R.
+PUBLISHED_RATES: Mapping[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "compute": ((0.0, 1.0), (0.0, 1.0)),
+    "memory": (
+        (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+        (0.0, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0),
+    ),
+    "network": ((0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 1.0), (0.0, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0)),
+}
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Time of one kernel alone on the GPU, in microseconds. bound: compute, memory, network or host."""
+    """Time of one op alone on the GPU, in microseconds. bound: compute, memory, network or host."""
 
     us: float
     bound: str
@@ -26,22 +51,77 @@ class Prediction:
     bytes: float = 0.0
 
 
-def kernel(hardware: Hardware, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
-    """Roofline of one kernel: the longer of arithmetic and memory traffic, plus the gap before the next kernel.
+@dataclass(frozen=True)
+class Rate:
+    """The speed that an op keeps beside another, as a share of its speed alone, in [0, 1]."""
 
-    flops: FLOP of the tensor cores; memory_bytes: bytes read and written once; dtype: HLO dtype of the operands.
-    """
-    calibration = hardware.calibration
-    compute_us = flops / (hardware.flops(dtype) * calibration.gemm_efficiency) * US
-    memory_us = memory_bytes / (hardware.memory_bandwidth * calibration.memory_efficiency) * US
-    bound = "compute" if compute_us > memory_us else "memory"
-    us = max(compute_us, memory_us) + calibration.kernel_latency_us
-    return Prediction(us, bound, "roofline", flops, memory_bytes)
+    speed: float
+    source: str
 
 
-def gemm(hardware: Hardware, m: int, n: int, k: int, dtype: str = "bf16", bytes_per_element: float = 2) -> Prediction:
-    """`[m, k] @ [k, n] -> [m, n]`: 2·m·n·k FLOP; operands and result pass through memory once."""
-    return kernel(hardware, 2.0 * m * n * k, bytes_per_element * (m * k + k * n + m * n), dtype)
+class LatencyModel(Protocol):
+    """Times of ops by their local shapes. Heads, groups and columns are those of one GPU; dtypes are HLO's names."""
+
+    @property
+    def hardware(self) -> Hardware:
+        """The GPU that the answers are for."""
+        ...
+
+    def kernel(self, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
+        """Any kernel, by its FLOP and the bytes that it reads and writes once. Always an estimate."""
+        ...
+
+    def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
+        """`[m, k] @ [k, n] -> [m, n]`."""
+        ...
+
+    def decode_attention(
+        self,
+        requests: int,
+        context: float,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        kv_bytes: float = 2.0,
+        sms: int | None = None,
+    ) -> Prediction:
+        """GEMV: one row of each request attends to `context` tokens, on average, of its pages.
+
+        kv_bytes: of one element of K or V; sms: the most SMs it may use, None: all.
+        """
+        ...
+
+    def prefill_attention(
+        self, tokens: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0
+    ) -> Prediction:
+        """PF: rows of chunks, each attending to `context` tokens on average."""
+        ...
+
+    def collective(self, kind: str, whole_bytes: float, devices: int) -> Prediction:
+        """kind and whole_bytes: see `wire_bytes`. `bytes` of the answer are those on the wire."""
+        ...
+
+    def append(self, rows: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0) -> Prediction:
+        """New K and V of `rows` tokens are read, and written into their pages."""
+        ...
+
+    def norm(self, rows: int, hidden: int, *, element_bytes: float = 2.0) -> Prediction:
+        """Residual and update are added and written back, and the normed sum is written."""
+        ...
+
+    def sampling(self, rows: int, vocab: int) -> Prediction:
+        """The next token of `rows` rows from `vocab` local columns of float32 logits."""
+        ...
+
+    def host_copy(self, copied_bytes: float) -> Prediction:
+        """Between device and host memory, one direction."""
+        ...
+
+    def rate(self, kind: str, share: float, beside: str) -> Rate:
+        """P(R): the speed that an op of a kind (compute, memory, network) keeps with resource share R in (0, 1] while
+        an op of kind `beside` runs."""
+        ...
 
 
 def wire_bytes(kind: str, whole_bytes: float, devices: int) -> float:
@@ -63,20 +143,86 @@ def wire_bytes(kind: str, whole_bytes: float, devices: int) -> float:
     )
 
 
-def collective(hardware: Hardware, kind: str, whole_bytes: float, devices: int) -> Prediction:
-    """Time of a collective: latency + bytes on the wire over the share of NVLink that is reached."""
-    sent = wire_bytes(kind, whole_bytes, devices)
-    if devices == 1:
-        return Prediction(0.0, "network", "roofline")
-    calibration = hardware.calibration
-    us = sent / (hardware.nvlink_bandwidth * calibration.network_efficiency) * US + calibration.network_latency_us
-    return Prediction(us, "network", "roofline", 0.0, sent)
+def published_rate(kind: str, share: float) -> float:
+    """NanoFlow's P(R) of a kind. Raises ConfigError for another kind, or a share outside (0, 1]."""
+    if kind not in PUBLISHED_RATES:
+        raise ConfigError(f"rate: unknown kind {kind!r}; accepted: {', '.join(PUBLISHED_RATES)}")
+    if not 0 < share <= 1:
+        raise ConfigError(f"rate: share {share} is not accepted; expected a number above 0 and at most 1")
+    return float(np.interp(share, *PUBLISHED_RATES[kind]))
 
 
-def host_copy(hardware: Hardware, copied_bytes: float) -> Prediction:
-    """Copy between device and host memory over PCIe, one direction, at the data sheet's rate."""
-    us = copied_bytes / hardware.pcie_bandwidth * US + hardware.calibration.kernel_latency_us
-    return Prediction(us, "host", "roofline", 0.0, copied_bytes)
+@dataclass(frozen=True)
+class RooflineModel:
+    """Answers from a hardware file alone; see `LatencyModel` for the methods."""
+
+    hardware: Hardware
+
+    def kernel(self, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
+        """The longer of arithmetic and memory traffic, plus the gap before the next kernel."""
+        calibration = self.hardware.calibration
+        compute_us = flops / (self.hardware.flops(dtype) * calibration.gemm_efficiency) * US
+        memory_us = memory_bytes / (self.hardware.memory_bandwidth * calibration.memory_efficiency) * US
+        bound = "compute" if compute_us > memory_us else "memory"
+        us = max(compute_us, memory_us) + calibration.kernel_latency_us
+        return Prediction(us, bound, ROOFLINE, flops, memory_bytes)
+
+    def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
+        width = {"f32": 4, "bf16": 2, "f16": 2}.get(dtype, 1)
+        return self.kernel(2.0 * m * n * k, float(width * (m * k + k * n + m * n)), dtype)
+
+    def decode_attention(
+        self,
+        requests: int,
+        context: float,
+        q_heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        kv_bytes: float = 2.0,
+        sms: int | None = None,
+    ) -> Prediction:
+        """Each request's pages pass through memory once, for all query heads. On fewer SMs: by the published curve."""
+        flops = 4.0 * requests * context * q_heads * head_dim
+        whole = self.kernel(flops, requests * context * kv_heads * head_dim * 2 * kv_bytes)
+        if sms is None or sms >= self.hardware.sm_count:
+            return whole
+        speed = published_rate("memory", sms / self.hardware.sm_count)
+        return Prediction(whole.us / speed, whole.bound, PUBLISHED, whole.flops, whole.bytes)
+
+    def prefill_attention(
+        self, tokens: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0
+    ) -> Prediction:
+        flops = 4.0 * tokens * context * q_heads * head_dim
+        return self.kernel(flops, tokens / TILE_ROWS * context * kv_heads * head_dim * 2 * kv_bytes)
+
+    def collective(self, kind: str, whole_bytes: float, devices: int) -> Prediction:
+        """Latency + bytes on the wire over the share of NVLink that is reached."""
+        sent = wire_bytes(kind, whole_bytes, devices)
+        if devices == 1:
+            return Prediction(0.0, "network", ROOFLINE)
+        calibration = self.hardware.calibration
+        rate = self.hardware.nvlink_bandwidth * calibration.network_efficiency
+        return Prediction(sent / rate * US + calibration.network_latency_us, "network", ROOFLINE, 0.0, sent)
+
+    def append(self, rows: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0) -> Prediction:
+        return self.kernel(0.0, rows * kv_heads * head_dim * 2 * 2 * kv_bytes)
+
+    def norm(self, rows: int, hidden: int, *, element_bytes: float = 2.0) -> Prediction:
+        return self.kernel(0.0, 4 * rows * hidden * element_bytes)
+
+    def sampling(self, rows: int, vocab: int) -> Prediction:
+        """The logits are read twice: for the largest, and for the sum of the exponentials."""
+        return self.kernel(0.0, 2 * rows * vocab * 4)
+
+    def host_copy(self, copied_bytes: float) -> Prediction:
+        """At the data sheet's rate of PCIe."""
+        us = copied_bytes / self.hardware.pcie_bandwidth * US + self.hardware.calibration.kernel_latency_us
+        return Prediction(us, "host", ROOFLINE, 0.0, copied_bytes)
+
+    def rate(self, kind: str, share: float, beside: str) -> Rate:
+        """NanoFlow's curve of the kind, whatever is beside it."""
+        return Rate(published_rate(kind, share), PUBLISHED)
 
 
 def optimal_tokens_per_second(hardware: Hardware, parameters: float, calibrated: bool = False) -> float:

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from nanoflow_jax.config import ConfigError, config_path
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect import gpu_target
-from nanoflow_jax.search.latency import collective, gemm, kernel, optimal_tokens_per_second, wire_bytes
+from nanoflow_jax.search.latency import RooflineModel, optimal_tokens_per_second, wire_bytes
 
 GPUS = ("a100_sxm_80", "h100_sxm", "h200", "b200")
 MIB = 2**20
@@ -89,14 +89,14 @@ def test_an_own_file_and_an_unknown_name(tmp_path: Path) -> None:
 
 def test_the_latency_model_returns_what_it_was_calibrated_on() -> None:
     a100, h200 = load_hardware("a100_sxm_80"), load_hardware("h200")
-    assert collective(a100, "all-gather", 32 * MIB, 8).us == pytest.approx(221, rel=0.01)
-    assert collective(a100, "all-gather", 2 * MIB, 8).us == pytest.approx(30, rel=0.01)
+    assert RooflineModel(a100).collective("all-gather", 32 * MIB, 8).us == pytest.approx(221, rel=0.01)
+    assert RooflineModel(a100).collective("all-gather", 2 * MIB, 8).us == pytest.approx(30, rel=0.01)
     assert optimal_tokens_per_second(a100, 70e9, calibrated=True) == pytest.approx(1857, rel=0.005)
-    square = gemm(h200, 8192, 8192, 8192)
+    square = RooflineModel(h200).gemm(8192, 8192, 8192)
     assert square.bound == "compute"
     assert square.source == "roofline"
     assert 2 * 8192**3 / (square.us - h200.calibration.kernel_latency_us) * 1e6 == pytest.approx(788e12, rel=0.01)
-    copy = kernel(h200, 0, 8e9)
+    copy = RooflineModel(h200).kernel(0, 8e9)
     assert copy.bound == "memory"
     assert 8e9 / copy.us * 1e6 == pytest.approx(4.3e12, rel=0.01)
 
@@ -104,7 +104,7 @@ def test_the_latency_model_returns_what_it_was_calibrated_on() -> None:
 def test_an_all_reduce_moves_what_a_reduce_scatter_and_an_all_gather_move() -> None:
     parts = wire_bytes("reduce-scatter", 800, 8) + wire_bytes("all-gather", 800, 8)
     assert wire_bytes("all-reduce", 800, 8) == parts == 1400
-    assert collective(load_hardware("h200"), "all-reduce", 800, 1).us == 0
+    assert RooflineModel(load_hardware("h200")).collective("all-reduce", 800, 1).us == 0
     with pytest.raises(ConfigError, match="all-everything"):
         wire_bytes("all-everything", 1, 8)
 

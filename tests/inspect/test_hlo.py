@@ -14,6 +14,7 @@ import pytest
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.costs import CostModel, collective_kind, group_size
 from nanoflow_jax.inspect.hlo import Module, Piece, Shape, Unknown, expand_names, parse, parse_pieces, parse_shapes
+from nanoflow_jax.search.latency import RooflineModel
 
 DATA = Path(__file__).parent / "data"
 
@@ -189,7 +190,7 @@ def test_costs_of_the_excerpt() -> None:
     """GEMM FLOP from shapes; an append into pages counts its rows, not the pool."""
     h200 = load_hardware("h200")
     module = read("split_jax0.11")
-    model = CostModel.of(module, h200, 8, {("GEMV", 2): (5e9, 4e8)})
+    model = CostModel.of(module, RooflineModel(h200), 8, {("GEMV", 2): (5e9, 4e8)})
     costs = [model.of_instruction(module.entry, i) for i in module.entry.instructions]
     weights = 8192 * 1280 + 8192 * 1024 + 2 * 8192 * 3584  # per GPU; O over N and over K have the same size
     assert sum(c.flops for c in costs if c.kind == "gemm") == 2 * 2048 * weights
@@ -201,7 +202,7 @@ def test_costs_of_the_excerpt() -> None:
     append = next(i for i in forms.entry.instructions if i.piece and i.piece.op == "KV.APPEND")
     pool = 65536 * 128 * 2
     assert append.bytes == pool
-    assert CostModel.of(forms, h200, 8, None).of_instruction(forms.entry, append).bytes < pool / 3
+    assert CostModel.of(forms, RooflineModel(h200), 8, None).of_instruction(forms.entry, append).bytes < pool / 3
 
 
 @pytest.mark.aot

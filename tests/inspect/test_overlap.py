@@ -17,7 +17,7 @@ from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.plot import plot
 from nanoflow_jax.inspect.report import Report, inspect_compiled, render
 from nanoflow_jax.inspect.trace import trace, write_trace
-from nanoflow_jax.search.latency import collective, gemm, kernel
+from nanoflow_jax.search.latency import RooflineModel
 
 DATA = Path(__file__).parent / "data"
 H200 = load_hardware("h200")
@@ -60,8 +60,8 @@ def report_of(*lines: str) -> Report:
     return inspect_compiled(program(*lines), None, H200, 8)
 
 
-NET = collective(H200, "all-reduce", 1024 * 8192 * 2, 8).us
-MUL = gemm(H200, 1024, 5120, 8192).us
+NET = RooflineModel(H200).collective("all-reduce", 1024 * 8192 * 2, 8).us
+MUL = RooflineModel(H200).gemm(1024, 5120, 8192).us
 AR1 = START.format(name="ar1", m=1024, x="a", scope="L0/D.AR.1")
 AR2 = START.format(name="ar2", m=1024, x="b", scope="L0/D.AR.2")
 DONE1, DONE2 = (f"%done{i} = bf16[1024,8192]{{1,0}} all-reduce-done(%ar{i})" for i in (1, 2))
@@ -125,7 +125,7 @@ def test_a_side_stream_runs_beside_compute() -> None:
     report = excerpt("forms_jax0.11")
     region = next(e for e in report.timeline.events if e.stream == "stream 1")
     assert region.start_us == 0
-    assert region.us == pytest.approx(kernel(H200, 0, 2 * 4096 * 4096 * 2).us)
+    assert region.us == pytest.approx(RooflineModel(H200).kernel(0, 2 * 4096 * 4096 * 2).us)
     assert report.totals.bubble_us > 0
     assert report.totals.host_us == pytest.approx(4096 * 4096 * 2 / 64e9 * 1e6 + 2)
     lanes = {e["args"]["name"] for e in trace(report)["traceEvents"] if e["name"] == "thread_name"}
@@ -195,7 +195,7 @@ def test_costs_from_the_caller() -> None:
     without, text = excerpt("split_jax0.11"), (DATA / "split_jax0.11.txt").read_text()
     given = inspect_compiled(text, None, H200, 8, costs={("GEMV", 1): (1e9, 4e8)})
     slow = {e.label: e for e in given.timeline.events if e.kind == "attention"}
-    assert slow["L0/GEMV.1"].us == pytest.approx(kernel(H200, 1e9, 4e8).us)
+    assert slow["L0/GEMV.1"].us == pytest.approx(RooflineModel(H200).kernel(1e9, 4e8).us)
     assert "caller" in slow["L0/GEMV.1"].source
     assert "operand bytes" in slow["L0/GEMV.2"].source
     assert any("GEMV" in note and "operands' bytes" in note for note in given.notes)
@@ -361,7 +361,7 @@ def test_a_shared_loop_body_belongs_to_the_loop_that_runs_it() -> None:
     assert any("unknown length" in note for note in report.notes)
     given = inspect_compiled(LOOP, None, H200, 8, costs={("GEMV", 1): (0.0, 4e8)})
     assert [e.kind for e in given.timeline.events] == ["attention", "attention"]
-    assert given.totals.us == pytest.approx(2 * kernel(H200, 0, 4e8).us)
+    assert given.totals.us == pytest.approx(2 * RooflineModel(H200).kernel(0, 4e8).us)
     assert not any("unknown length" in note for note in given.notes)
 
 

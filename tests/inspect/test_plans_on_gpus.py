@@ -9,11 +9,13 @@ from functools import cache
 
 import pytest
 
+from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.costs import expected_us
 from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.overlap import Collective
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
+from nanoflow_jax.search.latency import RooflineModel
 
 pytestmark = pytest.mark.aot
 
@@ -148,15 +150,17 @@ def test_the_scheduler_is_told_what_every_mosaic_kernel_takes(pages: str) -> Non
         assert step.memory.kv_tokens == pytest.approx(2 * inspected("nanoflow_70b").memory.kv_tokens, rel=0.01)
 
 
-def test_the_inspector_takes_the_same_times() -> None:
+def test_the_inspector_times_attention_by_the_latency_model() -> None:
+    """As the simulator does, so that both say the same of a plan."""
+    model = RooflineModel(load_hardware("h200"))
     events = inspected("nanoflow_70b").report.timeline.events
     us = {
         f"{e.piece.op}.{e.piece.piece}": e.end_us - e.start_us
         for e in events
         if e.kind == "attention" and e.piece and e.piece.layer == 1
     }
-    assert us["GEMV.1"] == pytest.approx(table_us("decode_attention", 256), abs=1e-3)
-    assert us["PF.1"] == pytest.approx(table_us("prefill_attention", 768), abs=1e-3)
+    assert us["GEMV.1"] == pytest.approx(model.decode_attention(256, 1024, 8, 1, 128).us, abs=1e-3)
+    assert us["PF.1"] == pytest.approx(model.prefill_attention(768, 1024, 8, 1, 128).us, abs=1e-3)
 
 
 def test_70b_fits_eight_h200() -> None:

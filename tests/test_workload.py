@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanoflow_jax.bench.workload import BenchRequest, Lengths, load_workload
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.workload import BenchRequest, Lengths, load_workload
 
 # Mean prompt and output tokens of NanoFlow's traces, and their coefficients of variation (its Table 4).
 PUBLISHED = {

@@ -100,12 +100,8 @@ class Workload:
         """`count` requests of at most `limit` tokens each, the same for the same seed. Random prompts draw their
         tokens from [0, vocabulary). Raises ConfigError when the lengths do not fit."""
         rng = np.random.default_rng(seed)
-        if self.entries:
-            chosen = [self.entries[i % len(self.entries)] for i in range(count)]
-        else:
-            chosen = self._sampled(count, limit, rng)
         requests = []
-        for entry in chosen:
+        for entry in self._chosen(count, limit, rng):
             if entry.prompt_tokens + entry.output_tokens > limit:
                 raise ConfigError(
                     f"workload: {self.name!r} has a request of {entry.prompt_tokens} + {entry.output_tokens} tokens; "
@@ -118,6 +114,16 @@ class Workload:
                 raise ConfigError(f"workload: {self.name!r} has a token id outside 0 to {vocabulary - 1}")
             requests.append(BenchRequest(ids, entry.output_tokens))
         return requests
+
+    def lengths(self, count: int, limit: int, seed: int) -> list[tuple[int, int]]:
+        """Tokens of prompt and output of the same requests."""
+        chosen = self._chosen(count, limit, np.random.default_rng(seed))
+        return [(entry.prompt_tokens, entry.output_tokens) for entry in chosen]
+
+    def _chosen(self, count: int, limit: int, rng: np.random.Generator) -> list[Entry]:
+        if self.entries:
+            return [self.entries[i % len(self.entries)] for i in range(count)]
+        return self._sampled(count, limit, rng)
 
     def _sampled(self, count: int, limit: int, rng: np.random.Generator) -> list[Entry]:
         constant = self.prompt.sigma == self.output.sigma == 0

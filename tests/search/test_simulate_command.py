@@ -1,0 +1,76 @@
+"""`nanoflow simulate` as a user runs it: output forms, files, and one line for each wrong input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanoflow_jax.cli import main
+from nanoflow_jax.config import configs_root
+
+A100 = ["--model", "llama-2-70b", "--gpu", "a100_sxm_80"]
+
+
+def test_json_of_one_plan_and_of_several(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model by name and by its config.json are the same."""
+    path = str(configs_root() / "models" / "llama_2_70b.json")
+    size = ["--workload", "constant:512:512", "--devices", "8", "--plan", "nanoflow_70b", "--json"]
+    found = []
+    for model in ("llama-2-70b", path):
+        assert main(["simulate", "--model", model, "--gpu", "a100_sxm_80", *size]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1]
+    data = found[0]
+    assert data["tokens_per_second_per_gpu"] == pytest.approx(1286, rel=0.1)
+    assert data["share_of_optimum"] == pytest.approx(
+        data["tokens_per_second_per_gpu"] / data["optimum_tokens_per_second_per_gpu"]
+    )
+    assert data["bound_by"] == "compute"
+    assert data["latency_source"] == "published curve; roofline"
+    assert data["tokens_per_step"] == 2048 == data["decode_slots"] + data["prefill_rows"]
+    assert data["latency_per_token_ms"] == pytest.approx(2048 / 8 / data["tokens_per_second_per_gpu"] * 1e3)
+    assert main(["simulate", *A100, *size, "--compare", "sequential"]) == 0
+    both = json.loads(capsys.readouterr().out)
+    assert [one["plan"] for one in both] == ["nanoflow_70b", "sequential"]
+    assert both[0] == data
+
+
+def test_text_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    arguments = ["--trace", str(trace), "--plot", str(plot), "--compare", "sequential"]
+    assert main(["simulate", *A100, "--workload", "sharegpt", *arguments]) == 0
+    out = capsys.readouterr().out
+    assert "predicted from published curve; roofline" in out
+    assert [line.split()[0] for line in out.splitlines()[1:]] == ["plan", "nanoflow_70b", "sequential"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"L2/D.AR.2", "L2/GEMV.1"} <= {event["name"] for event in events}
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["simulate", *A100]) == 0
+    assert "best of the step sizes tried" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--gpu", "h300"], ["hardware", "'h300'", "h200"]),
+        (["--plan", "nanoflow"], ["plans", "'nanoflow'", "nanoflow_70b"]),
+        (["--model", "llama-9"], ["models", "llama_9", "llama_3_1_70b"]),
+        (["--devices", "7"], ["tensor_parallel_size", "7", "sizes that work"]),
+        (["--devices", "16"], ["devices: 16", "h200", "1 to 8"]),
+        (["--gpu", "a100_sxm_80", "--devices", "1"], ["room for 0 tokens", "1 x a100_sxm_80", "more GPUs"]),
+        (["--workload", "constant:5"], ["workload", "constant:PROMPT:OUTPUT"]),
+        (["--workload", "constant:200000:5"], ["workload", "200005", "131072"]),
+        (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),
+    ],
+)
+def test_one_line_names_what_is_wrong(
+    arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out
+    line = err.splitlines()[-1]
+    assert all(word in line for word in words), line
+    assert "Traceback" not in err
