@@ -27,6 +27,7 @@ import jax
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.joined import FollowingEngine
+from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import PEER_TIMEOUT, PeerError, Processes, join, joined
 from nanoflow_jax.schedule.plan import SchedulePlan, parse_plan
 
@@ -39,6 +40,8 @@ def run(work: Callable[[], int], report: Callable[[BaseException], int]) -> int:
     processes = joined()
     assert processes is not None, "call join first"
     _keep_stdout_clean()
+    if not processes.leads:
+        last_words.start()
     reason = ""
     try:
         status = work() if processes.leads else follow()

@@ -15,6 +15,7 @@ OPTIONS: dict[str, Any] = {
     "deterministic": True, "progress": False,
 }  # fmt: skip
 PROMPTS = [f"{a}+{a + 5}=" for a in range(10, 22)] + ["reverse abcdef=", "sort 52917="]
+NUM_REQUESTS = 60  # of the batch
 PAIRS = [("12+30=", "42"), ("12+30=", "43"), ("", "reverse")]
 
 
@@ -51,6 +52,24 @@ def answers(llm: Any) -> dict[str, Any]:
     }
 
 
+def write_batch(path: Path) -> None:
+    kinds = [{"temperature": 0}, {"temperature": 1.0}, {"temperature": 0, "stop": "7"}]
+    with open(path, "w") as file:
+        for i in range(NUM_REQUESTS):
+            wanted = {"custom_id": f"r{i}", "prompt": f"{i}+{7 * i % 90}=", "max_tokens": 5 + 13 * i % 60}
+            file.write(json.dumps({**wanted, "ignore_eos": True, **kinds[i % 3]}) + "\n")
+
+
+def run_batch(llm: Any, source: Path, output: Path) -> None:
+    """The batch, or what is left of it."""
+    from nanoflow_jax.evaluate.batch import Settings, run_batch
+    from nanoflow_jax.evaluate.journal import Journal
+    from nanoflow_jax.evaluate.manifest import Manifest
+
+    with Journal.open(output, Manifest("batch", {})) as journal:
+        run_batch(llm, source, NUM_REQUESTS, journal, Settings("tiny"), progress=False)
+
+
 def main(port: str, rank: int, peer_timeout: float, out: Path, what: str) -> int:
     from nanoflow_jax import distributed
 
@@ -66,10 +85,9 @@ def main(port: str, rank: int, peer_timeout: float, out: Path, what: str) -> int
             LLM("tiny", **OPTIONS, kv_offload_gib=1)
         llm = LLM("tiny", **OPTIONS)
         (out / "answers.json").write_text(json.dumps(answers(llm)))
-        forever = SamplingParams(max_tokens=100, ignore_eos=True)
-        while what != "answers":
-            (out / "ready").touch()
-            llm.generate(PROMPTS[:2], forever, use_tqdm=False)
+        (out / "ready").touch()
+        run_batch(llm, out / "requests.jsonl", out / "results.jsonl")
+        time.sleep(300)  # the test kills a process before
         return 0
 
     def report(error: BaseException) -> int:

@@ -282,6 +282,11 @@ OPTIONS = {
         "--cpu-devices",
         "--quiet",
         "--verbose",
+        "--distributed",
+        "--coordinator",
+        "--num-processes",
+        "--process-id",
+        "--peer-timeout",
     ],
     "convert": ["--revision", "--dtype", "--quiet"],
 }

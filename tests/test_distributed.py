@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from replica_process import OPTIONS, answers
+from replica_process import NUM_REQUESTS, OPTIONS, answers, run_batch, write_batch
 
 from nanoflow_jax import LLM
 from nanoflow_jax.distributed import options_for, options_from
+from nanoflow_jax.parallel import last_words
 from nanoflow_jax.schedule.plan import load_plan
 
 Start = Callable[[str], "Replica"]
@@ -80,14 +81,21 @@ def start(tmp_path: Path) -> Iterator[Start]:
         replica.end()
 
 
-def test_two_processes_give_what_one_gives_and_end_when_one_is_killed(start: Start, tmp_path: Path) -> None:
-    replica = start("go on")
-    alone = json.loads(json.dumps(answers(LLM("tiny", **OPTIONS))))
+def test_two_processes_give_what_one_gives_and_a_batch_goes_on_after_a_kill(start: Start, tmp_path: Path) -> None:
+    source, results = tmp_path / "requests.jsonl", tmp_path / "results.jsonl"
+    write_batch(source)
+    replica = start("batch")
+    llm = LLM("tiny", **OPTIONS)
+    alone = json.loads(json.dumps(answers(llm)))
+    run_batch(llm, source, tmp_path / "alone.jsonl")
     replica.until_ready()
     together = json.loads((tmp_path / "answers.json").read_text())
     assert together == alone  # tokens, and every bit of the logprobs
     assert len({tuple(t) for t in alone["tokens"]}) > 10
 
+    while not results.exists() or results.read_bytes().count(b"\n") < 5:
+        assert all(m.poll() is None for m in replica.members), replica.told(0) + replica.told(1)
+        time.sleep(0.05)
     began = time.monotonic()
     replica.members[1].kill()
     assert replica.wait(0, 5 * PEER_TIMEOUT) == 1
@@ -95,6 +103,10 @@ def test_two_processes_give_what_one_gives_and_end_when_one_is_killed(start: Sta
     line = f"nanoflow: process 1 of 2 has given no sign of life for {PEER_TIMEOUT} s: it is gone"
     assert replica.told(0).startswith(line) and replica.told(0).count("\n") == 1
     assert (tmp_path / "out0").read_text() == ""  # Gloo's own words are not among the results
+
+    assert 5 <= results.read_bytes().count(b"\n") < NUM_REQUESTS
+    run_batch(llm, source, results)
+    assert sorted(results.read_bytes().splitlines()) == sorted((tmp_path / "alone.jsonl").read_bytes().splitlines())
 
 
 def test_an_interruption_of_process_0_ends_both_with_a_line(start: Start) -> None:
@@ -104,7 +116,6 @@ def test_an_interruption_of_process_0_ends_both_with_a_line(start: Start) -> Non
     replica.members[0].send_signal(signal.SIGINT)
     assert replica.wait(0, 30) == 1 and replica.wait(1, 30) == 1
     assert replica.told(0) == "process 0: KeyboardInterrupt: \n"
-    assert "process 1 follows process 0: interrupt that one" in replica.told(1)
     assert "nanoflow: process 0 of 2 has ended: interrupted;" in replica.told(1)
 
 
@@ -116,11 +127,28 @@ def test_what_cannot_be_is_told_in_both(start: Start) -> None:
     assert "Traceback" not in replica.told(0) + replica.told(1)
 
 
-def test_without_process_0_the_other_one_ends(start: Start) -> None:
+def test_without_process_0_the_other_one_ends_with_a_line(start: Start) -> None:
     replica = start("wait")
     replica.until_ready(60)
     replica.members[0].kill()
     assert replica.wait(1, 2 * PEER_TIMEOUT + 5) != 0
+    end = time.monotonic() + 10
+    while not (told := replica.told(1)) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert told.encode() == last_words.GONE
+
+
+def test_the_last_words_pass_what_is_not_the_end_of_process_0() -> None:
+    trace = [
+        b"E1125 15:18:05.066842   11080 coordination_service_agent.cc:288] Polled an error from coordination service\n",
+        b"F1125 15:18:05.066842   11080 client.h:86] Terminating process because the JAX distributed service detected "
+        b"fatal errors. This most likely indicates that another task died\n",
+        b"    @     0x7f437353d7d4  absl::lts_20260526::log_internal::LogMessage::SendToLog()\n",
+    ]
+    said = [b"loading\n", b"Traceback (most recent call last):\n"]
+    assert list(last_words.filtered([*said, *trace])) == [*said, last_words.GONE]
+    harmless = [trace[0], b"and more of it\n"]
+    assert list(last_words.filtered([*harmless, b"nanoflow: ours\n"])) == [b"nanoflow: ours\n", *harmless]
 
 
 @pytest.mark.parametrize("plan", ["auto", "nanoflow_70b", "nanoflow_70b_streams", "two_all_reduce"])

@@ -14,7 +14,7 @@ from typing import Any
 from nanoflow_jax.api import LLM
 from nanoflow_jax.bench.throughput import drive, usual_running, warm_up
 from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window
-from nanoflow_jax.bench.workload import BenchRequest, Workload
+from nanoflow_jax.workload import BenchRequest, Workload
 from nanoflow_jax.evaluate.batch import Settings, answer, parse_lines
 from nanoflow_jax.evaluate.journal import Journal
 from nanoflow_jax.evaluate.lines import read_lines

@@ -41,7 +41,7 @@ def add(kinds: Any, formatter: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.api import LLM
     from nanoflow_jax.bench.batch import measure_batch
-    from nanoflow_jax.bench.workload import load_workload
+    from nanoflow_jax.workload import load_workload
     from nanoflow_jax.config import ModelConfig
     from nanoflow_jax.weights.hub import resolve_model
 

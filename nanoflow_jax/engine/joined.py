@@ -34,6 +34,10 @@ class JoinedEngine(Engine):
     def _digest(self, packed: np.ndarray) -> None:
         self.digest = zlib.crc32(packed.data, self.digest)
 
+    def abort_all(self) -> None:
+        if self.failure is None:  # else the device may never answer again, and the run ends
+            super().abort_all()
+
     def _recover(self, error: Exception) -> list[Request]:
         """Finding the request at fault would need all processes to fail alike; the run ends, and can be resumed."""
         self.failure = error

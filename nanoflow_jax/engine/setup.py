@@ -16,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas.checks import FP8
 from kernels_pallas.self_check import Heads
+from nanoflow_jax import __version__
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
@@ -189,8 +190,7 @@ def _check_processes(processes: Processes, folder: Path, options: EngineOptions)
     """Raises ConfigError, in all processes, unless they can run as one."""
     if options.kv_offload_bytes:
         raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
-    versions = {name: version(name) for name in ("jax", "jaxlib", "nanoflow_jax")}
-    processes.agree("packages", " ".join(f"{name} {number}" for name, number in versions.items()))
+    processes.agree("packages", f"nanoflow_jax {__version__}, jax {version('jax')}, jaxlib {version('jaxlib')}")
     processes.agree(f"model: {folder.name}", model_digest(folder))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,8 +180,8 @@ def _duration(seconds: float) -> str:
 
 def write_in_order(path: Path) -> None:
     """Rewrites a results file in the order of the numbers of its records, atomically: killed at any moment, either the
-    old or the new file is there. Takes 16 bytes of memory per record, and as much disk space again."""
-    numbers, offsets, at = [], [], 0
+    old or the new file is there. Takes 40 bytes of memory per record at most, and as much disk space again."""
+    numbers, offsets, at = array("q"), array("q"), 0
     with open(path, "rb") as file:
         for line in file:
             number = record_number(line)
@@ -189,12 +190,11 @@ def write_in_order(path: Path) -> None:
             numbers.append(number)
             offsets.append(at)
             at += len(line)
-        order = np.argsort(np.array(numbers, np.int64), kind="stable")
-        starts = np.array(offsets, np.int64)[order]
+        starts = np.asarray(offsets)[np.argsort(np.asarray(numbers))]
         temporary = path.with_name(path.name + ".part")
         with open(temporary, "wb") as out:
             for start in starts:
-                file.seek(start)
+                file.seek(int(start))
                 out.write(file.readline())
             out.flush()
             os.fsync(out.fileno())

@@ -113,10 +113,11 @@ def run_manifest(args: argparse.Namespace, kind: str, identity: dict[str, Any], 
 
 
 def _devices(args: argparse.Namespace) -> int:
-    import jax
-
+    """Those of all processes."""
     if args.cpu_devices and not (args.distributed or args.coordinator):
         return args.cpu_devices
+    import jax
+
     return len(jax.devices())
 
 

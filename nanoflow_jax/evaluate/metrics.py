@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Scores = Sequence[float] | np.ndarray
+
 
 def exact_match(answer: str, target: str) -> float:
     """Equal, but for white space around."""
@@ -62,7 +64,7 @@ class Mean:
     n: int
 
 
-def mean(scores: Sequence[float] | np.ndarray) -> Mean:
+def mean(scores: Scores) -> Mean:
     values = np.asarray(scores, np.float64)
     stderr = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Mean(float(values.mean()), stderr, len(values))
@@ -79,7 +81,7 @@ class PairedDifference:
     n: int
 
 
-def paired_difference(new: Sequence[float], old: Sequence[float]) -> PairedDifference:
+def paired_difference(new: Scores, old: Scores) -> PairedDifference:
     """new - old, sample by sample."""
     found = mean(np.asarray(new, np.float64) - np.asarray(old, np.float64))
     if found.n == 1:

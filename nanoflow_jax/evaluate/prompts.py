@@ -6,15 +6,21 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.tasks import Document, Task
 
 _TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@cache
+def _compiled(template: str) -> Template:
+    return _TEMPLATES.from_string(template)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def samples(task: Task, limit: int | None = None) -> list[Sample]:
 def _sample(task: Task, number: int, document: Document, examples: list[Document]) -> Sample:
     def render(template: str, of: Document = document) -> str:
         try:
-            return _TEMPLATES.from_string(template).render(**of)
+            return _compiled(template).render(**of)
         except (TemplateError, TypeError, ValueError) as error:
             raise ConfigError(f"{task.name}: document {number}: {template!r} cannot be rendered: {error}") from None
 

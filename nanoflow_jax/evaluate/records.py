@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
@@ -17,7 +18,7 @@ from nanoflow_jax.evaluate.lines import Line
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_ID = 512  # characters
 MAX_N = 128  # completions of one prompt, as in the OpenAI interface
-_MESSAGE = 300  # characters of an error message; values of any size may be quoted in it
+_MESSAGE = 500  # characters of an error message; values of any size may be quoted in it
 
 # Fields of a body that are fields of SamplingParams, under the same name and with the same meaning.
 SAMPLING = (
@@ -74,9 +75,9 @@ class _Refused(Exception):
 def problem(line: int, custom_id: str | None, message: str, param: str | None = None) -> Problem:
     """A refused request; the message becomes one line of bounded length."""
     text = " ".join(message.split())
-    return Problem(
-        line, custom_id, "invalid_request", text if len(text) <= _MESSAGE else text[:_MESSAGE] + "...", param
-    )
+    if len(text) > _MESSAGE:  # the value stands in the middle, what is accepted at the end
+        text = f"{text[: _MESSAGE // 2]} ... {text[-_MESSAGE // 2 :]}"
+    return Problem(line, custom_id, "invalid_request", text, param)
 
 
 def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
@@ -222,8 +223,12 @@ def _body(body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -
             if not any(type(value) is type(off) and value == off for off in SWITCHED_OFF[name]):
                 off = json.dumps(SWITCHED_OFF[name][0])
                 _refuse(name, f"{value!r} is not supported in a batch; accepted: {off}, or leave it out")
-        elif name not in (*SAMPLING, *LABELS, *SWITCHED_OFF, *own, "model"):
-            _refuse(name, f"unknown or unsupported field; accepted: {', '.join(sorted((*own, *SAMPLING, 'model')))}")
+        elif name not in (accepted := (*SAMPLING, *LABELS, *SWITCHED_OFF, *own, "model")):
+            near = get_close_matches(name, accepted, 1)
+            told = (
+                f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted((*own, *SAMPLING, 'model')))}"
+            )
+            _refuse(name, f"unknown or unsupported field; {told}")
     model = body.get("model")
     if model is not None and models and model not in models:
         _wrong("model", model, " or ".join(map(repr, models)) + ", the model of this run, or left out")

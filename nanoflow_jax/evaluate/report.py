@@ -96,7 +96,7 @@ def compare(task: str, metrics: Sequence[str], folder: Path, other: Path) -> lis
 
 def results_table(results: Sequence[TaskResult]) -> str:
     """Markdown, in the shape of lm-eval's."""
-    rows = [("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr")]
+    rows: list[tuple[str, ...]] = [("Tasks", "Version", "Filter", "n-shot", "Metric", "", "Value", "", "Stderr")]
     for result in results:
         for i, (metric, value) in enumerate(result.metrics.items()):
             first = (result.name, result.version) if i == 0 else ("", "")
@@ -106,7 +106,7 @@ def results_table(results: Sequence[TaskResult]) -> str:
 
 
 def comparison_table(found: Sequence[Comparison]) -> str:
-    rows = [("Tasks", "Metric", "n", "This", "Other", "Difference", "", "Stderr", "p-value")]
+    rows: list[tuple[str, ...]] = [("Tasks", "Metric", "n", "This", "Other", "Difference", "", "Stderr", "p-value")]
     for c in found:
         d = c.difference
         numbers = [

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from nanoflow_jax.config import ConfigError
 PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as gone
 GRACE = 5.0  # seconds in which the watchdogs of others see what a process has told them
 PART = 1 << 20  # characters of a message that go into one entry of the service
-POLL_MS = 2000
+POLL_MS = 500  # between two of them a signal is seen
 JOIN_TIMEOUT = 300  # seconds that processes wait for each other at the start
 BACKSTOP = 5  # JAX ends a process by itself after so many times the peer timeout: never before our own message
 
@@ -174,7 +174,8 @@ class Processes:
             self._watchdog.join(GRACE)
             jax.distributed.shutdown()
             return
-        self._watchdog.announce(reason)
+        with suppress(jax.errors.JaxRuntimeError):  # process 0 may be gone
+            self._watchdog.announce(reason)
         if self.leads:
             time.sleep(min(GRACE, self.peer_timeout) / 2)  # the service ends with this process: let the others read
         sys.stdout.flush()

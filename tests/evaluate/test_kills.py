@@ -57,7 +57,7 @@ def test_twenty_kills_in_one_run(tmp_path: Path) -> None:
     source.write_bytes(requests(LINES, 60))
     answer_file(source, whole)
     command = [sys.executable, str(Path(__file__).parent / "stand_in.py"), str(source), str(output), "--pause", "0.002"]
-    rng, torn = random.Random(8), 0
+    rng, torn, done = random.Random(8), 0, 0
     for kill in range(KILLS):
         if kill % 2:
             assert killed(command, output, growth=rng.choice([0, 1, 3000]), pause=rng.random() * 0.05), kill

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import FLAGS, OPTIONS
 
 from nanoflow_jax import LLM
 from nanoflow_jax.cli import main
@@ -27,10 +28,7 @@ from nanoflow_jax.evaluate.ray_data import BLOCK_BYTES, Block, Replica, blocks
 
 ROOT = Path(__file__).parents[2]
 LINES = 45
-LLM_OPTIONS: dict[str, Any] = {
-    "model": "tiny", "max_model_len": 128, "tokens_per_step": 72, "decode_slots": 8, "page_size": 16,
-    "kv_cache_tokens": 2048, "tensor_parallel_size": 2, "deterministic": True,
-}  # fmt: skip
+LLM_OPTIONS: dict[str, Any] = {"model": "tiny", **OPTIONS}
 SETTINGS = Settings("tiny")
 
 
@@ -49,19 +47,14 @@ def journal(path: Path) -> Journal:
     return Journal.open(path, Manifest("batch", {}))
 
 
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    return LLM(**LLM_OPTIONS, progress=False)
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("input") / "requests.jsonl"
     write_input(path)
     return path
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def plain(llm: LLM, source: Path) -> list[bytes]:
     """The lines of a plain run, sorted."""
     out = source.with_name("plain.jsonl")
@@ -81,11 +74,10 @@ def encoded(block: Block) -> dict[str, list[str]]:
     return {"block": [json.dumps(block.__dict__)]}
 
 
-@pytest.mark.parametrize("size", [3, 1000])
 def test_blocks_answered_one_by_one_make_the_plain_file(
-    size: int, llm: LLM, source: Path, plain: list[bytes], tmp_path: Path
+    llm: LLM, source: Path, plain: list[bytes], tmp_path: Path
 ) -> None:
-    actor = replica(llm, source)
+    actor, size = replica(llm, source), 4
     with journal(tmp_path / "first.jsonl") as results:  # stopped in the middle
         found = list(blocks(source, results, SETTINGS, size))
         for block in found[: len(found) // 2]:
@@ -142,13 +134,8 @@ def workers(folder: Path) -> list[int]:
 def test_one_of_two_replicas_killed(source: Path, plain: list[bytes], tmp_path: Path, short_folder: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
     out = tmp_path / "out.jsonl"
-    options = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in LLM_OPTIONS.items()
-        if name != "tensor_parallel_size"
-    ]
     command = [
-        sys.executable, "-m", "nanoflow_jax", "batch", "-i", str(source), "-o", str(out), "--cpu-devices=2", *options,
+        sys.executable, "-m", "nanoflow_jax", "batch", "-i", str(source), "-o", str(out), *FLAGS, "--cpu-devices", "1",
         "--ray", "--ray-replicas=2", "--ray-block=6",
     ]  # fmt: skip
     environment = {**os.environ, "RAY_TMPDIR": str(short_folder), "PYTHONPATH": str(ROOT)}

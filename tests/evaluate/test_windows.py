@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from hypothesis import given
@@ -35,7 +36,7 @@ def test_windows_are_sorted_and_the_end_is_short() -> None:
     found = [item for item in longest_first(iter(items), lambda x: x[0], window=128) if item is not None]
     first = found[:FIRST]
     assert first == sorted(items[:FIRST], key=lambda x: -x[0]), "the first window begins after few lines"
-    descents = sum(a[0] >= b[0] for a, b in zip(found, found[1:], strict=False))
+    descents = sum(a[0] >= b[0] for a, b in itertools.pairwise(found))
     assert descents >= len(items) - 12, "a rise only where a window begins"
     tail = [length for length, _ in found[-64:]]
     assert max(tail) < 600 < max(length for length, _ in items[-64:]), "long ones of the end have begun before"

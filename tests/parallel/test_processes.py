@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.parallel import processes
+from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.parallel.processes import Processes, Watchdog
+from nanoflow_jax.weights.hub import EMBEDDED
 from tests.parallel.fake_service import FakeService
 
 
@@ -144,3 +147,13 @@ def test_joining_with_wrong_arguments_is_one_line(
         processes.join(*given)
     assert "\n" not in str(caught.value)
     assert processes.joined() is None
+
+
+def test_no_process_is_left_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_file(EMBEDDED["tiny"] / "config.json")
+    devices = [SimpleNamespace(process_index=i // 2) for i in range(4)]
+    monkeypatch.setattr("jax.devices", lambda: devices)
+    with pytest.raises(
+        ConfigError, match=r"^tensor_parallel_size: 2 of 4 devices leave process 1 without one; accepted"
+    ):
+        make_mesh(config, 2)
