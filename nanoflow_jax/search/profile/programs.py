@@ -7,7 +7,7 @@ which every turn depends on the one before, and a pair is two loops that XLA may
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,11 +19,13 @@ from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.schedule.compile import GPU_OPTIONS, STREAM_OPTIONS
+from nanoflow_jax.schedule.compile import Option, compile_step
 from nanoflow_jax.schedule.order import IssueOrder
+from nanoflow_jax.schedule.plan import Lane, NanoBatch, SchedulePlan
 from nanoflow_jax.search.profile.kernels import Kernel
 
 STREAM = 1
+STREAMS = SchedulePlan("pair", (NanoBatch(None, "reduce"),), lanes={"GEMV": Lane(STREAM)})  # names the options
 ROUNDS = 4  # of a pair, in one program
 COLD_L2S = 4  # bytes that pass through memory between two uses of a set, in sizes of the L2
 
@@ -98,21 +100,22 @@ def pair(bench: Bench, first: Kernel, second: Kernel) -> Callable[[int, int], Pr
 
 
 def chained(kernel: Kernel, calls: int, shared: Any, own: list[Any]) -> Any:
-    """`calls` calls in order, their inputs in turn; the last result, after the shared inputs when those are
-    updated."""
-    order, out = IssueOrder(True), None
+    """`calls` calls in order, their inputs in turn. All results, after the shared inputs when those are updated: XLA
+    drops what no result depends on, barrier or not."""
+    order, results = IssueOrder(True), []
     once = jax.jit(kernel.call, inline=True)  # traced once: a Mosaic kernel takes half a second
     for i in range(calls):
         out = order.run(once, shared, own[i % len(own)])
         if kernel.in_place:
             shared, out = out
-    return (shared, out) if kernel.in_place else out
+        results.append(out)
+    return (shared, results) if kernel.in_place else results
 
 
 def side_by_side(first: Kernel, second: Kernel, a: int, b: int, one: Any, two: Any) -> Any:
     """ROUNDS rounds of `a` calls of the first on the main stream beside `b` of the second: a collective, or a kernel
-    on a stream of its own. A round ends when both have."""
-    order, out = IssueOrder(True), (None, None)
+    on a stream of its own. A round ends when both have. All results."""
+    order, results = IssueOrder(True), []
     calls = [jax.jit(kernel.call, inline=True) for kernel in (first, second)]
 
     def beside(shared: Any, own: list[Any]) -> Any:
@@ -122,28 +125,31 @@ def side_by_side(first: Kernel, second: Kernel, a: int, b: int, one: Any, two: A
     start = beside if second.network else streamed
     for _ in range(ROUNDS):
         started = order.start(start, *two) if b else None
-        done = order.run(partial(_in_turn, calls[0], a), *one) if a else None
-        out = done, order.wait(started) if b else None
-    return out
+        for i in range(a):
+            results.append(order.run(calls[0], one[0], one[1][i % len(one[1])]))  # noqa: PERF401
+        results.append(order.wait(started) if b else None)
+    return results
 
 
-def _in_turn(call: Callable[[Any, Any], Any], count: int, shared: Any, own: list[Any]) -> Any:
-    out = call(shared, own[0])
+def _in_turn(call: Callable[[Any, Any], Any], count: int, shared: Any, own: list[Any]) -> list[Any]:
+    results = [call(shared, own[0])]
     for i in range(1, count):
-        ready, _ = lax.optimization_barrier((own[i % len(own)], out))
-        out = call(shared, ready)
-    return out
+        ready, results[-1] = lax.optimization_barrier((own[i % len(own)], results[-1]))
+        results.append(call(shared, ready))
+    return results
 
 
 def compile_for_gpu(
-    bench: Bench, program: Callable[..., Any], inputs: Any, network: bool, donate_first: bool = False
-) -> Any:
-    """Compiles for the mesh's first device, or with collectives for all of them. `inputs` may be abstract."""
+    bench: Bench, program: Callable[..., Any], inputs: Any, network: bool, donate_first: bool = False,
+    options: Mapping[str, Option] | None = None,
+) -> Any:  # fmt: skip
+    """Compiles as a step is, for the mesh's first device, or with collectives for all of them; what runs on another
+    stream starts where it is issued. `inputs` may be abstract."""
     if network:
         # Local arrays, the same on every device: collectives see what they would in a step.
         program = jax.shard_map(program, mesh=bench.mesh, in_specs=P(), out_specs=P(), check_vma=False)
     jitted = jax.jit(program, donate_argnums=(0,) if donate_first else ())
-    return jitted.lower(*inputs).compile(compiler_options={**GPU_OPTIONS, **STREAM_OPTIONS})
+    return compile_step(jitted.lower(*inputs), "gpu", STREAMS, pin_starts=True, options=options)
 
 
 def _inputs(bench: Bench, kernel: Kernel, sets: int, network: bool) -> Any:

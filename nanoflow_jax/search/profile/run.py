@@ -179,6 +179,8 @@ def _machine(config: ModelConfig, devices: int, page_size: int, backend: str) ->
         skipped.append(f"collectives: {devices} devices share the model, {len(present)} present")
     if gpu and backend == "xla":
         skipped.append("decode attention by SM budget and beside a GEMM: XLA's attention cannot leave SMs free")
+    if gpu:
+        skipped.append("a GEMM beside decode attention: compiled, they do not run side by side yet")
     mesh = Mesh(np.array(present[: min(devices, len(present))]), (AXIS,))
     l2 = (hardware.l2_bytes if hardware else 64 * 2**20) if gpu else 0
     most = int(_memory(device) * GPU_POOL_SHARE) if gpu else CPU_POOL_BYTES
@@ -207,7 +209,7 @@ def _scope(
         context=context,
         page_size=machine.page_size,
         sms=_sms(machine.hardware) if gpu and mosaic else 0,
-        streams=mosaic or not gpu,
+        streams=not gpu,  # compiled for a GPU, the GEMMs of the pair still come ahead of the stream's start
         network=machine.bench.mesh.size == devices > 1,
         pool_bytes=machine.bench.most_bytes,
     )
