@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -71,6 +72,7 @@ def run_batch(llm: Any, source: Path, output: Path) -> None:
 
 
 def main(port: str, rank: int, peer_timeout: float, out: Path, what: str) -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts without
     from nanoflow_jax import distributed
 
     processes = distributed.join(f"127.0.0.1:{port}", 2, rank, peer_timeout=peer_timeout)

@@ -188,6 +188,7 @@ class Processes:
                 return self._client.blocking_key_value_get(key, POLL_MS)
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
+                    time.sleep(GRACE)  # JAX may end this process first, and one line is told (last_words)
                     raise PeerError(f"process 0 cannot be reached: {str(error).splitlines()[0]}") from None
 
 
