@@ -24,9 +24,8 @@ def known_plan(
     wanted = Target.of(config, gpu, devices)
     found = [plan for plan in plans_with_target() if plan.target == wanted]
     if not found:
-        return load_plan(
-            DEFAULT
-        ), f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search finds one"
+        why = f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search finds one"
+        return load_plan(DEFAULT), why
 
     def distance(plan: SchedulePlan) -> tuple[float, float]:
         rows, decode = plan.tokens_per_step or tokens_per_step, plan.decode_tokens or 0
