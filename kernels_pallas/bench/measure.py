@@ -60,35 +60,42 @@ def seconds(run: Callable[[], Any], effort: Effort) -> float:
 
 
 def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[..., Any]:
-    """A program of `calls` calls, one after another, no two of them the same.
+    """A program of `calls` calls, one after another, no two of them the same. It gives all their results: a call whose
+    result nobody takes would be removed, barrier or not.
 
     It takes x, what all sets share, and a list of what each has alone. `call(x, shared, own)` gives an array of x's
     shape.
     """
 
     @jax.jit
-    def program(x: Any, shared: Any, own: list[Any]) -> Any:
+    def program(x: Any, shared: Any, own: list[Any]) -> list[Any]:
         once = jax.jit(call)  # lowered once
-        out = x
+        outs = [x]
         for i in range(effort.calls):
-            x, _ = jax.lax.optimization_barrier((x, out))
-            out = once(x, shared, own[i % sets])
-        return out
+            x, _ = jax.lax.optimization_barrier((x, outs[-1]))
+            outs.append(once(x, shared, own[i % sets]))
+        return outs[1:]
+
+    return program
+
+
+def copies(effort: Effort) -> Callable[[jax.Array], jax.Array]:
+    """A program of `calls` copies, each of the one before."""
+
+    @jax.jit
+    def program(x: jax.Array) -> jax.Array:
+        for _ in range(effort.calls):
+            x = jax.lax.optimization_barrier(x ^ jnp.uint32(1))
+        return x
 
     return program
 
 
 def copy_bandwidth(effort: Effort) -> float:
     """Bytes read and written per second by a copy."""
-
-    @jax.jit
-    def copies(x: jax.Array) -> jax.Array:
-        for _ in range(effort.calls):
-            x = jax.lax.optimization_barrier(x ^ jnp.uint32(1))
-        return x
-
+    program = copies(effort)
     x = jnp.zeros(effort.copy_bytes // 4, jnp.uint32)
-    return 2 * effort.copy_bytes * effort.calls / seconds(lambda: copies(x), effort)
+    return 2 * effort.copy_bytes * effort.calls / seconds(lambda: program(x), effort)
 
 
 def gemm_rate(effort: Effort) -> float:
@@ -96,15 +103,8 @@ def gemm_rate(effort: Effort) -> float:
     names = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(name, (effort.gemm, effort.gemm), jnp.bfloat16) for name in names)
 
-    @jax.jit
-    def products(a: jax.Array, b: jax.Array) -> jax.Array:
-        out = a
-        for _ in range(effort.calls):
-            a, _ = jax.lax.optimization_barrier((a, out))
-            out = jnp.dot(a, b)
-        return out
-
-    return 2 * effort.gemm**3 * effort.calls / seconds(lambda: products(a, b), effort)
+    program = chained(lambda a, b, _: jnp.dot(a, b), 1, effort)
+    return 2 * effort.gemm**3 * effort.calls / seconds(lambda: program(a, b, [()]), effort)
 
 
 def row_error(got: Any, want: Any) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -273,3 +274,36 @@ def test_cases_compile_for_their_gpu(name: str) -> None:
         sharded = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
         text = jax.jit(sharded).lower(*placed).compile().as_text() or ""
         assert ("mosaic_gpu" in text) == (implementation == "mosaic")
+
+
+def _last_only(call: Any, sets: int, effort: measure.Effort) -> Any:
+    """Broken: all results but the last are dropped."""
+    whole = measure.chained(call, sets, effort)
+    return jax.jit(lambda *x: whole(*x)[-1])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("make", [measure.chained, _last_only])
+def test_a_timed_program_holds_every_call(make: Any) -> None:
+    """Compiled for a GPU: what nobody reads would be removed, and the time divided by calls that are not there."""
+    sharding = NamedSharding(gpu_mesh(load_hardware("h200"), 1), P())
+    effort = measure.Effort(calls=4)
+
+    def aval(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def count(program: Any, word: str, *avals: Any) -> int:
+        lowered = program.trace(*avals).lower(lowering_platforms=("cuda",))
+        return len(re.findall(word, lowered.compile().as_text() or ""))
+
+    def attend(q: jax.Array, shared: Any, table: jax.Array) -> jax.Array:
+        return decode_attention(q, *shared[:2], table, shared[2], backend="mosaic")[0]
+
+    pool, table = aval(64, 1, 64, 128), aval(8, 8, dtype=jnp.int32)
+    shared = (pool, pool, aval(8, dtype=jnp.int32))
+    found = [count(make(attend, 2, effort), 'target="mosaic_gpu', aval(8, 8, 128), shared, [table, table])]
+    dot = make(lambda a, b, _: jnp.dot(a, b), 1, effort)
+    found.append(count(dot, r"fusion\(.*calls=%gemm_fusion_dot", aval(512, 512), aval(512, 512), [()]))
+    assert found == ([4, 4] if make is measure.chained else [1, 1])
+    copied = count(measure.copies(effort), r"= u32\[4096\]\S* xor\(", aval(4096, dtype=jnp.uint32))
+    assert copied == 4
