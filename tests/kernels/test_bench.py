@@ -297,7 +297,8 @@ def test_a_timed_program_holds_every_call(make: Any) -> None:
         return len(re.findall(word, lowered.compile().as_text() or ""))
 
     def attend(q: jax.Array, shared: Any, table: jax.Array) -> jax.Array:
-        return decode_attention(q, *shared[:2], table, shared[2], backend="mosaic")[0]
+        keys, values, lengths = shared
+        return decode_attention(q, keys, values, table, lengths, backend="mosaic")[0]
 
     pool, table = aval(64, 1, 64, 128), aval(8, 8, dtype=jnp.int32)
     shared = (pool, pool, aval(8, dtype=jnp.int32))
