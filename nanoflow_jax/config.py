@@ -150,10 +150,13 @@ class ModelConfig:
         return config
 
 
+EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny_llama"}  # models that come with the package
+
+
 def model_file(model: str) -> Path:
-    """The config.json of a model: a name in `configs/models` (dashes and dots allowed), a config.json, or a folder with
-    one."""
-    if (folder := Path(model)).is_dir():
+    """The config.json of a model: "tiny", a name in `configs/models` (dashes and dots allowed), a config.json, or a
+    folder with one."""
+    if (folder := EMBEDDED.get(model, Path(model))).is_dir():
         return folder / "config.json"
     return config_path(
         "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
@@ -163,7 +166,8 @@ def model_file(model: str) -> Path:
 def model_config(model: str) -> tuple[str, ModelConfig]:
     """Name and config of a model that `model_file` finds."""
     path = model_file(model)
-    return Path(model).name if Path(model).is_dir() else path.stem, ModelConfig.from_file(path)
+    named_by_folder = model in EMBEDDED or Path(model).is_dir()
+    return Path(model).name if named_by_folder else path.stem, ModelConfig.from_file(path)
 
 
 def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:

@@ -167,7 +167,7 @@ def _throughput(args: argparse.Namespace) -> int:
     peer = None
     if args.with_transformers:
         options = transformers_peer.settled(options)
-        fields = json.loads(model_file(_folder_or_name(args.model)).read_text())
+        fields = json.loads(model_file(args.model).read_text())
         peer = transformers_peer.measure_transformers(
             options, fields, args.transformers_python, args.transformers_seconds
         )
@@ -194,7 +194,7 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
     from nanoflow_jax.config import ConfigError, model_config
     from nanoflow_jax.hardware import load_hardware
 
-    _, config = model_config(_folder_or_name(args.model))
+    _, config = model_config(args.model)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if config.dtype == "float16" else config.dtype
     layers = args.layers or config.num_layers
     if layers > config.num_layers:
@@ -218,17 +218,12 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
     )
 
 
-def _folder_or_name(model: str) -> str:
-    from nanoflow_jax.weights.hub import EMBEDDED
-
-    return str(EMBEDDED[model]) if model in EMBEDDED else model
-
-
 def _workload(args: argparse.Namespace) -> Workload:
     """The workload; texts of a file are encoded by the tokenizer in the model's folder, if it has one."""
+    from nanoflow_jax.config import model_file
     from nanoflow_jax.workload import load_workload
 
-    folder = Path(_folder_or_name(args.model))
+    folder = model_file(args.model).parent
     if not (folder / "tokenizer.json").is_file():
         return load_workload(args.workload)
     from nanoflow_jax.tokenizer import Tokenizer

@@ -106,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(text, end="")
     if args.inspect:
-        _inspect(args, plan, load.decode_rows)
+        _inspect(args, gpu, plan, load.decode_rows)
     return 0
 
 
@@ -151,7 +151,7 @@ def explain(found: Found, steps: dict[str, Any], load: Any) -> list[str]:
         f"{load.decode_context:.0f}, {load.prefill_rows} prefill rows of context {load.prefill_context:.0f}.",
         f"{s.tokens_per_second_per_gpu:.0f} tokens/s/GPU, {optimum:.1%} of the optimum: {against}.",
         f"A layer takes {inner.us:.0f} us (sequential: {worst.us:.0f}): {hidden:.0%} of the network's "
-        f"{inner.network_us:.0f} us run beside other work, which loses {inner.interference_us:.0f} us by it.",
+        f"{inner.network_us:.0f} us run beside other work, which loses {inner.interference_us:z.0f} us by it.",
         f"No plan of the space has a layer below {found.bound_us:.0f} us (gap {found.gap:.1%}). {found.structures} "
         f"structures, {found.structures - found.tried} of them ruled out by their bounds, "
         f"{'every order of the rest tried' if found.proven else 'orders of three nano-batches by local search'}; "
@@ -159,12 +159,18 @@ def explain(found: Found, steps: dict[str, Any], load: Any) -> list[str]:
     ]
 
 
-def _inspect(args: argparse.Namespace, plan: SchedulePlan, decode: int) -> None:
+def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, decode: int) -> None:
     """What the compiled step overlaps, where the compiler plugin is installed."""
     from nanoflow_jax.inspect.step import compare, inspect_step
 
     step = inspect_step(
-        args.model, args.gpu, plan, devices=args.devices, tokens=args.tokens_per_step, decode_tokens=decode, layers=4
+        args.model,
+        args.gpu or gpu,
+        plan,
+        devices=args.devices,
+        tokens=args.tokens_per_step,
+        decode_tokens=decode,
+        layers=4,
     )
     print(compare([step]))
     for finding in step.report.findings:

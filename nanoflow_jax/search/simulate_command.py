@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nanoflow_jax.search.load import Demand
     from nanoflow_jax.search.predict import Throughput
 
+DEFAULT_GPU = "h200"
+
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
@@ -53,9 +55,14 @@ def add(commands: Any, formatter: Any) -> None:
 def add_target(p: Any) -> None:
     """Options of model, GPU and workload, which `simulate` and `search` share."""
     p.add_argument(
-        "--model", default="llama-3.1-70b", help="a name in configs/models, a config.json, or a folder with one"
+        "--model", default="llama-3.1-70b", help="'tiny', a name in configs/models, a config.json, or a folder with one"
     )
-    p.add_argument("--gpu", default="h200", help="a name in configs/hardware, or a TOML file with the same fields")
+    p.add_argument(
+        "--gpu",
+        help="a name in configs/hardware, or a TOML file with the same fields; when not given, of --profile, or h200",
+    )
+    p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
+    p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
     p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
     p.add_argument(
         "--workload",
@@ -71,17 +78,26 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
     from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.search.latency import RooflineModel
     from nanoflow_jax.search.load import Demand
+    from nanoflow_jax.search.measured import load_profile
     from nanoflow_jax.workload import load_workload
 
     name, config = model_config(args.model)
-    hardware = load_hardware(args.gpu)
+    gpu = load_hardware(args.gpu) if args.gpu else None
+    model: LatencyModel
+    if args.profile:
+        model = load_profile(args.profile, gpu, args.allow_foreign)
+    elif args.allow_foreign:
+        raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
+    else:
+        model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
+    hardware = model.hardware
     check_divides(config, args.devices)
     if args.devices > hardware.node_size:
         raise ConfigError(
             f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
         )
     demand = Demand.of(load_workload(args.workload), config.max_position_embeddings)
-    return name, config, RooflineModel(hardware), demand
+    return name, config, model, demand
 
 
 def check_outputs(*paths: str | None) -> None:
@@ -139,7 +155,7 @@ def text(result: Throughput) -> str:
             f"a request takes {result.request_seconds:.1f} s",
             f"inner layer, us: {inner.us:.0f}; alone: compute {inner.compute_us:.0f} and memory {inner.memory_us:.0f}, "
             f"network {inner.network_us:.0f}; exposed network {inner.exposed_network_us:.0f}; lost beside others "
-            f"{inner.interference_us:.0f}, other waits {inner.bubble_us:.0f}",
+            f"{inner.interference_us:z.0f}, other waits {inner.bubble_us:.0f}",
             f"KV: {kv.resident:,} of {kv.capacity:,} tokens{limit}",
             f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
         ]
@@ -158,7 +174,7 @@ def compare(results: Sequence[Throughput]) -> str:
                 s.plan.name,
                 f"{s.inner.us:.0f}",
                 f"{s.inner.exposed_network_us:.0f}",
-                f"{s.inner.interference_us:.0f}",
+                f"{s.inner.interference_us:z.0f}",
                 f"{result.step_ms:.1f}",
                 f"{rate:,.0f}",
                 f"{rate / result.optimum:.1%}",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nanoflow_jax.config import EMBEDDED
 from nanoflow_jax.weights.source import WeightsError, one_line
-
-EMBEDDED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny_llama"}
 
 # What a model folder consists of; `original/`, PyTorch files and other frameworks' weights stay on the Hub.
 _WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*"]

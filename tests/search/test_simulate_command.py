@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import configs_root
+from nanoflow_jax.search.profile.points import Point
+from nanoflow_jax.search.profile.table import FORMAT, TableWriter, these_versions, this_machine
+from nanoflow_jax.search.profile.timing import Timing
 
 A100 = ["--model", "llama-2-70b", "--gpu", "a100_sxm_80"]
 
@@ -74,3 +78,57 @@ def test_one_line_names_what_is_wrong(
     line = err.splitlines()[-1]
     assert all(word in line for word in words), line
     assert "Traceback" not in err
+
+
+def table_of_this_machine(path: Path, **versions: str) -> Path:
+    """Made-up times: GEMMs, the copy and an all-reduce, of the shapes of `tiny` on eight devices."""
+    header = {
+        "format": FORMAT, "points": "few", "machine": this_machine() | {"devices": 8}, "commit": "", "date": "",
+        "versions": these_versions() | versions, "command": "", "model": {}, "memory_bytes": 2**30,
+    }  # fmt: skip
+    with TableWriter(path, header, 0) as writer:
+        writer.add(Point.of("copy", bytes=2**20), Timing(100.0, 100.0, 100.0, 5))
+        for moved in (2**12, 2**20):
+            point = Point.of("collective", kind="all-reduce", devices=8, bytes=moved)
+            writer.add(point, Timing(50.0 + moved / 1e4, 50.0, 500.0, 5))
+        for m in (8, 256):
+            for n, k in ((48, 128), (128, 16), (96, 128), (128, 48)):
+                writer.add(Point.of("gemm", dtype="f32", m=m, n=n, k=k), Timing(10.0 + m, 1.0, 500.0, 5))
+    return path
+
+
+def test_a_profile_is_asked_first_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured GEMMs that are ten times as slow make the layer that much longer; what the table lacks is estimated."""
+    table = table_of_this_machine(tmp_path / "table.jsonl")
+    size = ["--model", "tiny", "--plan", "sequential", "--workload", "constant:64:64", "--tokens-per-step", "256"]
+
+    def simulated(path: Path) -> dict[str, Any]:
+        assert main(["simulate", *size, "--profile", str(path), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    found = simulated(table)
+    assert set(found["latency_source"].split("; ")) >= {"profile", "roofline"}
+    slow = tmp_path / "slow.jsonl"
+    slow.write_text(table.read_text().replace('"us": 266.0', '"us": 2660.0'))
+    slower = simulated(slow)
+    assert found["tokens_per_second_per_gpu"] > 4 * slower["tokens_per_second_per_gpu"]
+    assert main(["search", *size[:2], *size[4:], "--profile", str(table), "--quiet"]) == 0
+    assert 'gpu = "cpu"' in capsys.readouterr().out
+
+
+def test_a_profile_of_another_version_or_gpu_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = table_of_this_machine(tmp_path / "old.jsonl", jax="0.1")
+    own = table_of_this_machine(tmp_path / "own.jsonl")
+    tiny = ["simulate", "--model", "tiny", "--plan", "sequential", "--workload", "constant:64:64"]
+    for given, word in (
+        (["--profile", str(old)], "jax '0.1', here"),
+        (["--profile", str(own), "--gpu", "h200"], "not on h200"),
+        (["--allow-foreign"], "--profile"),
+        (["--profile", str(tmp_path / "none")], "nanoflow profile --output"),
+    ):
+        assert main([*tiny, *given]) == 1
+        out, err = capsys.readouterr()
+        assert out == "" and word in err and err.count("\n") == 1
+    for path, more in ((old, []), (own, ["--gpu", "h200"])):
+        assert main([*tiny, "--profile", str(path), "--allow-foreign", *more]) == 0
+        assert "profile" in capsys.readouterr().out

@@ -56,15 +56,14 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import config_path, configs_root, model_config
     from nanoflow_jax.schedule.plan import load_plan
     from nanoflow_jax.search.profile.run import profile
-    from nanoflow_jax.weights.hub import EMBEDDED
 
-    name, config = model_config(str(EMBEDDED.get(args.model, args.model)))
+    name, config = model_config(args.model)
     if args.dtype != "auto":
         config = replace(config, dtype=args.dtype)
     every = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
     names = every if args.plan == "all" else [str(config_path("plans", args.plan))]
     outcome = profile(
-        args.model if args.model in EMBEDDED else name,
+        name,
         config,
         [load_plan(plan) for plan in names],
         Path(args.output),

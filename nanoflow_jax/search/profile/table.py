@@ -14,7 +14,7 @@ import fcntl
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -71,12 +71,14 @@ def _cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def foreign(header: Mapping[str, Any]) -> str:
-    """What of a table's machine and versions is not that of this process, in a few words; "" when all is."""
+def foreign(header: Mapping[str, Any], ignore: Collection[str] = ()) -> str:
+    """What of a table's machine and versions is not that of this process, in a few words; "" when all is. `ignore`:
+    keys that may differ."""
     found = []
     for name, here in (("machine", this_machine()), ("versions", these_versions())):
         there = header.get(name, {})
-        found += [f"{key} {there.get(key)!r}, here {value!r}" for key, value in here.items() if there.get(key) != value]
+        differ = [key for key, value in here.items() if there.get(key) != value and key not in ignore]
+        found += [f"{key} {there.get(key)!r}, here {here[key]!r}" for key in differ]
     return "; ".join(found)
 
 
