@@ -82,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lanes": {"KQV": {"stream": 1}}}, "lanes.KQV: op 'KQV' cannot leave the main stream; accepted: GEMV"),
     ({"lanes": {"GEMV": {"sms": 8}}}, "lanes.GEMV: needs stream (1 or more)"),
     ({"lanes": {"GEMV": {"stream": 1, "core": 8}}}, "lanes.GEMV.core: unknown field; accepted: stream, sms"),
-    ({"streams": 2}, "streams: unknown field; accepted: decode_tokens, description, lanes, nano_batches"),
+    ({"streams": 2}, "streams: unknown field; accepted: decode_tokens, description, for, lanes, nano_batches"),
     ({"nano_batches": ...}, "nano_batches: None must be list"),
     ({"nano_batches": []}, "nano_batches: at least one is needed"),
     ({"nano_batches": ["gather"]}, "nano_batches[1]: 'gather' must be dict"),

@@ -22,6 +22,8 @@ README = ROOT / "README.md"
 MARK = re.compile(r"<!-- not tested: (.+) -->")
 REASONS = {
     "takes a minute",
+    "takes minutes",
+    "needs a cluster",
     "needs a network",
     "needs a GPU",
     "installs packages",
