@@ -160,6 +160,19 @@ def append_places(case: AppendCase, sets: int) -> np.ndarray:
     return np.stack([np.divmod(places.astype(np.int32), PAGE_TOKENS) for places in drawn])
 
 
+def appends(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[..., Any]:
+    """A program of `calls` appends, each to the pools that the one before wrote: its first argument, donated."""
+
+    @partial(jax.jit, donate_argnums=0)
+    def program(pools: Any, own: list[Any], scales: Any) -> Any:
+        once = jax.jit(call)
+        for i in range(effort.calls):
+            pools = once(*pools, *own[i % sets], *scales)
+        return pools
+
+    return program
+
+
 def time_append(case: AppendCase, setting: Setting, backend: str) -> dict[str, Any]:
     """The error is that of the rows written, bit for bit; any other place that changes counts as infinite."""
     effort = replace(setting.effort, calls=setting.effort.short_calls)
@@ -182,16 +195,11 @@ def time_append(case: AppendCase, setting: Setting, backend: str) -> dict[str, A
     checked(0.0 if same else np.inf)
     del want, got
 
-    @partial(jax.jit, donate_argnums=0)
-    def program(pools: Any, own: Any) -> Any:
-        once = jax.jit(call)
-        for i in range(effort.calls):
-            pools = once(*pools, *own[i % sets], *scales)
-        return pools
+    program = appends(call, sets, effort)
 
     def run() -> Any:
         nonlocal pools
-        pools = program(pools, own)
+        pools = program(pools, own, scales)
         return pools
 
     return {"error": 0.0, "seconds": seconds(run, effort) / effort.calls}

@@ -61,7 +61,8 @@ def seconds(run: Callable[[], Any], effort: Effort) -> float:
 
 def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[..., Any]:
     """A program of `calls` calls, one after another, no two of them the same. It gives all their results: a call whose
-    result nobody takes would be removed, barrier or not.
+    result nobody takes would be removed, barrier or not. What is shared passes the barrier too: what a call makes of it
+    alone, as the tiles of prefill, would be made once for all calls.
 
     It takes x, what all sets share, and a list of what each has alone. `call(x, shared, own)` gives an array of x's
     shape.
@@ -72,7 +73,7 @@ def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[...
         once = jax.jit(call)  # lowered once
         outs = [x]
         for i in range(effort.calls):
-            x, _ = jax.lax.optimization_barrier((x, outs[-1]))
+            x, shared, _ = jax.lax.optimization_barrier((x, shared, outs[-1]))
             outs.append(once(x, shared, own[i % sets]))
         return outs[1:]
 
