@@ -73,8 +73,11 @@ def time_pair(build: Callable[[int, int], Program], grid: Grid) -> PairTiming:
     alone = [program(1, 0), program(0, 1)]
     first, second = (timing.us for timing in time_programs(alone, replace(grid, runs=3)))
     (a, b), (c, d) = _calls(first, second), _calls(second, first)[::-1]
-    first, second, us, them = (t.us for t in time_programs([*alone, program(a, b), program(c, d)], grid))
-    lost = (us - a * first) / (b * second), (them - d * second) / (c * first)
+    seconds = sorted({b, d} - {1})  # alone, so many of them are not quite as many times as long
+    timed = [*alone, program(a, b), program(c, d), *(program(0, n) for n in seconds)]
+    first, second, us, them, *others = (timing.us for timing in time_programs(timed, grid))
+    whole = {1: second, **dict(zip(seconds, others, strict=True))}
+    lost = (us - a * first) / whole[b], (them - whole[d]) / (c * first)
     return PairTiming(first, second, ((a, b, us), (c, d, them)), *speeds(*lost))
 
 
