@@ -1,4 +1,4 @@
-"""`nanoflow profile`: a killed run goes on where it was, foreign tables are refused, answers say where they come from."""
+"""`nanoflow profile`: a killed run goes on where it was, foreign tables are refused, answers say what they rest on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, model_config
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.search.grid import Curve, SampleGrid
 from nanoflow_jax.search.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
 from nanoflow_jax.search.measured import EXTRAPOLATED_RATE, ProfileModel, load_profile
 from nanoflow_jax.search.profile.points import GRIDS, Pair, Point, Scope, points, spread
@@ -83,7 +85,7 @@ PAIR = Pair(GEMM[64], DECODE[16, 256])
 
 def write(path: Path) -> None:
     with TableWriter(path, header(), 0) as writer:
-        writer.add(Point.of("copy", bytes=2**20), Timing(100.0, 90.0, 110.0, 5))
+        writer.add(Point.of("copy", bytes=2**20), Timing(1000.0, 900.0, 1100.0, 5))
         for m, point in GEMM.items():
             writer.add(point, Timing(float(m), m - 1.0, m + 1.0, 5))
         for (requests, context), point in DECODE.items():
@@ -92,10 +94,19 @@ def write(path: Path) -> None:
         writer.add(Point.of("norm", rows=8, hidden=32, dtype="f32"), "out of memory")
 
 
-def test_every_answer_says_where_it_comes_from(tmp_path: Path):
+def test_every_answer_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "table.jsonl")
     measured = load_profile(tmp_path / "table.jsonl")
-    model: LatencyModel = measured
+    check_sources(measured)
+    assert measured.correction == 0
+    silent = SampleGrid.at, Curve.at  # twins that extrapolate and do not say so
+    for owner, at in zip((SampleGrid, Curve), silent, strict=True):
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match=r"profile"):
+            patch.setattr(owner, "at", lambda self, place, at=at: (at(self, place)[0], True))
+            check_sources(measured)
+
+
+def check_sources(model: LatencyModel) -> None:
     assert (model.gemm(64, 64, 32, "f32").us, model.gemm(64, 64, 32, "f32").source) == (64.0, PROFILE)
     assert (model.gemm(36, 64, 32, "f32").us, model.gemm(36, 64, 32, "f32").source) == (pytest.approx(36.0), PROFILE)
     assert model.gemm(65, 64, 32, "f32").source == model.gemm(4, 64, 32, "f32").source == EXTRAPOLATED
@@ -109,7 +120,49 @@ def test_every_answer_says_where_it_comes_from(tmp_path: Path):
     assert model.rate("memory", 0.5, "compute").speed == 0.8 and model.rate("compute", 0.5, "memory").speed == 0.6
     assert model.rate("memory", 0.25, "compute").source == EXTRAPOLATED_RATE
     assert model.rate("network", 0.5, "compute").source == PUBLISHED
-    assert measured.correction == 0
+
+
+def test_pairs_of_the_same_kinds_share_a_curve(tmp_path: Path):
+    """What bounds an op is its kind. Pairs at one share count by their mean, on both sides."""
+    moved = [Point.of("collective", kind=k, devices=8, dtype="f32", bytes=2**20) for k in ("all-gather", "all-reduce")]
+    prefill = Point.of("prefill_attention", tokens=4096, context=256, **HEADS)
+    timings = {
+        Pair(GEMM[64], moved[0]): (0.9, 0.5),
+        Pair(GEMM[64], moved[1]): (0.7, 0.6),
+        Pair(prefill, moved[1]): (0.5, 0.7),
+        Pair(DECODE[16, 256], moved[0]): (0.4, 0.3),
+    }
+    write(tmp_path / "table.jsonl")
+    with TableWriter(tmp_path / "table.jsonl", header(), 0) as writer:
+        for pair, speeds_of in timings.items():
+            writer.add(pair, PairTiming(64.0, 42.0, ((1, 1, 1.0), (1, 1, 1.0)), *speeds_of))
+    model = load_profile(tmp_path / "table.jsonl")
+    share = model.hardware.calibration.network_share
+    for kind, kept in (("compute", (0.7, 0.6)), ("memory", (0.4, 0.3))):
+        mine, other = model.rate(kind, 1 - share, "network"), model.rate("network", share, kind)
+        assert (mine.speed, other.speed) == pytest.approx(kept) and mine.source == other.source == PROFILE
+    assert model.rate("memory", 0.5, "compute").speed == 0.8  # the pair without a collective is no part of these
+
+
+def test_force_begins_anew_and_keeps_the_old_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "profile.jsonl"
+    small = ["--devices", "1", "--tokens-per-step", "8", "--context", "64", "--points", "few", "--ops", "copy"]
+    arguments = ["profile", "--model", "tiny", *small, "--output", str(output), "--quiet"]
+    old = "model weights\n"
+    output.write_text(old)
+    assert main(arguments) == 1 and output.read_text() == old
+    assert "--force keeps it aside" in capsys.readouterr().err
+    for aside in ("profile.jsonl.1", "profile.jsonl.2"):
+        before = output.read_text()
+        assert main([*arguments, "--force"]) == 0
+        assert (tmp_path / aside).read_text() == before
+        assert f"kept aside: {tmp_path / aside}" in capsys.readouterr().err
+        assert [point.op for point in read_table(output).times] == ["copy"]
+        changed = output.read_text().replace('"name": "tiny"', '"name": "other"')
+        output.write_text(changed)
+    output.write_text(changed.replace('"name": "other"', '"name": "tiny"'))
+    assert main([*arguments, "--force"]) == 0  # the same machine and model: nothing to begin anew
+    assert "0 of 1 points measured now" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 3
 
 
 def test_another_table_is_refused(tmp_path: Path):
@@ -162,6 +215,8 @@ def test_points_cover_the_plans():
     assert {p["m"] for p in found if isinstance(p, Point) and p.op == "gemm"} >= {256, 384, 640, 768, 1408, 2048}
     moved = {p["kind"] for p in found if isinstance(p, Point) and p.op == "collective"}
     assert moved == {"all-gather", "all-reduce", "reduce-scatter"}
+    beside = {(p.first.op, p.second["kind"]) for p in found if isinstance(p, Pair) and p.second.op == "collective"}
+    assert beside == {(op, kind) for op in ("gemm", "decode_attention", "prefill_attention") for kind in moved}
     assert {p.second["sms"] for p in found if isinstance(p, Pair) and p.second.op == "decode_attention"} > {44, 88}
     alone = points(scope("llama-3.1-70b", 8, 2048, network=False, sms=0), GRIDS["few"])
     assert not any(p.op == "collective" for p in alone) and len(alone) < len(found)

@@ -103,8 +103,16 @@ def test_a_pair_that_does_not_overlap_is_noticed(h200: Any, second: Point, monke
     monkeypatch.setattr(programs, "side_by_side", one_after_another)
     text = compiled(h200, GEMM, second, 2, 1)
     assert text.count('custom_call_target="__cublas') == 2 * ROUNDS
-    with pytest.raises(ValueError, match="do not run side by side: [SKD]*KK"):
+    with pytest.raises(ValueError, match=r"do not run side by side: [SKD]*KK"):
         check_beside(text)
+
+
+@pytest.mark.aot
+def test_a_small_all_reduce_overlaps_with_nothing(h200: Any):
+    """XLA takes a kernel of its own for it, and waits at once: such a pair is not timed."""
+    small = Point.of("collective", kind="all-reduce", devices=8, dtype="bf16", bytes=2**20)
+    with pytest.raises(ValueError, match="side by side: SDKKSDKK"):
+        check_beside(compiled(h200, GEMM, small, 2, 1))
 
 
 CALLS = 3

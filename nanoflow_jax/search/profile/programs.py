@@ -154,7 +154,9 @@ def side_by_side(first: Kernel, second: Kernel, a: int, b: int, one: Any, two: A
     """
     order, results = IssueOrder(True), []
     calls = [jax.jit(kernel.call, inline=True) for kernel in (first, second)]
-    streamed = compute_on(calls[1], compute_type=f"gpu_stream:{STREAM}", out_memory_spaces=jax.memory.Space.Device)
+    streamed: Callable[..., Any] = compute_on(
+        calls[1], compute_type=f"gpu_stream:{STREAM}", out_memory_spaces=jax.memory.Space.Device
+    )
     pinned = bool(a and b) and not second.network
     (shared, mine), (beside, own) = one, [two[0], [*two[1]]]
     for r in range(ROUNDS if a or b else 0):
@@ -186,7 +188,7 @@ def issued(hlo: str) -> str:
     found = []
     for line in hlo.rpartition("\nENTRY")[2].splitlines()[1:]:
         if (match := OPCODE.search(line)) and match[1] not in NOTHING_RUNS:
-            end = match[1].rpartition("-")[2] if "is_sync\":true" not in line else ""
+            end = match[1].rpartition("-")[2] if 'is_sync":true' not in line else ""
             found.append({"start": "S", "done": "D", "copy": "C"}.get(end, "K"))
     return "".join(found)
 
@@ -194,7 +196,7 @@ def issued(hlo: str) -> str:
 def check_beside(hlo: str) -> None:
     """Raises ValueError unless each round starts the second, runs the first and then waits for the second."""
     if not re.fullmatch(f"(SC*K[KC]*D){{{ROUNDS}}}K?", found := issued(hlo)):
-        raise ValueError(f"compiled, the two do not run side by side: {found}")
+        raise ValueError(f"compiled, the two do not run side by side: {found[:60]}")
 
 
 def compile_for_gpu(
