@@ -171,11 +171,12 @@ def _place(point: Point, hardware: Hardware) -> Place:
 
 
 def _estimated_us(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...]) -> Callable[[Place], float]:
-    return lambda place: _estimate(model, op, family, place).us
+    estimate = _estimate(model, op, family)
+    return lambda place: estimate(*place).us
 
 
-def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...], place: Place) -> Prediction:
-    """The roofline of an op at a place on its axes."""
+def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...]) -> Callable[..., Prediction]:
+    """The roofline of an op by its place on its axes."""
     f: dict[str, Any] = dict(family)
 
     def attention(method: Callable[..., Prediction], *sizes: float, **options: Any) -> Prediction:
@@ -192,7 +193,7 @@ def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...
         "norm": lambda rows: model.norm(rows, f["hidden"], element_bytes=BYTES[f["dtype"]]),
         "sampling": lambda rows: model.sampling(rows, f["vocab"]),
     }
-    return estimates[op](*place)
+    return estimates[op]
 
 
 def _curves(model: ProfileModel) -> dict[tuple[str, str], Curve]:
@@ -215,7 +216,7 @@ def _curves(model: ProfileModel) -> dict[tuple[str, str], Curve]:
             alone = model.decode_attention(second["requests"], second["context"], **heads, kv_bytes=width)
             speed *= min(1.0, alone.us / timing.second_us)
         first_kind, second_kind = (
-            _estimate(model.roofline, point.op, point.family, _place(point, hardware)).bound
+            _estimate(model.roofline, point.op, point.family)(*_place(point, hardware)).bound
             for point in (pair.first, second)
         )
         found[first_kind, second_kind].append((1.0 - share, timing.first_speed))

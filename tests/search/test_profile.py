@@ -10,18 +10,25 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, model_config
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.search.grid import Curve, SampleGrid
 from nanoflow_jax.search.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
 from nanoflow_jax.search.measured import EXTRAPOLATED_RATE, ProfileModel, load_profile
-from nanoflow_jax.search.profile.points import GRIDS, Pair, Point, Scope, points, spread
-from nanoflow_jax.search.profile.run import time_left
+from nanoflow_jax.search.profile import timing
+from nanoflow_jax.search.profile.points import GRIDS, Grid, Pair, Point, Scope, points, spread
+from nanoflow_jax.search.profile.programs import Bench, Program
+from nanoflow_jax.search.profile.run import Machine, _scope, time_left
 from nanoflow_jax.search.profile.table import FORMAT, TableWriter, read_table, these_versions, this_machine
 from nanoflow_jax.search.profile.timing import PairTiming, Timing, speeds
 from nanoflow_jax.search.shapes import Shapes
@@ -198,6 +205,41 @@ def test_one_process_writes(tmp_path: Path):
 def test_speeds_of_a_pair_come_back(a: float, b: float):
     """Two rounds played with known speeds, one outlasting the other each time."""
     assert speeds((1 - a) / b, (1 - b) / a) == pytest.approx((a, b))
+
+
+@pytest.mark.parametrize("start_us", [0.0, 10.0, 50.0, 59.9])
+def test_a_pair_is_timed_against_each_side_alone(start_us: float, monkeypatch: pytest.MonkeyPatch):
+    """A second op of 60 us, of which `start_us` do not grow with its work, beside a first of 200 us."""
+    keep_first, keep_second = 0.6, 0.8
+
+    def us(a: int, b: int) -> float:
+        one, two = 200.0 * a, (start_us + (60.0 - start_us) * b) * bool(b)
+        both = min(one / keep_first, two / keep_second)
+        return both + one - both * keep_first + two - both * keep_second
+
+    def timed(made: list[tuple[Any, int]], grid: Grid) -> list[Timing]:
+        return [Timing(us(*program.calls), 0.0, 0.0, grid.runs) for program, _ in made]
+
+    monkeypatch.setattr(timing, "time_programs", timed)
+
+    def build(a: int, b: int) -> Program:
+        return Program(lambda times: None, (a, b))
+
+    if start_us == 59.9:
+        with pytest.raises(ValueError, match="too much to time"):
+            timing.time_pair(build, GRIDS["few"])
+        return
+    found = timing.time_pair(build, GRIDS["few"])
+    assert (found.first_speed, found.second_speed) == pytest.approx((keep_first, keep_second))
+    assert found.rounds[1][1] > 1  # the second outlasts the first by more work
+
+
+@pytest.mark.parametrize(("backend", "streams"), [("mosaic", True), ("xla", False)])
+def test_a_gpu_measures_streams_where_attention_leaves_sms_free(backend: str, streams: bool):
+    mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    machine = Machine(Bench(mesh, gpu=True, most_bytes=2**30), backend, 64, load_hardware("h200"))
+    found = points(_scope(machine, model_config("llama-3.1-70b")[1], (), 8, 2048, 8192), GRIDS["few"], ["pair"])
+    assert bool(found) == streams and all(pair.second["sms"] for pair in found if isinstance(pair, Pair))
 
 
 def scope(model: str, devices: int, tokens: int, **changes: object) -> Scope:
