@@ -167,10 +167,11 @@ class _Path:
 
 def _keep(kept: list[Label], numbers: tuple[float, ...], state: State, order: Order) -> None:
     """Adds a state to `kept`, unless one of them is nowhere more; drops those that are nowhere less."""
+    first = numbers[0]
     for other, _, _ in kept:
-        if _nowhere_more(other, numbers):
+        if other[0] <= first + NOTHING and _nowhere_more(other, numbers):
             return
-    kept[:] = [label for label in kept if not _nowhere_more(numbers, label[0])]
+    kept[:] = [label for label in kept if first > label[0][0] + NOTHING or not _nowhere_more(numbers, label[0])]
     kept.append((numbers, state, order))
 
 
