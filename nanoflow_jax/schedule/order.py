@@ -23,6 +23,7 @@ class IssueOrder:
 
     def __init__(self, enforce: bool):
         self._token: Any = lax.create_token() if enforce else None
+        self._in_flight: Any = None
 
     def run(self, op: Callable[..., T], *inputs: Any) -> T:
         """Runs `op` after everything issued before it; what is issued later runs after it."""
@@ -32,7 +33,18 @@ class IssueOrder:
         return out
 
     def start(self, op: Callable[..., T], *inputs: Any) -> T:
-        """Issues a collective after everything before it; what is issued later does not wait for it."""
+        """Issues a collective after everything before it, and after the collective before it is done: XLA lets only one
+        be in flight, and would itself choose which one is early and which late. What is issued later does not wait for
+        it."""
+        if self._in_flight is not None:
+            self.wait(self._in_flight)
+        out = op(*self._after(inputs))
+        if self._token is not None:
+            self._in_flight = out
+        return out
+
+    def beside(self, op: Callable[..., T], *inputs: Any) -> T:
+        """Issues a kernel of another stream after everything before it; what is issued later does not wait for it."""
         return op(*self._after(inputs))
 
     def wait(self, value: T) -> T:

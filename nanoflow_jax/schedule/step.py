@@ -342,7 +342,7 @@ class _StepRun:
             beside = compute_on(
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
             )
-            out = self.order.start(beside, *inputs)
+            out = self.order.beside(beside, *inputs)
             s.in_flight.append((piece, out))
         else:
             out = self.order.run(attend, *inputs)
