@@ -165,12 +165,12 @@ def render(report: Report, *, all_layers: bool = False) -> str:
 
     def times(of: Totals | LayerTotals) -> tuple[float, ...]:
         waits = (of.exposed_network_us, of.interference_us, of.bubble_us)
-        return (of.compute_us, of.memory_us, of.network_us, *waits)
+        return (of.compute_us, of.memory_us, of.network_us, *waits, of.us)
 
-    rows = [head, ("step", *map(_text, (*times(totals), totals.us)))]
+    rows = [head, ("step", *map(_text, times(totals)))]
     for layer in totals.layers:
         if layer.layer in middle or layer.layer is None:
-            rows.append(("outside" if layer.layer is None else str(layer.layer), *map(_text, times(layer)), "-"))
+            rows.append(("outside" if layer.layer is None else str(layer.layer), *map(_text, times(layer))))
     lines += _table(rows)
     lines.append(f"busiest: {totals.binding}")
     if totals.tokens_per_second_per_gpu is not None:

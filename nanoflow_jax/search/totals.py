@@ -15,29 +15,28 @@ RESOURCES = ("compute", "memory", "network")
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Microseconds of one layer; layer None: outside of layers, or untraced.
+    """Microseconds of one layer; layer None: outside of layers. What has no op counts where it was issued.
 
-    compute, memory, network: of its ops by the resource that binds them, as if each had the GPU to itself;
-    exposed_network_us, bubble_us: how long the compute stream stood still for the layer's collectives, and ahead of
-    its kernels for another reason; interference_us: what its ops on the compute stream lost to those beside them;
-    start_us, end_us: of its ops on the compute stream (0, 0: none).
+    us: what it takes of the compute stream, its ops there and the waits; compute, memory, network: of its ops by the
+    resource that binds them, as if each had the GPU to itself; exposed_network_us, bubble_us: how long the compute
+    stream stood still for the layer's collectives, and ahead of its kernels for another reason; interference_us: what
+    its ops on the compute stream lost to those beside them.
     """
 
     layer: int | None
+    us: float
     compute_us: float
     memory_us: float
     network_us: float
     exposed_network_us: float
     bubble_us: float
     interference_us: float
-    start_us: float
-    end_us: float
 
 
 @dataclass(frozen=True)
 class InnerLayer:
-    """Averages per layer over `layers`, those that repeat, in microseconds. us: the length; the others as in
-    `LayerTotals`."""
+    """Averages per layer over `layers`, those that repeat, in microseconds, as in `LayerTotals`. us is the layer's
+    length: what each of them adds to a step."""
 
     layers: tuple[int, ...]
     us: float
@@ -50,18 +49,14 @@ class InnerLayer:
 
     @staticmethod
     def of(totals: Totals, layers: Sequence[int]) -> InnerLayer:
-        """layers: neighbours, in order."""
-        known = {layer.layer: layer for layer in totals.layers}
-        chosen = [known[layer] for layer in layers]
+        chosen = [layer for layer in totals.layers if layer.layer in layers]
 
         def mean(values: Iterable[float]) -> float:
             return sum(values) / len(chosen)
 
-        before = known.get(layers[0] - 1)
-        begin = before.end_us if before else chosen[0].start_us
         return InnerLayer(
             layers=tuple(layers),
-            us=(chosen[-1].end_us - begin) / len(chosen),
+            us=mean(layer.us for layer in chosen),
             compute_us=mean(layer.compute_us for layer in chosen),
             memory_us=mean(layer.memory_us for layer in chosen),
             network_us=mean(layer.network_us for layer in chosen),
@@ -111,25 +106,21 @@ def _busiest(times: InnerLayer | Totals) -> str:
     return max(RESOURCES, key=lambda resource: getattr(times, f"{resource}_us"))
 
 
-def _layer(event: Event) -> int | None:
-    return event.piece.layer if event.piece else None
-
-
 def _layer_totals(layer: int | None, events: Sequence[Event]) -> LayerTotals:
     busy: defaultdict[str, float] = defaultdict(float)
     for event in events:
         busy[event.lane] += event.alone_us
     computed = [event for event in events if event.stream == COMPUTE]
+    waited = sum(event.exposed_us + event.bubble_us for event in events)
     return LayerTotals(
         layer=layer,
+        us=sum(event.us for event in computed) + waited,
         compute_us=busy["compute"],
         memory_us=busy["memory"],
         network_us=busy["network"],
         exposed_network_us=sum(event.exposed_us for event in events),
         bubble_us=sum(event.bubble_us for event in events),
         interference_us=sum(event.us - event.alone_us for event in computed),
-        start_us=min((event.start_us for event in computed), default=0.0),
-        end_us=max((event.end_us for event in computed), default=0.0),
     )
 
 
@@ -137,8 +128,10 @@ def add_up(
     timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
 ) -> Totals:
     by_layer: dict[int | None, list[Event]] = {}
+    layer = None
     for event in timeline.events:
-        by_layer.setdefault(_layer(event), []).append(event)
+        layer = event.piece.layer if event.piece else layer
+        by_layer.setdefault(layer, []).append(event)
     order = sorted(by_layer, key=lambda layer: (layer is None, layer or 0))
     whole = _layer_totals(None, timeline.events)
     totals = Totals(

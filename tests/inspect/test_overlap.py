@@ -98,6 +98,15 @@ def test_a_collective_is_hidden_by_what_is_between_start_and_done() -> None:
     assert totals.layers[0].interference_us == pytest.approx(totals.interference_us)
 
 
+def test_a_layer_is_as_long_as_what_it_takes_of_the_compute_stream() -> None:
+    """Wherever XLA puts its ops: one of layer 0 runs last. What has no op counts for the layer that it runs in."""
+    untraced = "%n = bf16[1024,8192]{1,0} negate(%a)"
+    one, two = (GEMM.format(name=f"g{i}", m=1024, x="b", scope=f"L{i}/UG.2") for i in (1, 2))
+    first, second, third = report_of(UG2, one, untraced, two, D2).totals.layers
+    small = RooflineModel(H200).kernel(0, 2 * 1024 * 8192 * 2).us
+    assert (first.us, second.us, third.us) == pytest.approx((2 * MUL, MUL + small, MUL))
+
+
 def test_without_interference_nothing_is_lost() -> None:
     """The broken twin: a model in which ops side by side keep their speed."""
     report = inspect_compiled(program(AR1, UG2, D2, DONE1), None, H200, 8, latency=Free(H200))
@@ -321,6 +330,7 @@ def test_report_is_plain_data_and_text() -> None:
     assert totals.us == pytest.approx(parts + totals.interference_us)
     assert totals.interference_us > 0
     assert sum(layer.compute_us for layer in totals.layers) == pytest.approx(totals.compute_us)
+    assert sum(layer.us for layer in totals.layers) == pytest.approx(totals.us)
     assert totals.tokens_per_second_per_gpu == pytest.approx(2048 / totals.us * 1e6 / 8)
     assert totals.tokens_per_second_per_gpu is not None
     assert totals.share_of_optimum == pytest.approx(
