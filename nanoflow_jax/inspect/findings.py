@@ -222,7 +222,7 @@ def collective_faults(program: _Program) -> Iterator[Finding]:
 
 def untraced_kernels(program: _Program) -> Iterator[Finding]:
     """Custom calls (Mosaic kernels, sorts), and other kernels that move a MiB or more, of no op piece: their time and
-    bytes count for no op."""
+    bytes count for no op and no layer."""
     for computation in program.running:
         for kernel in computation.instructions:
             if kernel.base not in KERNELS or program.is_gemm(kernel) or collective_kind(program.module, kernel):

@@ -15,7 +15,7 @@ RESOURCES = ("compute", "memory", "network")
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Microseconds of one layer; layer None: outside of layers. What has no op counts where it was issued.
+    """Microseconds of one layer; layer None: outside of layers, or untraced.
 
     us: what it takes of the compute stream, its ops there and the waits; compute, memory, network: of its ops by the
     resource that binds them, as if each had the GPU to itself; exposed_network_us, bubble_us: how long the compute
@@ -128,10 +128,8 @@ def add_up(
     timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
 ) -> Totals:
     by_layer: dict[int | None, list[Event]] = {}
-    layer = None
     for event in timeline.events:
-        layer = event.piece.layer if event.piece else layer
-        by_layer.setdefault(layer, []).append(event)
+        by_layer.setdefault(event.piece.layer if event.piece else None, []).append(event)
     order = sorted(by_layer, key=lambda layer: (layer is None, layer or 0))
     whole = _layer_totals(None, timeline.events)
     totals = Totals(
