@@ -74,7 +74,7 @@ class ProfileModel:
                 samples[point.op, point.family][_place(point, hardware)] = timing.us
         grids = {
             (op, family): SampleGrid.of(
-                found, _estimate(roofline, op, family), [axis not in WITHOUT_ZERO for axis in AXES[op]]
+                found, _estimated_us(roofline, op, family), [axis not in WITHOUT_ZERO for axis in AXES[op]]
             )
             for (op, family), found in samples.items()
         }
@@ -170,36 +170,38 @@ def _place(point: Point, hardware: Hardware) -> Place:
     return tuple(_per_sm(point[axis], hardware) if axis == "sms" else float(point[axis]) for axis in AXES[point.op])
 
 
-def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...]) -> Callable[[Place], float]:
-    """The roofline's microseconds of an op at a place on its axes."""
+def _estimated_us(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...]) -> Callable[[Place], float]:
+    estimate = _estimate(model, op, family)
+    return lambda place: estimate(*place).us
+
+
+def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...]) -> Callable[..., Prediction]:
+    """The roofline of an op by its place on its axes."""
     f: dict[str, Any] = dict(family)
 
-    def attention(method: Callable[..., Prediction], *sizes: float, **options: Any) -> float:
-        return method(
-            *sizes, f["q_heads"], f["kv_heads"], f["head_dim"], kv_bytes=float(BYTES[f["dtype"]]), **options
-        ).us
+    def attention(method: Callable[..., Prediction], *sizes: float, **options: Any) -> Prediction:
+        return method(*sizes, f["q_heads"], f["kv_heads"], f["head_dim"], kv_bytes=float(BYTES[f["dtype"]]), **options)
 
-    estimates: dict[str, Callable[..., float]] = {
-        "gemm": lambda m: model.gemm(m, f["n"], f["k"], f["dtype"]).us,
+    estimates: dict[str, Callable[..., Prediction]] = {
+        "gemm": lambda m: model.gemm(m, f["n"], f["k"], f["dtype"]),
         "decode_attention": lambda requests, context, per_sm: attention(
             model.decode_attention, requests, context, sms=round(1 / per_sm)
         ),
         "prefill_attention": lambda tokens, context: attention(model.prefill_attention, tokens, context),
-        "collective": lambda moved: model.collective(f["kind"], moved, f["devices"]).us,
-        "append": lambda rows: model.append(rows, f["kv_heads"], f["head_dim"], kv_bytes=BYTES[f["dtype"]]).us,
-        "norm": lambda rows: model.norm(rows, f["hidden"], element_bytes=BYTES[f["dtype"]]).us,
-        "sampling": lambda rows: model.sampling(rows, f["vocab"]).us,
+        "collective": lambda moved: model.collective(f["kind"], moved, f["devices"]),
+        "append": lambda rows: model.append(rows, f["kv_heads"], f["head_dim"], kv_bytes=BYTES[f["dtype"]]),
+        "norm": lambda rows: model.norm(rows, f["hidden"], element_bytes=BYTES[f["dtype"]]),
+        "sampling": lambda rows: model.sampling(rows, f["vocab"]),
     }
-    return lambda place: estimates[op](*place)
+    return estimates[op]
 
 
 def _curves(model: ProfileModel) -> dict[tuple[str, str], Curve]:
-    """P(R) of both ops of each kind of pair.
+    """P(R) of both ops of each kind of pair; an op's kind is what bounds it, as where the curves are asked for.
 
     R of decode attention with an SM budget: that part of the SMs; its speed is relative to all SMs. R of a collective:
     the share that the simulator gives one (`Calibration.network_share`). Without either, both have a half.
     """
-    kinds = {"gemm": "compute", "decode_attention": "memory", "prefill_attention": "compute", "collective": "network"}
     found: dict[tuple[str, str], list[tuple[float, float]]] = defaultdict(list)
     hardware = model.hardware
     for pair, timing in model.table.pairs.items():
@@ -213,7 +215,10 @@ def _curves(model: ProfileModel) -> dict[tuple[str, str], Curve]:
             width = float(BYTES[second["dtype"]])
             alone = model.decode_attention(second["requests"], second["context"], **heads, kv_bytes=width)
             speed *= min(1.0, alone.us / timing.second_us)
-        first_kind, second_kind = kinds[pair.first.op], kinds[second.op]
+        first_kind, second_kind = (
+            _estimate(model.roofline, point.op, point.family)(*_place(point, hardware)).bound
+            for point in (pair.first, second)
+        )
         found[first_kind, second_kind].append((1.0 - share, timing.first_speed))
         found[second_kind, first_kind].append((share, speed))
     return {kinds: Curve.of(points) for kinds, points in found.items()}

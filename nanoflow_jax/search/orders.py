@@ -1,192 +1,182 @@
-"""The best order of a plan's pieces, by a closed form of the simulator for plans without a lane of their own.
+"""The best order of a plan's pieces, proven best: a shortest path through the states of a layer.
 
 A plan's pieces form a chain per nano-batch, and an order is an interleaving of the chains. A collective that only
 takes a result is issued right behind the op that makes it: later would only delay the network. (The tests compare with
-all orders.) With two streams and first-in-first-out collectives the network's state is one number, the work that it
-has been given and has not done, so that a layer is a short sum instead of a simulation; the two agree exactly.
+all orders.)
+
+Prefixes of an order that have placed the same pieces are compared by the time and by what is under way: one that is
+nowhere less than another leads to nothing better, and is dropped. What is left after the last piece are the states that
+a layer can leave to the next. The first layer starts with nothing under way, the second with any of these states, and
+so on: no order's layer can be shorter in the steady state than the shortest one so found, since work that the layer
+before has left only makes a layer longer, by at least `least_loss` per microsecond of it. Each order so found is played
+to its steady state. When the shortest of these meets the bound, it is proven; two to six layers do.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nanoflow_jax.search.jobs import COMPUTE, NETWORK, Job
+from nanoflow_jax.search.steps import (
+    NOTHING,
+    RUN,
+    START,
+    START_SIDE,
+    WAIT,
+    WAIT_BEFORE,
+    WAIT_SIDE,
+    Order,
+    State,
+    Step,
+    Steps,
+)
 
-RUN, START, WAIT, WAIT_BEFORE = range(4)
-EAGER = ("GEMV.AG", "O.AR", "O.RS", "D.AR", "D.RS")  # and O.AG of a gather
-LAYERS = 4
-EXHAUSTIVE = 30_000  # orders of a structure that are all tried; above: local search
-
-
-@dataclass(frozen=True)
-class Steps:
-    """What each piece of a layer does, by its name: (RUN, us, speed, network's speed meanwhile), (START, us, name) of
-    its collective, (WAIT, 0, name) for a collective of this layer, (WAIT_BEFORE, 0, name) for one of the layer
-    before."""
-
-    of: dict[str, tuple[tuple, ...]]
-    appends: dict[str, tuple[tuple, ...]]  # of KQV pieces: written by the first attention op that comes after
-
-    @staticmethod
-    def read(jobs: Sequence[Job], speeds: dict[str, tuple[float, float]]) -> Steps:
-        """From the jobs of a step of three layers or more; the second stands for all. speeds: by the kind of a compute
-        job, its speed beside a collective and the collective's."""
-        found: dict[str, list[tuple]] = {}
-        for job in jobs:
-            if job.piece.layer != 1:
-                continue
-            steps = found.setdefault(f"{job.piece.op}.{job.piece.piece}", [])
-            for need in job.needs:
-                other = jobs[need].piece
-                if jobs[need].stream == NETWORK:
-                    kind = WAIT if other.layer == 1 else WAIT_BEFORE
-                    steps.append((kind, 0.0, f"{other.op}.{other.piece}"))
-            if job.stream == COMPUTE:
-                steps.append((RUN, job.prediction.us, *speeds[job.prediction.bound]))
-            else:
-                steps.append((START, job.prediction.us, f"{job.piece.op}.{job.piece.piece}"))
-        done = {name: tuple(_merged(steps)) for name, steps in found.items()}
-        appends = {name.replace("KV.APPEND", "KQV"): done.pop(name) for name in list(done) if name.startswith("KV.")}
-        return Steps(done, appends)
-
-    def period(self, order: Sequence[str]) -> float:
-        """Microseconds of a layer in the steady state."""
-        steps: list[tuple] = []
-        unwritten: list[tuple] = []
-        for name in order:
-            if name.startswith(("GEMV.", "PF.")) and not name.startswith("GEMV.AG"):
-                steps += unwritten
-                unwritten.clear()
-            steps += self.of[name]
-            unwritten += self.appends.get(name, ())
-        now = done = issued = begin = 0.0
-        before: dict[str, float] = {}
-        for _ in range(LAYERS):
-            begin, here = now, {}
-            for step in steps:
-                kind = step[0]
-                if kind == RUN:
-                    _, us, speed, network = step
-                    backlog = issued - done
-                    if backlog <= 1e-9:
-                        now += us
-                    elif us * network <= backlog * speed:
-                        spent = us / speed
-                        now += spent
-                        done += network * spent
-                    else:
-                        spent = backlog / network
-                        now += spent + us - speed * spent
-                        done = issued
-                elif kind == START:
-                    issued += step[1]
-                    here[step[2]] = issued
-                else:
-                    until = (here if kind == WAIT else before).get(step[2], 0.0)
-                    if until > done:
-                        now += until - done
-                        done = until
-            before = here
-        return now - begin
-
-
-def _merged(steps: list[tuple]) -> Iterator[tuple]:
-    """Kernels of the same kind that follow one another become one."""
-    last: tuple | None = None
-    for step in steps:
-        if step[0] == RUN and last is not None and last[0] == RUN and last[2:] == step[2:]:
-            last = (RUN, last[1] + step[1], *step[2:])
-            continue
-        if last is not None:
-            yield last
-        last = step
-    if last is not None:
-        yield last
-
+ROUNDS = 12  # layers that the bound is followed over, at most
+LESS = 1e-6  # microseconds that count as better
 
 Chain = tuple[tuple[str, ...], ...]  # blocks in order; a block is issued whole: an op, and its eager collectives
 
 
-def interleavings(chains: Sequence[Chain], after: dict[str, tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    """Every order of the chains' blocks in which each piece comes after those that `after` names."""
-    at = [0] * len(chains)
-    order: list[str] = []
-    placed: set[str] = set()
+@dataclass(frozen=True)
+class Ordered:
+    """period: of the best order, empty where none is below what was asked; bound: no order has a shorter one."""
 
-    def extend() -> Iterator[tuple[str, ...]]:
-        finished = True
-        for k, chain in enumerate(chains):
-            if at[k] == len(chain):
-                continue
-            finished = False
-            block = chain[at[k]]
-            if any(need not in placed for name in block for need in after.get(name, ())):
-                continue
-            at[k] += 1
-            order.extend(block)
-            placed.update(block)
-            yield from extend()
-            del order[-len(block) :]
-            placed.difference_update(block)
-            at[k] -= 1
-        if finished:
-            yield tuple(order)
-
-    yield from extend()
-
-
-def count(chains: Sequence[Chain]) -> int:
-    """Interleavings, without `after`."""
-    total, found = 0, 1
-    for chain in chains:
-        for i in range(1, len(chain) + 1):
-            total += 1
-            found = found * total // i
-    return found
+    period: float
+    order: Order
+    bound: float
 
 
 def best_order(
-    steps: Steps, chains: Sequence[Chain], after: dict[str, tuple[str, ...]], limit: int = EXHAUSTIVE
-) -> tuple[float, tuple[str, ...], bool]:
-    """Period, order, and whether all orders were tried. The first of equally good orders wins."""
-    if count(chains) <= limit:
-        best = min(interleavings(chains, after), key=steps.period)
-        return steps.period(best), best, True
-    return _climb(steps, chains, after)
+    steps: Steps, chains: Sequence[Chain], after: dict[str, tuple[str, ...]], below: float = math.inf
+) -> Ordered:
+    """The order with the shortest period, if that is below `below`. after: pieces that must come before a piece. Of
+    equally good orders the first found wins."""
+    path = _Path(steps, chains, after)
+    period, order, bound = below, Order(), 0.0
+    periods: dict[Order, float] = {}
+    starts = [steps.start]
+    for _ in range(ROUNDS):
+        ends = path.layer(starts, period)
+        for _, _, found in ends:
+            if found not in periods:
+                periods[found] = steps.period(found)
+                if periods[found] < period - LESS:
+                    period, order = periods[found], found
+        bound = max(bound, min((cost for cost, _, _ in ends), default=period))
+        if bound >= period - LESS:
+            return Ordered(period, order, period)
+        starts = path.starts([state for _, state, _ in ends])
+    return Ordered(period, order, bound)
 
 
-def _climb(
-    steps: Steps, chains: Sequence[Chain], after: dict[str, tuple[str, ...]]
-) -> tuple[float, tuple[str, ...], bool]:
-    """From the chains side by side: the best move of one block to another place, until none helps."""
-    order = [(k, i) for i in range(max(map(len, chains))) for k in range(len(chains)) if i < len(chains[k])]
+Label = tuple[tuple[float, ...], State, Order]  # a path's numbers that others are compared by, its state and its blocks
 
-    def names(order: Sequence[tuple[int, int]]) -> tuple[str, ...]:
-        return tuple(name for k, i in order for name in chains[k][i])
 
-    def allowed(order: Sequence[tuple[int, int]]) -> bool:
-        seen: set[str] = set()
-        for name in names(order):
-            if any(need not in seen for need in after.get(name, ())):
-                return False
-            seen.add(name)
-        return True
+@dataclass(frozen=True)
+class _Placed:
+    """A part of a layer's pieces. rest: what the others cost at least; here, before: slots of this layer's jobs, and of
+    the layer before's, that one of the others, or of the next layer, waits for."""
 
-    if not allowed(order):  # one chain after the other always is
-        order = [(k, i) for k in range(len(chains)) for i in range(len(chains[k]))]
-    best = steps.period(names(order))
-    while True:
-        moved: list[tuple[int, int]] | None = None
-        for a in range(len(order)):
-            rest = order[:a] + order[a + 1 :]
-            own = [j for j, (k, _) in enumerate(rest) if k == order[a][0]]
-            low = max((j + 1 for j in own if rest[j][1] < order[a][1]), default=0)
-            high = min((j for j in own if rest[j][1] > order[a][1]), default=len(rest))
-            for b in range(low, high + 1):
-                tried = [*rest[:b], order[a], *rest[b:]]
-                if tried != order and allowed(tried) and (period := steps.period(names(tried))) < best - 1e-6:
-                    best, moved = period, tried
-        if moved is None:
-            return best, names(order), False
-        order = moved
+    names: frozenset[str]
+    rest: float
+    here: tuple[int, ...]
+    before: tuple[int, ...]
+
+
+class _Path:
+    """Layers as paths through (blocks placed of each chain, KQV pieces not written)."""
+
+    def __init__(self, steps: Steps, chains: Sequence[Chain], after: dict[str, tuple[str, ...]]):
+        self.steps, self.chains, self.after = steps, chains, after
+        self.least = {name: self._least([*own, *steps.appends.get(name, ())]) for name, own in steps.of.items()}
+        self.known: dict[tuple[int, ...], _Placed] = {}
+        self.awaited = {what for own in steps.of.values() for kind, _, what in own if kind == WAIT_BEFORE}
+
+    def _least(self, steps: Sequence[Step]) -> float:
+        """What steps cost at least: their own time, and what the network's work takes from others."""
+        weights = {RUN: 1.0, START: self.steps.least_loss}
+        return sum(weights.get(kind, 0.0) * us for kind, us, _ in steps)
+
+    def layer(self, starts: Sequence[State], below: float) -> list[tuple[float, State, Order]]:
+        """Cost, last state and order of every path that is not dropped; those that cost `below` or more are."""
+        price = self.steps.least_loss
+        paths = {((0,) * len(self.chains), Order()): [((), state, Order()) for state in starts]}
+        for _ in range(sum(map(len, self.chains))):
+            longer: dict[tuple[tuple[int, ...], Order], list[Label]] = {}
+            for (at, unwritten), labels in paths.items():
+                for k, block in self._next(at):
+                    steps, pending = self.steps.listed(block, unwritten)
+                    number = (*at[:k], at[k] + 1, *at[k + 1 :])
+                    placed = self._placed(number)
+                    most = below - LESS - placed.rest - sum(self._least(self.steps.appends[name]) for name in pending)
+                    kept = longer.setdefault((number, pending), [])
+                    for _, state, order in labels:
+                        found = self.steps.advance(state, steps)
+                        if found.now + price * (found.given - found.done) < most:
+                            _keep(kept, self._numbers(found, placed), found, order + block)
+            paths = longer
+        ends = [(state, order) for labels in paths.values() for _, state, order in labels]
+        return [(state.now + price * (state.given - state.done), state, order) for state, order in ends]
+
+    def _next(self, at: tuple[int, ...]) -> Iterator[tuple[int, Order]]:
+        """The chains' next blocks whose needs are placed."""
+        names = self._placed(at).names
+        for k, chain in enumerate(self.chains):
+            if at[k] < len(chain) and all(names.issuperset(self.after.get(name, ())) for name in chain[at[k]]):
+                yield k, chain[at[k]]
+
+    def _placed(self, at: tuple[int, ...]) -> _Placed:
+        if at not in self.known:
+            blocks = [block for chain, n in zip(self.chains, at, strict=True) for block in chain[:n]]
+            names = frozenset(name for block in blocks for name in block)
+            steps = [step for name in names for step in self.steps.of[name]]
+            started = {what for kind, _, what in steps if kind in (START, START_SIDE)}
+            waited = {what for kind, _, what in steps if kind in (WAIT, WAIT_SIDE)}
+            before = self.awaited - {what for kind, _, what in steps if kind == WAIT_BEFORE}
+            rest = sum(least for name, least in self.least.items() if name not in names)
+            here = tuple(sorted(started - (waited - self.awaited)))
+            self.known[at] = _Placed(names, rest, here, tuple(sorted(before)))
+        return self.known[at]
+
+    def _numbers(self, state: State, placed: _Placed) -> tuple[float, ...]:
+        """The time, and what is left of each job under way and of all of them."""
+        now, done, given, side_done, side_given, by, by_before = state
+        numbers = [now, given - done, side_given - side_done]
+        for slot in placed.here:
+            left = by[slot] - (side_done if self.steps.on_side[slot] else done)
+            numbers.append(left if left > 0 else 0.0)
+        for slot in placed.before:
+            left = by_before[slot] - done
+            numbers.append(left if left > 0 else 0.0)
+        return tuple(numbers)
+
+    def starts(self, ends: Sequence[State]) -> list[State]:
+        """What layers leave to the next: the least of it, whatever their time was. The network's work that is left is
+        counted already, as `least_loss` of it, and counts from here again. Attention on a lane never outlasts its
+        layer."""
+        kept: list[Label] = []
+        nothing = self.steps.start.here
+        for end in ends:
+            left = end.given - end.done
+            before = tuple(max(0.0, end.here[i] - end.done) if i in self.awaited else 0.0 for i in range(len(nothing)))
+            state = State(-self.steps.least_loss * left, 0.0, left, 0.0, 0.0, nothing, before)
+            _keep(kept, (left, *before), state, ())
+        return [state for _, state, _ in kept]
+
+
+def _keep(kept: list[Label], numbers: tuple[float, ...], state: State, order: Order) -> None:
+    """Adds a state to `kept`, unless one of them is nowhere more; drops those that are nowhere less."""
+    first = numbers[0]
+    for other, _, _ in kept:
+        if other[0] <= first + NOTHING and _nowhere_more(other, numbers):
+            return
+    kept[:] = [label for label in kept if first > label[0][0] + NOTHING or not _nowhere_more(numbers, label[0])]
+    kept.append((numbers, state, order))
+
+
+def _nowhere_more(these: tuple[float, ...], those: tuple[float, ...]) -> bool:
+    for this, that in zip(these, those, strict=True):  # noqa: SIM110 (half the time of `all`)
+        if this > that + NOTHING:
+            return False
+    return True

@@ -1,20 +1,22 @@
-"""The best plan for a model, a GPU and a load.
+"""The best plan for a model, a GPU and a load: best-first branch and bound.
 
-Stage one fixes a structure: how many nano-batches, where the rows are cut, and how each nano-batch's attention output
-becomes the residual. Structures are taken in the order of their lower bound (`bound`); one whose bound is not below
-the best plan so far cannot hold a better one. For each, stage two tries every order (`orders`). What is found is then
-refined beyond that space: KQV and decode attention of a nano-batch in two pieces, and, where the GPU has the kernel,
-decode attention on a lane of its own with a share of the SMs.
+Stage one fixes a structure: how many nano-batches, where the rows are cut, how each nano-batch's attention output
+becomes the residual, whether its KQV and decode attention are in two pieces, and the SMs of decode attention on a lane
+of its own. Structures are taken in the order of their lower bound (`bound`); one whose bound is not below the best plan
+so far cannot hold a better one. Stage two finds the best order of each of the others (`orders`).
 
 The result does not depend on the time it takes: nothing is cut short by a clock.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import chain, combinations, pairwise, product
+from itertools import combinations, pairwise, product
+from multiprocessing import get_context
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.schedule.ops import STRATEGIES
@@ -23,26 +25,35 @@ from nanoflow_jax.search.bound import least_period
 from nanoflow_jax.search.jobs import Job, Shares, build_jobs
 from nanoflow_jax.search.latency import LatencyModel
 from nanoflow_jax.search.load import StepLoad
-from nanoflow_jax.search.orders import Chain, Steps, best_order
+from nanoflow_jax.search.orders import LESS, Chain, Ordered, best_order
+from nanoflow_jax.search.play import Speeds
 from nanoflow_jax.search.shapes import OpCosts, Shapes
-from nanoflow_jax.search.simulate import ATTENTION_SHARE, simulate_step
+from nanoflow_jax.search.simulate import ATTENTION_SHARE
+from nanoflow_jax.search.steps import Order, Steps
 
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
-LANE_SHARES = (0.25, 0.375, 0.5)  # of the SMs, for decode attention on a lane
-LANE_GAIN = 0.99  # a lane must be at least so much better: the kernel has to be there too
-REFINED = 2  # structures that are refined, of each number of nano-batches
+LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
+ROUND = 8  # structures that are looked at with the same best plan so far, whatever the number of processes
+ALONE = 128  # structures that are looked at before other processes are started: that takes seconds
+MOST_CUT = 2  # nano-batches, of plans whose KQV and decode attention are also tried in two pieces
+CAPABILITY = (9, 0)  # of GPUs whose decode attention can leave SMs free
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Rows of the nano-batches, their strategies, whether each's D.AG is deferred to the next layer (scatter only), and
-    in how many pieces its KQV and decode attention are."""
+    """Rows of the nano-batches, their strategies, whether each's D.AG is deferred to the next layer (scatter only), in
+    how many pieces its KQV and decode attention are; and the SMs' share of decode attention on a lane, 0: none."""
 
     rows: tuple[int, ...]
     strategies: tuple[str, ...]
     deferred: tuple[bool, ...]
     cuts: tuple[int, ...]
+    lane: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        return max(self.cuts) == 1
 
 
 @dataclass(frozen=True)
@@ -57,21 +68,41 @@ class Space:
 
 @dataclass(frozen=True)
 class Found:
-    """The result. period_us: of a layer of the plan; bound_us: no plan of the space has a shorter one; proven: all
-    orders of every structure that could hold a better plan were tried, but for the refinements."""
+    """The result.
+
+    period_us   of a layer of the plan; without_lane_us: of the best that leaves decode attention on the main stream
+    bound_us    no plan of the space has a layer that is shorter
+    structures  of the space, before cuts; ruled_out: by their bounds
+    tried       structures, cuts among them, whose best order was sought; open: those of them where it is not proven
+    """
 
     plan: SchedulePlan
     period_us: float
+    without_lane_us: float
     bound_us: float
-    proven: bool
     structures: int
+    ruled_out: int
     tried: int
-    refinement: str
+    open: int
 
     @property
     def gap(self) -> float:
-        """How much shorter than the bound's a layer could be at most, as a share of the bound."""
-        return self.period_us / self.bound_us - 1
+        """How much longer the plan's layer is than the bound, as a share of the bound: 0 when no plan is better."""
+        return max(0.0, self.period_us / self.bound_us - 1)
+
+
+@dataclass
+class _Best:
+    """The best plan so far. unproven: the least bound of structures whose best order is not proven; whole: of `tried`,
+    those without cuts."""
+
+    period: float = math.inf
+    structure: Structure | None = None
+    order: Order = ()
+    tried: int = 0
+    whole: int = 0
+    open: int = 0
+    unproven: float = math.inf
 
 
 def search(
@@ -82,48 +113,73 @@ def search(
     load: StepLoad,
     *,
     space: Space | None = None,
+    workers: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
-    """name: of the plan; load: of the step that it is for; progress: called with (structures done, all). Raises
-    ConfigError for a load that leaves nothing to cut."""
+    """name: of the plan; load: of the step that it is for; workers: processes, which do not change the result (more
+    than one needs a main module that can be imported, as `multiprocessing` says); progress: called with (structures
+    done, all). Raises ConfigError for a load that leaves nothing to cut."""
     space = space or Space()
-    finder = _Finder(name, config, model, devices, load, space)
-    ranked = sorted(((finder.bound(s), i, s) for i, s in enumerate(finder.structures())), key=lambda r: r[:2])
-    if not ranked:
+    finder = Finder(name, config, model, devices, load, space)
+    structures = list(finder.structures())
+    if not structures:
         raise ConfigError(f"search: {load.rows} rows cannot be cut as asked; accepted: fewer nano-batches, more rows")
-    best: dict[int, list[tuple[float, Structure, tuple[str, ...]]]] = {}  # by number of nano-batches
-    shortest, tried, proven, least = math.inf, 0, True, ranked[0][0]
-    for done, (bound, _, structure) in enumerate(ranked):
-        progress(done, len(ranked))
-        if bound >= shortest:
-            break
-        period, order, complete = finder.best(structure)
-        tried, proven, shortest = tried + 1, proven and complete, min(shortest, period)
-        same = [*best.get(len(structure.rows), []), (period, structure, order)]
-        best[len(structure.rows)] = sorted(same, key=lambda found: found[0])[:REFINED]
-    progress(len(ranked), len(ranked))
-    period, plan, refinement = finder.refine(sorted(chain.from_iterable(best.values()), key=lambda found: found[0]))
-    if space.lanes and finder.has_lane:
-        least = min(least, *(finder.bound(s, share) for _, _, s in ranked for share in LANE_SHARES))
-    return Found(plan, period, least, proven, len(ranked), tried, refinement)
+    shares = LANE_SHARES if space.lanes and load.decode_rows and model.hardware.capability == CAPABILITY else ()
+    total = len(structures) * (1 + len(shares))
+    laned = [replace(s, lane=share) for share in shares for s in structures]
+    with _Orders(workers) as orders:
+        best = finder.best_of(structures, math.inf, orders, lambda done: progress(done, total))
+        with_lane = finder.best_of(laned, best.period, orders, lambda done: progress(len(structures) + done, total))
+    progress(total, total)
+    chosen = with_lane if with_lane.structure else best
+    assert chosen.structure is not None
+    return Found(
+        plan=replace(finder.plan(chosen.structure), order=chosen.order),
+        period_us=chosen.period,
+        without_lane_us=best.period,
+        bound_us=min(chosen.period, best.unproven, with_lane.unproven),
+        structures=total,
+        ruled_out=total - best.whole - with_lane.whole,
+        tried=best.tried + with_lane.tried,
+        open=best.open + with_lane.open,
+    )
 
 
-class _Finder:
+class _Orders:
+    """Best orders of several structures at once, in processes of their own once there are many."""
+
+    def __init__(self, workers: int):
+        self._workers, self._left = workers, ALONE
+        self._pool: ProcessPoolExecutor | None = None
+
+    def best(self, problems: Sequence[tuple[Steps, list[Chain], dict[str, tuple[str, ...]], float]]) -> list[Ordered]:
+        self._left -= len(problems)
+        if self._workers > 1 and self._left < 0 and self._pool is None:
+            self._pool = ProcessPoolExecutor(self._workers, get_context("spawn"))
+        each = self._pool.map if self._pool else map
+        return list(each(best_order, *zip(*problems, strict=True))) if problems else []
+
+    def __enter__(self) -> _Orders:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+
+class Finder:
+    """Structures of a space, their bounds and the best of them; arguments: see `search`."""
+
     def __init__(self, name: str, config: ModelConfig, model: LatencyModel, devices: int, load: StepLoad, space: Space):
-        self.name, self.config, self.model, self.devices = name, config, model, devices
+        self.name, self.model, self.devices = name, model, devices
         self.load, self.space = load, space
         self.costs = OpCosts(model, Shapes.of(config, devices), load)
-        share = model.hardware.calibration.network_share
-        self.shares = Shares(share, ATTENTION_SHARE)
-        self.speeds = {
-            kind: (model.rate(kind, 1 - share, "network").speed, model.rate("network", share, kind).speed)
-            for kind in ("compute", "memory")
-        }
+        self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
+        self.speeds = Speeds(model)
         self.bounds: dict[tuple, float] = {}
-        self.has_lane = model.hardware.capability == (9, 0) and load.decode_rows > 0
 
     def structures(self) -> Iterator[Structure]:
-        """All of the space, without refinements. On one device there is no network to choose a strategy for."""
+        """All of the space, whole and without lanes. On one device there is no network to choose a strategy for."""
         rows, quantum = self.load.rows, row_quantum(self.devices)
         strategies = self.space.strategies if self.devices > 1 else self.space.strategies[:1]
         for count in self.space.batches:
@@ -137,12 +193,53 @@ class _Finder:
                     for deferred in product(*ways):
                         yield Structure(sizes, chosen, deferred, (1,) * count)
 
-    def plan(self, s: Structure, lane: Lane | None = None) -> SchedulePlan:
+    def best_of(
+        self, structures: list[Structure], below: float, orders: _Orders, progress: Callable[[int], None]
+    ) -> _Best:
+        """The best plan with a period below `below`, by bound. Cuts of a structure are looked at after it: they only
+        add kernels, so that its bound holds for them too."""
+        best = _Best(below)
+        queue: list[tuple[float, int, Structure]] = []
+        for number, structure in enumerate(structures):
+            heapq.heappush(queue, (self.bound(structure), number, structure))
+            progress(number // 2)
+        number = len(structures)
+        while queue and queue[0][0] < best.period - LESS:
+            tried = [heapq.heappop(queue) for _ in range(min(ROUND, len(queue)))]
+            tried = [entry for entry in tried if entry[0] < best.period - LESS]
+            below = best.period
+            for (bound, _, structure), found in zip(
+                tried, orders.best([(*self.problem(s), below) for _, _, s in tried]), strict=True
+            ):
+                best.tried += 1
+                if found.order and found.period < best.period - LESS:
+                    best.period, best.structure, best.order = found.period, structure, found.order
+                if found.bound < found.period - LESS:
+                    best.open, best.unproven = best.open + 1, min(best.unproven, max(bound, found.bound))
+                if structure.whole:
+                    best.whole += 1
+                    if len(structure.rows) <= MOST_CUT:
+                        for cut in self.cuts(structure):
+                            number += 1
+                            heapq.heappush(queue, (max(bound, self.bound(cut)), number, cut))
+            progress((len(structures) + best.whole) // 2)
+        return best
+
+    def cuts(self, s: Structure) -> Iterator[Structure]:
+        """The structure with KQV and decode attention of some nano-batches in two pieces."""
+        known = {tuple(self.plan(s).splits.items())}
+        for cuts in product((1, 2), repeat=len(s.rows)):
+            cut = replace(s, cuts=cuts)
+            if (splits := tuple(self.plan(cut).splits.items())) not in known:
+                known.add(splits)
+                yield cut
+
+    def plan(self, s: Structure) -> SchedulePlan:
         """Its order: one nano-batch after the other."""
         batches = tuple(NanoBatch(n, strategy) for n, strategy in zip(s.rows, s.strategies, strict=True))
         total, decode = self.load.rows, self.load.decode_rows
         splits: dict[str, tuple[int, ...]] = {}
-        if any(cut > 1 for cut in s.cuts):
+        if not s.whole:
             edges, first = [0], 0
             for rows, cut in zip(s.rows, s.cuts, strict=True):
                 half = first + round(rows / 2 / GRID) * GRID
@@ -151,95 +248,50 @@ class _Finder:
             splits["KQV"] = tuple(b - a for a, b in pairwise(edges))
             inner = sorted({min(edge, decode) for edge in edges})
             splits["GEMV"] = tuple(b - a for a, b in pairwise(inner))
-        lanes = {"GEMV": lane} if lane else {}
+        sms = round(s.lane * self.model.hardware.sm_count / 4) * 4
+        lanes = {"GEMV": Lane(1, sms)} if s.lane else {}
         splits = {op: sizes for op, sizes in splits.items() if sizes}
         plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes)
         return replace(plan, order=tuple(name for blocks in self.chains(s, plan) for block in blocks for name in block))
 
     def chains(self, s: Structure, plan: SchedulePlan) -> list[Chain]:
         pieces = {p.name: p for p in self._pieces(plan)}
-        return [_chain(number, s.deferred[number - 1], pieces) for number in range(1, len(s.rows) + 1)]
+        return [_chain(i + 1, deferred, bool(s.lane), pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:
         return build_jobs(plan, self.costs, layers, self.shares)
 
-    def bound(self, s: Structure, lane_share: float | None = None) -> float:
+    def bound(self, s: Structure) -> float:
         """Whatever the order, so that it does not matter when D.AG is issued."""
-        key = (s.rows, s.strategies, s.cuts, lane_share)
+        key = (s.rows, s.strategies, s.cuts, s.lane)
         if key not in self.bounds:
-            lane = Lane(1, self._sms(lane_share)) if lane_share else None
-            self.bounds[key] = least_period(self.jobs(self.plan(s, lane)), self.model)
+            plan = self.plan(s)
+            nano_batches = {(p.op, p.piece): p.nano_batch for p in self._pieces(plan)}
+            self.bounds[key] = least_period(self.jobs(plan), nano_batches, self.speeds)
         return self.bounds[key]
 
-    def best(self, s: Structure) -> tuple[float, tuple[str, ...], bool]:
-        """Period and order, and whether all orders were tried."""
+    def problem(self, s: Structure) -> tuple[Steps, list[Chain], dict[str, tuple[str, ...]]]:
+        """What `best_order` needs."""
         plan = self.plan(s)
         pieces = {p.name: p for p in self._pieces(plan)}
         after = {name: tuple(needs(piece, pieces)) for name, piece in pieces.items() if piece.op == "PF"}
-        return best_order(Steps.read(self.jobs(plan), self.speeds), self.chains(s, plan), after)
-
-    def refine(self, best: Sequence[tuple[float, Structure, tuple[str, ...]]]) -> tuple[float, SchedulePlan, str]:
-        """The best plan with its order, once cuts and lanes are tried on the best structures."""
-        period, structure, order = best[0]
-        said = "no cut of KQV and decode attention helped"
-        for _, base, _ in best:
-            for cuts in product((1, 2), repeat=len(base.rows)):
-                cut = replace(base, cuts=cuts)
-                if max(cuts) == 1 or self.plan(cut).splits == self.plan(base).splits or self.bound(cut) >= period:
-                    continue
-                found = self.best(cut)
-                if found[0] < period * (1 - 1e-6):
-                    said = f"KQV and decode attention in {' + '.join(map(str, cuts))} pieces gain over whole ones"
-                    period, order, structure = found[0], found[1], cut
-        plan = replace(self.plan(structure), order=order)
-        if not (self.space.lanes and self.has_lane):
-            return period, plan, said
-        with_lane = min((self._lane(plan, structure, share) for share in LANE_SHARES), key=lambda found: found[0])
-        said += f"; decode attention on a lane of its own: {with_lane[0]:.0f} us a layer"
-        return (*with_lane, said) if with_lane[0] < LANE_GAIN * period else (period, plan, said)
-
-    def _lane(self, plan: SchedulePlan, s: Structure, share: float) -> tuple[float, SchedulePlan]:
-        """The plan with decode attention on a lane, its pieces moved ahead or back while that helps."""
-        best = replace(plan, lanes={"GEMV": Lane(1, self._sms(share))})
-        period = self._simulated(best)
-        while True:
-            moved = None
-            for name in (name for name in best.order if name.startswith("GEMV.") and not name.startswith("GEMV.AG")):
-                for order in _moves(best.order, name):
-                    try:
-                        tried = replace(best, order=order)
-                    except ConfigError:
-                        continue
-                    if (found := self._simulated(tried)) < period * (1 - 1e-6):
-                        period, moved = found, tried
-            if moved is None:
-                return period, best
-            best = moved
-
-    def _simulated(self, plan: SchedulePlan) -> float:
-        return simulate_step(plan, self.config, self.model, self.devices, self.load, layers=5).inner.us
-
-    def _sms(self, share: float) -> int:
-        return round(share * self.model.hardware.sm_count / 4) * 4
+        return Steps.read(self.jobs(plan), self.model), self.chains(s, plan), after
 
     def _pieces(self, plan: SchedulePlan) -> tuple[OpPiece, ...]:
         return plan.pieces(self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices))
 
 
-def _moves(order: tuple[str, ...], name: str) -> Iterator[tuple[str, ...]]:
-    rest = [other for other in order if other != name]
-    for at in range(len(order)):
-        yield (*rest[:at], name, *rest[at:])
-
-
-def _chain(number: int, deferred: bool, pieces: dict[str, OpPiece]) -> Chain:
-    """A nano-batch's pieces as blocks in dependency order; collectives that only take a result belong to its op."""
+def _chain(number: int, deferred: bool, lane: bool, pieces: dict[str, OpPiece]) -> Chain:
+    """A nano-batch's pieces as blocks in dependency order; collectives that only take a result belong to its op, but
+    for GEMV.AG after attention on a lane: it waits for it."""
     names: dict[str, list[str]] = {}
     for piece in pieces.values():
         if piece.nano_batch == number:
             names.setdefault(piece.op, []).append(piece.name)
     blocks: list[tuple[str, ...]] = [(name,) for op in ("KQV", "GEMV", "PF") for name in names.get(op, ())]
-    if "GEMV.AG" in names:
+    if "GEMV.AG" in names and lane:
+        blocks.append(tuple(names["GEMV.AG"]))
+    elif "GEMV.AG" in names:
         blocks[-1] += tuple(names["GEMV.AG"])
     scattered = "O.RS" in names
     eager = "O.RS" if scattered else "O.AG" if "O.AG" in names else "O.AR" if "O.AR" in names else ""

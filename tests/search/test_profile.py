@@ -1,4 +1,4 @@
-"""`nanoflow profile`: a killed run goes on where it was, foreign tables are refused, pairs compile for a GPU."""
+"""`nanoflow profile`: a killed run goes on where it was, foreign tables are refused, answers say what they rest on."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, model_config
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
+from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.search.grid import Curve, SampleGrid
 from nanoflow_jax.search.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
 from nanoflow_jax.search.measured import EXTRAPOLATED_RATE, ProfileModel, load_profile
-from nanoflow_jax.search.profile import programs
-from nanoflow_jax.search.profile.kernels import kernel
-from nanoflow_jax.search.profile.points import GRIDS, Pair, Point, Scope, points, spread
-from nanoflow_jax.search.profile.run import time_left
+from nanoflow_jax.search.profile import timing
+from nanoflow_jax.search.profile.points import GRIDS, Grid, Pair, Point, Scope, points, spread
+from nanoflow_jax.search.profile.programs import Bench, Program
+from nanoflow_jax.search.profile.run import Machine, _scope, time_left
 from nanoflow_jax.search.profile.table import FORMAT, TableWriter, read_table, these_versions, this_machine
 from nanoflow_jax.search.profile.timing import PairTiming, Timing, speeds
 from nanoflow_jax.search.shapes import Shapes
@@ -88,7 +92,7 @@ PAIR = Pair(GEMM[64], DECODE[16, 256])
 
 def write(path: Path) -> None:
     with TableWriter(path, header(), 0) as writer:
-        writer.add(Point.of("copy", bytes=2**20), Timing(100.0, 90.0, 110.0, 5))
+        writer.add(Point.of("copy", bytes=2**20), Timing(1000.0, 900.0, 1100.0, 5))
         for m, point in GEMM.items():
             writer.add(point, Timing(float(m), m - 1.0, m + 1.0, 5))
         for (requests, context), point in DECODE.items():
@@ -97,10 +101,19 @@ def write(path: Path) -> None:
         writer.add(Point.of("norm", rows=8, hidden=32, dtype="f32"), "out of memory")
 
 
-def test_every_answer_says_where_it_comes_from(tmp_path: Path):
+def test_every_answer_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path / "table.jsonl")
     measured = load_profile(tmp_path / "table.jsonl")
-    model: LatencyModel = measured
+    check_sources(measured)
+    assert measured.correction == 0
+    silent = SampleGrid.at, Curve.at  # twins that extrapolate and do not say so
+    for owner, at in zip((SampleGrid, Curve), silent, strict=True):
+        with monkeypatch.context() as patch, pytest.raises(AssertionError, match=r"profile"):
+            patch.setattr(owner, "at", lambda self, place, at=at: (at(self, place)[0], True))
+            check_sources(measured)
+
+
+def check_sources(model: LatencyModel) -> None:
     assert (model.gemm(64, 64, 32, "f32").us, model.gemm(64, 64, 32, "f32").source) == (64.0, PROFILE)
     assert (model.gemm(36, 64, 32, "f32").us, model.gemm(36, 64, 32, "f32").source) == (pytest.approx(36.0), PROFILE)
     assert model.gemm(65, 64, 32, "f32").source == model.gemm(4, 64, 32, "f32").source == EXTRAPOLATED
@@ -114,7 +127,49 @@ def test_every_answer_says_where_it_comes_from(tmp_path: Path):
     assert model.rate("memory", 0.5, "compute").speed == 0.8 and model.rate("compute", 0.5, "memory").speed == 0.6
     assert model.rate("memory", 0.25, "compute").source == EXTRAPOLATED_RATE
     assert model.rate("network", 0.5, "compute").source == PUBLISHED
-    assert measured.correction == 0
+
+
+def test_pairs_of_the_same_kinds_share_a_curve(tmp_path: Path):
+    """What bounds an op is its kind. Pairs at one share count by their mean, on both sides."""
+    moved = [Point.of("collective", kind=k, devices=8, dtype="f32", bytes=2**20) for k in ("all-gather", "all-reduce")]
+    prefill = Point.of("prefill_attention", tokens=4096, context=256, **HEADS)
+    timings = {
+        Pair(GEMM[64], moved[0]): (0.9, 0.5),
+        Pair(GEMM[64], moved[1]): (0.7, 0.6),
+        Pair(prefill, moved[1]): (0.5, 0.7),
+        Pair(DECODE[16, 256], moved[0]): (0.4, 0.3),
+    }
+    write(tmp_path / "table.jsonl")
+    with TableWriter(tmp_path / "table.jsonl", header(), 0) as writer:
+        for pair, speeds_of in timings.items():
+            writer.add(pair, PairTiming(64.0, 42.0, ((1, 1, 1.0), (1, 1, 1.0)), *speeds_of))
+    model = load_profile(tmp_path / "table.jsonl")
+    share = model.hardware.calibration.network_share
+    for kind, kept in (("compute", (0.7, 0.6)), ("memory", (0.4, 0.3))):
+        mine, other = model.rate(kind, 1 - share, "network"), model.rate("network", share, kind)
+        assert (mine.speed, other.speed) == pytest.approx(kept) and mine.source == other.source == PROFILE
+    assert model.rate("memory", 0.5, "compute").speed == 0.8  # the pair without a collective is no part of these
+
+
+def test_force_begins_anew_and_keeps_the_old_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    output = tmp_path / "profile.jsonl"
+    small = ["--devices", "1", "--tokens-per-step", "8", "--context", "64", "--points", "few", "--ops", "copy"]
+    arguments = ["profile", "--model", "tiny", *small, "--output", str(output), "--quiet"]
+    old = "model weights\n"
+    output.write_text(old)
+    assert main(arguments) == 1 and output.read_text() == old
+    assert "--force keeps it aside" in capsys.readouterr().err
+    for aside in ("profile.jsonl.1", "profile.jsonl.2"):
+        before = output.read_text()
+        assert main([*arguments, "--force"]) == 0
+        assert (tmp_path / aside).read_text() == before
+        assert f"kept aside: {tmp_path / aside}" in capsys.readouterr().err
+        assert [point.op for point in read_table(output).times] == ["copy"]
+        changed = output.read_text().replace('"name": "tiny"', '"name": "other"')
+        output.write_text(changed)
+    output.write_text(changed.replace('"name": "other"', '"name": "tiny"'))
+    assert main([*arguments, "--force"]) == 0  # the same machine and model: nothing to begin anew
+    assert "0 of 1 points measured now" in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 3
 
 
 def test_another_table_is_refused(tmp_path: Path):
@@ -152,6 +207,41 @@ def test_speeds_of_a_pair_come_back(a: float, b: float):
     assert speeds((1 - a) / b, (1 - b) / a) == pytest.approx((a, b))
 
 
+@pytest.mark.parametrize("start_us", [0.0, 10.0, 50.0, 59.9])
+def test_a_pair_is_timed_against_each_side_alone(start_us: float, monkeypatch: pytest.MonkeyPatch):
+    """A second op of 60 us, of which `start_us` do not grow with its work, beside a first of 200 us."""
+    keep_first, keep_second = 0.6, 0.8
+
+    def us(a: int, b: int) -> float:
+        one, two = 200.0 * a, (start_us + (60.0 - start_us) * b) * bool(b)
+        both = min(one / keep_first, two / keep_second)
+        return both + one - both * keep_first + two - both * keep_second
+
+    def timed(made: list[tuple[Any, int]], grid: Grid) -> list[Timing]:
+        return [Timing(us(*program.calls), 0.0, 0.0, grid.runs) for program, _ in made]
+
+    monkeypatch.setattr(timing, "time_programs", timed)
+
+    def build(a: int, b: int) -> Program:
+        return Program(lambda times: None, (a, b))
+
+    if start_us == 59.9:
+        with pytest.raises(ValueError, match="too much to time"):
+            timing.time_pair(build, GRIDS["few"])
+        return
+    found = timing.time_pair(build, GRIDS["few"])
+    assert (found.first_speed, found.second_speed) == pytest.approx((keep_first, keep_second))
+    assert found.rounds[1][1] > 1  # the second outlasts the first by more work
+
+
+@pytest.mark.parametrize(("backend", "streams"), [("mosaic", True), ("xla", False)])
+def test_a_gpu_measures_streams_where_attention_leaves_sms_free(backend: str, streams: bool):
+    mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
+    machine = Machine(Bench(mesh, gpu=True, most_bytes=2**30), backend, 64, load_hardware("h200"))
+    found = points(_scope(machine, model_config("llama-3.1-70b")[1], (), 8, 2048, 8192), GRIDS["few"], ["pair"])
+    assert bool(found) == streams and all(pair.second["sms"] for pair in found if isinstance(pair, Pair))
+
+
 def scope(model: str, devices: int, tokens: int, **changes: object) -> Scope:
     plans = tuple(load_plan(name) for name in ("nanoflow_70b", "scatter_70b"))
     shapes = Shapes.of(model_config(model)[1], devices)
@@ -167,40 +257,10 @@ def test_points_cover_the_plans():
     assert {p["m"] for p in found if isinstance(p, Point) and p.op == "gemm"} >= {256, 384, 640, 768, 1408, 2048}
     moved = {p["kind"] for p in found if isinstance(p, Point) and p.op == "collective"}
     assert moved == {"all-gather", "all-reduce", "reduce-scatter"}
+    beside = {(p.first.op, p.second["kind"]) for p in found if isinstance(p, Pair) and p.second.op == "collective"}
+    assert beside == {(op, kind) for op in ("gemm", "decode_attention", "prefill_attention") for kind in moved}
     assert {p.second["sms"] for p in found if isinstance(p, Pair) and p.second.op == "decode_attention"} > {44, 88}
     alone = points(scope("llama-3.1-70b", 8, 2048, network=False, sms=0), GRIDS["few"])
     assert not any(p.op == "collective" for p in alone) and len(alone) < len(found)
     assert spread(8, 2048, 3, 8) == [8, 128, 2048] and spread(64, 64, 5) == [64]
     assert time_left({"gemm": [1.0, 3.0]}, [found[1], found[3]]) == 4.0
-
-
-@pytest.mark.aot
-def test_a_pair_compiles_for_a_gpu():
-    """A GEMM beside Mosaic decode attention, which is on a stream of its own and on so many SMs."""
-    hardware = load_hardware("h200")
-    bench = programs.Bench(gpu_mesh(hardware, 1), gpu=True, l2_bytes=hardware.l2_bytes)
-    heads = {"q_heads": 8, "kv_heads": 1, "head_dim": 128, "dtype": "bf16"}
-    gemm = kernel(Point.of("gemm", m=1024, n=7168, k=8192, dtype="bf16"), 64, "mosaic")
-    decode = kernel(Point.of("decode_attention", requests=512, context=1024, sms=44, **heads), 64, "mosaic")
-    where = programs.placement(bench, False)
-    made = [jax.eval_shape(lambda one=one: one.make(2)) for one in (gemm, decode)]
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), made)
-
-    def lowered(network: bool) -> str:
-        second = replace(decode, network=network)  # a collective is not put on a stream
-        program = partial(programs.side_by_side, gemm, second, 2, 1)
-        compiled = programs.compile_for_gpu(bench, program, inputs, False, options=saving_options(hardware))
-        return compiled.as_text() or ""
-
-    text = lowered(False)
-    entry = text[text.rindex("\nENTRY") :].splitlines()
-    kinds = ["S" if " call-start(" in x else "D" if " call-done(" in x else "G" for x in entry if _counts(x)]
-    # Every call is there. XLA still puts the GEMMs ahead of the stream's start: until it does not, no GPU measures this
-    # pair (`run._scope`).
-    assert sorted(kinds) == sorted("SGGD" * programs.ROUNDS)
-    assert text.count('custom_call_target="mosaic_gpu') == programs.ROUNDS
-    assert " call-start(" not in lowered(True)
-
-
-def _counts(line: str) -> bool:
-    return any(word in line for word in (" call-start(", " call-done(", 'custom_call_target="__cublas'))

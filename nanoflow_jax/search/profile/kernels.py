@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,8 @@ COLUMNS = 1024  # of a collective's rows, at most; what counts is its bytes
 @dataclass(frozen=True)
 class Kernel:
     """make   (number of sets) -> (shared, sets): random inputs that all calls share, and what each call takes in turn
-    call      (shared, one set) -> result; in_place: -> (shared, result), shared donated
+    call      (shared, one set) -> result
+    in_place  which of its inputs the result replaces on a GPU, where they are donated: "shared", "own" (the set), or ""
     set_bytes of one set and what it reads of the shared inputs
     network   it is a collective, and runs on all devices of a mesh
     """
@@ -39,7 +40,7 @@ class Kernel:
     make: Callable[[int], tuple[Any, list[Any]]]
     call: Callable[[Any, Any], Any]
     set_bytes: int
-    in_place: bool = False
+    in_place: Literal["", "shared", "own"] = ""
     network: bool = False
 
 
@@ -144,10 +145,7 @@ def _append(point: Point, page_size: int, backend: str) -> Kernel:
         ]
         return _pool(point, sets * rows, page_size), own
 
-    def call(pool: Any, own: Any) -> tuple[Any, Any]:
-        return write(*pool, *own), own[3]
-
-    return Kernel(make, call, 2 * _kv_bytes(point, rows), in_place=True)
+    return Kernel(make, lambda pool, own: write(*pool, *own), 2 * _kv_bytes(point, rows), in_place="shared")
 
 
 def _norm(point: Point) -> Kernel:
@@ -202,7 +200,9 @@ def _collective(point: Point) -> Kernel:
     def make(sets: int) -> tuple[Any, list[Any]]:
         return (), [_random(i, (local, columns), DTYPES[point["dtype"]]) for i in range(sets)]
 
-    return Kernel(make, lambda _, x: move(x), point["bytes"], network=True)
+    # XLA sums in place: of an input that is needed again it makes a copy first. A step's is not.
+    in_place = "own" if point["kind"] == "all-reduce" else ""
+    return Kernel(make, lambda _, x: move(x), point["bytes"], in_place=in_place, network=True)
 
 
 _BUILDERS: dict[str, Callable[..., Kernel]] = {

@@ -52,6 +52,11 @@ class Point:
         left_out = (*AXES[self.op], "dtype") if self.op == "collective" else AXES[self.op]
         return tuple(pair for pair in self.sizes if pair[0] not in left_out)
 
+    def times(self, count: int) -> Point:
+        """The op with so many times the work, all of it along its first axis: rows, tokens, requests or bytes."""
+        axis = AXES[self.op][0]
+        return Point.of(self.op, **{**dict(self.sizes), axis: self[axis] * count})
+
     def to_json(self) -> dict[str, Any]:
         return {"op": self.op, **dict(self.sizes)}
 
@@ -230,15 +235,18 @@ def _budgets(scope: Scope, grid: Grid) -> list[int]:
 
 
 def _pairs(scope: Scope) -> list[Pair]:
-    """GEMM beside decode attention on each SM budget, and either beside each kind of collective, at half a step."""
+    """GEMM beside decode attention on each SM budget; GEMM and both attentions beside each kind of collective; at half
+    a step."""
     s, half = scope.shapes, max(8, scope.tokens // 2 // 8 * 8)
     n, k = gemm_shapes(scope)["UG"]
     gemm = Point.of("gemm", m=half, n=n, k=k, dtype=s.dtype)
     context = min(PAIR_CONTEXT, scope.context, max(scope.page_size, scope.pool_tokens // half))
 
+    heads: dict[str, Size] = {"q_heads": s.q_heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim, "dtype": s.dtype}
+    prefill = Point.of("prefill_attention", tokens=half, context=context, **heads)
+
     def attention(sms: int) -> Point:
-        heads: dict[str, Size] = {"q_heads": s.q_heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim}
-        return Point.of("decode_attention", requests=half, context=context, sms=sms, dtype=s.dtype, **heads)
+        return Point.of("decode_attention", requests=half, context=context, sms=sms, **heads)
 
     found = []
     if scope.streams:
@@ -246,5 +254,5 @@ def _pairs(scope: Scope) -> list[Pair]:
         found += [Pair(gemm, attention(sms)) for sms in (budgets[1:] or budgets)]
     for kind, row_bytes in _collectives(scope).items():
         moved = _moved(scope, kind, max(1, half // s.devices) * s.devices * row_bytes)
-        found += [Pair(gemm, moved), Pair(attention(0), moved)]
+        found += [Pair(first, moved) for first in (gemm, attention(0), prefill)]
     return found

@@ -179,8 +179,6 @@ def _machine(config: ModelConfig, devices: int, page_size: int, backend: str) ->
         skipped.append(f"collectives: {devices} devices share the model, {len(present)} present")
     if gpu and backend == "xla":
         skipped.append("decode attention by SM budget and beside a GEMM: XLA's attention cannot leave SMs free")
-    if gpu:
-        skipped.append("a GEMM beside decode attention: compiled, they do not run side by side yet")
     mesh = Mesh(np.array(present[: min(devices, len(present))]), (AXIS,))
     l2 = (hardware.l2_bytes if hardware else 64 * 2**20) if gpu else 0
     most = int(_memory(device) * GPU_POOL_SHARE) if gpu else CPU_POOL_BYTES
@@ -209,7 +207,7 @@ def _scope(
         context=context,
         page_size=machine.page_size,
         sms=_sms(machine.hardware) if gpu and mosaic else 0,
-        streams=not gpu,  # compiled for a GPU, the GEMMs of the pair still come ahead of the stream's start
+        streams=mosaic or not gpu,
         network=machine.bench.mesh.size == devices > 1,
         pool_bytes=machine.bench.most_bytes,
     )
@@ -231,7 +229,11 @@ def measure(machine: Machine, point: Point | Pair, grid: Grid) -> Timing | PairT
     """The figures of a point, or one line on why there are none: it does not fit, or cannot run here."""
     try:
         if isinstance(point, Pair):
-            first, second = (kernel(p, machine.page_size, machine.backend) for p in (point.first, point.second))
+            first = kernel(point.first, machine.page_size, machine.backend)
+
+            def second(times: int) -> Kernel:
+                return kernel(point.second.times(times), machine.page_size, machine.backend)
+
             return time_pair(programs.pair(machine.bench, first, second), grid)
         one = kernel(point, machine.page_size, machine.backend)
         program = programs.single(machine.bench, one, _calls(machine, one, point))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from nanoflow_jax.search.profile.programs import Program
 
 US = 1e6
 RATIO = 3  # how much longer one side of a pair is than the other
+OUTLASTS = 1.5  # times as long, at least
 MOST_TIMES = 100_000  # of a program, in one run
 MOST_CALLS = 256  # of one side of a pair
 TAKING_TURNS = 0.999  # a pair with this much of both sides' time lost shares the device by turns
@@ -64,17 +66,26 @@ class PairTiming:
 
 
 def time_pair(build: Callable[[int, int], Program], grid: Grid) -> PairTiming:
-    """`build` as from `programs.pair`."""
+    """`build` as from `programs.pair`. Raises ValueError where no round is long enough for one side to outlast the
+    other."""
 
     def program(a: int, b: int) -> tuple[Program, int]:
         made = build(a, b)
         return made, max(calls // max(n, 1) for calls, n in zip(made.calls, (a, b), strict=True))
 
-    alone = [program(1, 0), program(0, 1)]
-    first, second = (timing.us for timing in time_programs(alone, replace(grid, runs=3)))
+    alone, rough = [program(1, 0), program(0, 1)], replace(grid, runs=3)
+    first, second = (timing.us for timing in time_programs(alone, rough))
     (a, b), (c, d) = _calls(first, second), _calls(second, first)[::-1]
-    first, second, us, them = (t.us for t in time_programs([*alone, program(a, b), program(c, d)], grid))
-    lost = (us - a * first) / (b * second), (them - d * second) / (c * first)
+    if d > 1 and (us := time_programs([program(0, d)], rough)[0].us) < OUTLASTS * c * first:
+        each = max(us - second, 1e-3 * second) / (d - 1)  # of more work; starting it takes time too
+        d = 1 + math.ceil((RATIO * c * first - second) / each)
+        if d > MOST_CALLS:
+            raise ValueError(f"{d} times the work of the pair's second op would outlast the first, too much to time")
+    seconds = sorted({b, d} - {1})  # alone, so many of them are not quite as many times as long
+    timed = [*alone, program(a, b), program(c, d), *(program(0, n) for n in seconds)]
+    first, second, us, them, *others = (timing.us for timing in time_programs(timed, grid))
+    whole = {1: second, **dict(zip(seconds, others, strict=True))}
+    lost = (us - a * first) / whole[b], (them - whole[d]) / (c * first)
     return PairTiming(first, second, ((a, b, us), (c, d, them)), *speeds(*lost))
 
 
