@@ -1,36 +1,65 @@
 """When each instruction of a compiled program would run, and what each collective runs beside.
 
-The scheduled order is played on streams that are each in order, as XLA's runtime does: kernels on the compute stream,
+The scheduled order is put on streams that are each in order, as XLA's runtime does: kernels on the compute stream,
 collectives on the network's, `call-start` regions and host copies on their own. A start waits for what the compute
-stream holds at that point; a done makes the compute stream wait. Durations are `search.latency`'s, each op as if
-alone on the GPU: what two kernels lose by sharing SMs and memory is not in them.
+stream holds at that point; a done makes the compute stream wait. `search.play` plays them, with what ops lose beside
+each other, as it does for the simulator.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from itertools import count
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from nanoflow_jax.inspect.costs import CONTROL, Cost, CostModel
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module
-from nanoflow_jax.search.timeline import Collective, Event, Piece, Timeline
+from nanoflow_jax.search.latency import Prediction
+from nanoflow_jax.search.played import timeline
+from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Event, Piece, Timeline
 
-HEAVY = ("gemm", "attention")
-LANES = {"compute": "compute", "memory": "memory", "network": "network", "host": "host"}
+HOST, SIDE = "host", "side"
+OWN_STREAMS = {"collective": NETWORK, "host_copy": HOST}
+Budgets = Mapping[str, int]  # op → the most SMs that it uses on a stream of its own
+
+
+@dataclass(frozen=True)
+class Issued:
+    """One run of an instruction: a `NamedOp`."""
+
+    name: str
+    kind: str
+    stream: str
+    pieces: tuple[Piece, ...]
+    prediction: Prediction
+    needs: tuple[int, ...]
+    share: float
+    bytes: float
+    collective: str
+    capped: bool
+    is_async: bool
 
 
 @dataclass
-class _Open:
-    """A start whose done has not come. `beside` fills up meanwhile; `at` is the event's place in the list (a
-    region has none)."""
+class _Stream:
+    """What the next op of a stream starts after: `last`, its last op (the stream is in order), and `awaited`, ops of
+    other streams that it was made to wait for since."""
 
-    event: Event
-    instruction: Instruction
-    cost: Cost
-    at: int | None = None
-    beside: list[Event] = field(default_factory=list)
+    last: tuple[int, ...] = ()
+    awaited: tuple[int, ...] = ()
+
+    @property
+    def held(self) -> tuple[int, ...]:
+        return self.last + self.awaited
+
+
+@dataclass(eq=False)
+class _Open:
+    """A start whose done has not come: the place of the op that it waits for (None: of an empty region), and of the
+    kernels that are issued meanwhile."""
+
+    at: int | None
+    beside: list[int] = field(default_factory=list)
 
 
 def is_sync(instruction: Instruction) -> bool:
@@ -43,26 +72,20 @@ def trip_count(instruction: Instruction) -> int | None:
     return int(found.group(1)) if found else None
 
 
-def _names(events: Iterable[Event]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(event.label for event in events))
+class _Reader:
+    """Reads computations in order. State of one reading; `simulate` is the door."""
 
-
-class _Player:
-    """Plays computations in order. State of one simulation; `simulate` is the door."""
-
-    def __init__(self, model: CostModel) -> None:
-        self.model = model
+    def __init__(self, model: CostModel, budgets: Budgets) -> None:
+        self.model, self.budgets = model, budgets
         self.module: Module = model.module
-        self.clock = {"compute": 0.0}
-        self.open: dict[int, _Open] = {}
-        self.keys = count()
-        self.events: list[Event] = []
-        self.closed: list[_Open] = []
-        self.sent: list[int] = []  # places of the network's events
-        self.exposed: dict[int, float] = {}  # place of an event → how long the compute stream stood still for it
-        self.inside: tuple[Piece, ...] = ()  # pieces of the loop, branch or region that is being played
+        self.hardware = model.latency.hardware
+        self.ops: list[Issued] = []
+        self.streams: dict[str, _Stream] = {COMPUTE: _Stream()}
+        self.open: list[_Open] = []
+        self.beside: dict[int, list[int]] = {}  # place of a collective → those of the kernels that run beside it
+        self.inside: tuple[Piece, ...] = ()  # pieces of the loop, branch or region that is being read
         self.unknown_loops: dict[str, None] = {}
-        self.waited_us = 0.0  # compute stream standing still for other than the network
+        self.left_out_us = 0.0
         self.cache: dict[tuple[str, str], Cost] = {}
 
     def cost(self, computation: Computation, instruction: Instruction) -> Cost:
@@ -71,35 +94,45 @@ class _Player:
             self.cache[key] = self.model.of_instruction(computation, instruction)
         return self.cache[key]
 
-    def record(self, instruction: Instruction, cost: Cost, stream: str) -> Event:
-        """Puts a run at the end of a stream, after what the compute stream holds now when it is another."""
-        start = self.clock["compute"]
-        if stream != "compute":
-            start = max(start, self.clock.get(stream, 0.0))
-        end = start + cost.prediction.us
-        self.clock[stream] = end
-        lane = LANES.get(cost.prediction.bound, "memory")
+    def put(self, instruction: Instruction, cost: Cost, stream: str, issuer: str, is_async: bool = True) -> int:
+        """Puts a run at the end of a stream; on another than the issuer's, after what the issuer holds now."""
+        queue = self.streams.setdefault(stream, _Stream())
+        needs = queue.awaited if stream == issuer else queue.awaited + self.streams[issuer].held
+        share, capped = self._share(cost, stream)
         # XLA shares a loop's body between layers: inside one, the loop's own name says whose work it is.
         pieces = self.inside or cost.pieces
-        source = cost.prediction.source
-        event = Event(instruction.name, cost.kind, lane, stream, start, end, pieces, cost.flops, cost.bytes, source)
-        self.events.append(event)
-        if stream == "network":
-            self.sent.append(len(self.events) - 1)
-        if cost.kind not in ("collective", "host_copy"):
-            for other in self.open.values():
-                other.beside.append(event)
-        return event
+        self.ops.append(
+            Issued(
+                instruction.name, cost.kind, stream, pieces, cost.prediction, needs, share, cost.bytes,
+                cost.collective, capped, is_async,
+            )
+        )  # fmt: skip
+        at = len(self.ops) - 1
+        queue.last, queue.awaited = (at,), ()
+        if cost.kind not in OWN_STREAMS:
+            for other in self.open:
+                other.beside.append(at)
+        return at
 
-    def run(self, computation: Computation, stream: str = "compute") -> None:
-        started: dict[str, int] = {}  # name in this computation → key of `open`
+    def _share(self, cost: Cost, stream: str) -> tuple[float, bool]:
+        """Of the SMs, that an op takes from the compute stream, and whether it was costed on them alone. Beside the
+        compute stream, what no budget holds back takes all."""
+        if cost.kind == "collective":
+            return self.hardware.calibration.network_share, False
+        if stream in (COMPUTE, HOST):
+            return 0.0, False
+        sms = self.budgets.get(cost.pieces[0].op) if cost.kind == "attention" and cost.pieces else None
+        return (min(1.0, sms / self.hardware.sm_count), True) if sms else (1.0, False)
+
+    def run(self, computation: Computation, stream: str = COMPUTE) -> None:
+        started: dict[str, _Open] = {}  # by name in this computation
         for instruction in computation.instructions:
             if instruction.opcode.endswith("-done") or instruction.opcode == "async-update":
                 source = started.get(instruction.operands[0]) if instruction.operands else None
                 if source is not None and instruction.opcode == "async-update":
                     started[instruction.name] = source
                 elif source is not None:
-                    self.finish(source)
+                    self.finish(source, stream)
             elif instruction.opcode in CONTROL:
                 self.control(instruction, stream)
             else:
@@ -108,7 +141,7 @@ class _Player:
     def control(self, instruction: Instruction, stream: str) -> None:
         given = self.model.given(instruction.piece, self.model.loops)
         if given is not None and not self.inside:
-            self.record(instruction, given, stream)
+            self.put(instruction, given, stream, stream)
             return
         called, outer = self.module.called(instruction), self.inside
         self.inside = outer or instruction.pieces
@@ -119,115 +152,75 @@ class _Player:
             for _ in range(trips or 1):
                 self.run(self.module.computations[body], stream)
         elif instruction.opcode == "conditional" and called:
-            self.run(max(called, key=self._weight), stream)
+            weights = [self._weight(computation) for computation in called]
+            self.run(called[weights.index(min(weights))], stream)
+            self.left_out_us += max(weights) - min(weights)
         else:
             for computation in called:
                 self.run(computation, stream)
         self.inside = outer
 
     def _weight(self, computation: Computation) -> float:
-        return sum(self.cost(computation, instruction).prediction.us for instruction in computation.instructions)
+        """Microseconds of a branch, its own branches at their longest."""
+        total = 0.0
+        for instruction in computation.instructions:
+            if instruction.opcode not in CONTROL:
+                total += self.cost(computation, instruction).prediction.us
+                continue
+            inner = [self._weight(called) for called in self.module.called(instruction)] or [0.0]
+            branches = instruction.opcode == "conditional"
+            total += max(inner) if branches else sum(inner) * (trip_count(instruction) or 1)
+        return total
 
-    def issue(self, computation: Computation, instruction: Instruction, stream: str, started: dict[str, int]) -> None:
-        if instruction.base in ("call", "async") and instruction.opcode.endswith("-start"):
-            cost = self.cost(computation, instruction)
-            if cost.kind != "collective":
-                self.side_stream(instruction, cost, started)
-                return
+    def issue(self, computation: Computation, instruction: Instruction, stream: str, started: dict[str, _Open]) -> None:
         cost = self.cost(computation, instruction)
         if cost.kind == "free":
             return
+        starts = instruction.opcode.endswith("-start")
         if cost.kind == "collective" and is_sync(instruction):
-            self.clock["compute"] = max(self.clock["compute"], self.clock.get("network", 0.0))
-            event = self.record(instruction, cost, "network")
-            self.clock["compute"] = event.end_us
-            self.exposed[len(self.events) - 1] = event.us
-            self.closed.append(_Open(event, instruction, cost, len(self.events) - 1))
-        elif instruction.opcode.endswith("-start"):
-            own = "network" if cost.kind == "collective" else "host" if cost.kind == "host_copy" else "side"
-            event = self.record(instruction, cost, own)
-            self.begin(_Open(event, instruction, cost, len(self.events) - 1), started)
+            at = self.put(instruction, cost, NETWORK, stream, is_async=False)
+            self.streams[stream].awaited += (at,)
+        elif starts and cost.kind != "collective" and instruction.base in ("call", "async"):
+            self.begin(instruction, self.region(instruction, stream), started)
+        elif starts:
+            self.begin(instruction, self.put(instruction, cost, OWN_STREAMS.get(cost.kind, SIDE), stream), started)
         else:
-            self.record(instruction, cost, stream)
+            self.put(instruction, cost, stream, stream)
 
-    def side_stream(self, instruction: Instruction, cost: Cost, started: dict[str, int]) -> None:
-        """A region that XLA runs on another stream: its instructions follow one another there."""
+    def region(self, instruction: Instruction, issuer: str) -> int | None:
+        """Instructions that XLA runs on another stream, one after another. The place of the last one, None: there is
+        none."""
         found = re.search(r'_xla_stream_annotation="(\w+)"', instruction.attributes.get("frontend_attributes", ""))
-        stream = f"stream {found.group(1)}" if found else "side"
-        begin = max(self.clock["compute"], self.clock.get(stream, 0.0))
-        self.clock[stream] = begin
+        stream = f"stream {found.group(1)}" if found else SIDE
+        queue, before = self.streams.setdefault(stream, _Stream()), len(self.ops)
+        queue.awaited += self.streams[issuer].held
         outer, self.inside = self.inside, self.inside or instruction.pieces
         for computation in self.module.called(instruction):
             self.run(computation, stream)
         self.inside = outer
-        end, source = self.clock[stream], cost.prediction.source
-        event = Event(instruction.name, "region", "region", stream, begin, end, instruction.pieces, 0.0, 0.0, source)
-        self.begin(_Open(event, instruction, cost), started)
+        return queue.last[0] if len(self.ops) > before else None
 
-    def begin(self, opened: _Open, started: dict[str, int]) -> None:
-        key = next(self.keys)
-        self.open[key] = opened
-        started[opened.instruction.name] = key
+    def begin(self, instruction: Instruction, at: int | None, started: dict[str, _Open]) -> None:
+        started[instruction.name] = _Open(at)
+        self.open.append(started[instruction.name])
 
-    def finish(self, key: int) -> None:
-        opened = self.open.pop(key)
-        now, end = self.clock["compute"], opened.event.end_us
-        self.clock["compute"] = max(now, end)
-        if opened.cost.kind != "collective":
-            self.waited_us += max(0.0, end - now)
-            return
-        self.closed.append(opened)
-        for at in reversed(self.sent):  # the wait is shared out among the collectives that the network runs meanwhile
-            event = self.events[at]
-            if event.end_us <= now:
-                break
-            shared = min(end, event.end_us) - max(now, event.start_us)
-            if shared > 0:
-                self.exposed[at] = self.exposed.get(at, 0.0) + shared
-
-    def timeline(self) -> Timeline:
-        events = tuple(replace(event, exposed_us=self.exposed.get(at, 0.0)) for at, event in enumerate(self.events))
-        rows = sorted((_row(opened, self.exposed.get(_place(opened), 0.0)) for opened in self.closed), key=_start)
-        us = max(self.clock.values())
-        bubbles = self.waited_us + us - self.clock["compute"]
-        return Timeline(events, tuple(rows), us, bubbles, tuple(self.unknown_loops))
+    def finish(self, opened: _Open, stream: str) -> None:
+        self.open.remove(opened)
+        if opened.at is not None:
+            self.streams[stream].awaited += (opened.at,)
+            self.beside[opened.at] = opened.beside
 
 
-def _start(row: Collective) -> float:
-    return row.start_us
-
-
-def _place(opened: _Open) -> int:
-    return -1 if opened.at is None else opened.at
-
-
-def _row(opened: _Open, exposed_us: float) -> Collective:
-    piece, cost = opened.event.piece, opened.cost
-    return Collective(
-        op=piece.op if piece else None,
-        nano_batch=piece.piece if piece else None,
-        layer=piece.layer if piece else None,
-        kind=cost.collective,
-        name=opened.instruction.name,
-        bytes=int(cost.bytes),
-        wire_bytes=int(cost.prediction.bytes),
-        is_async=not is_sync(opened.instruction),
-        beside=_names(event for event in opened.beside if event.kind in HEAVY),
-        beside_other=_names(event for event in opened.beside if event.kind not in HEAVY),
-        predicted_us=cost.prediction.us,
-        exposed_us=exposed_us,
-        start_us=opened.event.start_us,
-        source=cost.prediction.source,
-    )
-
-
-def simulate(model: CostModel) -> Timeline:
+def simulate(model: CostModel, budgets: Budgets) -> Timeline:
     """Timeline of one run of the module. A loop without a known trip count runs once; a conditional takes its
-    longest branch."""
-    player = _Player(model)
-    player.run(model.module.entry)
-    for key in list(player.open):  # a start without a done: nothing waits for it but the end of the step
-        opened = player.open[key]
-        if opened.cost.kind == "collective":
-            player.finish(key)
-    return player.timeline()
+    shortest branch, which in our steps is the one where no request asks for more than greedy decoding. budgets: of
+    ops in `call-start` regions."""
+    reader = _Reader(model, budgets)
+    reader.run(model.module.entry)
+    for opened in list(reader.open):  # a start without a done: nothing waits for it but the end of the step
+        reader.finish(opened, COMPUTE)
+
+    def beside(place: int, events: Sequence[Event]) -> list[Event]:
+        return [events[at] for at in reader.beside.get(place, ())]
+
+    return timeline(reader.ops, model.latency, beside, tuple(reader.unknown_loops), reader.left_out_us)

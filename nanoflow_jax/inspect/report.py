@@ -10,10 +10,10 @@ from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.costs import CostModel, Costs
 from nanoflow_jax.inspect.findings import Finding, find
 from nanoflow_jax.inspect.hlo import parse
-from nanoflow_jax.inspect.overlap import simulate
+from nanoflow_jax.inspect.overlap import Budgets, simulate
 from nanoflow_jax.search.latency import LatencyModel, RooflineModel
 from nanoflow_jax.search.timeline import Collective, Timeline
-from nanoflow_jax.search.totals import Totals, add_up
+from nanoflow_jax.search.totals import LayerTotals, Totals, add_up
 
 GIB = 2**30
 
@@ -70,14 +70,17 @@ def _memory(analysis: Any, hardware: Hardware) -> Memory | None:
 
 
 def _notes(timeline: Timeline, hardware: Hardware) -> tuple[str, ...]:
-    notes = [f"times: {source}" for source in sorted({event.source for event in timeline.events})]
+    notes = [f"times: {source}" for source in timeline.sources]
     guessed = sorted({f"{e.piece.op}" for e in timeline.events if e.source.endswith("operand bytes") and e.piece})
     if guessed:
         notes.append(f"no cost was given for the kernels of {', '.join(guessed)}: their operands' bytes are used")
     if timeline.unknown_loops:
         notes.append(f"loops of unknown length are counted once: {', '.join(timeline.unknown_loops)}; give their costs")
+    if timeline.left_out_us:
+        more = f"at most {timeline.left_out_us:.0f} us more"
+        notes.append(f"branches: the shortest, greedy decoding without log-probabilities; the longest are {more}")
     figures = ", ".join(f"{name} {value:g}" for name, value in asdict(hardware.calibration).items())
-    notes.append(f"{hardware.name}: {figures}; kernels side by side are not slowed by each other")
+    notes.append(f"{hardware.name}: {figures}")
     return tuple(notes)
 
 
@@ -89,6 +92,7 @@ def inspect_compiled(
     *,
     costs: Costs | None = None,
     latency: LatencyModel | None = None,
+    budgets: Budgets | None = None,
     tokens: int | None = None,
     parameters: float | None = None,
 ) -> Report:
@@ -97,11 +101,12 @@ def inspect_compiled(
     text: `compiled.as_text()`, scheduled HLO; memory_analysis: `compiled.memory_analysis()`, or None.
     costs: (FLOP, bytes) per layer of Mosaic kernels by (op, piece), for example {("GEMV", 1): (1.3e9, 3.7e8)};
     without them their operands' bytes count, and the report says so. latency: None is the roofline of `hardware`.
+    budgets: the most SMs that an op uses on a stream of its own, for example {"GEMV": 48}: its cost is one on so many.
     tokens: rows of the step; parameters: of the whole model. Raises ValueError when the text is no compiled HLO
     module. What the reader does not know is a finding, `unknown_hlo`.
     """
     module = parse(text)
-    timeline = simulate(CostModel.of(module, latency or RooflineModel(hardware), devices, costs))
+    timeline = simulate(CostModel.of(module, latency or RooflineModel(hardware), devices, costs), budgets or {})
     return Report(
         hardware=hardware.name,
         devices=devices,
@@ -156,21 +161,16 @@ def render(report: Report, *, all_layers: bool = False) -> str:
     if len(rows) > 1:
         lines += ["", f"Collectives, layers {middle[0]} to {middle[-1]}" if middle else "Collectives", *_table(rows)]
     lines += ["", "Totals, us"]
-    head = ("layer", "compute", "memory", "network", "exposed", "bubbles", "length")
-    step = (
-        "step",
-        totals.compute_us,
-        totals.memory_us,
-        totals.network_us,
-        totals.exposed_network_us,
-        totals.bubble_us,
-        totals.us,
-    )
-    rows = [head, tuple(map(_text, step))]
+    head = ("layer", "compute", "memory", "network", "exposed", "lost", "bubbles", "length")
+
+    def times(of: Totals | LayerTotals) -> tuple[float, ...]:
+        waits = (of.exposed_network_us, of.interference_us, of.bubble_us)
+        return (of.compute_us, of.memory_us, of.network_us, *waits, of.us)
+
+    rows = [head, ("step", *map(_text, times(totals)))]
     for layer in totals.layers:
         if layer.layer in middle or layer.layer is None:
-            parts = (layer.compute_us, layer.memory_us, layer.network_us, layer.exposed_network_us)
-            rows.append(("outside" if layer.layer is None else str(layer.layer), *map(_text, parts), "-", "-"))
+            rows.append(("outside" if layer.layer is None else str(layer.layer), *map(_text, times(layer))))
     lines += _table(rows)
     lines.append(f"busiest: {totals.binding}")
     if totals.tokens_per_second_per_gpu is not None:

@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -24,10 +24,10 @@ from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
-from nanoflow_jax.search.latency import LatencyModel, Prediction, RooflineModel, optimal_tokens_per_second
+from nanoflow_jax.search.latency import LatencyModel, Prediction, RooflineModel
 from nanoflow_jax.search.load import StepLoad
 from nanoflow_jax.search.shapes import OpCosts, Shapes
-from nanoflow_jax.search.totals import Totals
+from nanoflow_jax.search.totals import InnerLayer, of_all_layers
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9
@@ -49,43 +49,30 @@ class StepMemory:
 
 
 @dataclass(frozen=True)
-class InnerLayer:
-    """Averages per layer over the inner ones: all but the first and the last, or all when there is none between.
+class InspectedLayer(InnerLayer):
+    """The layers between the first and the last, or all when there is none between.
 
-    The times are microseconds, as in `LayerTotals`. collectives, findings: how many; bytes: of the collectives' whole
-    tensors; wire_bytes: what each GPU sends for them.
+    collectives, findings: how many; bytes: of the collectives' whole tensors; wire_bytes: what each GPU sends for them.
     """
 
-    layers: tuple[int, ...]
-    compute_us: float
-    memory_us: float
-    network_us: float
-    exposed_network_us: float
     collectives: float
     bytes: float
     wire_bytes: float
     findings: float
 
     @staticmethod
-    def of(report: Report) -> InnerLayer:
-        every = [layer for layer in report.totals.layers if layer.layer is not None]
-        inner = every[1:-1] or every
-        numbers = tuple(layer.layer for layer in inner if layer.layer is not None)
-        moved = [c for c in report.collectives if c.layer in numbers]
-
-        def mean(values: Iterable[float]) -> float:
-            return sum(values) / len(numbers)
-
-        return InnerLayer(
-            layers=numbers,
-            compute_us=mean(layer.compute_us for layer in inner),
-            memory_us=mean(layer.memory_us for layer in inner),
-            network_us=mean(layer.network_us for layer in inner),
-            exposed_network_us=mean(layer.exposed_network_us for layer in inner),
-            collectives=mean(1 for _ in moved),
-            bytes=mean(c.bytes for c in moved),
-            wire_bytes=mean(c.wire_bytes for c in moved),
-            findings=mean(f.layer in numbers for f in report.findings),
+    def of_report(report: Report) -> InspectedLayer:
+        every = [layer.layer for layer in report.totals.layers if layer.layer is not None]
+        inner = InnerLayer.of(report.totals, every[1:-1] or every)
+        moved = [c for c in report.collectives if c.layer in inner.layers]
+        found = [f for f in report.findings if f.layer in inner.layers]
+        count = len(inner.layers)
+        return InspectedLayer(
+            **vars(inner),
+            collectives=len(moved) / count,
+            bytes=sum(c.bytes for c in moved) / count,
+            wire_bytes=sum(c.wire_bytes for c in moved) / count,
+            findings=len(found) / count,
         )
 
 
@@ -121,8 +108,8 @@ class StepInspection:
         return {(piece.op, piece.piece): piece.nano_batch for piece in self.pieces}
 
     @property
-    def inner_layer(self) -> InnerLayer:
-        return InnerLayer.of(self.report)
+    def inner_layer(self) -> InspectedLayer:
+        return InspectedLayer.of_report(self.report)
 
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
@@ -155,6 +142,7 @@ class StepInspection:
                 f"decode attention {self.attention_backend}, KV pages {self.kv_cache_dtype}, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
+                self.inner_layer.text(),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}{only}, "
                 f"device {m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for "
                 f"KV: {m.kv_tokens:,} tokens",
@@ -239,15 +227,21 @@ def inspect_step(
     seconds = time.monotonic() - started
     latency = latency or RooflineModel(hardware)
     pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
+    lanes = plan.lanes if attention_backend == "mosaic" else {}  # elsewhere a plan's lanes are ignored
+    budgets = {op: lane.sms for op, lane in lanes.items() if lane.sms}
     report = inspect_compiled(
         hlo,
         analysis,
         hardware,
         devices,
-        costs=attention_costs(config, pieces, devices, context, latency, item),
+        costs=attention_costs(config, pieces, devices, context, latency, item, budgets.get("GEMV")),
         latency=latency,
+        budgets=budgets,
     )
-    report = replace(report, totals=_whole_model(report, full, hardware, devices, tokens))
+    totals = of_all_layers(
+        report.totals, InspectedLayer.of_report(report), full.num_layers, hardware, devices, tokens, full.num_params
+    )
+    report = replace(report, totals=totals)
     memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
     return StepInspection(
         model=name,
@@ -268,28 +262,10 @@ def inspect_step(
     )
 
 
-def _whole_model(report: Report, config: ModelConfig, hardware: Hardware, devices: int, tokens: int) -> Totals:
-    """Totals of a step with all layers: those compiled, and inner layers like them for the rest."""
-    totals = report.totals
-    compiled = sum(layer.layer is not None for layer in totals.layers)
-    missing = config.num_layers - compiled
-    if missing:
-        inner = InnerLayer.of(report)
-        names = ("compute_us", "memory_us", "network_us", "exposed_network_us")
-        extra = {name: missing * getattr(inner, name) for name in names}
-        grown = {name: getattr(totals, name) + value for name, value in extra.items()}
-        busy = extra["compute_us"] + extra["memory_us"] + extra["exposed_network_us"]
-        flops = totals.flops * config.num_layers / compiled  # the head's share is small
-        totals = replace(totals, us=totals.us + busy, flops=flops, **grown)
-        totals = replace(totals, binding=max(names[:3], key=lambda name: getattr(totals, name)).removesuffix("_us"))
-    rate = tokens / (totals.us * 1e-6) / devices
-    optimum = optimal_tokens_per_second(hardware, config.num_params)
-    return replace(totals, tokens_per_second_per_gpu=rate, share_of_optimum=rate / optimum)
-
-
 def compare(inspections: Sequence[StepInspection]) -> str:
     """The plans, or GPUs, side by side: per inner layer, then per step."""
-    titles = "collectives", "MiB", "network us", "exposed us", "step ms", "tokens/s/GPU", "of optimum", "findings"
+    titles = ("collectives", "MiB", "layer us", "network us", "exposed us", "lost us")
+    titles += ("step ms", "tokens/s/GPU", "of optimum", "findings")
     gpus = len({i.hardware.name for i in inspections}) > 1
     rows: list[tuple[str, ...]] = [("plan", *(("GPU",) if gpus else ()), *titles)]
     for i in inspections:
@@ -300,8 +276,10 @@ def compare(inspections: Sequence[StepInspection]) -> str:
                 *((i.hardware.name,) if gpus else ()),
                 f"{inner.collectives:g}",
                 f"{inner.bytes / 2**20:.1f}",
+                f"{inner.us:.0f}",
                 f"{inner.network_us:.0f}",
                 f"{inner.exposed_network_us:.0f}",
+                f"{inner.interference_us:z.0f}",
                 f"{totals.us / 1e3:.1f}",
                 f"{totals.tokens_per_second_per_gpu:.0f}",
                 f"{totals.share_of_optimum:.1%}",
@@ -316,7 +294,8 @@ def compare(inspections: Sequence[StepInspection]) -> str:
         )
         for row in rows
     ]
-    return "\n".join(["Per inner layer: collectives, MiB, network, exposed network, findings. Predicted.", *lines])
+    what = "collectives, MiB, length, network, exposed network, lost beside others, findings"
+    return "\n".join([f"Per inner layer: {what}. Predicted.", *lines])
 
 
 def _kv_bytes_per_token(config: ModelConfig, devices: int, item: int) -> int:
@@ -348,17 +327,23 @@ def _memory(
 
 
 def attention_costs(
-    config: ModelConfig, pieces: tuple[OpPiece, ...], devices: int, context: int, model: LatencyModel, item: int = 2
+    config: ModelConfig,
+    pieces: tuple[OpPiece, ...],
+    devices: int,
+    context: int,
+    model: LatencyModel,
+    item: int = 2,
+    sms: int | None = None,
 ) -> dict[tuple[str, int], Prediction]:
     """Each attention piece and KV append of one layer on one device, every row with `context` tokens before it; item:
-    bytes of an element of the pages."""
+    bytes of an element of the pages; sms: the most that decode attention uses, None: all."""
     costs = OpCosts(model, Shapes.of(config, devices, item), StepLoad(1, 0, context, context))
     found = {}
     for piece in pieces:
         if piece.op == "KQV":
             found["KV.APPEND", piece.piece] = costs.append(piece.rows)
         elif piece.op == "GEMV":
-            found["GEMV", piece.piece] = costs.decode_attention(piece.rows)
+            found["GEMV", piece.piece] = costs.decode_attention(piece.rows, sms)
         elif piece.op == "PF":
             found["PF", piece.piece] = costs.prefill_attention(piece.rows)
     return found

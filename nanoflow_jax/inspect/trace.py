@@ -33,6 +33,7 @@ def trace(report: Timed) -> dict[str, Any]:
             "kind": event.kind,
             "flops": event.flops,
             "bytes": event.bytes,
+            "alone_us": round(event.alone_us, 3),
             "exposed_us": round(event.exposed_us, 3),
             "source": event.source,
             "pieces": [str(piece) for piece in event.pieces],

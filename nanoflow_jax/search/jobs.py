@@ -2,8 +2,9 @@
 
 There are two runtimes. The library's own is what `schedule.step` compiles to and the inspector reads: one compute
 stream in the plan's order; a collective, or attention on a lane of its own, starts once everything issued before it
-on the compute stream is done, and the first op that reads its result waits for it. NanoFlow's has three lanes
-(compute, memory, network), each in the plan's order, that wait for data alone: decode attention always has a lane.
+on the compute stream is done, and the first op that reads its result waits for it; a GPU without the Mosaic kernel
+ignores the lane. NanoFlow's has three lanes (compute, memory, network), each in the plan's order, that wait for data
+alone: decode attention always has a lane.
 """
 
 from __future__ import annotations
@@ -14,10 +15,9 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
 from nanoflow_jax.search.latency import Prediction
 from nanoflow_jax.search.shapes import OpCosts
-from nanoflow_jax.search.timeline import Piece
+from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
 
-COMPUTE, SIDE, NETWORK = "compute", "stream 1", "network"
-STREAMS = (COMPUTE, SIDE, NETWORK)
+SIDE = "stream 1"
 RUNTIMES = ("library", "nanoflow")
 SAMPLER_REDUCTIONS = 2
 COLLECTIVES = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
@@ -25,9 +25,7 @@ COLLECTIVES = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel or collective. kind: as of `Event`; needs: places in the list of jobs, all before this one; share: of
-    the SMs, that it takes from the compute stream; capped: it never uses more, and was costed so; bytes: of the whole
-    tensor of a collective, else of memory."""
+    """One kernel or collective of a plan: a `NamedOp`."""
 
     piece: Piece
     kind: str
@@ -38,6 +36,18 @@ class Job:
     bytes: float
     collective: str = ""
     capped: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.piece)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (self.piece,)
+
+    @property
+    def is_async(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,7 @@ class _Builder:
             if (rows := self.nano_batches[number].rows) % devices:
                 raise ConfigError(f"nano_batches[{number}]: {rows} rows cannot scatter over {devices} devices")
         self.deferred = deferred_gathers(self.pieces)
-        lane = plan.lanes.get("GEMV")
+        lane = plan.lanes.get("GEMV") if lanes or costs.model.hardware.capability == (9, 0) else None
         self.attention_lane = lanes or lane is not None
         self.sms = lane.sms if lane else None
         self.jobs: list[Job] = []

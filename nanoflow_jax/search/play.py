@@ -1,25 +1,51 @@
-"""Jobs on streams, played in time.
+"""Ops on streams, played in time: the one clock of the simulator, which makes the ops from a plan, and of the
+inspector, which reads them from a compiled program.
 
-Each stream runs one job at a time, in order. While several streams run, each job keeps only a part of its speed: the
+Each stream runs one op at a time, in order. While several streams run, each op keeps only a part of its speed: the
 compute stream's has the SMs that the others leave, a collective its own share. Attention on a lane was costed on its
-own SMs, and keeps its speed.
+own SMs, and keeps its speed. Copies to and from the host take no SMs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from nanoflow_jax.search.jobs import COMPUTE, STREAMS, Job
-from nanoflow_jax.search.latency import LatencyModel
+from nanoflow_jax.search.latency import LatencyModel, Prediction
+from nanoflow_jax.search.timeline import COMPUTE
 
 LEAST_SHARE = 0.02  # of the SMs, for the compute stream
 LEAST_SPEED = 1e-3
 
 
+class Op(Protocol):
+    """One kernel, collective or copy. name: for messages; stream: any name; needs: places in the list of ops, all
+    before this one; share: of the SMs, that it takes from the compute stream; capped: it never uses more, and was
+    costed so."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def stream(self) -> str: ...
+
+    @property
+    def prediction(self) -> Prediction: ...
+
+    @property
+    def needs(self) -> tuple[int, ...]: ...
+
+    @property
+    def share(self) -> float: ...
+
+    @property
+    def capped(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Run:
-    """When a job ran, microseconds; alone_us: how long it would have taken with the GPU to itself."""
+    """When an op ran, microseconds; alone_us: how long it would have taken with the GPU to itself."""
 
     start_us: float
     end_us: float
@@ -28,65 +54,66 @@ class Run:
 
 @dataclass(frozen=True)
 class Played:
-    """Runs of the jobs, in the jobs' order, and where the speeds of jobs side by side come from."""
+    """Runs of the ops, in the ops' order, and where the speeds of ops side by side come from."""
 
     runs: tuple[Run, ...]
     sources: frozenset[str]
 
 
-def play(jobs: Sequence[Job], model: LatencyModel) -> Played:
-    """Raises ValueError when a job needs a later one."""
-    queues: dict[str, list[int]] = {stream: [] for stream in STREAMS}
-    for i, job in enumerate(jobs):
-        if any(need >= i for need in job.needs):
-            raise ValueError(f"job {i} ({job.piece}) needs job {max(job.needs)}, which is not before it")
-        queues[job.stream].append(i)
+def play(ops: Sequence[Op], model: LatencyModel) -> Played:
+    """Raises ValueError when an op needs a later one."""
+    queues: dict[str, list[int]] = {}
+    for i, op in enumerate(ops):
+        if any(need >= i for need in op.needs):
+            raise ValueError(f"op {i} ({op.name}) needs op {max(op.needs)}, which is not before it")
+        queues.setdefault(op.stream, []).append(i)
     streams = list(queues)
     heads = dict.fromkeys(streams, 0)
-    left = [job.prediction.us for job in jobs]
-    start, end = [0.0] * len(jobs), [-1.0] * len(jobs)
+    left = [op.prediction.us for op in ops]
+    start, end = [0.0] * len(ops), [-1.0] * len(ops)
     running: dict[str, int] = {}
     speeds = Speeds(model)
     now, done = 0.0, 0
-    while done < len(jobs):
+    while done < len(ops):
         for stream in streams:
             queue, head = queues[stream], heads[stream]
             if stream not in running and head < len(queue):
                 i = queue[head]
-                if all(end[need] >= 0 for need in jobs[i].needs):
+                if all(end[need] >= 0 for need in ops[i].needs):
                     running[stream] = i
                     start[i] = now
-        speed = speeds.of(jobs, running)
+        speed = speeds.of(ops, running)
         step = min(left[i] / speed[stream] for stream, i in running.items())
         now += step
         for stream, i in list(running.items()):
             left[i] -= step * speed[stream]
-            if left[i] <= 1e-9 * max(1.0, jobs[i].prediction.us):
+            if left[i] <= 1e-9 * max(1.0, ops[i].prediction.us):
                 end[i] = now
                 heads[stream] += 1
                 done += 1
                 del running[stream]
-    runs = tuple(Run(a, b, job.prediction.us) for a, b, job in zip(start, end, jobs, strict=True))
+    runs = tuple(Run(a, b, op.prediction.us) for a, b, op in zip(start, end, ops, strict=True))
     return Played(runs, frozenset(speeds.sources))
 
 
 class Speeds:
-    """Speeds of the jobs that run at once, remembered by what they are."""
+    """Speeds of the ops that run at once, remembered by what they are."""
 
     def __init__(self, model: LatencyModel):
         self._model = model
         self.sources: set[str] = set()
         self._known: dict[tuple[tuple[str, str, float, bool], ...], dict[str, float]] = {}
 
-    def of(self, jobs: Sequence[Job], running: dict[str, int]) -> dict[str, float]:
-        key = tuple((stream, jobs[i].prediction.bound, jobs[i].share, jobs[i].capped) for stream, i in running.items())
+    def of(self, ops: Sequence[Op], running: dict[str, int]) -> dict[str, float]:
+        key = tuple((stream, ops[i].prediction.bound, ops[i].share, ops[i].capped) for stream, i in running.items())
         if key not in self._known:
             self._known[key] = {one[0]: self._speed(one, [other for other in key if other != one]) for one in key}
         return self._known[key]
 
     def _speed(self, one: tuple[str, str, float, bool], others: Sequence[tuple[str, str, float, bool]]) -> float:
         stream, kind, share, capped = one
-        if not others or capped:
+        others = [other for other in others if other[1] != "host"]
+        if not others or capped or kind == "host":
             return 1.0
         if stream == COMPUTE:
             share = max(LEAST_SHARE, 1.0 - sum(other[2] for other in others))

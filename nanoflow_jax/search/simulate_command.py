@@ -153,9 +153,7 @@ def text(result: Throughput) -> str:
             f"step: {s.load.decode_rows} decode rows of context {s.load.decode_context:.0f}, "
             f"{s.load.prefill_rows} prefill rows, {result.step_ms:.1f} ms (the time per token); "
             f"a request takes {result.request_seconds:.1f} s",
-            f"inner layer, us: {inner.us:.0f}; alone: compute {inner.compute_us:.0f} and memory {inner.memory_us:.0f}, "
-            f"network {inner.network_us:.0f}; exposed network {inner.exposed_network_us:.0f}; lost beside others "
-            f"{inner.interference_us:z.0f}, other waits {inner.bubble_us:.0f}",
+            inner.text(),
             f"KV: {kv.resident:,} of {kv.capacity:,} tokens{limit}",
             f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
         ]

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+COMPUTE, NETWORK = "compute", "network"  # streams; there may be others beside them
+
 
 class Piece(NamedTuple):
     """A plan's op piece; `layer` is None outside of layers, and `piece` counts from 1."""
@@ -22,7 +24,11 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Event:
     """One instruction's run, microseconds from the step's start. lane: compute, memory, network or host, the
-    resource that binds it. `exposed_us`: how long the compute stream stood still for it."""
+    resource that binds it.
+
+    alone_us: how long it takes with the GPU to itself; exposed_us: how long the compute stream stood still for it, a
+    collective; bubble_us: how long it stood still ahead of it, a kernel, for another reason.
+    """
 
     name: str
     kind: str
@@ -30,11 +36,13 @@ class Event:
     stream: str
     start_us: float
     end_us: float
+    alone_us: float
     pieces: tuple[Piece, ...]
     flops: float
     bytes: float
     source: str
     exposed_us: float = 0.0
+    bubble_us: float = 0.0
 
     @property
     def piece(self) -> Piece | None:
@@ -52,7 +60,8 @@ class Event:
 @dataclass(frozen=True)
 class Collective:
     """One collective. bytes: the whole tensor; wire_bytes: what each GPU sends. beside: the GEMM and attention
-    pieces between its start and its done; beside_other: the other kernels there. nano_batch is the piece's number."""
+    pieces between its start and its done; beside_other: the other kernels there. nano_batch is the piece's number;
+    predicted_us: how long it takes alone."""
 
     op: str | None
     nano_batch: int | None
@@ -72,14 +81,18 @@ class Collective:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Events in order of issue, and the collectives. us: until the last stream is done. unknown_loops: ops of the loops
-    whose trip count XLA does not give; their bodies are counted once."""
+    """Events in order of issue, and the collectives. us: until the last stream is done; bubble_us: how long the compute
+    stream stood still for another reason than the network, the end of the step included; sources: of times, and of the
+    speeds of ops side by side. unknown_loops: ops of the loops whose trip count XLA does not give; their bodies are
+    counted once. left_out_us: how much longer the branches that were not taken are."""
 
     events: tuple[Event, ...]
     collectives: tuple[Collective, ...]
     us: float
     bubble_us: float
+    sources: tuple[str, ...]
     unknown_loops: tuple[str, ...] = ()
+    left_out_us: float = 0.0
 
 
 class Timed(Protocol):

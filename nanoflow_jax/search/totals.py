@@ -1,35 +1,90 @@
-"""A timeline added up: per layer, per resource, and for the step."""
+"""A timeline added up: per layer, per resource, for the step, and for a model of more layers than were played."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.search.latency import optimal_tokens_per_second
-from nanoflow_jax.search.timeline import Event, Timeline
+from nanoflow_jax.search.timeline import COMPUTE, Event, Timeline
+
+RESOURCES = ("compute", "memory", "network")
 
 
 @dataclass(frozen=True)
 class LayerTotals:
-    """Microseconds of one layer's kernels by the resource that binds them; layer None: outside of layers, or untraced.
+    """Microseconds of one layer; layer None: outside of layers, or untraced.
 
-    exposed_network_us: how long the compute stream stood still for the layer's collectives.
+    us: what it takes of the compute stream, its ops there and the waits; compute, memory, network: of its ops by the
+    resource that binds them, as if each had the GPU to itself; exposed_network_us, bubble_us: how long the compute
+    stream stood still for the layer's collectives, and ahead of its kernels for another reason; interference_us: what
+    its ops on the compute stream lost to those beside them.
     """
 
     layer: int | None
+    us: float
     compute_us: float
     memory_us: float
     network_us: float
     exposed_network_us: float
+    bubble_us: float
+    interference_us: float
+
+
+@dataclass(frozen=True)
+class InnerLayer:
+    """Averages per layer over `layers`, those that repeat, in microseconds, as in `LayerTotals`. us is the layer's
+    length: what each of them adds to a step."""
+
+    layers: tuple[int, ...]
+    us: float
+    compute_us: float
+    memory_us: float
+    network_us: float
+    exposed_network_us: float
+    bubble_us: float
+    interference_us: float
+
+    @staticmethod
+    def of(totals: Totals, layers: Sequence[int]) -> InnerLayer:
+        chosen = [layer for layer in totals.layers if layer.layer in layers]
+
+        def mean(values: Iterable[float]) -> float:
+            return sum(values) / len(chosen)
+
+        return InnerLayer(
+            layers=tuple(layers),
+            us=mean(layer.us for layer in chosen),
+            compute_us=mean(layer.compute_us for layer in chosen),
+            memory_us=mean(layer.memory_us for layer in chosen),
+            network_us=mean(layer.network_us for layer in chosen),
+            exposed_network_us=mean(layer.exposed_network_us for layer in chosen),
+            bubble_us=mean(layer.bubble_us for layer in chosen),
+            interference_us=mean(layer.interference_us for layer in chosen),
+        )
+
+    @property
+    def bound_by(self) -> str:
+        """The resource that is busy longest."""
+        return _busiest(self)
+
+    def text(self) -> str:
+        """A line of a report."""
+        return (
+            f"inner layer, us: {self.us:.0f}; alone: compute {self.compute_us:.0f} and memory {self.memory_us:.0f}, "
+            f"network {self.network_us:.0f}; exposed network {self.exposed_network_us:.0f}; lost beside others "
+            f"{self.interference_us:z.0f}, other waits {self.bubble_us:.0f}"
+        )
 
 
 @dataclass(frozen=True)
 class Totals:
-    """The step. us: its length; bubble_us: compute stream idle for another reason than the network.
+    """The step. us: its length; host_us: of copies; the others as in `LayerTotals`, bubble_us with the end of the step.
 
     binding: the resource that is busy longest. tokens_per_second_per_gpu and share_of_optimum (of FLOP/s ÷
-    2·parameters, data sheet rate): None unless the caller gave tokens and parameters.
+    2·parameters, at the GEMM rate that is reached): None unless the caller gave tokens and parameters.
     """
 
     us: float
@@ -38,6 +93,7 @@ class Totals:
     network_us: float
     exposed_network_us: float
     bubble_us: float
+    interference_us: float
     host_us: float
     flops: float
     binding: str
@@ -46,39 +102,69 @@ class Totals:
     share_of_optimum: float | None = None
 
 
-def _layer(event: Event) -> int | None:
-    return event.piece.layer if event.piece else None
+def _busiest(times: InnerLayer | Totals) -> str:
+    return max(RESOURCES, key=lambda resource: getattr(times, f"{resource}_us"))
+
+
+def _layer_totals(layer: int | None, events: Sequence[Event]) -> LayerTotals:
+    busy: defaultdict[str, float] = defaultdict(float)
+    for event in events:
+        busy[event.lane] += event.alone_us
+    computed = [event for event in events if event.stream == COMPUTE]
+    waited = sum(event.exposed_us + event.bubble_us for event in events)
+    return LayerTotals(
+        layer=layer,
+        us=sum(event.us for event in computed) + waited,
+        compute_us=busy["compute"],
+        memory_us=busy["memory"],
+        network_us=busy["network"],
+        exposed_network_us=sum(event.exposed_us for event in events),
+        bubble_us=sum(event.bubble_us for event in events),
+        interference_us=sum(event.us - event.alone_us for event in computed),
+    )
 
 
 def add_up(
     timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
 ) -> Totals:
-    busy: defaultdict[str, float] = defaultdict(float)
-    layers: dict[int | None, defaultdict[str, float]] = {}
+    by_layer: dict[int | None, list[Event]] = {}
     for event in timeline.events:
-        busy[event.lane] += event.us
-        busy["exposed"] += event.exposed_us
-        layer = layers.setdefault(_layer(event), defaultdict(float))
-        layer[event.lane] += event.us
-        layer["exposed"] += event.exposed_us
-    order = sorted(layers, key=lambda layer: (layer is None, layer or 0))
-    per_layer = tuple(
-        LayerTotals(i, layers[i]["compute"], layers[i]["memory"], layers[i]["network"], layers[i]["exposed"])
-        for i in order
-    )
-    rate = tokens / (timeline.us * 1e-6) / devices if tokens and timeline.us else None
-    share = rate / optimal_tokens_per_second(hardware, parameters) if rate and parameters else None
-    return Totals(
+        by_layer.setdefault(event.piece.layer if event.piece else None, []).append(event)
+    order = sorted(by_layer, key=lambda layer: (layer is None, layer or 0))
+    whole = _layer_totals(None, timeline.events)
+    totals = Totals(
         us=timeline.us,
-        compute_us=busy["compute"],
-        memory_us=busy["memory"],
-        network_us=busy["network"],
-        exposed_network_us=busy["exposed"],
+        compute_us=whole.compute_us,
+        memory_us=whole.memory_us,
+        network_us=whole.network_us,
+        exposed_network_us=whole.exposed_network_us,
         bubble_us=timeline.bubble_us,
-        host_us=busy["host"],
+        interference_us=whole.interference_us,
+        host_us=sum(event.alone_us for event in timeline.events if event.lane == "host"),
         flops=sum(event.flops for event in timeline.events),
-        binding=max(("compute", "memory", "network"), key=lambda lane: busy[lane]),
-        layers=per_layer,
-        tokens_per_second_per_gpu=rate,
-        share_of_optimum=share,
+        binding="",
+        layers=tuple(_layer_totals(layer, by_layer[layer]) for layer in order),
     )
+    return _with_rate(replace(totals, binding=_busiest(totals)), hardware, devices, tokens, parameters)
+
+
+def of_all_layers(
+    totals: Totals, inner: InnerLayer, layers: int, hardware: Hardware, devices: int, tokens: int, parameters: float
+) -> Totals:
+    """Totals of a step of so many layers: those played, and inner layers like them for the rest."""
+    played = sum(layer.layer is not None for layer in totals.layers)
+    if missing := layers - played:
+        names = ("us", "compute_us", "memory_us", "network_us", "exposed_network_us", "bubble_us", "interference_us")
+        grown = {name: getattr(totals, name) + missing * getattr(inner, name) for name in names}
+        flops = totals.flops * layers / played  # the head's share is small
+        totals = replace(totals, flops=flops, **grown)
+        totals = replace(totals, binding=_busiest(totals))
+    return _with_rate(totals, hardware, devices, tokens, parameters)
+
+
+def _with_rate(
+    totals: Totals, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
+) -> Totals:
+    rate = tokens / (totals.us * 1e-6) / devices if tokens and totals.us else None
+    share = rate / optimal_tokens_per_second(hardware, parameters, calibrated=True) if rate and parameters else None
+    return replace(totals, tokens_per_second_per_gpu=rate, share_of_optimum=share)

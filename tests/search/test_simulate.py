@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from nanoflow_jax.config import ConfigError, ModelConfig, model_config
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
-from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, STREAMS, Job, Shares, build_jobs
+from nanoflow_jax.search.jobs import SIDE, Job, Shares, build_jobs
 from nanoflow_jax.search.latency import Prediction, RooflineModel
 from nanoflow_jax.search.load import Demand, StepLoad
-from nanoflow_jax.search.play import play
+from nanoflow_jax.search.play import Run, play
+from nanoflow_jax.search.played import waits
 from nanoflow_jax.search.predict import context_grid, kv_capacity, predict
 from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import simulate_step
-from nanoflow_jax.search.timeline import Piece
+from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
 from nanoflow_jax.workload import load_workload
 
 H200 = RooflineModel(load_hardware("h200"))
@@ -64,7 +65,7 @@ def test_three_at_once_share_the_gpu() -> None:
 
 
 def test_a_job_that_needs_a_later_one_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"job 0 .* needs job 1"):
+    with pytest.raises(ValueError, match=r"op 0 .* needs op 1"):
         play([job(COMPUTE, 1, 1), job(COMPUTE, 1)], H200)
 
 
@@ -99,6 +100,36 @@ def test_time_on_the_compute_stream_is_accounted_for() -> None:
         s = simulate_step(load_plan(name), LLAMA, H200, 8, LOAD).inner
         parts = s.compute_us + s.memory_us + s.exposed_network_us + s.bubble_us + s.interference_us
         assert s.us == pytest.approx(parts)
+        whole = simulate_step(load_plan(name), LLAMA, H200, 8, LOAD).totals
+        parts = whole.compute_us + whole.memory_us + whole.exposed_network_us + whole.bubble_us + whole.interference_us
+        assert whole.us == pytest.approx(parts)
+
+
+def test_a_wait_is_shared_out_among_what_the_network_runs() -> None:
+    """The compute stream waits 70 us, for attention on a lane until 60 and for the second of two collectives until 40:
+    until then the network is waited for, although it begins late, at 5; the rest is for the lane. The step's end waits
+    for a last collective."""
+    jobs = [
+        job(COMPUTE, 0),
+        job(SIDE, 60),
+        job(NETWORK, 20),
+        job(NETWORK, 15),
+        job(COMPUTE, 10, 0, 1, 3),
+        job(NETWORK, 9),
+    ]
+    times = [(0, 0), (0, 60), (5, 25), (25, 40), (60, 70), (65, 74)]
+    exposed, bubbles = waits(jobs, [Run(a, b, b - a) for a, b in times])
+    assert exposed == {2: 20, 3: 15, 5: 4}
+    assert bubbles == {4: 60 - 35}
+
+
+def test_a_lane_is_ignored_where_there_is_no_kernel() -> None:
+    """As `schedule.step` does: on an A100 the plan is one without a lane."""
+    plan = load_plan("nanoflow_70b_streams")
+    a100 = RooflineModel(load_hardware("a100_sxm_80"))
+    assert SIDE in {one.stream for one in simulate_step(plan, LLAMA, H200, 8, LOAD).timeline.events}
+    on_lane, without = (simulate_step(p, LLAMA, a100, 8, LOAD) for p in (plan, replace(plan, lanes={})))
+    assert on_lane.timeline == without.timeline
 
 
 def test_one_device_has_no_network() -> None:
@@ -171,7 +202,7 @@ def test_timelines_obey_dependencies_and_resources(plan: SchedulePlan, runtime: 
             if piece.op == "KQV" and layer:
                 final = _final_collective(piece, pieces)
                 assert first[layer, name] >= last[layer - 1, final] - 1e-6
-    for stream in STREAMS:
+    for stream in {one.stream for one in jobs}:
         mine = [run for one, run in zip(jobs, runs, strict=True) if one.stream == stream]
         assert all(a.end_us <= b.start_us + 1e-6 for a, b in pairwise(mine))
     for moment in {run.start_us for run in runs}:
