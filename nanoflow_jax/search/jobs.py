@@ -2,14 +2,15 @@
 
 There are two runtimes. The library's own is what `schedule.step` compiles to and the inspector reads: one compute
 stream in the plan's order; a collective, or attention on a lane of its own, starts once everything issued before it
-on the compute stream is done, and the first op that reads its result waits for it; a GPU without the Mosaic kernel
-ignores the lane. NanoFlow's has three lanes (compute, memory, network), each in the plan's order, that wait for data
-alone: decode attention always has a lane.
+on the compute stream is done, and the first op that reads its result waits for it; a collective is issued once the one
+in flight is done, which the compute stream waits for; a GPU without the Mosaic kernel ignores the lane. NanoFlow's has
+three lanes (compute, memory, network), each in the plan's order, that wait for data alone: decode attention always has
+a lane.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
@@ -80,13 +81,20 @@ class _Layer:
 
 
 def build_jobs(
-    plan: SchedulePlan, costs: OpCosts, layers: int, shares: Shares, runtime: str = "library"
+    plan: SchedulePlan,
+    costs: OpCosts,
+    layers: int,
+    shares: Shares,
+    runtime: str = "library",
+    one_in_flight: bool = True,
 ) -> tuple[Job, ...]:
-    """Jobs of a step of so many layers, in issue order. Raises ConfigError for an unknown runtime, or a scattered
-    nano-batch that does not divide."""
+    """Jobs of a step of so many layers, in issue order. one_in_flight False: without what the library waits for between
+    collectives, which depends on the order. Raises ConfigError for an unknown runtime, or a scattered nano-batch that
+    does not divide."""
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
-    builder = _Builder(plan, costs, layers, shares, runtime == "nanoflow")
+    lanes = runtime == "nanoflow"
+    builder = _Builder(plan, costs, layers, shares, lanes, one_in_flight and not lanes)
     builder.embed()
     for index in range(layers):
         builder.layer(index)
@@ -97,7 +105,9 @@ def build_jobs(
 class _Builder:
     """Follows `schedule.step._StepRun` op by op. `pending`: nano-batch → what its residual waits for."""
 
-    def __init__(self, plan: SchedulePlan, costs: OpCosts, layers: int, shares: Shares, lanes: bool):
+    def __init__(
+        self, plan: SchedulePlan, costs: OpCosts, layers: int, shares: Shares, lanes: bool, one_in_flight: bool
+    ):
         self.costs, self.layers, self.shares, self.lanes = costs, layers, shares, lanes
         load, devices = costs.load, costs.shapes.devices
         self.devices = devices
@@ -114,6 +124,9 @@ class _Builder:
         self.sms = lane.sms if lane else None
         self.jobs: list[Job] = []
         self.issued: tuple[int, ...] = ()  # the compute stream's last job
+        self.one_in_flight = one_in_flight
+        self.in_flight: tuple[int, ...] = ()  # the last collective
+        self.behind: tuple[int, ...] = ()  # the one before it, for which the next job of the compute stream waits
         self.pending: dict[int, tuple[int, ...]] = {}
         self.shards: dict[int, tuple[int, ...]] = {}  # of a scattered nano-batch: what its KQV waits for
 
@@ -121,6 +134,8 @@ class _Builder:
 
     def run(self, piece: Piece, kind: str, prediction: Prediction, needs: tuple[int, ...] = ()) -> tuple[int, ...]:
         """A kernel of the compute stream."""
+        needs = tuple(sorted({*needs, *self.behind}))
+        self.behind = ()
         self.jobs.append(Job(piece, kind, COMPUTE, prediction, needs, 0.0, prediction.bytes))
         self.issued = (len(self.jobs) - 1,)
         return self.issued
@@ -136,8 +151,11 @@ class _Builder:
 
     def _start(self, job: Job) -> tuple[int, ...]:
         needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
-        self.jobs.append(Job(**{**job.__dict__, "needs": needs}))
-        return (len(self.jobs) - 1,)
+        self.jobs.append(replace(job, needs=needs))
+        started = (len(self.jobs) - 1,)
+        if job.stream == NETWORK and self.one_in_flight:
+            self.in_flight, self.behind = started, (*self.behind, *self.in_flight)
+        return started
 
     # -- ends of a step
 

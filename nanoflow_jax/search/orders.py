@@ -1,8 +1,6 @@
 """The best order of a plan's pieces, proven best: a shortest path through the states of a layer.
 
-A plan's pieces form a chain per nano-batch, and an order is an interleaving of the chains. A collective that only
-takes a result is issued right behind the op that makes it: later would only delay the network. (The tests compare with
-all orders.)
+A plan's pieces form a chain per nano-batch, and an order is an interleaving of the chains.
 
 Prefixes of an order that have placed the same pieces are compared by the time and by what is under way: one that is
 nowhere less than another leads to nothing better, and is dropped. What is left after the last piece are the states that
@@ -35,7 +33,7 @@ from nanoflow_jax.search.steps import (
 ROUNDS = 12  # layers that the bound is followed over, at most
 LESS = 1e-6  # microseconds that count as better
 
-Chain = tuple[tuple[str, ...], ...]  # blocks in order; a block is issued whole: an op, and its eager collectives
+Chain = tuple[str, ...]  # a nano-batch's pieces, in order
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def best_order(
     return Ordered(period, order, bound)
 
 
-Label = tuple[tuple[float, ...], State, Order]  # a path's numbers that others are compared by, its state and its blocks
+Label = tuple[tuple[float, ...], State, Order]  # what paths are compared by, where one has come, and its pieces
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class _Placed:
 
 
 class _Path:
-    """Layers as paths through (blocks placed of each chain, KQV pieces not written)."""
+    """Layers as paths through (pieces placed of each chain, KQV pieces not written)."""
 
     def __init__(self, steps: Steps, chains: Sequence[Chain], after: dict[str, tuple[str, ...]]):
         self.steps, self.chains, self.after = steps, chains, after
@@ -105,31 +103,30 @@ class _Path:
         for _ in range(sum(map(len, self.chains))):
             longer: dict[tuple[tuple[int, ...], Order], list[Label]] = {}
             for (at, unwritten), labels in paths.items():
-                for k, block in self._next(at):
-                    steps, pending = self.steps.listed(block, unwritten)
+                for k, name in self._next(at):
+                    steps, pending = self.steps.listed((name,), unwritten)
                     number = (*at[:k], at[k] + 1, *at[k + 1 :])
                     placed = self._placed(number)
-                    most = below - LESS - placed.rest - sum(self._least(self.steps.appends[name]) for name in pending)
+                    most = below - LESS - placed.rest - sum(self._least(self.steps.appends[other]) for other in pending)
                     kept = longer.setdefault((number, pending), [])
                     for _, state, order in labels:
                         found = self.steps.advance(state, steps)
                         if found.now + price * (found.given - found.done) < most:
-                            _keep(kept, self._numbers(found, placed), found, order + block)
+                            _keep(kept, self._numbers(found, placed), found, (*order, name))
             paths = longer
         ends = [(state, order) for labels in paths.values() for _, state, order in labels]
         return [(state.now + price * (state.given - state.done), state, order) for state, order in ends]
 
-    def _next(self, at: tuple[int, ...]) -> Iterator[tuple[int, Order]]:
-        """The chains' next blocks whose needs are placed."""
+    def _next(self, at: tuple[int, ...]) -> Iterator[tuple[int, str]]:
+        """The chains' next pieces whose needs are placed."""
         names = self._placed(at).names
         for k, chain in enumerate(self.chains):
-            if at[k] < len(chain) and all(names.issuperset(self.after.get(name, ())) for name in chain[at[k]]):
+            if at[k] < len(chain) and names.issuperset(self.after.get(chain[at[k]], ())):
                 yield k, chain[at[k]]
 
     def _placed(self, at: tuple[int, ...]) -> _Placed:
         if at not in self.known:
-            blocks = [block for chain, n in zip(self.chains, at, strict=True) for block in chain[:n]]
-            names = frozenset(name for block in blocks for name in block)
+            names = frozenset(name for chain, n in zip(self.chains, at, strict=True) for name in chain[:n])
             steps = [step for name in names for step in self.steps.of[name]]
             started = {what for kind, _, what in steps if kind in (START, START_SIDE)}
             waited = {what for kind, _, what in steps if kind in (WAIT, WAIT_SIDE)}

@@ -31,6 +31,7 @@ from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import ATTENTION_SHARE
 from nanoflow_jax.search.steps import Order, Steps
 
+CHAIN = ("KQV", "GEMV", "PF", "GEMV.AG", "O", "O.RS", "O.AR", "O.AG", "UG", "D", "D.RS", "D.AR")
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
 LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
@@ -252,14 +253,14 @@ class Finder:
         lanes = {"GEMV": Lane(1, sms)} if s.lane else {}
         splits = {op: sizes for op, sizes in splits.items() if sizes}
         plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes)
-        return replace(plan, order=tuple(name for blocks in self.chains(s, plan) for block in blocks for name in block))
+        return replace(plan, order=tuple(name for chain in self.chains(s, plan) for name in chain))
 
     def chains(self, s: Structure, plan: SchedulePlan) -> list[Chain]:
         pieces = {p.name: p for p in self._pieces(plan)}
-        return [_chain(i + 1, deferred, bool(s.lane), pieces) for i, deferred in enumerate(s.deferred)]
+        return [_chain(i + 1, deferred, pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:
-        return build_jobs(plan, self.costs, layers, self.shares)
+        return build_jobs(plan, self.costs, layers, self.shares, one_in_flight=False)
 
     def bound(self, s: Structure) -> float:
         """Whatever the order, so that it does not matter when D.AG is issued."""
@@ -281,25 +282,8 @@ class Finder:
         return plan.pieces(self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices))
 
 
-def _chain(number: int, deferred: bool, lane: bool, pieces: dict[str, OpPiece]) -> Chain:
-    """A nano-batch's pieces as blocks in dependency order; collectives that only take a result belong to its op, but
-    for GEMV.AG after attention on a lane: it waits for it."""
-    names: dict[str, list[str]] = {}
-    for piece in pieces.values():
-        if piece.nano_batch == number:
-            names.setdefault(piece.op, []).append(piece.name)
-    blocks: list[tuple[str, ...]] = [(name,) for op in ("KQV", "GEMV", "PF") for name in names.get(op, ())]
-    if "GEMV.AG" in names and lane:
-        blocks.append(tuple(names["GEMV.AG"]))
-    elif "GEMV.AG" in names:
-        blocks[-1] += tuple(names["GEMV.AG"])
-    scattered = "O.RS" in names
-    eager = "O.RS" if scattered else "O.AG" if "O.AG" in names else "O.AR" if "O.AR" in names else ""
-    blocks.append((*names["O"], *names.get(eager, ())))
-    if scattered:
-        blocks.append(tuple(names["O.AG"]))
-    blocks.append(tuple(names["UG"]))
-    blocks.append((*names["D"], *names.get("D.AR", ()), *names.get("D.RS", ())))
-    if "D.AG" in names:
-        blocks.insert(0 if deferred else len(blocks), tuple(names["D.AG"]))
-    return tuple(blocks)
+def _chain(number: int, deferred: bool, pieces: dict[str, OpPiece]) -> Chain:
+    """A nano-batch's pieces in dependency order."""
+    ops = (*(("D.AG",) if deferred else ()), *CHAIN, *(() if deferred else ("D.AG",)))
+    own = [piece for piece in pieces.values() if piece.nano_batch == number]
+    return tuple(piece.name for op in ops for piece in own if piece.op == op)

@@ -1,8 +1,8 @@
 """A layer in closed form: what each piece of a plan does to the time and to the streams, as a short sum.
 
-Streams are first in, first out, so that what is under way on the network, or on attention's lane, is a few numbers: how
-much work the stream has been given and has done, and by which of it each job is done. A layer's time is then a sum over
-its steps instead of a simulation; the two agree exactly.
+Streams are first in, first out, and one collective is in flight at a time, so that what is under way on the network,
+or on attention's lane, is a few numbers: how much work the stream has been given and has done, and by which of it each
+job is done. A layer's time is then a sum over its steps instead of a simulation; the two agree exactly.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, Job
 from nanoflow_jax.search.latency import LatencyModel
 from nanoflow_jax.search.play import Speeds
 
-RUN, START, START_SIDE, WAIT, WAIT_BEFORE, WAIT_SIDE, WAIT_ALL_SIDE = range(7)
+RUN, START, START_SIDE, WAIT, WAIT_BEFORE, WAIT_ALL, WAIT_SIDE, WAIT_ALL_SIDE = range(8)
 STEADY = 4  # layers until an order's repeat
 NOTHING = 1e-9  # microseconds of work
 
@@ -43,7 +43,8 @@ class Steps:
 
     of         (RUN, us, speeds), (START, us, slot) of its collective, (START_SIDE, us, slot) of attention on a lane,
                (WAIT, 0, slot) for a collective of this layer, (WAIT_BEFORE, 0, slot) for one of the layer before,
-               (WAIT_SIDE, 0, slot) for attention on a lane, (WAIT_ALL_SIDE, 0, 0)
+               (WAIT_ALL, 0, 0) for the one in flight, (WAIT_SIDE, 0, slot) for attention on a lane, (WAIT_ALL_SIDE,
+               0, 0) for all of it
     appends    of KQV pieces: written by the first attention op that comes after
     slots      of jobs on other streams, in `State`; on_side: which of them are attention's
     idle       speeds while the compute stream waits
@@ -59,7 +60,7 @@ class Steps:
 
     @staticmethod
     def read(jobs: Sequence[Job], model: LatencyModel) -> Steps:
-        """From the jobs of a step of three layers or more; the second stands for all."""
+        """From the jobs of a step of three layers or more, without `one_in_flight`; the second stands for all."""
         inner = [job for job in jobs if job.piece.layer == 1]
         elsewhere = [job for job in inner if job.stream != COMPUTE]
         slots = {_name(job): i for i, job in enumerate(elsewhere)}
@@ -78,8 +79,10 @@ class Steps:
                     steps.append((WAIT_SIDE, 0.0, slots[_name(other)]))
             if job.stream == COMPUTE:
                 steps.append((RUN, job.prediction.us, rows[job.prediction.bound]))
+            elif job.stream == NETWORK:
+                steps += [(WAIT_ALL, 0.0, 0), (START, job.prediction.us, slots[_name(job)])]
             else:
-                steps.append((START if job.stream == NETWORK else START_SIDE, job.prediction.us, slots[_name(job)]))
+                steps.append((START_SIDE, job.prediction.us, slots[_name(job)]))
         done = {name: tuple(_merged(steps)) for name, steps in found.items()}
         # In the library, keys and values are written once attention in flight, which reads the same pages, is done.
         first: tuple[Step, ...] = ((WAIT_ALL_SIDE, 0.0, 0),) if SIDE in beside else ()
@@ -130,7 +133,12 @@ class Steps:
                     left -= compute * spent
             else:
                 on_side = kind >= WAIT_SIDE
-                until = side_given if kind == WAIT_ALL_SIDE else before[what] if kind == WAIT_BEFORE else here[what]
+                if kind == WAIT_ALL:
+                    until = given
+                elif kind == WAIT_ALL_SIDE:
+                    until = side_given
+                else:
+                    until = before[what] if kind == WAIT_BEFORE else here[what]
                 while until > (side_done if on_side else done) + NOTHING:
                     network, side = given - done, side_given - side_done
                     _, sending, attending = self.idle[side > NOTHING][network > NOTHING]
