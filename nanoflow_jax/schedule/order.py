@@ -4,8 +4,9 @@ Left alone, XLA's scheduler covers most collectives and leaves some with nothing
 inputs through an `optimization_barrier` together with a token, and gives the token on with its output: the issue
 order becomes data dependence, which no scheduler can change. XLA's GPU pipeline removes barriers after scheduling,
 so they cost nothing at run time. A collective takes the token but does not give it on: it starts where it is issued,
-and its first consumer waits for it. Whatever reads a collective's result must therefore be part of an ordered op:
-outside, it could float up and end the collective early.
+and its first consumer waits for it, or the next collective, since XLA lets one be in flight at a time. Whatever reads
+a collective's result must therefore be part of an ordered op: outside, it could float up and end the collective
+early.
 """
 
 from __future__ import annotations

@@ -162,11 +162,12 @@ def side_by_side(first: Kernel, second: Kernel, a: int, b: int, one: Any, two: A
     for r in range(ROUNDS if a or b else 0):
         started, k = None, r % len(own)
         if pinned:
-            beside, own = order.start(lambda *ready: ready, beside, own)
+            beside, own = order.beside(lambda *ready: ready, beside, own)
             started = streamed(beside, own[k])
             beside, own, mine = order.wait((beside, own, mine))
         elif b:
-            started = order.start(calls[1] if second.network else streamed, beside, own[k])
+            issue = order.start if second.network else order.beside
+            started = issue(calls[1] if second.network else streamed, beside, own[k])
         for i in range(a):
             results.append(order.run(calls[0], shared, mine[(r * a + i) % len(mine)]))  # noqa: PERF401
         if b and second.in_place:
