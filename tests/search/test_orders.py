@@ -183,7 +183,7 @@ def by_milp(steps: Steps, chains: Sequence[Chain]) -> float:
             rows[-1][column[first]] -= most
             least[-1] -= most
         elif first is not None:
-            rows[-1][column[first[::-1]]] += most
+            rows[-1][column[first[1], first[0]]] += most
 
     for a, b in permutations(names, 2):
         us = max(length[a], sent.get(a, 0.0) if b in sent else 0.0)  # one collective in flight
