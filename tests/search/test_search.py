@@ -76,13 +76,17 @@ def test_a_found_plan_is_a_plan(gpu: str, tmp_path: Path) -> None:
 
 
 def test_committed_plans_are_the_best_known() -> None:
-    """Each beats every other plan file on its GPU, by the model at hand."""
-    load = StepLoad(1280, 768, 1024, 1024)
+    """Each beats every other plan file on its GPU and load, by the model at hand."""
     names = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
+    plans = {name: load_plan(name) for name in names}
     for gpu in ("a100_sxm_80", "h100_sxm", "h200", "b200"):
         model = RooflineModel(load_hardware(gpu))
-        periods = {name: simulate_step(load_plan(name), LLAMA, model, 8, load).inner.us for name in names}
-        assert periods[f"auto_llama_3_1_70b_8x{gpu}"] <= 1.0001 * min(periods.values()), gpu
+        for decode, suffix in ((768, "_d768"), (1280, ""), (1792, "_d1792")):
+            load = StepLoad(decode, 2048 - decode, 1024, 1024)
+            periods = {name: simulate_step(plan, LLAMA, model, 8, load).inner.us for name, plan in plans.items()}
+            name = f"auto_llama_3_1_70b_8x{gpu}{suffix}"
+            assert periods[name] <= 1.0001 * min(periods.values()), name
+            assert known_plan(LLAMA, gpu, 8, 2048, decode)[0] == plans[name]
 
 
 # -- plan="auto"
@@ -92,7 +96,8 @@ def test_auto_finds_what_was_searched_for_the_device() -> None:
     plan, why = known_plan(LLAMA, "h200", 8, 2048, 1280)
     assert plan.name == "auto_llama_3_1_70b_8xh200"
     assert "auto_llama_3_1_70b_8xh200" in why
-    assert known_plan(model_config("llama_3_3_70b")[1], "h200", 8, 4096, 2048)[0] == plan
+    assert known_plan(model_config("llama_3_3_70b")[1], "h200", 8, 4096, 2304)[0] == plan
+    assert known_plan(LLAMA, "h200", 8, 4096, 1024)[0].name == "auto_llama_3_1_70b_8xh200_d768"
     for config, gpu, devices in ((LLAMA, "h200", 4), (replace(LLAMA, num_layers=32), "h200", 8), (LLAMA, None, 8)):
         plan, why = known_plan(config, gpu, devices, 2048, 1280)
         assert plan.name == "two_gather_one_reduce"

@@ -33,7 +33,7 @@ def add(commands: Any, formatter: Any) -> None:
         "A run that was stopped goes on where it was. Each point is on the disk before the next is measured.",
     )
     p.add_argument("--model", default="tiny", help="'tiny', a name in configs/models, a config.json, a folder")
-    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, or all: the ops of every plan")
+    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, or all: every plan not for another GPU")
     p.add_argument("--devices", type=_positive, help="that share the model; all present when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument("--tokens-per-step", type=_positive, default=2048, help="rows of the largest step")
@@ -53,19 +53,26 @@ def add(commands: Any, formatter: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    import jax
+
     from nanoflow_jax.config import config_path, configs_root, model_config
+    from nanoflow_jax.hardware import hardware_of_device
     from nanoflow_jax.schedule.plan import load_plan
     from nanoflow_jax.search.profile.run import profile
 
     name, config = model_config(args.model)
     if args.dtype != "auto":
         config = replace(config, dtype=args.dtype)
-    every = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
-    names = every if args.plan == "all" else [str(config_path("plans", args.plan))]
+    if args.plan == "all":
+        here = hardware_of_device(jax.devices()[0].device_kind)
+        every = [load_plan(path.stem) for path in sorted((configs_root() / "plans").glob("*.toml"))]
+        plans = [plan for plan in every if plan.target is None or (here and plan.target.gpu == here.name)]
+    else:
+        plans = [load_plan(str(config_path("plans", args.plan)))]
     outcome = profile(
         name,
         config,
-        [load_plan(plan) for plan in names],
+        plans,
         Path(args.output),
         devices=args.devices,
         tokens=args.tokens_per_step,
