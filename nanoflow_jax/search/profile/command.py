@@ -33,7 +33,7 @@ def add(commands: Any, formatter: Any) -> None:
         "A run that was stopped goes on where it was. Each point is on the disk before the next is measured.",
     )
     p.add_argument("--model", default="tiny", help="'tiny', a name in configs/models, a config.json, a folder")
-    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, or all: those for this GPU or any")
+    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, or all that suit the GPU")
     p.add_argument("--devices", type=_positive, help="that share the model; all present when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument("--tokens-per-step", type=_positive, default=2048, help="rows of the largest step")
