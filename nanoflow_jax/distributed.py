@@ -62,12 +62,12 @@ def follow() -> int:
     This process needs no input and writes no output; the model's folder must be here under the same name. Ctrl-C here
     does nothing: process 0 decides.
     """
-    from nanoflow_jax.api import LLM
-
     processes = joined()
     assert processes is not None and not processes.leads, "call join first; process 0 leads"
+    _ignore_interrupts(processes)  # ahead of the import, which takes seconds
+    from nanoflow_jax.api import LLM
+
     llm: LLM | None = None
-    _ignore_interrupts(processes)
     while True:
         message = processes.receive()
         if "llm" in message:
