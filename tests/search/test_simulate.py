@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -205,6 +206,10 @@ def test_timelines_obey_dependencies_and_resources(plan: SchedulePlan, runtime: 
     for stream in {one.stream for one in jobs}:
         mine = [run for one, run in zip(jobs, runs, strict=True) if one.stream == stream]
         assert all(a.end_us <= b.start_us + 1e-6 for a, b in pairwise(mine))
+    if runtime == "library":  # a collective is issued once the one in flight is done: the compute stream waits
+        for flying, issued in pairwise(i for i, one in enumerate(jobs) if one.stream == NETWORK):
+            later = (runs[i].start_us for i in range(issued, len(jobs)) if jobs[i].stream == COMPUTE)
+            assert next(later, math.inf) >= runs[flying].end_us - 1e-6
     for moment in {run.start_us for run in runs}:
         beside = [o for o, r in zip(jobs, runs, strict=True) if r.start_us <= moment < r.end_us and o.stream != COMPUTE]
         assert len(beside) == len({one.stream for one in beside})
