@@ -110,10 +110,11 @@ def test_near_ties_are_told_from_mismatches():
 
 
 def test_parts_run_at_tiny_size(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """From end to end, two of them: `--tiny` without `--only` runs all, which takes minutes of processor time."""
-    status = gpu_session.main([str(tmp_path), "--tiny", "--only", "correctness", "host"])
+    """From end to end, three of them: `--tiny` without `--only` runs all, which takes minutes of processor time."""
+    status = gpu_session.main([str(tmp_path), "--tiny", "--only", "correctness", "host", "profile"])
     assert status == 0, capfd.readouterr().err
     assert json.loads((tmp_path / "correctness.json").read_text())["mismatches"] == 0
     page = (tmp_path / "summary.md").read_text()
     assert "0 mismatches" in page
+    assert "points measured now" in page and (tmp_path / "profile-tiny.jsonl").exists()
     assert "| 70b_rank_512_512 | not run | 0 |" in page

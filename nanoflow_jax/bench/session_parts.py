@@ -64,6 +64,8 @@ def _full(python: str) -> list[Part]:
     shared = ("--workload", "shared:448:512:64", "--attention-backend", "mosaic", "--layers", "8")
     found.append(run("8b_prefix", 45, 240, *model, *shared, "--compare", "no-prefix-caching"))
     found.append(Part("host", HOST, 120))
+    ops = ("--model", "llama-3.1-70b", "--devices", "8", "--points", "few")
+    found.append(Part("profile", _profile("profile-70b-rank.jsonl", *ops), 600))
     return found
 
 
@@ -81,11 +83,17 @@ def _tiny(python: str) -> list[Part]:
         Part("8b_transformers", (*THROUGHPUT, *one, *peer), 300),
         Part("70b_rank_512_512", (*THROUGHPUT, *small, "--rank-of", "8", "--gpu", "h200"), 300),
         Part("host", (*HOST, "--requests", "64", "--tokens", "128", "--steps", "40"), 120),
+        Part("profile", _profile("profile-tiny.jsonl", "--points", "few", "--ops", "copy", "gemm", "norm"), 120),
     ]
 
 
 def _kernels(*arguments: str) -> tuple[str, ...]:
     return ("-m", "kernels_pallas.bench", "--markdown", "{out}/kernels.md", *arguments)
+
+
+def _profile(table: str, *arguments: str) -> tuple[str, ...]:
+    """A run that was stopped goes on in the same table."""
+    return ("-m", "nanoflow_jax", "profile", "--json", "--quiet", "--output", f"{{out}}/{table}", *arguments)
 
 
 def _slug(lengths: str) -> str:

@@ -62,4 +62,6 @@ def _note(r: dict[str, Any] | None) -> str:
         )
     if r and "host_ms_median" in r:
         return f"host work per step, median {r['host_ms_median']:.3f} ms, 99th percentile {r['host_ms_p99']:.3f} ms"
+    if r and "measured_now" in r:
+        return f"{r['measured_now']} of {r['points']} points measured now"
     return "tables in kernels.md" if r and "cases" in r else ""
