@@ -13,7 +13,7 @@ from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.overlap import Budgets, simulate
 from nanoflow_jax.search.latency import LatencyModel, RooflineModel
 from nanoflow_jax.search.timeline import Collective, Timeline
-from nanoflow_jax.search.totals import LayerTotals, Totals, add_up
+from nanoflow_jax.search.totals import Times, Totals, add_up
 
 GIB = 2**30
 
@@ -163,7 +163,7 @@ def render(report: Report, *, all_layers: bool = False) -> str:
     lines += ["", "Totals, us"]
     head = ("layer", "compute", "memory", "network", "exposed", "lost", "bubbles", "length")
 
-    def times(of: Totals | LayerTotals) -> tuple[float, ...]:
+    def times(of: Times) -> tuple[float, ...]:
         waits = (of.exposed_network_us, of.interference_us, of.bubble_us)
         return (of.compute_us, of.memory_us, of.network_us, *waits, of.us)
 

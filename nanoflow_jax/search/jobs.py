@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
 from nanoflow_jax.search.latency import Prediction
@@ -119,7 +120,7 @@ class _Builder:
             if (rows := self.nano_batches[number].rows) % devices:
                 raise ConfigError(f"nano_batches[{number}]: {rows} rows cannot scatter over {devices} devices")
         self.deferred = deferred_gathers(self.pieces)
-        lane = plan.lanes.get("GEMV") if lanes or costs.model.hardware.capability == (9, 0) else None
+        lane = plan.lanes.get("GEMV") if lanes or mosaic_supported(costs.model.hardware.capability) else None
         self.attention_lane = lanes or lane is not None
         self.sms = lane.sms if lane else None
         self.jobs: list[Job] = []

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise, product
 from multiprocessing import get_context
 
+from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.schedule.ops import STRATEGIES
 from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
@@ -38,7 +39,6 @@ LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
 ROUND = 8  # structures that are looked at with the same best plan so far, whatever the number of processes
 ALONE = 128  # structures that are looked at before other processes are started: that takes seconds
 MOST_CUT = 2  # nano-batches, of plans whose KQV and decode attention are also tried in two pieces
-CAPABILITY = (9, 0)  # of GPUs whose decode attention can leave SMs free
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,8 @@ def search(
     structures = list(finder.structures())
     if not structures:
         raise ConfigError(f"search: {load.rows} rows cannot be cut as asked; accepted: fewer nano-batches, more rows")
-    shares = LANE_SHARES if space.lanes and load.decode_rows and model.hardware.capability == CAPABILITY else ()
+    has_lane = mosaic_supported(model.hardware.capability)  # decode attention that can leave SMs free
+    shares = LANE_SHARES if space.lanes and load.decode_rows and has_lane else ()
     # Of three nano-batches with a lane, each D.AG stays in its own layer: half the time.
     alike = [s for s in structures if len(s.rows) < 3 or not any(s.deferred)]
     laned = [replace(s, lane=share) for share in shares for s in alike]

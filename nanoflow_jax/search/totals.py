@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.search.latency import optimal_tokens_per_second
@@ -14,16 +14,12 @@ RESOURCES = ("compute", "memory", "network")
 
 
 @dataclass(frozen=True)
-class LayerTotals:
-    """Microseconds of one layer; layer None: outside of layers, or untraced.
+class Times:
+    """Microseconds of a layer, or a step. us: its length, for a layer that of its ops on the compute stream and of the
+    waits; compute, memory, network: of its ops by the resource that binds them, as if each had the GPU to itself;
+    exposed_network_us, bubble_us: how long the compute stream stood still for its collectives, and ahead of its kernels
+    for another reason; interference_us: what its ops on the compute stream lost to those beside them."""
 
-    us: what it takes of the compute stream, its ops there and the waits; compute, memory, network: of its ops by the
-    resource that binds them, as if each had the GPU to itself; exposed_network_us, bubble_us: how long the compute
-    stream stood still for the layer's collectives, and ahead of its kernels for another reason; interference_us: what
-    its ops on the compute stream lost to those beside them.
-    """
-
-    layer: int | None
     us: float
     compute_us: float
     memory_us: float
@@ -31,39 +27,29 @@ class LayerTotals:
     exposed_network_us: float
     bubble_us: float
     interference_us: float
+
+
+TIMES = tuple(field.name for field in fields(Times))
 
 
 @dataclass(frozen=True)
-class InnerLayer:
-    """Averages per layer over `layers`, those that repeat, in microseconds, as in `LayerTotals`. us is the layer's
-    length: what each of them adds to a step."""
+class LayerTotals(Times):
+    """One layer; layer None: outside of layers, or untraced."""
+
+    layer: int | None
+
+
+@dataclass(frozen=True)
+class InnerLayer(Times):
+    """Averages per layer over `layers`, those that repeat: what each of them adds to a step."""
 
     layers: tuple[int, ...]
-    us: float
-    compute_us: float
-    memory_us: float
-    network_us: float
-    exposed_network_us: float
-    bubble_us: float
-    interference_us: float
 
     @staticmethod
     def of(totals: Totals, layers: Sequence[int]) -> InnerLayer:
         chosen = [layer for layer in totals.layers if layer.layer in layers]
-
-        def mean(values: Iterable[float]) -> float:
-            return sum(values) / len(chosen)
-
-        return InnerLayer(
-            layers=tuple(layers),
-            us=mean(layer.us for layer in chosen),
-            compute_us=mean(layer.compute_us for layer in chosen),
-            memory_us=mean(layer.memory_us for layer in chosen),
-            network_us=mean(layer.network_us for layer in chosen),
-            exposed_network_us=mean(layer.exposed_network_us for layer in chosen),
-            bubble_us=mean(layer.bubble_us for layer in chosen),
-            interference_us=mean(layer.interference_us for layer in chosen),
-        )
+        means = {name: sum(getattr(layer, name) for layer in chosen) / len(chosen) for name in TIMES}
+        return InnerLayer(**means, layers=tuple(layers))
 
     @property
     def bound_by(self) -> str:
@@ -80,20 +66,13 @@ class InnerLayer:
 
 
 @dataclass(frozen=True)
-class Totals:
-    """The step. us: its length; host_us: of copies; the others as in `LayerTotals`, bubble_us with the end of the step.
+class Totals(Times):
+    """The step, bubble_us with its end. host_us: of copies.
 
     binding: the resource that is busy longest. tokens_per_second_per_gpu and share_of_optimum (of FLOP/s ÷
     2·parameters, at the GEMM rate that is reached): None unless the caller gave tokens and parameters.
     """
 
-    us: float
-    compute_us: float
-    memory_us: float
-    network_us: float
-    exposed_network_us: float
-    bubble_us: float
-    interference_us: float
     host_us: float
     flops: float
     binding: str
@@ -102,7 +81,7 @@ class Totals:
     share_of_optimum: float | None = None
 
 
-def _busiest(times: InnerLayer | Totals) -> str:
+def _busiest(times: Times) -> str:
     return max(RESOURCES, key=lambda resource: getattr(times, f"{resource}_us"))
 
 
@@ -154,8 +133,7 @@ def of_all_layers(
     """Totals of a step of so many layers: those played, and inner layers like them for the rest."""
     played = sum(layer.layer is not None for layer in totals.layers)
     if missing := layers - played:
-        names = ("us", "compute_us", "memory_us", "network_us", "exposed_network_us", "bubble_us", "interference_us")
-        grown = {name: getattr(totals, name) + missing * getattr(inner, name) for name in names}
+        grown = {name: getattr(totals, name) + missing * getattr(inner, name) for name in TIMES}
         flops = totals.flops * layers / played  # the head's share is small
         totals = replace(totals, flops=flops, **grown)
         totals = replace(totals, binding=_busiest(totals))
