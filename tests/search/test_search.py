@@ -27,13 +27,22 @@ LLAMA = model_config("llama_3_1_70b")[1]
 MIXED = StepLoad(320, 192, 1024, 512)
 
 
-def test_no_structure_is_ruled_out_wrongly() -> None:
+@pytest.mark.parametrize(
+    ("model", "load", "space", "cut_wins"),
+    [
+        (H200, MIXED, Space(batches=(1, 2), strategies=("gather", "reduce"), grid={1: 128, 2: 128}), False),
+        (A100, StepLoad(1280, 768, 1024, 1024), Space(batches=(2,), strategies=("scatter",), grid={2: 128}), True),
+    ],
+    ids=["h200", "a100"],
+)
+def test_no_structure_is_ruled_out_wrongly(model: RooflineModel, load: StepLoad, space: Space, cut_wins: bool) -> None:
     """The pruned search against every structure, each in the best of all orders of its pieces, whole and cut."""
-    space = Space(batches=(1, 2), strategies=("gather", "reduce"), grid={1: 128, 2: 128, 3: 128})
-    found = search("p", LLAMA, H200, 8, MIXED, space=space)
-    finder = Finder("p", LLAMA, H200, 8, MIXED, space)
-    whole = [replace(s, lane=lane) for s in finder.structures() for lane in (0.0, *LANE_SHARES)]
+    found = search("p", LLAMA, model, 8, load, space=space)
+    finder = Finder("p", LLAMA, model, 8, load, space)
+    shares = (0.0, *(LANE_SHARES if model is H200 else ()))
+    whole = [replace(s, lane=lane) for s in finder.structures() for lane in shares]
     periods = {s: best_order(*finder.problem(s)).period for one in whole for s in (one, *finder.cuts(one))}
+    assert bool(found.plan.splits) == cut_wins
     assert found.structures == len(whole)
     assert found.tried < len(periods) / 2
     assert found.ruled_out > len(whole) / 2
