@@ -194,12 +194,12 @@ class _StepRun:
         self.decode_options, self.prefill_options, self.append_options = backends.options(
             spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
-        self.write_pages = jnp.where(batch.write_pages < self.num_pages, batch.write_pages, NO_PAGE)
         self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
         self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
+        self.writes, self.contexts = _kernel_inputs(self.pieces, batch, self.num_pages)
         self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
         for number in self.scattered:
             if (rows := self.nano_batches[number].rows) % self.devices:
@@ -307,7 +307,6 @@ class _StepRun:
             s.attention.put(piece.start, piece.stop, self.order.wait(out))
         s.in_flight.clear()
         for piece, k, v in s.unwritten:
-            rows = slice(piece.start, piece.stop)
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
                 self.k_pages, self.v_pages = self.order.run(
                     partial(_append_kv, first_page=s.first_page, **s.scales, **self.append_options),
@@ -315,14 +314,12 @@ class _StepRun:
                     self.v_pages,
                     k,
                     v,
-                    self.write_pages[rows],
-                    self.batch.write_slots[rows],
+                    *self.writes[piece.piece],
                 )
         s.unwritten.clear()
 
     def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
         self._append(s)
-        rows = slice(piece.start, piece.stop)
         span, q = s.q.get(piece.start, piece.stop)
 
         # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
@@ -330,9 +327,8 @@ class _StepRun:
         sms = lane.sms if lane else None
 
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
-            table, lengths = self.batch.decode_table[rows], self.batch.decode_lengths[rows]
             out, _ = _decode_attention(
-                span(*q), k_pages, v_pages, table, lengths,
+                span(*q), k_pages, v_pages, *self.contexts[piece.piece],
                 first_page=s.first_page, sm_budget=sms, **s.scales, **self.decode_options,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
@@ -439,6 +435,32 @@ class _StepRun:
         if number in self.pending and layer < self.config.num_layers:
             normed = self._settle(number, self._norm_weight(layer, ATTENTION))
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
+
+
+def _kernel_inputs(
+    pieces: tuple[OpPiece, ...], batch: StepBatch, num_pages: int
+) -> tuple[dict[int, tuple[jax.Array, jax.Array]], dict[int, tuple[jax.Array, jax.Array]]]:
+    """Of each KQV piece where its K and V go, pages and slots [n]; of each GEMV piece its page table [n, M] and
+    lengths [n]. No layer changes them.
+
+    Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
+    kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
+    """
+    writes, contexts = {}, {}
+    for piece in pieces:
+        rows = slice(piece.start, piece.stop)
+        if piece.op == "KQV":
+            pages = batch.write_pages[rows]
+            writes[piece.piece] = (
+                jnp.where(pages < num_pages, pages, NO_PAGE),
+                jnp.maximum(batch.write_slots[rows], 0),
+            )
+        elif piece.op == "GEMV":
+            contexts[piece.piece] = (
+                jnp.maximum(batch.decode_table[rows], 0),
+                jnp.maximum(batch.decode_lengths[rows], 0),
+            )
+    return writes, contexts
 
 
 def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
