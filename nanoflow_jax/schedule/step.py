@@ -286,15 +286,17 @@ class _StepRun:
         rows = slice(piece.start, piece.stop)
         span, inputs = self.normed.get(piece.start, piece.stop)
 
-        def project(*inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def project(*inputs: jax.Array) -> jax.Array:
             q, k, v = llama.kqv_projection(span(*inputs), s.params)
             cos, sin = self.cos[rows], self.sin[rows]
             q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
-            return q, llama.apply_rope(k, cos, sin), v
+            return pack_kqv(q, llama.apply_rope(k, cos, sin), v)
 
-        q, k, v = self.order.run(project, *inputs)
-        s.q.put(piece.start, piece.stop, q)
-        s.unwritten.append((piece, k, v))
+        kqv = self.order.run(project, *inputs)
+        groups, rows_of_group, d, _ = s.params.kqv.shape
+        view = partial(unpack_kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
+        s.q.put(piece.start, piece.stop, kqv, lambda kqv: view(kqv)[0])
+        s.unwritten.append((piece, kqv, view))
 
     def _append(self, s: _LayerState) -> None:
         """Writes the keys and values that are not in the pages yet: ahead of the first op that reads any.
@@ -306,16 +308,18 @@ class _StepRun:
         for piece, out in s.in_flight:
             s.attention.put(piece.start, piece.stop, self.order.wait(out))
         s.in_flight.clear()
-        for piece, k, v in s.unwritten:
+        for piece, kqv, view in s.unwritten:
+
+            def append(
+                k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array, piece: OpPiece = piece, view: Any = view
+            ) -> tuple[jax.Array, jax.Array]:
+                return _append_kv(
+                    k_pages, v_pages, *view(kqv)[1:], *self.writes[piece.piece],
+                    first_page=s.first_page, **s.scales, **self.append_options,
+                )  # fmt: skip
+
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
-                self.k_pages, self.v_pages = self.order.run(
-                    partial(_append_kv, first_page=s.first_page, **s.scales, **self.append_options),
-                    self.k_pages,
-                    self.v_pages,
-                    k,
-                    v,
-                    *self.writes[piece.piece],
-                )
+                self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
         s.unwritten.clear()
 
     def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
@@ -469,6 +473,20 @@ def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
     return max(1, min(shared, shape.pages_per_request * page_size))
 
 
+def pack_kqv(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One after another in one vector, so that one kernel makes all three, and those that read them take their part in
+    place."""
+    return jnp.concatenate([x.reshape(-1) for x in (q, k, v)])
+
+
+def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [n, h, d], k and v [n, g, d]."""
+    rows = packed.size // ((heads + 2 * groups) * d)
+    first, second = rows * heads * d, rows * (heads + groups) * d
+    q, k, v = packed[:first], packed[first:second], packed[second:]
+    return q.reshape(rows, heads, d), k.reshape(rows, groups, d), v.reshape(rows, groups, d)
+
+
 def _layer_scales(params: LlamaParams, index: int) -> dict[str, jax.Array]:
     scales = params.kv_scales
     return {} if scales is None else {"k_scale": scales[0, index], "v_scale": scales[1, index]}
@@ -490,9 +508,9 @@ class _LayerState:
     first_page: jax.Array  # [] int32: where its pages begin
     scales: dict[str, jax.Array]  # k_scale and v_scale [g] float32 of fp8 pages; of others none
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
-    unwritten: list[tuple[OpPiece, jax.Array, jax.Array]] = field(default_factory=list)  # k, v [n, g, d] not in pages
+    unwritten: list[tuple[OpPiece, jax.Array, Any]] = field(default_factory=list)  # packed, with K and V not in pages
     in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream
-    q: Rows = field(default_factory=Rows)  # [n, h, d]
+    q: Rows = field(default_factory=Rows)  # [n, h, d], views of what `pack_kqv` packed
     attention: Rows = field(default_factory=Rows)  # [n, h * d]
     gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]
     projected: dict[int, jax.Array] = field(default_factory=dict)  # O or D before its collective
