@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-
 View = Callable[[jax.Array], jax.Array]
 
 
