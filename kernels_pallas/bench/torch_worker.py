@@ -22,8 +22,8 @@ from kernels_pallas.bench.kernels import Setting, decode_tables
 from kernels_pallas.bench.measure import TOLERANCE, Effort
 from kernels_pallas.tuning import PAGE_TOKENS, tuned_gpu
 
-# Without its types, which this package does not need.
-torch: Any = importlib.import_module("torch") if importlib.util.find_spec("torch") else None
+INSTALLED = importlib.util.find_spec("torch") is not None
+torch: Any = importlib.import_module("torch") if INSTALLED else None  # without its types, which are not needed here
 
 
 def _seconds(calls: list[Callable[[], Any]], count: int, effort: Effort) -> float:
@@ -134,7 +134,7 @@ def flashinfer(case: Case, setting: Setting) -> tuple[list[Callable[[], Any]], f
 
 
 def main(names: list[str]) -> None:
-    why = "torch is not installed" if torch is None else "" if torch.cuda.is_available() else "torch sees no GPU"
+    why = "torch is not installed" if not INSTALLED else "" if torch.cuda.is_available() else "torch sees no GPU"
     if why:
         print(json.dumps({"not_available": why}), flush=True)
         return

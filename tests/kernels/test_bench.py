@@ -194,7 +194,9 @@ def test_torch_comes_last_and_ours_in_a_process_that_has_ended(
     assert bench._with_torch(options, [name], ["--case", name]) == 0
     assert events == ["ours", "torch"]
     found = json.loads(out.read_text())["cases"][name]["results"]["torch"]
-    assert found["percent_of_copy"] == pytest.approx(100 * CASES[name].bytes / 1e-3 / 4e12)
+    case = CASES[name]
+    assert isinstance(case, DecodeCase)
+    assert found["percent_of_copy"] == pytest.approx(100 * case.bytes / 1e-3 / 4e12)
     assert json.loads(capfd.readouterr().out)["results"]["torch"] == found
 
 
