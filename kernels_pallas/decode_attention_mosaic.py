@@ -13,9 +13,13 @@ There is one computing warpgroup because Mosaic's reductions across warps share 
 Pages of float8_e4m3fn: wgmma multiplies fp8 by fp8 alone, and transposes operands of 16 bits alone.
 - K stays as it is, and a query is the sum of two fp8 terms (`decode_plan.two_terms`), as good as bfloat16. Both are
   columns of one product. Upcasting K in registers would cost more instructions, and the interpreter cannot run it.
-- V is upcast by a third warpgroup, through registers into float16 tiles that wgmma reads transposed, which costs no
-  accuracy. V transposed in the pages would spare the tiles, but every append would write single bytes a page apart.
-- The weights are float16, and the scales are factors per query head that come with the queries.
+- A third warpgroup makes the terms, and upcasts V, through registers into float16 tiles that wgmma reads transposed,
+  which costs no accuracy. V transposed in the pages would spare the tiles, but every append would write single bytes a
+  page apart.
+- The weights are float16, and the scales are factors of an item's scores and of its result.
+
+Query heads that divide 8 or 16 are read as the caller has them, an item's with its neighbours', which become columns
+that are not written. So no kernel pads or cuts.
 """
 
 from __future__ import annotations
@@ -28,26 +32,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.decode_combine_mosaic import combine
 from kernels_pallas.decode_plan import (
     LOG2_E,
-    MAX_REPEATS,
     PAGE_SIZE,
+    Q_SLOTS,
     UPCAST_SLOTS,
     Plan,
     ceil_div,
     check_mosaic,
-    combine,
+    cut_windows,
     expected_us,
-    make_factors,
     make_plan,
     two_terms,
 )
 from kernels_pallas.expected import scheduled_as
+from kernels_pallas.plain_rows import copy_rows, store_heads
 from kernels_pallas.tuning import DecodeTuning
 
-Q_SLOTS = 2
 WGMMA = plgpu.Layout.WGMMA
 
 
@@ -60,6 +65,12 @@ def _tiled(shape: tuple[int, ...], dtype: Any) -> Any:
         plgpu.SwizzleTransform(width),  # pyright: ignore[reportAbstractUsage]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def _row_per_warp(width: int) -> Any:
+    """Layout of [4 n, width]: a row belongs to one warp, so that its maximum needs no other."""
+    tiling = Tiling(((4, width), (width // 32,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def _clear_tail(v: Any, left: jax.Array) -> None:
@@ -78,19 +89,21 @@ def _upcast(from_s: Any, into_s: Any, left: Any) -> None:
     into_s[...] = x
 
 
-def _body(plan: Plan) -> Callable[..., None]:
+def _body(plan: Plan, interpreted: bool) -> Callable[..., None]:
+    """`interpreted`: in a form that Pallas' interpreter can run."""
     heads, d, tokens, stages = plan.heads, plan.head_dim, plan.tokens, plan.stages
     to_log2 = plan.scale * LOG2_E
 
     def body(
-        q: Any,  # [rows * kv_heads, heads, d] bf16, global memory; with fp8 pages [rows * kv_heads, 2 * heads, d] fp8
+        q: Any,  # [windows, heads, d] bf16, global memory
         k_pages: Any,  # [pages * kv_heads, 64, d] bf16 or fp8
         v_pages: Any,  # [pages * kv_heads, 64, d]
         table: Any,  # [rows, M] int32
         lengths: Any,  # [rows] int32
         first_page: Any,  # [1] int32, added to the table's entries
-        *rest: Any,  # with fp8 pages factors [rows * kv_heads, 2, 16] float32, of the scores and of the values;
-        #              out [items, heads, d] bf16, with splits [items, d, heads] float32; lse [items, heads] float32
+        *rest: Any,  # with fp8 pages scales [2, kv_heads] float32, of K and V;
+        #              out [rows * kv_heads * repeats, d] bf16, with splits [items, d, heads] float32;
+        #              lse [items, heads] float32
         k_s: Any,  # [stages, tokens, d], shared memory
         v_s: Any,  # [stages, tokens, d]
         q_s: Any,  # [Q_SLOTS, terms * heads, d]
@@ -103,12 +116,15 @@ def _body(plan: Plan) -> Callable[..., None]:
         v_free: Any,
         q_full: Any,  # barriers: [Q_SLOTS]
         q_free: Any,
-        factors_s: Any = None,  # with fp8 pages: [Q_SLOTS, 2, 16] float32
+        raw_s: Any = None,  # with fp8 pages: [Q_SLOTS, heads, d] bf16, what becomes q_s
+        unit_s: Any = None,  # [Q_SLOTS, heads] float32, what the terms of the queries are multiples of
+        terms_full: Any = None,  # barriers: [Q_SLOTS]
+        terms_free: Any = None,
         wide_s: Any = None,  # [UPCAST_SLOTS, tokens, d] f16, what v_s becomes
         wide_full: Any = None,  # barriers: [UPCAST_SLOTS]
         wide_free: Any = None,
     ) -> None:
-        *factors, out, lse = rest
+        *scales, out, lse = rest
         program = lax.axis_index("program")
         turns = lax.div(plan.items - program + (plan.programs - 1), jnp.int32(plan.programs))
 
@@ -136,9 +152,8 @@ def _body(plan: Plan) -> Callable[..., None]:
             def _() -> None:
                 slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
                 pl.when(items_done >= Q_SLOTS)(lambda: plgpu.barrier_wait(q_free.at[slot]))
-                plgpu.copy_gmem_to_smem(q.at[q_row], q_s.at[slot], q_full.at[slot])
-                for factor in factors:
-                    plgpu.copy_gmem_to_smem(factor.at[q_row], factors_s.at[slot], q_full.at[slot])
+                into = raw_s if plan.fp8 else q_s
+                plgpu.copy_gmem_to_smem(q.at[plan.window(q_row)], into.at[slot], q_full.at[slot])
 
             def step(i: jax.Array, _: None) -> None:
                 number = steps_done + i
@@ -156,10 +171,28 @@ def _body(plan: Plan) -> Callable[..., None]:
             lax.fori_loop(0, steps, step, None)
             return steps_done + steps, items_done + (count > 0).astype(jnp.int32)
 
-        def upcast(turn: jax.Array, steps_done: jax.Array) -> jax.Array:
-            row, _, split = item_of(turn)[1:]
+        def make_terms(slot: jax.Array) -> None:
+            raw = plgpu.load(raw_s.at[slot], layout=_row_per_warp(d), optimized=False)
+            *terms, unit = two_terms(raw)
+            for i, term in enumerate(terms):
+                q_s.at[slot, pl.ds(i * heads, heads)][...] = term
+            unit_s[slot, :] = unit
+
+        def upcast(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            steps_done, items_done = carry
+            row, split = item_of(turn)[1::2]
             first, count = page_range(lengths[row], split)
             visible = lengths[row] - first * PAGE_SIZE
+
+            @pl.when(count > 0)
+            def _() -> None:
+                slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
+                plgpu.barrier_wait(q_full.at[slot])
+                pl.when(items_done >= Q_SLOTS)(lambda: plgpu.barrier_wait(terms_free.at[slot]))
+                make_terms(slot)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(q_free.at[slot])
+                plgpu.barrier_arrive(terms_full.at[slot])
 
             def step(i: jax.Array, _: None) -> None:
                 number = steps_done + i
@@ -179,22 +212,29 @@ def _body(plan: Plan) -> Callable[..., None]:
 
             steps = ceil_div(count, plan.step_pages)
             lax.fori_loop(0, steps, step, None)
-            return steps_done + steps
+            return steps_done + steps, items_done + (count > 0).astype(jnp.int32)
 
-        # What the computing warpgroup multiplies with the weights: V as it came, or upcast.
+        # What the computing warpgroup multiplies: queries as they came, or terms; V as it came, or upcast.
+        queries_full, queries_free = (terms_full, terms_free) if plan.fp8 else (q_full, q_free)
         values_s, values_full, values_free, values_slots = (
             (wide_s, wide_full, wide_free, UPCAST_SLOTS) if plan.fp8 else (v_s, v_full, v_free, stages)
         )
 
-        def compute(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            steps_done, items_done, length = carry
+        def ask(turn: jax.Array) -> tuple[jax.Array, ...]:
+            """An item's length and, of fp8, its scales of K and V."""
+            row, q_row = item_of(turn)[1:3]
+            kv_head = lax.rem(q_row, jnp.int32(plan.kv_heads))
+            return lengths[row], *(scale[i, kv_head] for scale in scales for i in range(2))
+
+        def compute(turn: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+            steps_done, items_done, (length, *scale) = carry
             item, split = item_of(turn)[::3]
-            # The next item's length, asked for now: nothing waits for it until this item is done.
-            next_length = lengths[item_of(jnp.minimum(turn + 1, turns - 1))[1]]
+            # The next item's, asked for now: nothing waits for them until this item is done.
+            asked = ask(jnp.minimum(turn + 1, turns - 1))
             first, count = page_range(length, split)
             visible = jnp.minimum(length - first * PAGE_SIZE, count * PAGE_SIZE)  # tokens of this split
             q_slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
-            pl.when(count > 0)(lambda: plgpu.barrier_wait(q_full.at[q_slot]))
+            pl.when(count > 0)(lambda: plgpu.barrier_wait(queries_full.at[q_slot]))
 
             def step(i: jax.Array, state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 # [d, heads], [heads], [tokens, heads]: the total's sum over tokens waits for the end
@@ -211,7 +251,7 @@ def _body(plan: Plan) -> Callable[..., None]:
                 s = pl.run_scoped(scores, plgpu.WGMMAAccumulatorRef((tokens, plan.terms * heads), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if plan.fp8:
-                    factor = plgpu.load(factors_s.at[q_slot, 0, pl.ds(0, heads)], layout=WGMMA.reduce(0))
+                    factor = plgpu.load(unit_s.at[q_slot], layout=WGMMA.reduce(0)) * (scale[0] * to_log2)
                     s = (s[:, :heads] + s[:, heads:]) * lax.broadcast_in_dim(factor, (tokens, heads), (1,))
                 else:
                     s = s * to_log2
@@ -248,40 +288,40 @@ def _body(plan: Plan) -> Callable[..., None]:
             steps = ceil_div(count, plan.step_pages)
             acc, top, total = lax.fori_loop(0, steps, step, start)
 
-            def finish(factor_s: Any) -> None:
+            # With splits, the combine ignores the ones beyond a row's length; without, an empty row is answered here.
+            @pl.when((count > 0) | (plan.splits == 1))
+            def _() -> None:
                 weight = total.sum(axis=0)
                 some = jnp.where(weight == 0.0, 1.0, weight)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last item's result has left out_s and lse_s
-                divisor = some if factor_s is None else some / plgpu.load(factor_s, layout=WGMMA.reduce(0))
-                result = acc / lax.broadcast_in_dim(divisor, acc.shape, (1,))
-                if plan.splits == 1:
+                result = acc / lax.broadcast_in_dim(some / scale[1] if plan.fp8 else some, acc.shape, (1,))
+                if plan.splits > 1:
+                    out_s[...] = result
+                elif plan.whole:
                     out_s.transpose((1, 0))[...] = result.astype(jnp.bfloat16)
                 else:
-                    out_s[...] = result
+                    store_heads(out_s, result)
                 lse_s[...] = jnp.where(weight == 0.0, -jnp.inf, top * (1.0 / LOG2_E) + jnp.log(some))
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, out.at[item])
+                if plan.splits > 1:
+                    plgpu.copy_smem_to_gmem(out_s, out.at[item])
+                elif plan.whole:
+                    plgpu.copy_smem_to_gmem(out_s, out.at[pl.ds(item * heads, heads)])
+                else:
+                    copy_rows(out_s, plan.offset(item), out, item * plan.repeats, plan.repeats, interpreted)
                 plgpu.copy_smem_to_gmem(lse_s, lse.at[item])
-
-            # With splits, the combine ignores the ones beyond a row's length; without, an empty row is answered here.
-            if plan.fp8:
-                pl.when(count > 0)(partial(finish, factors_s.at[q_slot, 1, pl.ds(0, heads)]))
-                pl.when((count == 0) & (plan.splits == 1))(partial(finish, None))
-            else:
-                pl.when((count > 0) | (plan.splits == 1))(partial(finish, None))
 
             @pl.when(count > 0)
             def _() -> None:
-                plgpu.barrier_arrive(q_free.at[q_slot])
+                plgpu.barrier_arrive(queries_free.at[q_slot])
 
-            return steps_done + steps, items_done + (count > 0).astype(jnp.int32), next_length
+            return steps_done + steps, items_done + (count > 0).astype(jnp.int32), asked
 
         role = lax.axis_index("role")
 
         @pl.when(role == 0)
         def _() -> None:
-            first_length = lengths[item_of(jnp.int32(0))[1]]
-            lax.fori_loop(0, turns, compute, (jnp.int32(0), jnp.int32(0), first_length))
+            lax.fori_loop(0, turns, compute, (jnp.int32(0), jnp.int32(0), ask(jnp.int32(0))))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(role == 1)
@@ -302,11 +342,15 @@ def _body(plan: Plan) -> Callable[..., None]:
 
             @pl.when(role == 2)
             def _() -> None:
-                steps_done = lax.fori_loop(0, turns, upcast, jnp.int32(0))
+                steps_done, items_done = lax.fori_loop(0, turns, upcast, (jnp.int32(0), jnp.int32(0)))
 
                 @pl.loop(jnp.maximum(steps_done - UPCAST_SLOTS, 0), steps_done)
                 def _(number: jax.Array) -> None:
                     plgpu.barrier_wait(wide_free.at[lax.rem(number, jnp.int32(UPCAST_SLOTS))])
+
+                @pl.loop(jnp.maximum(items_done - Q_SLOTS, 0), items_done)
+                def _(number: jax.Array) -> None:
+                    plgpu.barrier_wait(terms_free.at[lax.rem(number, jnp.int32(Q_SLOTS))])
 
     return body
 
@@ -320,23 +364,28 @@ def _call(plan: Plan, dtype: Any, interpret: Any) -> Callable[..., tuple[jax.Arr
         "v_s": _tiled((stages, tokens, d), dtype),
         "q_s": _tiled((Q_SLOTS, plan.terms * heads, d), dtype),
         "p_s": _tiled((heads, tokens), plan.dtype),
-        "out_s": _tiled(tile.shape, tile.dtype) if plan.splits == 1 else plgpu.SMEM(tile.shape, tile.dtype),
+        # Tiled where tiles leave whole; else the heads of an item are cut out.
+        "out_s": (_tiled if plan.splits == 1 and plan.whole else plgpu.SMEM)(tile.shape, tile.dtype),
         "lse_s": plgpu.SMEM((heads,), jnp.float32),
         **{name: plgpu.Barrier(num_barriers=stages, num_arrivals=plan.step_pages) for name in ("k_full", "v_full")},
         **{name: plgpu.Barrier(num_barriers=stages) for name in ("k_free", "v_free")},
-        "q_full": plgpu.Barrier(num_barriers=Q_SLOTS, num_arrivals=plan.terms),
-        "q_free": plgpu.Barrier(num_barriers=Q_SLOTS),
+        **{name: plgpu.Barrier(num_barriers=Q_SLOTS) for name in ("q_full", "q_free")},
     }
     if plan.fp8:
         scratch |= {
-            "factors_s": plgpu.SMEM((Q_SLOTS, 2, MAX_REPEATS), jnp.float32),
+            "raw_s": plgpu.SMEM((Q_SLOTS, heads, d), jnp.bfloat16),
+            "unit_s": plgpu.SMEM((Q_SLOTS, heads), jnp.float32),
+            **{name: plgpu.Barrier(num_barriers=Q_SLOTS) for name in ("terms_full", "terms_free")},
             "wide_s": _tiled((UPCAST_SLOTS, tokens, d), plan.dtype),
             **{name: plgpu.Barrier(num_barriers=UPCAST_SLOTS) for name in ("wide_full", "wide_free")},
         }
     return plgpu.kernel(
-        _body(plan),
+        _body(plan, interpret is not None),
         out_type=(
-            jax.ShapeDtypeStruct((plan.items, *tile.shape), tile.dtype),
+            jax.ShapeDtypeStruct(
+                (plan.rows * plan.kv_heads * plan.repeats, d) if plan.splits == 1 else (plan.items, *tile.shape),
+                tile.dtype,
+            ),
             jax.ShapeDtypeStruct((plan.items, heads), jnp.float32),
         ),
         scratch_types=scratch,
@@ -374,26 +423,17 @@ def decode_attention_mosaic(
     """
     check_mosaic(q, k_pages, v_pages, page_table, lengths, sm_budget)
     rows, q_heads, d = q.shape
-    kv_heads = k_pages.shape[1]
-    repeats = q_heads // kv_heads
     plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget)
-    heads, splits = plan.heads, plan.splits
-    q = q.reshape(rows * kv_heads, repeats, d)
-    if heads != repeats:
-        q = jnp.pad(q, ((0, 0), (0, heads - repeats), (0, 0)))
-    factors = ()
-    if k_scale is not None and v_scale is not None:
-        terms, unit = two_terms(q)
-        q = terms.reshape(-1, 2 * heads, d)
-        factors = (make_factors(plan, unit, k_scale, v_scale),)
+    repeats, q = q_heads // plan.kv_heads, cut_windows(plan, q)
+    # Together, by a kernel of XLA's: a part of an array of the caller's need not be aligned as Mosaic's calls ask for.
+    scales = () if k_scale is None or v_scale is None else (jnp.stack((k_scale, v_scale)),)
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
     k_pages, v_pages = (x.reshape(-1, PAGE_SIZE, d) for x in (k_pages, v_pages))
     call = _call(plan, k_pages.dtype, interpret)
     context = plan.row_pages * PAGE_SIZE if expected_context is None else expected_context
     with scheduled_as(expected_us(plan, context, tuning)):
-        out, lse = call(q, k_pages, v_pages, page_table, lengths, first_page[None], *factors)
-    if splits > 1:
-        shape = (rows, kv_heads, splits, heads)
-        out, lse = combine(plan, out.reshape(*shape[:3], d, heads), lse.reshape(shape), lengths)
-    out, lse = out.reshape(rows, kv_heads, heads, d), lse.reshape(rows, kv_heads, heads)
+        out, lse = call(q, k_pages, v_pages, page_table, lengths, first_page[None], *scales)
+    if plan.splits > 1:
+        out, lse = combine(plan, out, lse, lengths, tuning=tuning, interpret=interpret)
+    out, lse = out.reshape(rows, plan.kv_heads, -1, d), plan.lse_of_heads(lse).reshape(rows, plan.kv_heads, -1)
     return out[:, :, :repeats].reshape(rows, q_heads, d), lse[:, :, :repeats].reshape(rows, q_heads)

@@ -63,7 +63,7 @@ def told(tuning: DecodeTuning, **more: Any) -> list[str]:
 def test_the_program_says_it() -> None:
     """Of the context that is expected, by default the table's; nothing where the tuning knows nothing."""
     tuning = DecodeTuning(sms=2, min_split_pages=4, expected=RATES)
-    rows = 3 * 2 * 8 * 64 * 4  # queries and results, padded to 8 heads
+    rows = 3 * 8 * 64 * 4  # queries and results
     for context, more in ((256, {}), (100, {"expected_context": 100})):
         us = 2 + (2 * 3 * context * 2 * 64 * 2 + rows) / 4e10 * 1e6  # two SMs
         assert set(told(tuning, **more)) == {str(round(us * 1000))}
