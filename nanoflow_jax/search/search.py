@@ -20,7 +20,7 @@ from multiprocessing import get_context
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.schedule.ops import STRATEGIES
+from nanoflow_jax.schedule.ops import NETWORK, RESOURCE, STRATEGIES
 from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
 from nanoflow_jax.search.jobs import Job, Shares, build_jobs
@@ -35,6 +35,7 @@ from nanoflow_jax.search.steps import Order, Steps
 CHAIN = ("KQV", "GEMV", "PF", "GEMV.AG", "O", "O.RS", "O.AR", "O.AG", "UG", "D", "D.RS", "D.AR")
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
+ALIKE = "reduce"  # the strategy of one device, where all are alike: the one with the fewest pieces
 LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
 ROUND = 8  # structures that are looked at with the same best plan so far, whatever the number of processes
 ALONE = 128  # structures that are looked at before other processes are started: that takes seconds
@@ -138,7 +139,7 @@ def search(
     chosen = with_lane if with_lane.structure else best
     assert chosen.structure is not None
     return Found(
-        plan=replace(finder.plan(chosen.structure), order=chosen.order),
+        plan=finder.ordered(finder.plan(chosen.structure), chosen.order),
         period_us=chosen.period,
         without_lane_us=best.period,
         bound_us=min(chosen.period, best.unproven, with_lane.unproven),
@@ -185,7 +186,7 @@ class Finder:
     def structures(self) -> Iterator[Structure]:
         """All of the space, whole and without lanes. On one device there is no network to choose a strategy for."""
         rows, quantum = self.load.rows, row_quantum(self.devices)
-        strategies = self.space.strategies if self.devices > 1 else self.space.strategies[:1]
+        strategies = self.space.strategies if self.devices > 1 else (ALIKE,)
         for count in self.space.batches:
             grid = self.space.grid[count]
             for edges in combinations(range(grid, rows, grid), count - 1):
@@ -256,10 +257,19 @@ class Finder:
         lanes = {"GEMV": Lane(1, sms)} if s.lane else {}
         splits = {op: sizes for op, sizes in splits.items() if sizes}
         plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes)
-        return replace(plan, order=tuple(name for chain in self.chains(s, plan) for name in chain))
+        return self.ordered(plan, [name for chain in self.chains(s, plan) for name in chain])
+
+    def ordered(self, plan: SchedulePlan, order: Sequence[str]) -> SchedulePlan:
+        """The plan with an order of its chains' pieces. On one device a collective is nothing: its place is right
+        behind what it would read."""
+        pieces = {p.name: p for p in self._pieces(plan)}
+        moved = [name for name in pieces if name not in order]
+        behind = {need: name for name in moved for need in needs(pieces[name], pieces)}
+        return replace(plan, order=tuple(n for name in order for n in (name, behind.get(name, "")) if n))
 
     def chains(self, s: Structure, plan: SchedulePlan) -> list[Chain]:
-        pieces = {p.name: p for p in self._pieces(plan)}
+        """What there is to order: on one device all but the collectives."""
+        pieces = {p.name: p for p in self._pieces(plan) if self.devices > 1 or RESOURCE[p.op] != NETWORK}
         return [_chain(i + 1, deferred, pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:
