@@ -380,7 +380,8 @@ def decode_attention_mosaic(
     heads, splits = plan.heads, plan.splits
     q = q.reshape(rows * kv_heads, repeats, d)
     if heads != repeats:
-        q = jnp.pad(q, ((0, 0), (0, heads - repeats), (0, 0)))
+        # Not `jnp.pad`, a function of its own: on a stream of its own, XLA finds no stream for a call within a call.
+        q = lax.pad(q, jnp.zeros((), q.dtype), ((0, 0, 0), (0, heads - repeats, 0), (0, 0, 0)))
     factors = ()
     if k_scale is not None and v_scale is not None:
         terms, unit = two_terms(q)

@@ -37,6 +37,7 @@ GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
 ALIKE = "reduce"  # the strategy of one device, where all are alike: the one with the fewest pieces
 LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
+SHARES_OF_ONE = tuple(sixteenths / 16 for sixteenths in range(4, 13))  # on one device, where the space is small
 ROUND = 8  # structures that are looked at with the same best plan so far, whatever the number of processes
 ALONE = 128  # structures that are looked at before other processes are started: that takes seconds
 MOST_CUT = 2  # nano-batches, of plans whose KQV and decode attention are also tried in two pieces
@@ -60,12 +61,19 @@ class Structure:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched. batches: numbers of nano-batches; grid: rows that cuts are multiples of, by that number."""
+    """What is searched. batches: numbers of nano-batches; strategies: on one device all are alike; grid: rows that cuts
+    are multiples of, by the number of nano-batches; shares: of the SMs, for decode attention on a lane, where the GPU's
+    kernel can leave SMs free."""
 
     batches: tuple[int, ...] = (1, 2, 3)
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     grid: dict[int, int] = field(default_factory=lambda: {1: GRID, 2: GRID, 3: COARSE})
-    lanes: bool = True  # where the GPU's kernel can leave SMs free
+    shares: tuple[float, ...] = LANE_SHARES
+
+    @staticmethod
+    def of(devices: int) -> Space:
+        """On one device, without a choice of strategies, there is time for finer cuts and more shares."""
+        return Space() if devices > 1 else Space(grid=dict.fromkeys((1, 2, 3), GRID), shares=SHARES_OF_ONE)
 
 
 @dataclass(frozen=True)
@@ -121,13 +129,12 @@ def search(
     """name: of the plan; load: of the step that it is for; workers: processes, which do not change the result (more
     than one needs a main module that can be imported, as `multiprocessing` says); progress: called with (structures
     done, all). Raises ConfigError for a load that leaves nothing to cut."""
-    space = space or Space()
+    space = space or Space.of(devices)
     finder = Finder(name, config, model, devices, load, space)
     structures = list(finder.structures())
     if not structures:
         raise ConfigError(f"search: {load.rows} rows cannot be cut as asked; accepted: fewer nano-batches, more rows")
-    has_lane = mosaic_supported(model.hardware.capability)  # decode attention that can leave SMs free
-    shares = LANE_SHARES if space.lanes and load.decode_rows and has_lane else ()
+    shares = space.shares if load.decode_rows and mosaic_supported(model.hardware.capability) else ()
     # Of three nano-batches with a lane, each D.AG stays in its own layer: half the time.
     alike = [s for s in structures if len(s.rows) < 3 or not any(s.deferred)]
     laned = [replace(s, lane=share) for share in shares for s in alike]
