@@ -138,7 +138,9 @@ def make_factors(plan: Plan, unit: jax.Array, k_scale: jax.Array, v_scale: jax.A
 
     unit [rows * kv_heads, heads]: what the terms of the queries are multiples of.
     """
-    unit = lax.pad(unit, jnp.zeros((), unit.dtype), ((0, 0, 0), (0, MAX_REPEATS - plan.heads, 0)))  # not jnp.pad: a call
+    unit = lax.pad(
+        unit, jnp.zeros((), unit.dtype), ((0, 0, 0), (0, MAX_REPEATS - plan.heads, 0))
+    )  # not jnp.pad: a call
     unit = unit.reshape(-1, plan.kv_heads, 1, MAX_REPEATS)
     k_scale, v_scale = (x[None, :, None, None] for x in (k_scale * (plan.scale * LOG2_E), v_scale))
     which = lax.broadcasted_iota(jnp.int32, (1, 1, 2, 1), 2)

@@ -1,12 +1,15 @@
-"""Each Mosaic kernel once at a small shape, beside the XLA path in float32: is it right on this device?
+"""Each Mosaic kernel at small shapes, beside the XLA path in float32: is it right on this device?
 
-For a caller that is about to trust a kernel on a GPU where nobody has run it yet. Takes seconds, mostly compiling.
+For a caller that is about to trust a kernel on a GPU where nobody has run it yet. Takes seconds, mostly compiling. The
+shapes are small, but a program has many work items and many steps of one: every slot of shared memory is used again,
+and every barrier's phase wraps. `python -m kernels_pallas.bench.check` asks for more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +23,13 @@ from kernels_pallas.prefill_attention import prefill_attention
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, PAGE_TOKENS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
-LENGTHS = (1, 2 * PAGE_TOKENS, 3 * PAGE_TOKENS + 7)  # of contexts: one token, whole pages, many
-CHUNK = 40  # rows of prefill at the end of the longest context, and one after the whole pages
+ROW_PAGES = 40  # of the longest context: more steps than any tuning has stages, several times
+# Of contexts: one token, none, whole pages, many, and enough rows for a program to have several in turn.
+LENGTHS = (1, 0, 2 * PAGE_TOKENS, ROW_PAGES * PAGE_TOKENS - 57, 3 * PAGE_TOKENS + 7, 64, 0, 321, 65, 130, 2)
+CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; PADDING rows after them belong to none
+PADDING = 3
+APPENDED = 261  # rows, more than a program's blocks in flight
+FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
 
 
 class KernelError(RuntimeError):
@@ -39,41 +47,81 @@ class Heads:
 
 
 @dataclass(frozen=True)
-class _Inputs:
-    k_pages: jax.Array
-    v_pages: jax.Array
-    table: jax.Array  # [contexts, pages]
-    lengths: jax.Array  # [contexts]
-    scales: dict[str, jax.Array]
+class Variant:
+    """A way to run a kernel. sm_budget: None is all SMs; splits: of each row of decode attention, which alone has them:
+    whole rows and split ones are two kernels."""
+
+    sm_budget: int | None
+    splits: int = 1
 
     @property
-    def in_float32(self) -> tuple[jax.Array, jax.Array]:
-        factors = self.scales.values() or (None, None)
-        return tuple(
-            x.astype(jnp.float32) if scale is None else x.astype(jnp.float32) * scale[None, :, None, None]
-            for x, scale in zip((self.k_pages, self.v_pages), factors, strict=True)
-        )  # pyright: ignore[reportReturnType]
+    def text(self) -> str:
+        sms = "all SMs" if self.sm_budget is None else f"sm_budget {self.sm_budget}"
+        return sms if self.splits == 1 else f"{sms}, {self.splits} splits"
 
 
-def _make(heads: Heads) -> _Inputs:
+# With few SMs a program has many items.
+QUICK: dict[str, tuple[Variant, ...]] = {
+    "decode_attention": (Variant(2), Variant(7, splits=3)),
+    "prefill_attention": (Variant(2),),
+    "append_kv": (Variant(2),),
+}
+THOROUGH: dict[str, tuple[Variant, ...]] = {
+    "decode_attention": (Variant(1), Variant(2, splits=3), Variant(7), Variant(None), Variant(None, splits=3)),
+    "prefill_attention": (Variant(1), Variant(7), Variant(None)),
+    "append_kv": (Variant(1), Variant(7), Variant(None)),
+}
+KERNELS = tuple(QUICK)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One kernel's inputs, and how it is judged.
+
+    run        (variant, *arrays) -> the kernel's result
+    reference  (*arrays) -> what it should be, by the XLA path
+    error      (result, what it should be) -> the worst row's, relative to its norm
+    """
+
+    arrays: tuple[jax.Array, ...]
+    run: Callable[..., Any]
+    reference: Callable[..., Any]
+    error: Callable[[Any, Any], float]
+
+
+@dataclass(frozen=True)
+class _Pages:
+    k: jax.Array
+    v: jax.Array
+    table: jax.Array  # [contexts, ROW_PAGES], less FIRST_PAGE
+    scales: dict[str, jax.Array]
+
+    def options(self) -> dict[str, Any]:
+        return {"first_page": jnp.int32(FIRST_PAGE), **self.scales}
+
+    def in_float32(self, pages: jax.Array, name: str) -> jax.Array:
+        wide = pages.astype(jnp.float32)
+        return wide * self.scales[name][None, :, None, None] if self.scales else wide
+
+
+def _make(heads: Heads) -> _Pages:
     """Random contexts in random pages. What nobody owns is large, so that reading it shows."""
     rng = np.random.default_rng(0)
-    width = -(-max(LENGTHS) // PAGE_TOKENS)
-    count = len(LENGTHS) * width
-    pages = rng.standard_normal((2, count, heads.kv_heads, PAGE_TOKENS, heads.head_dim)).astype(np.float32)
-    table = rng.permutation(count).astype(np.int32).reshape(len(LENGTHS), width)
+    count = len(LENGTHS) * ROW_PAGES
+    pages = rng.standard_normal((2, FIRST_PAGE + count, heads.kv_heads, PAGE_TOKENS, heads.head_dim), np.float32)
+    table = rng.permutation(count).astype(np.int32).reshape(len(LENGTHS), ROW_PAGES)
     for row, length in enumerate(LENGTHS):
-        slots = np.arange(width * PAGE_TOKENS).reshape(width, PAGE_TOKENS) >= length
-        pages[:, table[row]] += 30 * slots[None, :, None, :, None]
-    scales: dict[str, jax.Array] = {}
-    if heads.fp8:
-        scales = {
-            name: jnp.asarray(0.25 * (1 + rng.random(heads.kv_heads)), jnp.float32) for name in ("k_scale", "v_scale")
-        }
-        k, v = (jnp.asarray(x).astype(FP8) for x in pages)
-    else:
+        slots = np.arange(ROW_PAGES * PAGE_TOKENS).reshape(ROW_PAGES, PAGE_TOKENS) >= length
+        pages[:, FIRST_PAGE + table[row]] += 30 * slots[None, :, None, :, None]
+    pages[:, :FIRST_PAGE] += 30
+    if not heads.fp8:
         k, v = (jnp.asarray(x, jnp.bfloat16) for x in pages)
-    return _Inputs(k, v, jnp.asarray(table), jnp.asarray(LENGTHS, jnp.int32), scales)
+        return _Pages(k, v, jnp.asarray(table), {})
+    scales = {
+        name: jnp.asarray(0.25 * (1 + rng.random(heads.kv_heads)), jnp.float32) for name in ("k_scale", "v_scale")
+    }
+    k, v = (jnp.asarray(x).astype(FP8) for x in pages)
+    return _Pages(k, v, jnp.asarray(table), scales)
 
 
 def _queries(heads: Heads, rows: int) -> jax.Array:
@@ -81,61 +129,145 @@ def _queries(heads: Heads, rows: int) -> jax.Array:
     return jnp.asarray(values, jnp.bfloat16)
 
 
-def _decode(heads: Heads, mosaic: dict[str, Any], max_splits: int) -> float:
-    given, q = _make(heads), _queries(heads, len(LENGTHS))
+def _decode(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    given = _make(heads)
     tuning = mosaic.get("tuning") or DECODE[DEFAULT_GPU]
-    mosaic = mosaic | {"tuning": replace(tuning, max_splits=max_splits, min_split_pages=1)}
-    out, lse = jax.jit(lambda *x: decode_attention(*x, **given.scales, **mosaic))(
-        q, given.k_pages, given.v_pages, given.table, given.lengths
-    )
-    want, want_lse = jax.jit(decode_attention)(q.astype(jnp.float32), *given.in_float32, given.table, given.lengths)
-    return max(_error(out, want), float(jnp.abs(lse - want_lse).max()))
+
+    def run(variant: Variant, *arrays: jax.Array) -> Any:
+        widest = -(-ROW_PAGES // variant.splits)  # a longer row is split, however few SMs there are
+        split = replace(tuning, max_splits=variant.splits, min_split_pages=1, max_split_pages=widest)
+        options = mosaic | {"tuning": split, "sm_budget": variant.sm_budget}
+        return decode_attention(*arrays, **given.options(), **options)
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
+        pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
+        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=jnp.int32(FIRST_PAGE))
+
+    def error(got: Any, want: Any) -> float:
+        lse = jnp.where(got[1] == want[1], 0.0, jnp.abs(got[1] - want[1]))  # -inf of empty rows
+        return max(_error(got[0], want[0]), float(jnp.where(jnp.isfinite(lse), lse, jnp.inf).max()))
+
+    lengths = jnp.asarray(LENGTHS, jnp.int32)
+    return Check((_queries(heads, len(LENGTHS)), given.k, given.v, given.table, lengths), run, reference, error)
 
 
-def _prefill(heads: Heads, mosaic: dict[str, Any]) -> float:
+def _prefill(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    given, contexts = _make(heads), len(CHUNKS)
+
+    def run(variant: Variant, *arrays: jax.Array) -> Any:
+        return prefill_attention(*arrays, **given.options(), **mosaic, sm_budget=variant.sm_budget)
+
+    def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
+        pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
+        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=jnp.int32(FIRST_PAGE))
+
+    starts = jnp.asarray(np.cumsum((0, *CHUNKS)), jnp.int32)
+    lengths = jnp.asarray(LENGTHS[:contexts], jnp.int32)
+    q = _queries(heads, sum(CHUNKS) + PADDING)
+    return Check((q, given.k, given.v, given.table[:contexts], starts, lengths), run, reference, _error)
+
+
+def _append(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    """Its error is 0 when every page is as it should be, bit for bit, else infinite."""
     given = _make(heads)
-    starts = jnp.array([0, 0, 1, 1 + CHUNK], jnp.int32)
-    q = _queries(heads, 1 + CHUNK)
-    call = jax.jit(lambda *x: prefill_attention(*x, **given.scales, **mosaic))
-    out = call(q, given.k_pages, given.v_pages, given.table, starts, given.lengths)
-    want = jax.jit(prefill_attention)(q.astype(jnp.float32), *given.in_float32, given.table, starts, given.lengths)
-    return _error(out, want)
-
-
-def _append(heads: Heads, mosaic: dict[str, Any]) -> float:
-    """0 when every page is as it should be, bit for bit."""
-    given = _make(heads)
-    rows = 19
+    count = given.k.shape[0]
     rng = np.random.default_rng(2)
-    k, v = (jnp.asarray(rng.standard_normal((rows, heads.kv_heads, heads.head_dim)), jnp.bfloat16) for _ in range(2))
-    count = given.k_pages.shape[0]
-    places = rng.choice(count * PAGE_TOKENS, rows, replace=False)
+    k, v = (
+        jnp.asarray(rng.standard_normal((APPENDED, heads.kv_heads, heads.head_dim)), jnp.bfloat16) for _ in range(2)
+    )
+    places = rng.choice((count - FIRST_PAGE) * PAGE_TOKENS, APPENDED, replace=False)
     pages, slots = (jnp.asarray(x, jnp.int32) for x in np.divmod(places, PAGE_TOKENS))
-    pages = pages.at[3].set(count)  # dropped
-    got = jax.jit(lambda *x: append_kv(*x, **given.scales, **mosaic))(given.k_pages, given.v_pages, k, v, pages, slots)
-    scaled = [quantise(x, s) for x, s in zip((k, v), given.scales.values(), strict=True)] if heads.fp8 else [k, v]
-    for pool, new, mine in zip((given.k_pages, given.v_pages), scaled, got, strict=True):
-        want = pool.at[pages, :, slots].set(new, mode="drop")
-        if (np.asarray(mine).view(np.uint8) != np.asarray(want).view(np.uint8)).any():
-            return float("inf")
-    return 0.0
+    pages = pages.at[jnp.array([3, APPENDED - 2])].set(count)  # dropped
+
+    def run(variant: Variant, *arrays: jax.Array) -> Any:
+        return append_kv(*arrays, **given.options(), **mosaic, sm_budget=variant.sm_budget)
+
+    def reference(
+        k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array
+    ) -> Any:
+        """Written in another way than either backend's: one index for the page and one for the slot."""
+        rows = [quantise(x, s) for x, s in zip((k, v), given.scales.values(), strict=True)] if heads.fp8 else (k, v)
+        at = pages + FIRST_PAGE
+        return tuple(
+            pool.at[at, :, slots].set(x, mode="drop") for pool, x in zip((k_pages, v_pages), rows, strict=True)
+        )
+
+    def error(got: Any, want: Any) -> float:
+        return 0.0 if _same_bits(got, want) else float("inf")
+
+    return Check((given.k, given.v, k, v, pages, slots), run, reference, error)
 
 
 def _error(got: jax.Array, want: jax.Array) -> float:
-    """Of the worst row, relative to its norm."""
-    error = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1) / jnp.linalg.norm(want, axis=-1)
+    """Of the worst row, relative to its norm; a row that should be 0 must be."""
+    off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
+    norm = jnp.linalg.norm(want, axis=-1)
+    error = jnp.where(norm > 0, off / jnp.where(norm > 0, norm, 1.0), jnp.where(off == 0, 0.0, jnp.inf))
     return float(jnp.where(jnp.isfinite(error), error, jnp.inf).max())
 
 
-# Decode attention is two kernels: whole rows, and split ones whose parts are joined.
-CHECKS: dict[str, tuple[Callable[[Heads, dict[str, Any]], float], ...]] = {
-    "decode_attention": (
-        lambda heads, mosaic: _decode(heads, mosaic, max_splits=1),
-        lambda heads, mosaic: _decode(heads, mosaic, max_splits=3),
-    ),
-    "prefill_attention": (_prefill,),
-    "append_kv": (_append,),
+@jax.jit
+def _same(got: Any, want: Any) -> jax.Array:
+    def bits(x: jax.Array) -> jax.Array:
+        return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    return jnp.all(jnp.stack([(bits(a) == bits(b)).all() for a, b in pairs]))
+
+
+def _same_bits(got: Any, want: Any) -> bool:
+    return bool(_same(got, want))
+
+
+_CHECKS: dict[str, Callable[[Heads, dict[str, Any]], Check]] = {
+    "decode_attention": _decode,
+    "prefill_attention": _prefill,
+    "append_kv": _append,
 }
+
+
+def make_check(kernel: str, heads: Heads, *, tuning: Any = None, interpret: Any = None) -> Check:
+    """Inputs of one kernel and what judges it; the arguments are those of `check_kernel`."""
+    return _CHECKS[kernel](heads, {"backend": "mosaic", "tuning": tuning, "interpret": interpret})
+
+
+def check_variants(
+    kernel: str,
+    heads: Heads,
+    variants: tuple[Variant, ...],
+    *,
+    repeats: int = 0,
+    tuning: Any = None,
+    interpret: Any = None,
+) -> Iterator[tuple[Variant, float]]:
+    """Yields each variant and its error, one after another. `repeats`: more runs of each, the same in every bit.
+
+    Raises KernelError as `check_kernel` does.
+    """
+    try:
+        check = make_check(kernel, heads, tuning=tuning, interpret=interpret)
+        want = jax.jit(check.reference)(*check.arrays)
+    except Exception as error:
+        raise KernelError(f"{kernel}: the XLA path failed: {_first_line(error)}") from error
+    for variant in variants:
+        try:
+            call = jax.jit(partial(check.run, variant))
+            got = call(*check.arrays)
+            error = check.error(got, want)
+            same = [_same(call(*check.arrays), got) for _ in range(repeats)] if error <= TOLERANCE else []
+            same = [bool(x) for x in same]
+        except Exception as error:  # whatever it is: the caller must not take this kernel
+            raise KernelError(f"{kernel} failed: {_first_line(error)} ({variant.text})") from error
+        if not error <= TOLERANCE:
+            raise KernelError(
+                f"{kernel}: a row is off by {error:.3g} of its norm from the XLA path, over {TOLERANCE:g} "
+                f"({variant.text})"
+            )
+        if not all(same):
+            raise KernelError(
+                f"{kernel}: {same.count(False)} of {repeats} more runs gave other bits than the first ({variant.text})"
+            )
+        yield variant, error
 
 
 def check_kernel(kernel: str, heads: Heads, *, tuning: Any = None, interpret: Any = None) -> float:
@@ -147,17 +279,8 @@ def check_kernel(kernel: str, heads: Heads, *, tuning: Any = None, interpret: An
 
     Raises KernelError, one line, when the kernel cannot be built or run, or is off by more than TOLERANCE.
     """
-    mosaic = {"backend": "mosaic", "tuning": tuning, "interpret": interpret}
-    worst = 0.0
-    for check in CHECKS[kernel]:
-        try:
-            error = check(heads, mosaic)
-        except Exception as error:  # whatever it is: the caller must not take this kernel
-            first = (str(error).strip().splitlines() or [""])[0]
-            raise KernelError(f"{kernel} failed: {type(error).__name__}: {first}") from error
-        if not error <= TOLERANCE:
-            raise KernelError(
-                f"{kernel}: a row is off by {error:.3g} of its norm from the XLA path, over {TOLERANCE:g}"
-            )
-        worst = max(worst, error)
-    return worst
+    return max(error for _, error in check_variants(kernel, heads, QUICK[kernel], tuning=tuning, interpret=interpret))
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -85,6 +85,31 @@ class AppendTuning:
             raise ValueError(f"block_bytes: {self.block_bytes} must be in [128, {high}] with {self.stages} stages")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AddNormTuning:
+    """How the residual addition with its norm fills one GPU.
+
+    sms              programs of the persistent grid, one per SM
+    bytes_in_flight  rows of x and of the update in shared memory, on their way in or out
+    max_warpgroups   that take a program's rows in turn; each has three rows in flight or more
+    expected         how fast a call is; None: nobody knows
+    """
+
+    sms: int
+    bytes_in_flight: int = 192 * 1024
+    max_warpgroups: int = 4
+    expected: Expected | None = None
+
+    def __post_init__(self) -> None:
+        if self.sms < 1:
+            raise ValueError(f"sms: {self.sms} must be at least 1")
+        if not 1 <= self.max_warpgroups <= 8:
+            raise ValueError(f"max_warpgroups: {self.max_warpgroups} must be in [1, 8]")
+        low, high = 2 * 2 * 2 * 16_384, BLOCK_LIMIT  # two of the longest rows, x and update
+        if not low <= self.bytes_in_flight <= high:
+            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+
+
 PREFILL_STEP_PAGES = 2  # of one step of the softmax
 PREFILL_OTHER = 98 * 1024  # two tiles of 128 queries and one of results, of head size 128, and barriers
 
@@ -146,6 +171,10 @@ DECODE: dict[str, DecodeTuning] = {
 APPEND: dict[str, AppendTuning] = {
     "h100": AppendTuning(sms=132, expected=Expected(bytes_per_second=2.3e12, source=_H100.format("1 / 1.3"))),
     "h200": AppendTuning(sms=132, expected=Expected(bytes_per_second=3.3e12, source=_H200.format("1 / 1.3"))),
+}
+ADD_NORM: dict[str, AddNormTuning] = {
+    "h100": AddNormTuning(sms=132, expected=Expected(bytes_per_second=2.76e12, source=_H100.format("92 %"))),
+    "h200": AddNormTuning(sms=132, expected=Expected(bytes_per_second=3.96e12, source=_H200.format("92 %"))),
 }
 PREFILL: dict[str, PrefillTuning] = {
     "h100": PrefillTuning(sms=132, expected=_prefill(2.76e12)),

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.platform import prefer_cpu_without_gpu
+from nanoflow_jax.platform import prefer_cpu_without_gpu, use_cuda_toolkit
 
 prefer_cpu_without_gpu()
+use_cuda_toolkit()
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM, generate

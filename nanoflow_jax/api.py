@@ -23,7 +23,7 @@ from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.platform import use_compile_cache
+from nanoflow_jax.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import KV_CACHE_DTYPES
 from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
@@ -63,7 +63,8 @@ class LLM:
     page_size             tokens per KV page
     kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights and a step's
                           temporaries (as the compiled step says), on a CPU 65,536
-    memory_utilization    share of a GPU's memory that may be used
+    memory_utilization    share of a GPU's memory that may be used. JAX is started with a little more, unless it runs
+                          already or XLA_PYTHON_CLIENT_MEM_FRACTION is set; what it then lacks is said in one line
     enable_prefix_caching reuse the pages of a prefix that another request has computed
     kv_offload_gib        host memory for pages that the device has no room for; they come back instead of being
                           computed again
@@ -136,6 +137,7 @@ class LLM:
             raise ConfigError("kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too")
         if kv_offload_gib and not enable_prefix_caching:
             raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
+        claim_gpu_memory(memory_utilization)
         use_compile_cache()
         lead(given)
         self.folder = folder = resolve_model(str(model), revision)

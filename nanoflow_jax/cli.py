@@ -18,6 +18,7 @@ from nanoflow_jax import __version__
 from nanoflow_jax.bench import command as bench_command
 from nanoflow_jax.evaluate import batch_command, eval_command, lm_eval_command
 from nanoflow_jax.inspect import command as inspect_command
+from nanoflow_jax.platform import UTILIZATION, claim_gpu_memory
 from nanoflow_jax.search import search_command, simulate_command
 from nanoflow_jax.search.profile import command as profile_command
 
@@ -47,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(args, "cpu_devices", None):
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["JAX_NUM_CPU_DEVICES"] = str(args.cpu_devices)
+    claim_gpu_memory(
+        getattr(args, "memory_utilization", UTILIZATION)
+    )  # commands look for devices before there is an LLM
 
     def report(error: BaseException) -> int:
         if isinstance(error, KeyboardInterrupt):

@@ -16,9 +16,10 @@ import pytest
 from jax.sharding import Mesh
 
 from nanoflow_jax.bench.network import network_step
-from nanoflow_jax.bench.timeline import TimedStep, steady_window, time_lost
+from nanoflow_jax.bench.timeline import TimedStep, later_half, steady_window, time_lost
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.engine import setup
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import random_params, rank_infos
@@ -77,6 +78,14 @@ def test_a_run_that_was_mostly_ramp_is_refused(running: list[int]):
     advised = re.search(r"--requests (\d+) or more", str(error.value))
     assert advised is not None
     assert int(advised[1]) >= max(120, 6 * max(running))
+
+
+def test_the_later_half_of_a_run_without_a_steady_state():
+    window = later_half(timed([1.0] * 100, list(range(1, 101))))
+    assert len(window.steps) == 50
+    assert window.seconds == pytest.approx(50)
+    assert window.share_of_run == pytest.approx(0.5)
+    assert later_half(timed([1.0, 1.0], [1, 1])).seconds == pytest.approx(1)
 
 
 def test_every_second_has_one_cause():
@@ -146,6 +155,10 @@ def test_a_run(bench: Callable[..., tuple[int, str, str]], tmp_path: Path):
     assert window["prefill_tokens"] / window["decode_tokens"] == pytest.approx(12 / 19, rel=0.1)
     assert window["requests_ended"] >= window["running_median"]
     assert min(found["compile_seconds"], found["warmup_seconds"], window["ramp_seconds"]) > 0
+    assert found["steady"]
+    assert window["layer_ms"] == window["step_ms_median"]  # there is one
+    assert 0 < window["dispatch_ms_median"] < window["step_ms_median"]
+    assert window["gap_ms_median"] >= 0
     assert {"jax", "jaxlib", "nanoflow_jax", "python"} == set(found["versions"])
     assert found["command"].startswith("nanoflow bench throughput --quiet --model tiny")
     assert found["date"][:2] == "20"
@@ -157,6 +170,13 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
     status, out, err = bench("--workload", "constant:12:20", "--requests", "9")
     assert (status, out) == (1, "")
     assert re.fullmatch(r"nanoflow bench: throughput: 9 requests are too few .* --requests \d+ or more\n", err)
+    # All the same, if it is asked for: the later half of what there was, and told so.
+    few = ("--workload", "constant:12:20", "--requests", "9", "--accept-unsteady")
+    status, out, err = bench(*few, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert not found["steady"]
+    assert 0 < found["window"]["share_of_run"] <= 0.6
     # Three pages of 16 tokens per request at most, and pages for four requests in 16 slots.
     status, out, err = bench("--workload", "constant:12:20", "--requests", "60", "--kv-cache-tokens", "128", "--json")
     assert status == 0, err
@@ -164,6 +184,24 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
     assert found["lost"]["pages"] > 0.3
     assert found["lost"]["pages"] > 4 * found["lost"]["shape_padding"]  # that of the steps that let somebody in
     assert found["window"]["running_median"] < 8
+
+
+def test_one_shape_is_compiled_for_a_full_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """And not deterministic, so that any plan can be measured."""
+    compiled: list[Any] = []
+    real = setup.Runner
+
+    def runner(spec: StepSpec, mesh: Any, infos: Any, params: Any, shapes: Any, *rest: Any, **more: Any) -> Any:
+        compiled.append((list(shapes), spec.deterministic))
+        return real(spec, mesh, infos, params, shapes, *rest, **more)
+
+    monkeypatch.setattr(setup, "Runner", runner)
+    arguments = [a for a in SMALL if a != "--deterministic"]
+    more = ("--one-shape", "--workload", "constant:12:20", "--requests", "60", "--json")
+    assert main([*arguments, *more, "--accept-unsteady"]) == 0
+    (((shape,), deterministic),) = compiled
+    assert (shape.decode_rows, shape.prefill_rows, deterministic) == (16, 16, False)
+    assert json.loads(capsys.readouterr().out)["options"]["one_shape"]
 
 
 def test_bad_options(bench: Callable[..., tuple[int, str, str]]):

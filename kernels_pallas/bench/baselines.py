@@ -86,7 +86,7 @@ def time_cudnn(case: PrefillCase, inputs: PrefillInputs, effort: Effort) -> dict
 
 
 def in_torch(names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
-    """{implementation: {case: result}} of PyTorch and FlashInfer, from another process, before JAX holds the GPU.
+    """{implementation: {case: result}} of PyTorch and FlashInfer, from another process, while no other holds the GPU.
 
     Without PyTorch, {"torch": {"not_available": why}}. What was measured before the time ran out is kept.
     """
@@ -103,6 +103,8 @@ def in_torch(names: Sequence[str], timeout: float) -> dict[str, dict[str, Any]]:
     for line in output.splitlines():
         if line.startswith("{"):
             record = json.loads(line)
+            if "case" not in record:
+                return {"torch": record}
             results.setdefault(record.pop("implementation"), {})[record.pop("case")] = record
     if note:
         results.setdefault("torch", {})["not_available"] = note[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.bench.cases import AppendCase, Case, DecodeCase, PrefillCase
+from kernels_pallas.bench.goals import expected_us
 from kernels_pallas.bench.measure import FULL, Effort, chained, checked, row_error, seconds
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.prefill_attention import prefill_attention
@@ -36,6 +37,17 @@ class Setting:
     def mosaic(self, tunings: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments that choose the Mosaic backend."""
         return {"backend": "mosaic", "interpret": self.interpret, "tuning": tunings[self.gpu]}
+
+    def calls(self, case: Case) -> int:
+        """In one timed program."""
+        us = expected_us(case, self.gpu)
+        return self.effort.most_calls if us is None else self.effort.calls(us * 1e-6)
+
+    def sets(self, case: Case) -> int:
+        """Of inputs, that those calls use in turn."""
+        pages = 2 * case.pages * PAGE_TOKENS * case.model.kv_heads * case.model.head_dim * 2
+        size = pages if isinstance(case, PrefillCase) else case.bytes
+        return self.effort.sets(size, self.calls(case))
 
 
 def decode_call(case: DecodeCase, setting: Setting) -> Callable[..., Any]:
@@ -111,10 +123,11 @@ class DecodeInputs:
     lengths: jax.Array
     scales: tuple[jax.Array, ...]
     tables: list[jax.Array]
+    calls: int  # of a timed program
 
     @classmethod
-    def make(cls, case: DecodeCase, effort: Effort) -> DecodeInputs:
-        sets = effort.sets(case.bytes)
+    def make(cls, case: DecodeCase, setting: Setting) -> DecodeInputs:
+        sets = setting.sets(case)
         q_aval, pool, *_ = case.avals(sets * case.pages)
         names = jax.random.split(jax.random.key(0), 3)
         unit = FP8_UNIT if case.fp8 else 1.0
@@ -125,6 +138,7 @@ class DecodeInputs:
             jnp.asarray(case.lengths()),
             _scales(case),
             [jnp.asarray(table) for table in decode_tables(case, sets)],
+            setting.calls(case),
         )
 
     def error(self, out: jax.Array) -> float:
@@ -148,9 +162,9 @@ def time_decode(
     """
     shared = (*(pools or (inputs.keys, inputs.values)), inputs.lengths, *inputs.scales)
     error = checked(inputs.error(jax.jit(call)(inputs.q, shared, inputs.tables[0])))
-    program = chained(call, len(inputs.tables), effort)
+    program = chained(call, len(inputs.tables), inputs.calls)
     took = seconds(lambda: program(inputs.q, shared, inputs.tables), effort)
-    return {"error": error, "seconds": took / effort.calls}
+    return {"error": error, "seconds": took / inputs.calls}
 
 
 def append_places(case: AppendCase, sets: int) -> np.ndarray:
@@ -160,13 +174,13 @@ def append_places(case: AppendCase, sets: int) -> np.ndarray:
     return np.stack([np.divmod(places.astype(np.int32), PAGE_TOKENS) for places in drawn])
 
 
-def appends(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[..., Any]:
+def appends(call: Callable[..., Any], sets: int, calls: int) -> Callable[..., Any]:
     """A program of `calls` appends, each to the pools that the one before wrote: its first argument, donated."""
 
     @partial(jax.jit, donate_argnums=0)
     def program(pools: Any, own: list[Any], scales: Any) -> Any:
         once = jax.jit(call)
-        for i in range(effort.calls):
+        for i in range(calls):
             pools = once(*pools, *own[i % sets], *scales)
         return pools
 
@@ -175,8 +189,7 @@ def appends(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[...
 
 def time_append(case: AppendCase, setting: Setting, backend: str) -> dict[str, Any]:
     """The error is that of the rows written, bit for bit; any other place that changes counts as infinite."""
-    effort = replace(setting.effort, calls=setting.effort.short_calls)
-    sets = effort.sets(case.bytes)
+    calls, sets = setting.calls(case), setting.sets(case)
     pool, _, row, *_ = case.avals()
     names = jax.random.split(jax.random.key(0), 2 + 2 * sets)
     pools = tuple(draw(name, pool.shape, case.dtype) for name in names[:2])
@@ -195,14 +208,14 @@ def time_append(case: AppendCase, setting: Setting, backend: str) -> dict[str, A
     checked(0.0 if same else np.inf)
     del want, got
 
-    program = appends(call, sets, effort)
+    program = appends(call, sets, calls)
 
     def run() -> Any:
         nonlocal pools
         pools = program(pools, own, scales)
         return pools
 
-    return {"error": 0.0, "seconds": seconds(run, effort) / effort.calls}
+    return {"error": 0.0, "seconds": seconds(run, setting.effort) / calls}
 
 
 def _bits(x: jax.Array) -> jax.Array:
@@ -217,11 +230,12 @@ class PrefillInputs:
     starts: jax.Array
     lengths: jax.Array
     tables: list[jax.Array]
+    calls: int  # of a timed program
 
     @classmethod
-    def make(cls, case: PrefillCase, effort: Effort) -> PrefillInputs:
+    def make(cls, case: PrefillCase, setting: Setting) -> PrefillInputs:
         q, pool, *_ = case.avals()
-        sets = effort.sets(2 * int(np.prod(pool.shape)) * 2)
+        sets = setting.sets(case)
         names = jax.random.split(jax.random.key(0), 3)
         shape, bf16 = (sets * case.pages, *pool.shape[1:]), jnp.dtype(jnp.bfloat16)
         order = np.random.default_rng(1).permutation(sets * case.pages).astype(np.int32)
@@ -232,6 +246,7 @@ class PrefillInputs:
             jnp.array([0, case.rows], jnp.int32),
             jnp.array([case.context], jnp.int32),
             [jnp.asarray(table) for table in order.reshape(sets, 1, case.pages)],
+            setting.calls(case),
         )
 
     def error(self, out: jax.Array) -> float:
@@ -252,6 +267,6 @@ def time_prefill(
     shared = (inputs.keys, inputs.values, inputs.starts, inputs.lengths)
     own = inputs.tables if contiguous is None else contiguous
     error = checked(inputs.error(jax.jit(call)(inputs.q, shared, own[0])))
-    program = chained(call, len(own), effort)
+    program = chained(call, len(own), inputs.calls)
     took = seconds(lambda: program(inputs.q, shared, own), effort)
-    return {"error": error, "seconds": took / effort.calls}
+    return {"error": error, "seconds": took / inputs.calls}

@@ -1,7 +1,8 @@
-"""How it is measured: medians over programs of several calls, beside a device copy and a GEMM of the same run."""
+"""How it is measured: medians over runs of several milliseconds, beside a device copy and a GEMM of the same call."""
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -13,53 +14,67 @@ import jax.numpy as jnp
 import numpy as np
 
 TOLERANCE = 2e-2  # relative error of a row
+COPY_SECONDS, GEMM_SECONDS = 0.5e-3, 1.3e-3  # of one copy and one GEMM of FULL, about: how many fill a run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Effort:
     """How much is done for one figure.
 
-    calls        in one program: what starting a program costs is shared by them
-    short_calls  likewise, of a kernel of microseconds
-    runs         of the program, at most; the median counts
-    seconds      of runs, about: long programs run less often, but five times
-    cold_bytes   of inputs, at least, between two uses of one, as far as `calls` reach: many times the L2
+    run_seconds  of a run, at least: what starting one takes, some tens of microseconds, is shared by all of its calls
+    most_calls   in one program, of which a run then takes several: compiling it grows faster than their number
+    runs         at most; the median counts
+    seconds      of runs, about: long ones are fewer, but five
+    cold_bytes   of inputs, at least, between two uses of one, as far as the calls reach: many times the L2
     copy_bytes   of the copy that is the bound
     gemm         its three sizes
     """
 
-    calls: int = 16
-    short_calls: int = 128
+    run_seconds: float = 5e-3
+    most_calls: int = 128
     runs: int = 15
     seconds: float = 0.3
     cold_bytes: int = 512 * 2**20
     copy_bytes: int = 2**30
     gemm: int = 8192
 
-    def sets(self, size: int) -> int:
+    def calls(self, expected: float) -> int:
+        """In one program, of something that should take so many seconds."""
+        return max(1, min(self.most_calls, math.ceil(self.run_seconds / expected)))
+
+    def sets(self, size: int, calls: int) -> int:
         """How many sets of inputs of so many bytes the calls of a program use in turn."""
-        return min(self.calls, -(-self.cold_bytes // size))
+        return min(calls, -(-self.cold_bytes // size))
 
 
 FULL = Effort()
-TINY_EFFORT = Effort(calls=1, short_calls=2, runs=1, seconds=0.0, cold_bytes=1, copy_bytes=4096, gemm=64)
+TINY_EFFORT = Effort(run_seconds=1e-9, most_calls=1, runs=1, seconds=0.0, cold_bytes=1, copy_bytes=4096, gemm=64)
 
 
 def seconds(run: Callable[[], Any], effort: Effort) -> float:
-    """Median time of one run; `run` returns what is to be waited for."""
+    """Time of one program: the median of several runs, in each of which it is started as often as makes it last;
+    `run` starts it and returns what is to be waited for."""
     jax.block_until_ready(run())  # compiles
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    first = time.perf_counter() - start
-    times = [] if effort.runs > 1 else [first]
-    for _ in range(min(effort.runs, max(5, int(effort.seconds / first))) if effort.runs > 1 else 0):
+
+    def timed(times: int) -> float:
+        out = None
         start = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        for _ in range(times):
+            out = run()
+        jax.block_until_ready(out)
+        return (time.perf_counter() - start) / times
+
+    first = timed(1)
+    if effort.runs == 1:
+        return first
+    times = max(1, math.ceil(effort.run_seconds / first))
+    if times > 1:  # one alone was mostly its start
+        times = max(1, math.ceil(effort.run_seconds / timed(times)))
+    taken = [timed(times) for _ in range(min(effort.runs, max(5, int(effort.seconds / (times * first)))))]
+    return statistics.median(taken)
 
 
-def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[..., Any]:
+def chained(call: Callable[..., Any], sets: int, calls: int) -> Callable[..., Any]:
     """A program of `calls` calls, one after another, no two of them the same. It gives all their results: a call whose
     result nobody takes would be removed, barrier or not. What is shared passes the barrier too: what a call makes of it
     alone, as the tiles of prefill, would be made once for all calls.
@@ -72,7 +87,7 @@ def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[...
     def program(x: Any, shared: Any, own: list[Any]) -> list[Any]:
         once = jax.jit(call)  # lowered once
         outs = [x]
-        for i in range(effort.calls):
+        for i in range(calls):
             x, shared, _ = jax.lax.optimization_barrier((x, shared, outs[-1]))
             outs.append(once(x, shared, own[i % sets]))
         return outs[1:]
@@ -80,12 +95,12 @@ def chained(call: Callable[..., Any], sets: int, effort: Effort) -> Callable[...
     return program
 
 
-def copies(effort: Effort) -> Callable[[jax.Array], jax.Array]:
+def copies(calls: int) -> Callable[[jax.Array], jax.Array]:
     """A program of `calls` copies, each of the one before."""
 
     @jax.jit
     def program(x: jax.Array) -> jax.Array:
-        for _ in range(effort.calls):
+        for _ in range(calls):
             x = jax.lax.optimization_barrier(x ^ jnp.uint32(1))
         return x
 
@@ -94,18 +109,23 @@ def copies(effort: Effort) -> Callable[[jax.Array], jax.Array]:
 
 def copy_bandwidth(effort: Effort) -> float:
     """Bytes read and written per second by a copy."""
-    program = copies(effort)
+    calls = effort.calls(COPY_SECONDS)
+    program = copies(calls)
     x = jnp.zeros(effort.copy_bytes // 4, jnp.uint32)
-    return 2 * effort.copy_bytes * effort.calls / seconds(lambda: program(x), effort)
+    return 2 * effort.copy_bytes * calls / seconds(lambda: program(x), effort)
+
+
+def gemm_program(calls: int) -> Callable[..., Any]:
+    return chained(lambda a, b, _: jnp.dot(a, b), 1, calls)
 
 
 def gemm_rate(effort: Effort) -> float:
     """FLOP/s of a bfloat16 GEMM of random data."""
     names = jax.random.split(jax.random.key(0), 2)
     a, b = (jax.random.normal(name, (effort.gemm, effort.gemm), jnp.bfloat16) for name in names)
-
-    program = chained(lambda a, b, _: jnp.dot(a, b), 1, effort)
-    return 2 * effort.gemm**3 * effort.calls / seconds(lambda: program(a, b, [()]), effort)
+    calls = effort.calls(GEMM_SECONDS)
+    program = gemm_program(calls)
+    return 2 * effort.gemm**3 * calls / seconds(lambda: program(a, b, [()]), effort)
 
 
 def row_error(got: Any, want: Any) -> float:

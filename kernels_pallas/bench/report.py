@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from kernels_pallas.bench.cases import Case, PrefillCase
+from kernels_pallas.bench.goals import CEILINGS, known_gpu
 
 
 def commit() -> str | None:
@@ -46,8 +47,9 @@ def header(command: str, interpreted: bool) -> dict[str, Any]:
     }
 
 
-def with_rates(case: Case, result: dict[str, Any], copy: float, gemm: float | None) -> dict[str, Any]:
-    """`seconds` as a rate, and as a share of the bound: the copy's bytes per second, the GEMM's FLOP/s for prefill."""
+def with_rates(case: Case, result: dict[str, Any], copy: float | None, gemm: float | None) -> dict[str, Any]:
+    """`seconds` as a rate, and as a share of the bound where that was measured: the copy's bytes per second, the GEMM's
+    FLOP/s for prefill."""
     if "seconds" not in result:
         return result
     result = dict(result)
@@ -59,15 +61,26 @@ def with_rates(case: Case, result: dict[str, Any], copy: float, gemm: float | No
             result["percent_of_gemm"] = 100 * case.flops / took / gemm
     else:
         result["bytes_per_second"] = case.bytes / took
-        result["percent_of_copy"] = 100 * case.bytes / took / copy
+        if copy is not None:
+            result["percent_of_copy"] = 100 * case.bytes / took / copy
     return result
 
 
-def write(report: dict[str, Any], out: Path) -> None:
-    """Replaces the file in one step: a run that is stopped leaves the last whole report."""
-    draft = out.with_name(out.name + ".part")
-    draft.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(draft, out)
+def save(report: dict[str, Any], out: Path | None, tables: Path | None) -> None:
+    """Replaces the files in one step each: a run that is stopped leaves the last whole report."""
+    for path, make in ((out, lambda: json.dumps(report, indent=2) + "\n"), (tables, lambda: markdown(report))):
+        if path is not None:
+            draft = path.with_name(path.name + ".part")
+            draft.write_text(make())
+            os.replace(draft, path)
+
+
+def _seen(report: dict[str, Any]) -> list[str]:
+    """What such machines have given before."""
+    if report["interpreted"] or (gpu := known_gpu(report["device"])) is None:
+        return []
+    seen = CEILINGS[gpu]
+    return [f"Seen on such a GPU before: {seen.copy / 1e12:.1f} TB/s and {seen.gemm / 1e12:.0f} TFLOP/s."]
 
 
 def _cell(result: dict[str, Any]) -> str:
@@ -106,6 +119,7 @@ def markdown(report: dict[str, Any]) -> str:
     if copy:
         lines += [
             f"Device copy {copy / 1e12:.2f} TB/s" + (f", bf16 GEMM {gemm / 1e12:.0f} TFLOP/s." if gemm else "."),
+            *_seen(report),
             "",
         ]
     lines += [

@@ -1,28 +1,33 @@
 """PyTorch's scaled_dot_product_attention and FlashInfer, timed in a process of their own: one JSON line per figure.
 
-`baselines.in_torch` starts it. SDPA reads contiguous K and V, so its work is easier than a paged kernel's. Calls run in
-a CUDA graph, over sets of inputs of several times the L2's size, as ours do.
+    python -m kernels_pallas.bench.torch_worker decode_attention/70b-1280x1k prefill_attention/70b-8k
+
+`baselines.in_torch` starts it too. SDPA reads contiguous K and V, so its work is easier than a paged kernel's. Calls
+run in a CUDA graph, over sets of inputs of several times the L2's size, as ours do.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from kernels_pallas.bench.cases import CASES, Case, DecodeCase, PrefillCase, scale_of
-from kernels_pallas.bench.kernels import decode_tables
-from kernels_pallas.bench.measure import FULL, TOLERANCE, Effort
-from kernels_pallas.tuning import PAGE_TOKENS
+from kernels_pallas.bench.kernels import Setting, decode_tables
+from kernels_pallas.bench.measure import TOLERANCE, Effort
+from kernels_pallas.tuning import PAGE_TOKENS, tuned_gpu
 
-torch: Any = importlib.import_module("torch")  # without its types, which this package does not need
+INSTALLED = importlib.util.find_spec("torch") is not None
+torch: Any = importlib.import_module("torch") if INSTALLED else None  # without its types, which are not needed here
 
 
-def _seconds(calls: list[Callable[[], Any]], effort: Effort) -> float:
-    """Median time of one call: all of them in a graph, in turn."""
+def _seconds(calls: list[Callable[[], Any]], count: int, effort: Effort) -> float:
+    """Median time of one call: `count` of them in a graph, in turn, and the graph as often as makes a run last."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:  # before the capture, as PyTorch asks
@@ -30,17 +35,21 @@ def _seconds(calls: list[Callable[[], Any]], effort: Effort) -> float:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for i in range(effort.calls):
+        for i in range(count):
             calls[i % len(calls)]()
-    times = []
-    for _ in range(effort.runs):
+
+    def timed(times: int) -> float:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        graph.replay()
+        for _ in range(times):
+            graph.replay()
         stop.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / 1e3)
-    return statistics.median(times) / effort.calls
+        return start.elapsed_time(stop) / 1e3 / times
+
+    timed(1)
+    times = max(1, math.ceil(effort.run_seconds / timed(1)))
+    return statistics.median([timed(times) for _ in range(effort.runs)]) / count
 
 
 def _error(got: Any, q: Any, k: Any, v: Any, seen: Any, scale: float) -> float:
@@ -54,7 +63,7 @@ def _error(got: Any, q: Any, k: Any, v: Any, seen: Any, scale: float) -> float:
     return float(((got.float() - want).norm(dim=-1) / want.norm(dim=-1)).max())
 
 
-def sdpa(case: Case, effort: Effort, device: str = "cuda") -> tuple[list[Callable[[], Any]], float]:
+def sdpa(case: Case, setting: Setting, device: str = "cuda") -> tuple[list[Callable[[], Any]], float]:
     """The calls, and the error of one. Raises RuntimeError for what it has not."""
     if not isinstance(case, DecodeCase | PrefillCase) or getattr(case, "fp8", False):
         raise RuntimeError("it has no such kernel")
@@ -63,7 +72,7 @@ def sdpa(case: Case, effort: Effort, device: str = "cuda") -> tuple[list[Callabl
     decode = isinstance(case, DecodeCase)
     rows, context, tokens = (case.rows, case.context, 1) if decode else (1, case.rows, case.rows)
     heads = case.model
-    sets = effort.sets(2 * rows * context * heads.kv_heads * heads.head_dim * 2)
+    sets = setting.sets(case)
 
     def make(*shape: int) -> Any:
         return torch.randn(shape, dtype=torch.bfloat16, device=device)
@@ -86,13 +95,13 @@ def sdpa(case: Case, effort: Effort, device: str = "cuda") -> tuple[list[Callabl
     return calls, _error(got, rows_q, k, v, seen, scale_of(case))
 
 
-def flashinfer(case: Case, effort: Effort) -> tuple[list[Callable[[], Any]], float]:
+def flashinfer(case: Case, setting: Setting) -> tuple[list[Callable[[], Any]], float]:
     """Its paged decode attention over the same tables as ours; bf16."""
     library = importlib.import_module("flashinfer")
     if not isinstance(case, DecodeCase) or case.fp8:
         raise RuntimeError("only its bf16 decode attention is measured")
     heads = case.model
-    sets = effort.sets(case.bytes)
+    sets = setting.sets(case)
     pool = (sets * case.pages, heads.kv_heads, PAGE_TOKENS, heads.head_dim)
     keys, values = (torch.randn(pool, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     q = torch.randn((case.rows, heads.q_heads, heads.head_dim), dtype=torch.bfloat16, device="cuda")
@@ -125,16 +134,20 @@ def flashinfer(case: Case, effort: Effort) -> tuple[list[Callable[[], Any]], flo
 
 
 def main(names: list[str]) -> None:
-    version = torch.__version__
+    why = "torch is not installed" if not INSTALLED else "" if torch.cuda.is_available() else "torch sees no GPU"
+    if why:
+        print(json.dumps({"not_available": why}), flush=True)
+        return
+    setting = Setting(gpu=tuned_gpu(torch.cuda.get_device_name(0)))
     for name in names:
         for implementation, make in (("torch", sdpa), ("flashinfer", flashinfer)):
-            record: dict[str, Any] = {"implementation": implementation, "case": name, "torch": version}
+            record: dict[str, Any] = {"implementation": implementation, "case": name, "torch": torch.__version__}
             try:
-                calls, error = make(CASES[name], FULL)
+                calls, error = make(CASES[name], setting)
                 record["error"] = error
                 if not error <= TOLERANCE:
                     raise RuntimeError(f"a row is off by {error:.3g} of its norm, tolerance {TOLERANCE:g}")
-                record["seconds"] = _seconds(calls, FULL)
+                record["seconds"] = _seconds(calls, setting.calls(CASES[name]), setting.effort)
                 del calls
             except ImportError as error:
                 record["not_available"] = str(error)

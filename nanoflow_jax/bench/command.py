@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanoflow_jax import __version__
 from nanoflow_jax.bench import batch_command
 
 if TYPE_CHECKING:
@@ -139,6 +140,10 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
     p.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "fp8_e4m3"), help="of the KV pages")
     p.add_argument("--no-prefix-caching", action="store_true", help="pages of ended requests are not kept")
     p.add_argument("--deterministic", action="store_true", help="one step shape, sums in a fixed order")
+    p.add_argument("--one-shape", action="store_true", help="compile the largest step alone, which suits a full load")
+    p.add_argument(
+        "--accept-unsteady", action="store_true", help="measure the later half of a run without a steady state"
+    )
     p.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0 is greedy")
     p.add_argument("--seed", type=int, default=0, help="of lengths, prompts and weights")
     p.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
@@ -207,7 +212,8 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
         raise ConfigError("inspect: it adds the network to a rank slice; --rank-of N is needed too")
     names = (
         "requests", "seconds", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
-        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "attention_backend",
+        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "one_shape", "accept_unsteady",
+        "attention_backend",
         "kv_cache_dtype", "temperature", "inspect", "seed",
     )  # fmt: skip
     return ThroughputOptions(
@@ -237,9 +243,9 @@ def _workload(args: argparse.Namespace) -> Workload:
 
 
 def _provenance(args: argparse.Namespace) -> dict[str, Any]:
-    versions = {name: version(name) for name in ("nanoflow_jax", "jax", "jaxlib")}
+    versions = {name: version(name) for name in ("jax", "jaxlib")}
     return {
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"python": platform.python_version(), "nanoflow_jax": __version__, **versions},
         "command": shlex.join(["nanoflow", *args.arguments]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cpus": os.cpu_count(),

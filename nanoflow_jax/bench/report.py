@@ -31,6 +31,8 @@ class ThroughputOptions:
     rank_of: int | None = None
     enable_prefix_caching: bool = True
     deterministic: bool = False
+    one_shape: bool = False
+    accept_unsteady: bool = False  # measure the later half of a run that had no steady state
     attention_backend: str = "auto"
     kv_cache_dtype: str = "auto"
     temperature: float = 0.0
@@ -50,6 +52,7 @@ class ThroughputReport:
     share_of_optimum of FLOP/s ÷ (2 × parameters), by computed tokens; None where the GPU is not known
     prefix_hits      prompt and cached tokens of the requests admitted in the window, and their share
     network          of a rank slice: what is modelled, not measured
+    steady           the window is the run's steady state; else its later half
     """
 
     model: str
@@ -74,6 +77,7 @@ class ThroughputReport:
     warmup_seconds: float
     options: dict[str, Any]
     network: dict[str, Any] | None = None
+    steady: bool = True
     steps: tuple[TimedStep, ...] = field(default=(), repr=False)
     span: Window | None = field(default=None, repr=False)
 
@@ -104,9 +108,13 @@ def text(report: ThroughputReport) -> str:
         "time: "
         + ", ".join(f"{name.replace('_', ' ')} {lost[name]:.1%}" for name in lost if name != "useful")
         + f" lost; useful rows {lost['useful']:.1%}",
-        f"window: {w['seconds']:.1f} s, {w['share_of_run']:.0%} of the run, {w['steps']} steps, {w['tokens']} tokens, "
+        f"{'window' if report.steady else 'no steady state, so the later half'}: {w['seconds']:.1f} s, "
+        f"{w['share_of_run']:.0%} of the run, {w['steps']} steps, {w['tokens']} tokens, "
         f"{w['requests_ended']} of {o['requests']} requests ended in it, {w['running_median']} running, "
-        f"{w['rows_used_mean']:.0f} of {o['tokens_per_step']} rows used, step median {w['step_ms_median']:.2f} ms",
+        f"{w['rows_used_mean']:.0f} of {o['tokens_per_step']} rows used",
+        f"a step: median {w['step_ms_median']:.2f} ms, {w['layer_ms']:.3f} ms a layer with its share of the rest; the "
+        f"device had nothing to do for {w['gap_ms_median']:.3f} ms before it, and dispatching it took "
+        f"{w['dispatch_ms_median']:.3f} ms",
         f"before it: weights {report.weights_seconds:.1f} s, compile {report.compile_seconds:.1f} s, "
         f"warm-up {report.warmup_seconds:.1f} s, ramp {w['ramp_seconds']:.1f} s",
     ]

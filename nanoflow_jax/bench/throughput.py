@@ -19,7 +19,15 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.bench.network import modelled_network
 from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport
-from nanoflow_jax.bench.timeline import StepClock, TimedStep, Window, steady_window, time_lost
+from nanoflow_jax.bench.timeline import (
+    StepClock,
+    TimedStep,
+    Unsteady,
+    Window,
+    later_half,
+    steady_window,
+    time_lost,
+)
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
@@ -29,6 +37,7 @@ from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
+from nanoflow_jax.platform import claim_gpu_memory
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.plan import SchedulePlan
 from nanoflow_jax.schedule.slots import empty_inputs
@@ -41,6 +50,7 @@ LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes abou
 
 def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     """One run. Raises ConfigError, one line, when something cannot be used or the run had no steady state."""
+    claim_gpu_memory(options.memory_utilization)
     config, (mesh, gpus) = options.config, _mesh(options)
     hardware = options.hardware or hardware_of(mesh.devices.flat[0])
     plan = named_plan(
@@ -61,7 +71,13 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     warm_up(engine)
     warmup_seconds = time.perf_counter() - started
     steps, cut = drive(engine, requests, options.temperature, options.progress, options.seconds)
-    window = steady_window(steps, count, enough, cut=cut)
+    steady = True
+    try:
+        window = steady_window(steps, count, enough, cut=cut)
+    except Unsteady:
+        if not options.accept_unsteady or len(steps) < 2:
+            raise
+        window, steady = later_half(steps), False
 
     rate = window.tokens / window.seconds / gpus
     optimum = optimal_tokens_per_second(hardware, config.num_params) if hardware else None
@@ -86,7 +102,8 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
         optimum_tokens_per_second_per_gpu=optimum,
         share_of_optimum=rate / optimum if optimum else None,
         lost=time_lost(window),
-        window=_window_figures(window, steps),
+        window=_window_figures(window, steps, config.num_layers),
+        steady=steady,
         weights_seconds=weights_seconds,
         compile_seconds=compile_seconds,
         warmup_seconds=warmup_seconds,
@@ -101,6 +118,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
             "kv_cache_tokens": engine.runner.num_pages * options.page_size,
             "enable_prefix_caching": options.enable_prefix_caching,
             "deterministic": options.deterministic,
+            "one_shape": options.one_shape,
             "attention_backend": options.attention_backend,
             "kv_cache_dtype": options.kv_cache_dtype,
             "temperature": options.temperature,
@@ -156,6 +174,7 @@ def build_random(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, lim
             kv_offload_disk_bytes=0,
             kv_offload_folder=None,
             deterministic=options.deterministic,
+            one_shape=options.one_shape,
             attention_backend=options.attention_backend,
             kv_cache_dtype=options.kv_cache_dtype,
             seed=options.seed,
@@ -228,7 +247,7 @@ def drive(
     return clock.steps, cut
 
 
-def _window_figures(window: Window, steps: list[TimedStep]) -> dict[str, float]:
+def _window_figures(window: Window, steps: list[TimedStep], layers: int) -> dict[str, float]:
     busy, shapes = window.busy, len({s.shape for s in window.steps})
     return {
         "seconds": window.seconds,
@@ -244,4 +263,7 @@ def _window_figures(window: Window, steps: list[TimedStep]) -> dict[str, float]:
         "rows_used_mean": float(np.mean([s.rows_used for s in window.steps])),
         "step_ms_median": float(np.median(busy)) * 1e3,
         "step_ms_p99": float(np.percentile(busy, 99)) * 1e3,
+        "layer_ms": float(np.median(busy)) * 1e3 / layers,  # embedding, head and sampler included
+        "gap_ms_median": float(np.median(window.idle)) * 1e3,
+        "dispatch_ms_median": float(np.median([s.dispatching for s in window.steps])) * 1e3,
     }

@@ -44,6 +44,7 @@ class TimedStep:
     finished: float = 0.0  # its tokens were there
     prompt_tokens: int = 0  # of requests admitted since the run began
     cached_tokens: int = 0  # of those, found in kept pages
+    dispatching: float = 0.0  # seconds that the call took
 
     @property
     def rows_used(self) -> int:
@@ -100,6 +101,7 @@ class StepClock:
         )
         self._refused = refused
         output = self._runner.dispatch(shape, inputs)
+        step.dispatching = time.perf_counter() - step.dispatched
         self.steps.append(step)
         self._queue.put((step, output.sampled.tokens))
         return output
@@ -166,10 +168,27 @@ class Window:
         return self.tokens + self.cached_tokens
 
 
+class Unsteady(ConfigError):
+    """A run that was too short for a steady state."""
+
+
+def later_half(steps: Sequence[TimedStep]) -> Window:
+    """Of a run without a steady state: its steps while requests waited, from half of its time on."""
+    fed = next((i for i, s in enumerate(steps) if i and s.waiting == 0), len(steps))
+    fed = max(fed, 2)
+    middle = (steps[0].dispatched + steps[fed - 1].finished) / 2
+    first = max(1, next((i for i, s in enumerate(steps[:fed]) if s.finished > middle), fed - 1))
+    inside = tuple(steps[first:fed])
+    whole = steps[-1].finished - steps[0].dispatched
+    share = (inside[-1].finished - steps[first - 1].finished) / whole
+    plateau = int(np.median([s.running for s in inside]))
+    return Window(inside, steps[first - 1].finished, inside[-1].ended - inside[0].ended, plateau, share)
+
+
 def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut: bool = False) -> Window:
     """From when nearly as many requests run as do later, to when no more wait.
 
-    Raises ConfigError, naming a larger number of requests (`enough`, or more by what was seen), when that is less than
+    Raises Unsteady, naming a larger number of requests (`enough`, or more by what was seen), when that is less than
     half of the run's time, or when fewer requests ended in it than ran at once: then it says little about the long run.
     cut: a time limit ended the run, so that more requests would not help.
     """
@@ -187,7 +206,7 @@ def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut
         what, more = f"{requests} requests are", f"--requests {max(enough, 6 * highest, 2 * requests)} or more"
         if cut:
             what, more = f"{whole:.0f} seconds are", f"--seconds {max(1, round(2 * whole))} or more"
-        raise ConfigError(
+        raise Unsteady(
             f"throughput: {what} too few for a steady state: {share:.0%} of the run's time (half is "
             f"needed) and {ended} ended requests (as many are needed as ran at once, {highest}); accepted: {more}"
         )

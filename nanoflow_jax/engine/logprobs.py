@@ -80,7 +80,15 @@ def score_rows(head: Head, hidden: jax.Array, targets: jax.Array, top: jax.Array
         at = jnp.minimum(i * chunk, rows - chunk)  # the last chunk may repeat rows of the one before
         wanted = jnp.any(lax.dynamic_slice_in_dim(targets, at, chunk) >= 0)
         part = lax.cond(wanted, score, lambda _: no_logprobs(chunk), at)
-        return jax.tree.map(lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, at, 0), scores, part)
+        place = jnp.arange(rows) - at  # of each row in the chunk
+        mine = (place >= 0) & (place < chunk)
+
+        def put(whole: jax.Array, x: jax.Array) -> jax.Array:
+            # Not an update of a slice, a copy to an offset that XLA's command buffers do not take.
+            here = mine if x.ndim == 1 else mine[:, None]
+            return jnp.where(here, x.at[place].get(mode="clip"), whole)
+
+        return jax.tree.map(put, scores, part)
 
     return lax.cond(
         jnp.any(targets >= 0),

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import Mesh
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
+from nanoflow_jax.platform import MOST, SPARE, memory_fraction
 from nanoflow_jax.schedule.attention import page_dtype
+
+logger = logging.getLogger("nanoflow_jax")
 
 GIB = 2**30
 FIRST_GUESS = 0.05  # share of the memory for temporaries, before a step has been compiled
@@ -38,10 +41,24 @@ class MemoryPlan:
         )
 
 
-def device_memory(mesh: Mesh) -> int | None:
-    """Bytes that one device of this process may hand out; None where it has no limit (a CPU)."""
-    stats = mesh.local_devices[0].memory_stats()
-    return None if stats is None else stats.get("bytes_limit")
+def usable_memory(stats: Mapping[str, int] | None, utilization: float) -> int | None:
+    """Bytes of one device that may be used, from its allocator's statistics; None where it has no limit (a CPU).
+
+    utilization  share of the GPU's whole memory
+
+    Warns, in one line, when JAX was started with less than that.
+    """
+    if stats is None or "bytes_limit" not in stats:
+        return None
+    taken, fraction = stats["bytes_limit"], memory_fraction()
+    wanted, reach = taken / fraction * utilization, taken * (1 - SPARE)
+    if wanted > reach * (1 + CLOSE):
+        logger.warning(
+            "memory_utilization: JAX runs with %g of the GPU's memory (XLA_PYTHON_CLIENT_MEM_FRACTION), so %.1f of the "
+            "%.1f GiB that %g allows are out of reach; set it to %g before JAX starts, or make the LLM first",
+            fraction, (wanted - reach) / GIB, wanted / GIB, utilization, round(min(MOST, utilization + SPARE), 3),
+        )  # fmt: skip
+    return int(min(wanted, reach))
 
 
 def local_bytes(infos: LlamaParams, devices: int) -> int:

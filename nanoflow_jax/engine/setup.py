@@ -21,7 +21,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
-from nanoflow_jax.engine.memory import check_weights, device_memory, local_bytes, page_bytes, plan_pages
+from nanoflow_jax.engine.memory import check_weights, local_bytes, page_bytes, plan_pages, usable_memory
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
@@ -31,6 +31,7 @@ from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
+from nanoflow_jax.platform import warn_without_ptxas
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import KernelBackends, choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
@@ -65,6 +66,7 @@ class EngineOptions:
     kv_cache_dtype: str
     seed: int
     progress: bool
+    one_shape: bool = False  # compile the largest step alone, as `deterministic` does
     rank_of: int | None = None  # run the first rank's program of so many devices on a mesh of one, to measure it
 
 
@@ -104,8 +106,9 @@ def build_engine(
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
     if options.rank_of is not None:
         infos = rank_infos(infos, options.rank_of)
-    memory = device_memory(mesh)
-    usable = None if memory is None else int(memory * options.memory_utilization)
+    usable = usable_memory(mesh.local_devices[0].memory_stats(), options.memory_utilization)
+    if device.platform == "gpu":
+        warn_without_ptxas()
     if usable is not None:
         check_weights(config, infos, mesh.size, usable)
     if backend == "mosaic":  # what takes seconds comes after what can be refused at once
@@ -117,7 +120,7 @@ def build_engine(
 
     def shapes_for(length: int) -> list[StepShape]:
         shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(devices))
-        return [max(shapes, key=_size)] if options.deterministic else shapes
+        return [max(shapes, key=_size)] if options.deterministic or options.one_shape else shapes
 
     some_shape = StepShape(decode_slots, 0, 0, 1)
     spec = StepSpec(

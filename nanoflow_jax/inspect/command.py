@@ -25,7 +25,9 @@ def add(commands: Any, formatter: Any) -> None:
     )
     p.add_argument("--gpu", default="h200", help="a name in configs/hardware, or a TOML file with the same fields")
     p.add_argument("--devices", type=int, default=8, help="GPUs in the mesh")
-    p.add_argument("--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known")
+    p.add_argument(
+        "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
     p.add_argument("--tokens", type=int, default=2048, help="rows of the step")
     p.add_argument("--decode-tokens", type=int, help="how many of them decode; the plan's own when not given, else 5/8")

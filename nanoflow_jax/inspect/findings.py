@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ from nanoflow_jax.inspect.costs import (
     operand_bytes,
 )
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
+from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.overlap import is_sync
 from nanoflow_jax.search.timeline import Timeline
 
@@ -33,6 +35,7 @@ INDEX = re.compile(r"[su](16|32|64)$|pred$")
 PAGES = re.compile(r"page|cache")  # what the step's arguments for KV pages are called
 KERNELS = frozenset(["fusion", "copy", "transpose", "convert", "add", "multiply", "reduce", "gather", "scatter"])
 LARGE = 2**20  # bytes
+ALIGNED = 256  # bytes: what Mosaic's custom calls require of every address
 TINY = 256  # bytes: a scale of a layer's KV pages, say; a copy of so little is none
 STACK = 256  # a leading dimension up to this is taken for stacked layers, not for pages
 
@@ -40,8 +43,8 @@ STACK = 256  # a leading dimension up to this is taken for stacked layers, not f
 @dataclass(frozen=True)
 class Finding:
     """kind: merged_gemm, merged_collective, weight_copy, kv_copy, transpose_before_collective, synchronous_collective,
-    exposed_collective, untraced_gemm, untraced_collective, untraced_kernel or unknown_hlo. op and layer: None when
-    untraced."""
+    exposed_collective, untraced_gemm, untraced_collective, untraced_kernel, misaligned_slice or unknown_hlo. op and
+    layer: None when untraced."""
 
     kind: str
     op: str | None
@@ -296,10 +299,58 @@ def copies(program: _Program) -> Iterator[Finding]:
                 )
 
 
+def misaligned_slices(program: _Program) -> Iterator[Finding]:
+    """Slices that XLA hands to a Mosaic kernel, or takes from one, as an address inside a larger array that is no
+    multiple of ALIGNED bytes: the kernel refuses it, so that the program dies at its first run."""
+    for computation in program.module.computations.values():
+        for call in computation.instructions:
+            if not call.target.startswith(MOSAIC):
+                continue
+            _, outside = program.callers.get(computation.name, (None, None))
+            pieces = call.pieces or (outside.pieces if outside else ())
+            op, layer = _where(pieces[0] if pieces else None)
+            parts = [(name, f"operand {number}") for number, name in enumerate(call.operands)]
+            updates = [i for i in computation.instructions if i.opcode == "dynamic-update-slice"]
+            parts += [(i.name, "a result") for i in updates]
+            for name, what in parts:
+                offset = _slice_offset(program, computation, name)
+                if offset % ALIGNED:
+                    detail = f"{call.name}: {what} begins at byte {offset} of {name}'s array, no multiple of {ALIGNED}"
+                    yield Finding("misaligned_slice", op, layer, detail)
+
+
+def _slice_offset(program: _Program, computation: Computation, name: str) -> int:
+    """Bytes from the start of the array that a value is cut from, through bitcasts and slices inside one fusion. Of a
+    slice whose place is known at run time only, the distance of two places."""
+    found, offset = computation.by_name.get(name), 0
+    while found is not None and found.opcode in ("bitcast", "slice", "dynamic-slice", "dynamic-update-slice"):
+        source = computation.by_name.get(found.operands[0])
+        if source is None:
+            break
+        if found.opcode != "bitcast":
+            shape = source.shapes[0]
+            minor = [int(axis) for axis in shape.layout.split(",") if axis] or list(range(len(shape.dims)))[::-1]
+            strides, step = dict.fromkeys(minor, 0), max(shape.bytes // max(shape.elements, 1), 1)
+            for axis in minor:
+                strides[axis], step = step, step * shape.dims[axis]
+            if found.opcode == "slice":
+                firsts = [int(n) for n in re.findall(r"\[(\d+):", found.attributes["slice"])]
+                offset += sum(first * strides[axis] for axis, first in enumerate(firsts))
+            else:  # the axes along which it can lie anywhere
+                part = computation.by_name[found.operands[1]] if found.opcode == "dynamic-update-slice" else found
+                free = [
+                    a for a, (n, whole) in enumerate(zip(part.shapes[0].dims, shape.dims, strict=True)) if n < whole
+                ]
+                offset += math.gcd(*(strides[axis] for axis in free)) if free else 0
+        found = source
+    return offset
+
+
 def find(module: Module, timeline: Timeline) -> tuple[Finding, ...]:
     """All findings of a module, without repeats. The timeline gives what is exposed although it is asynchronous."""
     program = _Program.of(module)
-    found = [*merged_gemms(program), *collective_faults(program), *untraced_kernels(program), *copies(program)]
+    rules = (merged_gemms, collective_faults, untraced_kernels, copies, misaligned_slices)
+    found = [finding for rule in rules for finding in rule(program)]
     for collective in timeline.collectives:
         if collective.is_async and not collective.beside:
             what = "only " + ", ".join(collective.beside_other) if collective.beside_other else "nothing"

@@ -3,9 +3,11 @@ it."""
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ from nanoflow_jax.config import ConfigError, ModelConfig, model_config
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
+from nanoflow_jax.inspect.small import SmallKernels, small_kernels
+from nanoflow_jax.inspect.small import text as small_text
+from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
@@ -52,13 +57,15 @@ class StepMemory:
 class InspectedLayer(InnerLayer):
     """The layers between the first and the last, or all when there is none between.
 
-    collectives, findings: how many; bytes: of the collectives' whole tensors; wire_bytes: what each GPU sends for them.
+    collectives, findings: how many; bytes: of the collectives' whole tensors; wire_bytes: what each GPU sends for them;
+    small: the kernels beside GEMMs, attention and collectives, by op.
     """
 
     collectives: float
     bytes: float
     wire_bytes: float
     findings: float
+    small: tuple[SmallKernels, ...]
 
     @staticmethod
     def of_report(report: Report) -> InspectedLayer:
@@ -73,6 +80,7 @@ class InspectedLayer(InnerLayer):
             bytes=sum(c.bytes for c in moved) / count,
             wire_bytes=sum(c.wire_bytes for c in moved) / count,
             findings=len(found) / count,
+            small=small_kernels(report.timeline, inner.layers),
         )
 
 
@@ -96,6 +104,7 @@ class StepInspection:
     memory: StepMemory
     report: Report
     hlo: str
+    thunks: Thunks | None  # None: this XLA does not say
 
     @property
     def pieces(self) -> tuple[OpPiece, ...]:
@@ -115,6 +124,7 @@ class StepInspection:
         data = self.report.to_json()
         data["memory"] = asdict(self.memory)
         data["inner_layer"] = asdict(self.inner_layer)
+        data["thunks"] = None if self.thunks is None else {**asdict(self.thunks), "host_waits": self.thunks.host_waits}
         names = (
             "model",
             "devices",
@@ -143,9 +153,11 @@ class StepInspection:
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
                 render(self.report),
                 self.inner_layer.text(),
+                small_text(self.inner_layer.small),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}{only}, "
                 f"device {m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for "
                 f"KV: {m.kv_tokens:,} tokens",
+                *([] if self.thunks is None else [self.thunks.text()]),
             ]
         )
 
@@ -220,9 +232,10 @@ def inspect_step(
     )
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
     lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
-    options = {**saving_options(hardware), **(options or {})}
-    with without_compile_cache():
+    with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
+        options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
+        thunks = dumped_thunks(Path(folder))
     hlo, analysis = compiled.as_text(), compiled.memory_analysis()
     seconds = time.monotonic() - started
     latency = latency or RooflineModel(hardware)
@@ -259,6 +272,7 @@ def inspect_step(
         memory=memory,
         report=report,
         hlo=hlo,
+        thunks=thunks,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.platform import claim_gpu_memory
 
 PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as gone
 GRACE = 5.0  # seconds in which the watchdogs of others see what a process has told them
@@ -64,6 +65,7 @@ def join(
         raise ConfigError(f"process_id: {process_id} of {num_processes} processes; accepted: 0 to {num_processes - 1}")
     if not peer_timeout >= 1:
         raise ConfigError(f"peer_timeout: {peer_timeout!r} is not accepted; it must be at least 1 second")
+    claim_gpu_memory()
     try:
         jax.distributed.initialize(
             coordinator,

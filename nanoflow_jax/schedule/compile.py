@@ -42,6 +42,9 @@ GPU_OPTIONS: Mapping[str, Option] = {
     "xla_allow_excess_precision": False,
     # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
     "xla_gpu_enable_triton_gemm": False,
+    # XLA's own list and the sampler's conditionals and loops: outside of a command buffer the host waits for a
+    # conditional's predicate, so that the next step could not be dispatched before this one is nearly done.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
 }
 
 PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"

@@ -2,15 +2,16 @@
 
 A running request owns a slot. Its latest token and its page table live there, so that the next step can be built and
 dispatched before the host has seen this one's tokens, and so that tables do not travel every step. All that a step
-needs from the host is packed into one int32 vector: one transfer.
+needs from the host is packed into one int32 vector: one transfer. In it each array that the layers read starts at a
+multiple of ALIGNMENT: XLA hands a slice to a Mosaic kernel as an address inside the vector, and the kernel refuses one
+that is no multiple of 256 bytes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import SamplingArrays, StepBatch, StepShape
 
 SETTINGS = len(fields(SamplingArrays))
+ALIGNMENT = 64  # int32 elements, 256 bytes
 BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tokens) in use at once
 
 
@@ -88,9 +90,9 @@ def empty_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: i
     """Inputs of padding only for the host to fill: NumPy arrays, all views of the one vector that `pack` returns."""
     vector = _padding(shape, num_pages, num_slots, num_biases).copy()
     typed = {"i": vector, "f": vector.view(np.float32), "u": vector.view(np.uint32)}  # once, not for each leaf
-    places, tree = _layout(shape)
-    views = [typed[dtype.kind][at : at + size].reshape(dims) for at, size, dims, dtype in places]
-    return jax.tree.unflatten(tree, views)
+    layout = _layout(shape)
+    views = [typed[p.dtype.kind][p.start : p.start + p.size].reshape(p.dims) for p in layout.places]
+    return jax.tree.unflatten(layout.tree, views)
 
 
 def neutral_settings(count: int, num_slots: int, num_biases: int) -> np.ndarray:
@@ -120,24 +122,55 @@ def pack(inputs: StepInputs) -> np.ndarray:
     vector = leaves[0].base
     if vector is not None and all(x.base is vector for x in leaves):
         return vector
-    return np.concatenate([x.reshape(-1).view(np.int32) for x in leaves])
+    rows = inputs.slots.size
+    segments, width = inputs.prefill_table.shape
+    return _packed(inputs, StepShape(rows - segments, inputs.targets.size, segments, width))
+
+
+def _packed(inputs: StepInputs, shape: StepShape) -> np.ndarray:
+    layout = _layout(shape)
+    vector = np.zeros(layout.length, np.int32)
+    for place, x in zip(layout.places, jax.tree.leaves(inputs), strict=True):
+        vector[place.start : place.start + place.size] = x.reshape(-1).view(np.int32)
+    return vector
 
 
 @lru_cache(maxsize=64)
 def _padding(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> np.ndarray:
-    return pack(_padding_inputs(shape, num_pages, num_slots, num_biases))
+    return _packed(_padding_inputs(shape, num_pages, num_slots, num_biases), shape)
+
+
+class _Place(NamedTuple):
+    """Of one leaf in the packed vector; start and size in elements."""
+
+    start: int
+    size: int
+    dims: tuple[int, ...]
+    dtype: np.dtype
+
+
+class _Layout(NamedTuple):
+    places: list[_Place]  # of the leaves of StepInputs, in order
+    tree: Any
+    length: int
 
 
 @lru_cache(maxsize=64)
-def _layout(shape: StepShape) -> tuple[list[tuple[int, int, tuple[int, ...], np.dtype]], Any]:
-    """Where each leaf of StepInputs lies in the packed vector: first element, size, shape, dtype; and the tree."""
-    leaves, tree = jax.tree.flatten(_padding_inputs(shape, 0, 0, 0))
-    starts = [0, *accumulate(x.size for x in leaves)]
-    return [(at, x.size, x.shape, x.dtype) for at, x in zip(starts, leaves, strict=False)], tree
+def _layout(shape: StepShape) -> _Layout:
+    """The settings of sampling, which no kernel reads, follow each other without a gap: the host fills them as one."""
+    padding = _padding_inputs(shape, 0, 0, 0)
+    leaves, tree = jax.tree.flatten(padding)
+    places, at = [], 0
+    for number, x in enumerate(leaves):
+        if number <= len(leaves) - SETTINGS:
+            at = -(-at // ALIGNMENT) * ALIGNMENT
+        places.append(_Place(at, x.size, x.shape, x.dtype))
+        at += x.size
+    return _Layout(places, tree, at)
 
 
 def packed_length(shape: StepShape) -> int:
-    return _padding(shape, 0, 0, 0).size
+    return _layout(shape).length
 
 
 def _padding_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases: int) -> StepInputs:
@@ -174,12 +207,12 @@ def _padding_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases
 
 def unpack(packed: jax.Array, shape: StepShape) -> StepInputs:
     """The inverse of `pack`, on the device."""
-    places, tree = _layout(shape)
+    layout = _layout(shape)
     parts = []
-    for at, size, dims, dtype in places:
+    for at, size, dims, dtype in layout.places:
         part = packed[at : at + size].reshape(dims) if size else jnp.zeros(dims, jnp.int32)
         parts.append(part if dtype == np.int32 else lax.bitcast_convert_type(part, dtype))
-    return jax.tree.unflatten(tree, parts)
+    return jax.tree.unflatten(layout.tree, parts)
 
 
 def resolve(inputs: StepInputs, state: SlotState, shape: StepShape, page_size: int) -> tuple[StepBatch, SlotState]:

@@ -194,12 +194,12 @@ class _StepRun:
         self.decode_options, self.prefill_options, self.append_options = backends.options(
             spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
-        self.write_pages = jnp.where(batch.write_pages < self.num_pages, batch.write_pages, NO_PAGE)
         self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
         self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
+        self.writes, self.contexts = _kernel_inputs(self.pieces, batch, self.num_pages)
         self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
         for number in self.scattered:
             if (rows := self.nano_batches[number].rows) % self.devices:
@@ -286,15 +286,17 @@ class _StepRun:
         rows = slice(piece.start, piece.stop)
         span, inputs = self.normed.get(piece.start, piece.stop)
 
-        def project(*inputs: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        def project(*inputs: jax.Array) -> jax.Array:
             q, k, v = llama.kqv_projection(span(*inputs), s.params)
             cos, sin = self.cos[rows], self.sin[rows]
             q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
-            return q, llama.apply_rope(k, cos, sin), v
+            return pack_kqv(q, llama.apply_rope(k, cos, sin), v)
 
-        q, k, v = self.order.run(project, *inputs)
-        s.q.put(piece.start, piece.stop, q)
-        s.unwritten.append((piece, k, v))
+        kqv = self.order.run(project, *inputs)
+        groups, rows_of_group, d, _ = s.params.kqv.shape
+        view = partial(unpack_kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
+        s.q.put(piece.start, piece.stop, kqv, lambda kqv: view(kqv)[0])
+        s.unwritten.append((piece, kqv, view))
 
     def _append(self, s: _LayerState) -> None:
         """Writes the keys and values that are not in the pages yet: ahead of the first op that reads any.
@@ -306,23 +308,22 @@ class _StepRun:
         for piece, out in s.in_flight:
             s.attention.put(piece.start, piece.stop, self.order.wait(out))
         s.in_flight.clear()
-        for piece, k, v in s.unwritten:
-            rows = slice(piece.start, piece.stop)
+        for piece, kqv, view in s.unwritten:
+
+            def append(
+                k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array, piece: OpPiece = piece, view: Any = view
+            ) -> tuple[jax.Array, jax.Array]:
+                return _append_kv(
+                    k_pages, v_pages, *view(kqv)[1:], *self.writes[piece.piece],
+                    first_page=s.first_page, **s.scales, **self.append_options,
+                )  # fmt: skip
+
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
-                self.k_pages, self.v_pages = self.order.run(
-                    partial(_append_kv, first_page=s.first_page, **s.scales, **self.append_options),
-                    self.k_pages,
-                    self.v_pages,
-                    k,
-                    v,
-                    self.write_pages[rows],
-                    self.batch.write_slots[rows],
-                )
+                self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
         s.unwritten.clear()
 
     def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
         self._append(s)
-        rows = slice(piece.start, piece.stop)
         span, q = s.q.get(piece.start, piece.stop)
 
         # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
@@ -337,9 +338,9 @@ class _StepRun:
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
-        batch = self.batch
-        more = {"page_table": batch.decode_table[rows], "lengths": batch.decode_lengths[rows]}
-        inputs = (self.k_pages, self.v_pages, {**more, "first_page": s.first_page, **s.scales}, *q)
+        table, lengths = self.contexts[piece.piece]
+        more = {"page_table": table, "lengths": lengths, "first_page": s.first_page, **s.scales}
+        inputs = (self.k_pages, self.v_pages, more, *q)
         if lane:  # issued like a collective: what reads the result joins the streams
             beside = compute_on(
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
@@ -443,10 +444,50 @@ class _StepRun:
             self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
 
 
+def _kernel_inputs(
+    pieces: tuple[OpPiece, ...], batch: StepBatch, num_pages: int
+) -> tuple[dict[int, tuple[jax.Array, jax.Array]], dict[int, tuple[jax.Array, jax.Array]]]:
+    """Of each KQV piece where its K and V go, pages and slots [n]; of each GEMV piece its page table [n, M] and
+    lengths [n]. No layer changes them.
+
+    Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
+    kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
+    """
+    writes, contexts = {}, {}
+    for piece in pieces:
+        rows = slice(piece.start, piece.stop)
+        if piece.op == "KQV":
+            pages = batch.write_pages[rows]
+            writes[piece.piece] = (
+                jnp.where(pages < num_pages, pages, NO_PAGE),
+                jnp.maximum(batch.write_slots[rows], 0),
+            )
+        elif piece.op == "GEMV":
+            contexts[piece.piece] = (
+                jnp.maximum(batch.decode_table[rows], 0),
+                jnp.maximum(batch.decode_lengths[rows], 0),
+            )
+    return writes, contexts
+
+
 def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
     """Tokens of context to expect of a row: what the pool gives each decode row, at most a whole page table."""
     shared = num_pages * page_size // max(shape.decode_rows, 1)
     return max(1, min(shared, shape.pages_per_request * page_size))
+
+
+def pack_kqv(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One after another in one vector, so that one kernel makes all three, and those that read them take their part in
+    place."""
+    return jnp.concatenate([x.reshape(-1) for x in (q, k, v)])
+
+
+def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [n, h, d], k and v [n, g, d]."""
+    rows = packed.size // ((heads + 2 * groups) * d)
+    first, second = rows * heads * d, rows * (heads + groups) * d
+    q, k, v = packed[:first], packed[first:second], packed[second:]
+    return q.reshape(rows, heads, d), k.reshape(rows, groups, d), v.reshape(rows, groups, d)
 
 
 def _layer_scales(params: LlamaParams, index: int) -> dict[str, jax.Array]:
@@ -470,9 +511,9 @@ class _LayerState:
     first_page: jax.Array  # [] int32: where its pages begin
     scales: dict[str, jax.Array]  # k_scale and v_scale [g] float32 of fp8 pages; of others none
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
-    unwritten: list[tuple[OpPiece, jax.Array, jax.Array]] = field(default_factory=list)  # k, v [n, g, d] not in pages
+    unwritten: list[tuple[OpPiece, jax.Array, Any]] = field(default_factory=list)  # packed, with K and V not in pages
     in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream
-    q: Rows = field(default_factory=Rows)  # [n, h, d]
+    q: Rows = field(default_factory=Rows)  # [n, h, d], views of what `pack_kqv` packed
     attention: Rows = field(default_factory=Rows)  # [n, h * d]
     gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]
     projected: dict[int, jax.Array] = field(default_factory=dict)  # O or D before its collective

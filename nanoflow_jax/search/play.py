@@ -105,7 +105,9 @@ class Speeds:
         self._known: dict[tuple[_Kind, ...], dict[str, float]] = {}
 
     def of(self, ops: Sequence[Op], running: dict[str, int]) -> dict[str, float]:
-        key = tuple(_Kind(stream, ops[i].prediction.bound, ops[i].share, ops[i].capped) for stream, i in running.items())
+        key = tuple(
+            _Kind(stream, ops[i].prediction.bound, ops[i].share, ops[i].capped) for stream, i in running.items()
+        )
         if key not in self._known:
             left = 1.0 - sum(one.share for one in key if one.stream != COMPUTE and one.bound != "host")
             kinds = [one._replace(share=max(LEAST_SHARE, left)) if one.stream == COMPUTE else one for one in key]

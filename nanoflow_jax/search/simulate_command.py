@@ -36,7 +36,9 @@ def add(commands: Any, formatter: Any) -> None:
         "Times are predicted: 'latency_source' says from what.",
     )
     add_target(p)
-    p.add_argument("--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known")
+    p.add_argument(
+        "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
     p.add_argument("--tokens-per-step", type=positive, help="rows of the step; the plan's own, else 2048")
     p.add_argument("--decode-slots", type=positive, help="requests that run at once; what rows and memory allow")

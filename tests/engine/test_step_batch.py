@@ -288,3 +288,15 @@ def test_resolve_by_definition(shape: StepShape, devices: int) -> None:
             elif name == "decode_table":
                 mine, theirs = (x[read[: shape.decode_rows]] for x in (mine, theirs))
             np.testing.assert_array_equal(theirs, mine, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, StepShape(1280, 768, 48, 16), StepShape(5, 3, 1, 7)], ids=str)
+def test_what_kernels_read_is_aligned(shape: StepShape) -> None:
+    """XLA gives a kernel a slice of the packed vector as an address in it, of which Mosaic wants a multiple of 256."""
+    inputs = empty_inputs(shape, NUM_PAGES, SLOTS, BIASES)
+    vector = pack(inputs)
+    base = vector.__array_interface__["data"][0]
+    for name, leaf in vars(inputs).items():
+        if name != "sampling":
+            assert (leaf.__array_interface__["data"][0] - base) % 256 == 0, name
+    assert (inputs.sampling.temperature.__array_interface__["data"][0] - base) % 256 == 0

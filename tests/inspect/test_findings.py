@@ -76,3 +76,54 @@ def test_gemms_and_buffers_are_no_kernels_of_their_own() -> None:
     """A GEMM library's call has a finding of its own kind; a buffer runs nothing."""
     buffer = CALL.format(name="buffer", target="AllocateBuffer", scope="")
     assert findings([buffer]) == []
+
+
+FUSED = """HloModule m, is_scheduled=true
+
+%inner (p: s32[30000]) -> bf16[256,8,128] {{
+  %p = s32[30000]{{0}} parameter(0)
+  %q = bf16[512,8,128]{{2,1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  %cut = s32[1024]{{0}} slice(%p), slice={{[{table}:{end}]}}
+  %table = s32[64,16]{{1,0}} bitcast(%cut)
+  %rows = {rows}
+  ROOT %call = bf16[256,8,128]{{2,1,0}} custom-call(%rows, %table), custom_call_target="{target}"
+}}
+
+ENTRY %main (p: s32[30000]) -> bf16[256,8,128] {{
+  %p = s32[30000]{{0}} parameter(0)
+  %q = bf16[512,8,128]{{2,1,0}} parameter(1)
+  %i = s32[] parameter(2)
+  ROOT %f = bf16[256,8,128]{{2,1,0}} fusion(%p, %q, %i), kind=kCustom, calls=%inner, metadata={{op_name="L3/PF.1"}}
+}}
+"""
+ROWS = "bf16[256,8,128]{{2,1,0}} slice(%q), slice={{[{first}:{end}], [0:8], [0:128]}}"
+
+
+@pytest.mark.parametrize(
+    ("table", "first", "target", "found"),
+    [
+        (7488, 8, MOSAIC, []),  # 117 * 256 bytes, and 8 rows of 2048
+        (7472, 8, MOSAIC, ["operand 1 begins at byte 29888"]),
+        (7472, 8, "__cublas$lt$matmul", []),  # has no such rule
+    ],
+)
+def test_a_slice_that_a_kernel_refuses(table: int, first: int, target: str, found: list[str]) -> None:
+    rows = ROWS.format(first=first, end=first + 256)
+    text = FUSED.format(table=table, end=table + 1024, rows=rows, target=target)
+    report = inspect_compiled(text, None, load_hardware("h200"), 8)
+    wrong = [f for f in report.findings if f.kind == "misaligned_slice"]
+    assert [(f.op, f.layer) for f in wrong] == [("PF", 3)] * len(found)
+    assert all(part in f.detail for part, f in zip(found, wrong, strict=True))
+
+
+@pytest.mark.parametrize(("dims", "aligned"), [("512,8,128", True), ("512,3,24", False)])
+def test_a_slice_whose_place_only_the_run_knows(dims: str, aligned: bool) -> None:
+    """Row by row of 2048 bytes it is aligned wherever it lies, of 144 bytes not."""
+    tail = dims.partition(",")[2]
+    cut = f"bf16[256,{tail}]{{2,1,0}} dynamic-slice(%q, %i), dynamic_slice_sizes={{256,{tail}}}"
+    text = FUSED.format(table=7488, end=8512, rows=cut, target=MOSAIC).replace("bf16[512,8,128]", f"bf16[{dims}]")
+    report = inspect_compiled(text, None, load_hardware("h200"), 8)
+    assert [f.kind for f in report.findings if f.kind == "misaligned_slice"] == (
+        [] if aligned else ["misaligned_slice"]
+    )

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import append_kv, decode_attention, prefill_attention, self_check
-from kernels_pallas.self_check import CHECKS, Heads, KernelError, check_kernel
+from kernels_pallas.decode_attention_mosaic import Q_SLOTS
+from kernels_pallas.self_check import (
+    KERNELS,
+    QUICK,
+    THOROUGH,
+    Heads,
+    KernelError,
+    Variant,
+    check_kernel,
+    check_variants,
+)
+from kernels_pallas.tuning import APPEND, DECODE, PAGE_TOKENS, PREFILL, PREFILL_STEP_PAGES
 
 BF16 = Heads(q_heads=2, kv_heads=1, head_dim=64)
 FP8 = Heads(q_heads=4, kv_heads=2, head_dim=64, fp8=True)
@@ -17,7 +32,7 @@ FP8 = Heads(q_heads=4, kv_heads=2, head_dim=64, fp8=True)
 
 @pytest.mark.parametrize(
     ("kernel", "heads"),
-    [*((kernel, BF16) for kernel in CHECKS), ("decode_attention", FP8), ("append_kv", FP8)],
+    [*((kernel, BF16) for kernel in KERNELS), ("decode_attention", FP8), ("append_kv", FP8)],
 )
 def test_kernels_pass(kernel: str, heads: Heads) -> None:
     error = check_kernel(kernel, heads, interpret=plgpu.InterpretGPUParams())
@@ -26,15 +41,35 @@ def test_kernels_pass(kernel: str, heads: Heads) -> None:
 
 
 def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
-    """The check calls `twin(real, *arrays, **scales)` where it asks for the Mosaic kernel; XLA's stands in for it."""
-    real = {"decode_attention": decode_attention, "prefill_attention": prefill_attention, "append_kv": append_kv}[
+    """The check calls `twin(real, *arrays, **options)` where it asks for the Mosaic kernel; XLA's stands in for it.
+    options: sm_budget, first_page and scales; the stand-in knows no budget."""
+    function = {"decode_attention": decode_attention, "prefill_attention": prefill_attention, "append_kv": append_kv}[
         kernel
     ]
 
-    def call(*arrays: Any, backend: str = "xla", tuning: Any = None, interpret: Any = None, **more: Any) -> Any:
-        return twin(real, *arrays, **more) if backend == "mosaic" else real(*arrays, **more)
+    def real(*arrays: Any, sm_budget: Any = None, **options: Any) -> Any:
+        return function(*arrays, **options)
+
+    def call(*arrays: Any, backend: str = "xla", tuning: Any = None, interpret: Any = None, **options: Any) -> Any:
+        return twin(real, *arrays, **options) if backend == "mosaic" else real(*arrays, **options)
 
     monkeypatch.setattr(self_check, kernel, call)
+
+
+def stale_pages(table: Any, stages: int = 12) -> Any:
+    """What a slot that is used again before its barrier's phase has turned holds: the page of `stages` pages before."""
+    return jnp.concatenate([table[:, :stages], table[:, :-stages]], axis=1)
+
+
+def stale_rows(x: Any, rows: int = 96) -> Any:
+    """The same of append: a block of rows once more, instead of the one `rows` later."""
+    return jnp.concatenate([x[:rows], x[:-rows]])
+
+
+def first_of_each(f: Any, *args: Any, sm_budget: int, **more: Any) -> Any:
+    """A program that takes its first item and no further one: nobody has written the rows of those."""
+    out, lse = f(*args, **more)
+    return out.at[sm_budget:].set(0), lse
 
 
 TWINS: dict[str, tuple[str, Heads, Any]] = {
@@ -49,25 +84,62 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
     "one token too many": ("decode_attention", BF16, lambda f, *args, **more: f(*args[:-1], args[-1] + 1, **more)),
     "zeros": ("decode_attention", BF16, lambda f, *args, **more: tuple(jnp.zeros_like(x) for x in f(*args, **more))),
     "NaN": ("decode_attention", BF16, lambda f, *args, **more: tuple(x * jnp.nan for x in f(*args, **more))),
-    "log-sum-exp off": ("decode_attention", BF16, lambda f, *args, **more: (f(*args)[0], f(*args)[1] * 1.02)),
+    "log-sum-exp off": (
+        "decode_attention",
+        BF16,
+        lambda f, *args, **more: (f(*args, **more)[0], f(*args, **more)[1] * 1.02),
+    ),
     "scales ignored": (
         "decode_attention",
         FP8,
-        lambda f, *args, k_scale, v_scale: f(*args, k_scale=jnp.ones_like(k_scale), v_scale=v_scale),
+        lambda f, *args, k_scale, **more: f(*args, k_scale=jnp.ones_like(k_scale), **more),
+    ),
+    "a slot's old page": (
+        "decode_attention",
+        BF16,
+        lambda f, q, k, v, t, *rest, **more: f(q, k, v, stale_pages(t), *rest, **more),
+    ),
+    "first page ignored": ("decode_attention", BF16, lambda f, *args, first_page, **more: f(*args, **more)),
+    "budget's stride ignored": ("decode_attention", BF16, first_of_each),
+    "an empty row read": (
+        "decode_attention",
+        BF16,
+        lambda f, *args, **more: f(*args[:-1], jnp.maximum(args[-1], 1), **more),
     ),
     "K for V in prefill": ("prefill_attention", BF16, lambda f, q, k, v, *rest, **more: f(q, k, k, *rest, **more)),
     "not causal": ("prefill_attention", BF16, lambda f, q, k, v, t, s, n, **more: f(q, k, v, t, s, n + 1, **more)),
+    "a slot's old page in prefill": (
+        "prefill_attention",
+        BF16,
+        lambda f, q, k, v, t, *rest, **more: f(q, k, v, stale_pages(t), *rest, **more),
+    ),
+    "first page ignored in prefill": ("prefill_attention", BF16, lambda f, *args, first_page, **more: f(*args, **more)),
+    "padding not answered": (
+        "prefill_attention",
+        BF16,
+        lambda f, *args, **more: f(*args, **more).at[-1].set(jnp.bfloat16(1e-3)),
+    ),
     "V not written": ("append_kv", BF16, lambda f, k, v, *rest, **more: (f(k, v, *rest, **more)[0], v)),
-    "dropped row written": ("append_kv", BF16, lambda f, k, v, a, b, p, s, **more: f(k, v, a, b, p % k.shape[0], s)),
+    "dropped row written": (
+        "append_kv",
+        BF16,
+        lambda f, k, v, a, b, p, s, **more: f(k, v, a, b, p % (k.shape[0] - self_check.FIRST_PAGE), s, **more),
+    ),
     "scales not applied": (
         "append_kv",
         FP8,
-        lambda f, *args, k_scale, v_scale: f(*args, k_scale=jnp.ones_like(k_scale), v_scale=v_scale),
+        lambda f, *args, k_scale, **more: f(*args, k_scale=jnp.ones_like(k_scale), **more),
     ),
+    "a block's old rows": (
+        "append_kv",
+        BF16,
+        lambda f, k, v, a, b, *rest, **more: f(k, v, stale_rows(a), b, *rest, **more),
+    ),
+    "first page ignored in append": ("append_kv", BF16, lambda f, *args, first_page, **more: f(*args, **more)),
 }
 
 
-@pytest.mark.parametrize(("kernel", "heads"), [*((kernel, BF16) for kernel in CHECKS), ("decode_attention", FP8)])
+@pytest.mark.parametrize(("kernel", "heads"), [*((kernel, BF16) for kernel in KERNELS), ("decode_attention", FP8)])
 def test_the_stand_in_of_the_twins_passes(kernel: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     as_mosaic(monkeypatch, kernel, lambda f, *arrays, **more: f(*arrays, **more))
     assert check_kernel(kernel, heads) < self_check.TOLERANCE / 2
@@ -77,7 +149,9 @@ def test_the_stand_in_of_the_twins_passes(kernel: str, heads: Heads, monkeypatch
 def test_twins_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel, heads, twin = TWINS[name]
     as_mosaic(monkeypatch, kernel, twin)
-    with pytest.raises(KernelError, match=rf"^{kernel}: a row is off by .* of its norm from the XLA path, over 0\.02$"):
+    with pytest.raises(
+        KernelError, match=rf"^{kernel}: a row is off by .* of its norm from the XLA path, over 0\.02 \(.*\)$"
+    ):
         check_kernel(kernel, heads)
 
 
@@ -86,5 +160,47 @@ def test_a_kernel_that_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         raise NotImplementedError("no such instruction\nand a long trace")
 
     as_mosaic(monkeypatch, "append_kv", fails)
-    with pytest.raises(KernelError, match=r"^append_kv failed: NotImplementedError: no such instruction$"):
+    with pytest.raises(
+        KernelError, match=r"^append_kv failed: NotImplementedError: no such instruction \(sm_budget 2\)$"
+    ):
         check_kernel("append_kv", BF16)
+
+
+def test_runs_that_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right within the tolerance every time, but not the same bits: only repeats show it."""
+
+    def twin(f: Any, *args: Any, **more: Any) -> Any:
+        out, lse = f(*args, **more)
+        return (out.astype(jnp.float32) * factor()).astype(out.dtype), lse
+
+    runs = itertools.count()
+
+    def factor() -> Any:
+        shape = jax.ShapeDtypeStruct((), jnp.float32)
+        return io_callback(lambda: np.float32(1.0 if next(runs) < 3 else 1.01), shape)
+
+    as_mosaic(monkeypatch, "decode_attention", twin)
+    variants = (Variant(None),)
+    assert [e < self_check.TOLERANCE for _, e in check_variants("decode_attention", BF16, variants, repeats=2)] == [
+        True
+    ]
+    with pytest.raises(KernelError, match=r"^decode_attention: 4 of 4 more runs gave other bits .* \(all SMs\)$"):
+        runs = itertools.chain([0], itertools.repeat(9))
+        list(check_variants("decode_attention", BF16, variants, repeats=4))
+
+
+def test_what_the_checks_cover() -> None:
+    """Whatever the tuning: more steps of a row than stages, more items of a program than slots for queries, more blocks
+    than stages; and both lists together have all budgets."""
+    longest = -(-max(self_check.LENGTHS) // PAGE_TOKENS)
+    assert longest == self_check.ROW_PAGES
+    for tuning in DECODE.values():
+        assert longest // tuning.step_pages >= 2 * tuning.stages(128)
+        assert longest // tuning.step_pages > tuning.stages(64, itemsize=1)
+    assert all(longest // PREFILL_STEP_PAGES >= 2 * tuning.stages(64) for tuning in PREFILL.values())
+    assert all(2 * 16 * 2 * tuning.stages < self_check.APPENDED for tuning in APPEND.values())
+    assert sum(n > 0 for n in self_check.LENGTHS) > 2 * 2 * Q_SLOTS
+    assert 0 in self_check.LENGTHS and 0 in self_check.CHUNKS
+    for kernel in KERNELS:
+        assert {v.sm_budget for v in (*QUICK[kernel], *THOROUGH[kernel])} == {1, 2, 7, None}
+    assert {v.splits for v in QUICK["decode_attention"]} == {1, 3}

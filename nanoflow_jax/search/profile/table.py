@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 
+from nanoflow_jax import __version__
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.search.profile.points import Pair, Point
 from nanoflow_jax.search.profile.timing import PairTiming, Timing
@@ -59,7 +60,7 @@ def this_machine() -> dict[str, Any]:
 
 
 def these_versions() -> dict[str, str]:
-    return {name: version(name) for name in ("nanoflow_jax", "jax", "jaxlib")}
+    return {"nanoflow_jax": __version__, **{name: version(name) for name in ("jax", "jaxlib")}}
 
 
 def _cpu_name() -> str:

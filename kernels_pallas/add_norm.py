@@ -1,0 +1,75 @@
+"""Residual addition and RMS norm: the residual takes an update, and the next GEMM gets its norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only, check_vector
+from kernels_pallas.tuning import ADD_NORM, DEFAULT_GPU, AddNormTuning
+
+
+def add_rms_norm(
+    x: jax.Array,
+    update: jax.Array,
+    weight: jax.Array,
+    *,
+    bias: jax.Array | None = None,
+    weight_row: int = 0,
+    eps: float,
+    backend: str = "xla",
+    tuning: AddNormTuning | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """total = x + update (+ bias), each sum rounded to x's dtype, and normed = the RMS norm of total times weight.
+
+    x           [n, H]
+    update      [n, H], or gathered columns [p, n, H/p]: device i has columns i*H/p to (i+1)*H/p of every row
+    weight      [H], or [R, H] of which row `weight_row` counts: the kernel reads it in place, so that no slice of
+                a stack of norms is copied
+    bias        [H], of the projection that the update comes from
+    eps         added to the mean of the squares
+    backend     "xla" or "mosaic" (Hopper: bfloat16, H a multiple of 128 up to 16384)
+    tuning      "mosaic" alone; by default that of an H200
+    interpret   `pallas_call`'s interpreter, for tests without a GPU
+
+    Returns total and normed, both [n, H]. The statistics are those of the rounded total, in float32, and normed is
+    rounded before it is multiplied with the weight. With "mosaic", a row's result depends neither on n nor on its
+    place. Raises ValueError naming the argument that does not fit.
+    """
+    check_backend(backend, BACKENDS)
+    check_mosaic_only(backend, tuning=tuning, interpret=interpret)
+    if x.ndim != 2:
+        raise ValueError(f"x: shape {x.shape} must be [n, H]")
+    n, row_size = x.shape
+    gathered = update.ndim == 3 and update.shape[1] == n and update.shape[0] * update.shape[2] == row_size
+    if update.shape != x.shape and not gathered:
+        raise ValueError(f"update: shape {update.shape} must be [{n}, {row_size}] or [p, {n}, {row_size} / p]")
+    if weight.ndim not in (1, 2) or weight.shape[-1] != row_size:
+        raise ValueError(f"weight: shape {weight.shape} must be [{row_size}] or [R, {row_size}]")
+    weight = weight.reshape(-1, row_size)
+    if not 0 <= weight_row < weight.shape[0]:
+        raise ValueError(f"weight_row: {weight_row} must be in [0, {weight.shape[0]})")
+    if bias is not None:
+        check_vector("bias", bias, row_size)
+
+    if backend == "mosaic":
+        if interpret is None:
+            check_mosaic_gpu("add_rms_norm")
+        # Here, not above: whoever uses the XLA path need not load Mosaic.
+        from kernels_pallas.add_norm_mosaic import add_rms_norm_mosaic
+
+        tuning = ADD_NORM[DEFAULT_GPU] if tuning is None else tuning
+        return add_rms_norm_mosaic(
+            x, update, weight, bias, weight_row=weight_row, eps=eps, tuning=tuning, interpret=interpret
+        )
+
+    if gathered:
+        update = update.transpose(1, 0, 2).reshape(x.shape)
+    total = x + update if bias is None else x + update + bias[None, :]
+    wide = total.astype(jnp.float32)
+    normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return total, normed.astype(x.dtype) * lax.slice_in_dim(weight, weight_row, weight_row + 1)

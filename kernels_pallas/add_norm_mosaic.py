@@ -1,0 +1,253 @@
+"""Residual addition and RMS norm for Hopper with Mosaic GPU, in one pass over memory.
+
+Bytes are all it has: x and update come in once, the sum and its norm leave once, where an addition and a norm apart
+read the sum again. A persistent grid, one program per SM; its warpgroups take the program's rows in turn and share
+nothing but the norm's weight. A warpgroup brings its next rows in with bulk copies, and a slot of shared memory that
+held x and update of a row holds its sum and norm afterwards, so all slots are rows on their way in or out.
+
+A row is 4 x 32 x `vector` elements wide chunks, added up thread by thread in the chunks' order, then by shuffles within
+each warp, then over the four warps through a scratch of the warpgroup's own: Mosaic's reduction across warps has one
+scratch for the whole block, which would leave room for one computing warpgroup. That order is the row size's alone, so
+a row's result depends neither on the other rows nor on its place among them.
+
+The automatic barriers around every store are off (there would be two per chunk): each thread writes over the very
+elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import gcd
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas.expected import scheduled_as
+from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
+
+WARPS = 4  # of a warpgroup
+MAX_VECTOR = 4  # elements that a thread reads at once: 8 bytes
+ROW_UNIT = 128  # a row size is a multiple of this
+MAX_ROW = 16_384
+OTHER = 2048  # bytes of shared memory for partial sums, barriers and alignment
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything static about one call."""
+
+    rows: int
+    row_size: int
+    parts: int  # that a row of the update comes in
+    weight_row: int
+    bias: bool
+    eps: float
+    warpgroups: int
+    stages: int  # rows in shared memory, of each warpgroup
+    programs: int
+
+    @property
+    def line(self) -> int:
+        """Elements that one warp reads at once."""
+        return 32 * vector(self.row_size)
+
+    @property
+    def lines(self) -> int:
+        return self.row_size // self.line
+
+
+def vector(row_size: int) -> int:
+    """Elements that a thread reads at once, from the row size alone: it fixes the order of the sum."""
+    return gcd(row_size // ROW_UNIT, MAX_VECTOR)
+
+
+def _layout(plan: Plan) -> Any:
+    """A line for each warp, neighbouring elements for neighbouring threads."""
+    width = vector(plan.row_size)
+    tiling = plgpu.Tiling(((WARPS, 32 * width), (1, width)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1)
+
+
+def _body(plan: Plan) -> Callable[..., None]:
+    layout = _layout(plan)
+    chunks = [pl.ds(line, WARPS) for line in range(0, plan.lines, WARPS)]
+    load = partial(plgpu.load, layout=layout)
+    bring = partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+    def body(
+        x: Any,  # [n, lines, line], global memory
+        update: Any,  # [parts, n, lines / parts, line]
+        weight: Any,  # [R, lines, line]
+        *rest: Any,  # with a bias [lines, line]; total and normed [n, lines, line], written
+        x_s: Any,  # [warpgroups * stages, lines, line], shared memory: x, then the total
+        update_s: Any,  # likewise: update, then the norm
+        fixed_s: Any,  # [1 or 2, lines, line]: weight, bias
+        sums_s: Any,  # [warpgroups, 4] float32
+        full: Any,  # barriers: [warpgroups * stages]
+        fixed_full: Any,  # barrier
+    ) -> None:
+        *bias, total, normed = rest
+        program, role = lax.axis_index("program"), lax.axis_index("role")
+        rows = lax.div(plan.rows - program + (plan.programs - 1), jnp.int32(plan.programs))
+        turns = lax.div(rows - role + (plan.warpgroups - 1), jnp.int32(plan.warpgroups))
+
+        def place(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """Row, its slot in shared memory."""
+            row = program + (role + turn * plan.warpgroups) * plan.programs
+            return row, role * plan.stages + lax.rem(turn, jnp.int32(plan.stages))
+
+        def bring_row(turn: jax.Array) -> None:
+            row, slot = place(turn)
+            bring(x.at[row], x_s.at[slot], full.at[slot])
+            size = plan.lines // plan.parts
+            for part in range(plan.parts):
+                into = update_s.at[slot, pl.ds(part * size, size)]
+                bring(update.at[part, row], into, full.at[slot])
+
+        ahead = plan.stages - 1
+        pl.loop(jnp.int32(0), jnp.minimum(turns, ahead))(bring_row)
+
+        @pl.when(role == 0)
+        def _() -> None:
+            bring(weight.at[plan.weight_row], fixed_s.at[0], fixed_full)
+            for ref in bias:
+                bring(ref, fixed_s.at[1], fixed_full)
+
+        plgpu.barrier_wait(fixed_full)
+
+        @pl.loop(jnp.int32(0), turns)
+        def _(turn: jax.Array) -> None:
+            row, slot = place(turn)
+            plgpu.barrier_wait(full.at[slot])
+            squares = plgpu.layout_cast(jnp.zeros((WARPS, plan.line), jnp.float32), layout)
+            totals = []
+            for chunk in chunks:
+                value = load(x_s.at[slot, chunk]) + load(update_s.at[slot, chunk])
+                if plan.bias:
+                    value += load(fixed_s.at[1, chunk])
+                totals.append(value)
+                wide = value.astype(jnp.float32)
+                squares += wide * wide
+
+            @pl.when(turn + ahead < turns)
+            def _() -> None:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last turn's results have left their slot
+                bring_row(turn + ahead)
+
+            sums_s[role] = squares.sum(axis=1)
+            plgpu.commit_smem()
+            warps = [sums_s[role, warp] for warp in range(WARPS)]
+            square = (warps[0] + warps[1]) + (warps[2] + warps[3])
+            scale = lax.rsqrt(square / plan.row_size + plan.eps)
+            for chunk, value in zip(chunks, totals, strict=True):
+                x_s[slot, chunk] = value
+                unit = (value.astype(jnp.float32) * scale).astype(jnp.bfloat16)
+                update_s[slot, chunk] = unit * load(fixed_s.at[0, chunk])
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(x_s.at[slot], total.at[row], commit_group=False)
+            plgpu.copy_smem_to_gmem(update_s.at[slot], normed.at[row])
+
+        plgpu.wait_smem_to_gmem(0)
+
+    return body
+
+
+def make_plan(
+    x: jax.Array, update: jax.Array, bias: jax.Array | None, weight_row: int, eps: float, tuning: AddNormTuning
+) -> Plan:
+    """As many warpgroups as have three rows each in shared memory, and the rows that then fit."""
+    n, row_size = x.shape
+    row_bytes = 2 * x.dtype.itemsize
+    fixed = (1 + (bias is not None)) * row_size * x.dtype.itemsize
+    slots = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed) // (row_bytes * row_size)
+    programs = min(tuning.sms, n)
+    warpgroups = min(max(1, slots // 3), tuning.max_warpgroups, -(-n // programs))
+    return Plan(
+        rows=n,
+        row_size=row_size,
+        parts=update.shape[0] if update.ndim == 3 else 1,
+        weight_row=weight_row,
+        bias=bias is not None,
+        eps=eps,
+        warpgroups=warpgroups,
+        stages=slots // warpgroups,
+        programs=programs,
+    )
+
+
+def add_rms_norm_mosaic(
+    x: jax.Array,
+    update: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    weight_row: int,
+    eps: float,
+    tuning: AddNormTuning,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes.
+
+    weight     [R, H], read in place
+    interpret  as `pallas_call`'s, for tests without a GPU
+    """
+    check_mosaic(x, update, weight, bias)
+    n, row_size = x.shape
+    if n == 0:
+        return x, x
+    plan = make_plan(x, update, bias, weight_row, eps, tuning)
+    shape = (plan.lines, plan.line)
+    slots = plgpu.SMEM((plan.warpgroups * plan.stages, *shape), x.dtype)
+    row = jax.ShapeDtypeStruct((n, *shape), x.dtype)
+    kernel = plgpu.kernel(
+        _body(plan),
+        out_type=(row, row),
+        scratch_types={
+            "x_s": slots,
+            "update_s": slots,
+            "fixed_s": plgpu.SMEM((1 + plan.bias, *shape), x.dtype),
+            "sums_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
+            "full": plgpu.Barrier(num_barriers=plan.warpgroups * plan.stages, num_arrivals=1 + plan.parts),
+            "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias),
+        },
+        grid=(plan.programs,),
+        grid_names=("program",),
+        num_threads=plan.warpgroups,
+        thread_name="role",
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        interpret=interpret,
+        kernel_name="add_rms_norm",
+    )
+    args = [x.reshape(n, *shape), update.reshape(plan.parts, n, -1, plan.line), weight.reshape(-1, *shape)]
+    if bias is not None:
+        args.append(bias.reshape(shape))
+    expected = tuning.expected
+    moved = 4 * n * row_size * x.dtype.itemsize
+    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
+    with scheduled_as(us):
+        total, normed = kernel(*args)
+    return total.reshape(x.shape), normed.reshape(x.shape)
+
+
+def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None) -> None:
+    """Raises ValueError, one line that names the argument, for what the kernel does not take."""
+    for name, value in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != jnp.bfloat16:
+            raise ValueError(f"{name}: dtype {value.dtype}; backend 'mosaic' accepts bfloat16")
+    row_size = x.shape[1]
+    if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= MAX_ROW:
+        raise ValueError(
+            f"x: rows of {row_size}; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} to {MAX_ROW}"
+        )
+    unit = 32 * vector(row_size)
+    if update.shape[-1] % unit:
+        raise ValueError(
+            f"update: gathered columns of {update.shape[-1]}; "
+            f"backend 'mosaic' accepts multiples of {unit} with rows of {row_size}"
+        )
