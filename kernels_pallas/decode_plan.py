@@ -175,7 +175,8 @@ def cut_windows(plan: Plan, q: jax.Array) -> jax.Array:
     more_heads = plan.repeats - q.shape[2]
     more_rows = next(n for n in range(plan.heads) if (rows + n) * plan.kv_heads * plan.repeats % plan.heads == 0)
     if more_heads or more_rows:
-        q = jnp.pad(q, ((0, more_rows), (0, 0), (0, more_heads), (0, 0)))
+        # Not `jnp.pad`, a function of its own: on a stream of its own, XLA finds no stream for a call within a call.
+        q = lax.pad(q, jnp.zeros((), q.dtype), ((0, more_rows, 0), (0, 0, 0), (0, more_heads, 0), (0, 0, 0)))
     return q.reshape(-1, plan.heads, d)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +25,9 @@ def add(kinds: Any, formatter: Any) -> None:
     p.add_argument("--workload", default="constant:64:64", help="as for bench throughput")
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
     p.add_argument("--repeats", type=positive, default=3, help="pairs of runs")
-    p.add_argument("--plan", default="two_gather_one_reduce", help="a name in configs/plans, or a TOML file")
+    p.add_argument(
+        "--plan", default="two_gather_one_reduce", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument("--tensor-parallel-size", type=positive, help="devices in the mesh; all when not given")
     p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the largest step")
     p.add_argument("--decode-slots", type=positive, help="requests that run at once; 5/8 of the rows, 64 on a CPU")
@@ -55,6 +58,8 @@ def _run(args: argparse.Namespace) -> int:
         progress=not args.quiet,
         **{name: getattr(args, name) for name in names},
     )
+    if args.plan == "auto":
+        print(f"plan {llm.plan.name}: the one known for this model and device", file=sys.stderr)
     cost = measure_batch(llm, workload, args.requests, args.repeats, args.seed)
     if args.json:
         print(json.dumps({**asdict(cost), "ratio": cost.ratio, "device": llm.mesh.devices.flat[0].device_kind}))

@@ -110,7 +110,9 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
         "one of GROUPS (1 when not given) common prefixes of PREFIX tokens; a name in configs/workloads; or a JSONL",
     )
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
-    p.add_argument("--plan", default="two_gather_one_reduce", help="a name in configs/plans, or a TOML file")
+    p.add_argument(
+        "--plan", default="two_gather_one_reduce", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument(
         "--compare",
         metavar="X",
@@ -164,11 +166,13 @@ def _throughput(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import model_file
     from nanoflow_jax.platform import use_compile_cache
     from nanoflow_jax.schedule.plan import load_plan
+    from nanoflow_jax.search.known import AUTO
 
     use_compile_cache()
     options = _options(args)
-    if args.compare and args.compare not in TOGGLES:
-        load_plan(args.compare)
+    for name in (args.plan, args.compare):  # a misspelt one is found out before anything runs
+        if name and name not in (AUTO, *TOGGLES):
+            load_plan(name)
     peer = None
     if args.with_transformers:
         options = transformers_peer.settled(options)

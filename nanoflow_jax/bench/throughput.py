@@ -39,8 +39,9 @@ from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
 from nanoflow_jax.platform import claim_gpu_memory
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
+from nanoflow_jax.schedule.plan import SchedulePlan
 from nanoflow_jax.schedule.slots import empty_inputs
+from nanoflow_jax.search.known import AUTO, DEFAULT, named_plan
 from nanoflow_jax.search.latency import optimal_tokens_per_second
 from nanoflow_jax.workload import BenchRequest, Workload
 
@@ -49,9 +50,16 @@ LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes abou
 
 def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     """One run. Raises ConfigError, one line, when something cannot be used or the run had no steady state."""
-    plan, config = load_plan(plan_name), options.config
     claim_gpu_memory(options.memory_utilization)
-    mesh, gpus = _mesh(options)
+    config, (mesh, gpus) = options.config, _mesh(options)
+    hardware = options.hardware or hardware_of(mesh.devices.flat[0])
+    plan = named_plan(
+        DEFAULT if plan_name == AUTO and options.deterministic else plan_name,  # as `LLM`
+        replace(config, num_layers=options.model_layers), hardware.name if hardware else None, gpus,
+        options.tokens_per_step, options.decode_slots,
+    )  # fmt: skip
+    if plan_name == AUTO:
+        plan_name = plan.name
     vocabulary = config.vocab_size // (options.rank_of or 1)  # a slice embeds the tokens of its own rows only
     limit = options.max_model_len or options.workload.limit(config.max_position_embeddings)
     options.workload.requests(1, limit, vocabulary, options.seed)  # lengths that do not fit are told before the work
@@ -72,7 +80,6 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
         window, steady = later_half(steps), False
 
     rate = window.tokens / window.seconds / gpus
-    hardware = options.hardware or hardware_of(mesh.devices.flat[0])
     optimum = optimal_tokens_per_second(hardware, config.num_params) if hardware else None
     report = ThroughputReport(
         model=options.model,

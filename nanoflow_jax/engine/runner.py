@@ -132,7 +132,8 @@ def compile_steps(
 ) -> dict[StepShape, Any]:
     """The step of each shape, compiled. `spec.shape` does not matter."""
     platform = mesh.devices.flat[0].platform
-    ordered = platform == "gpu" and (mesh.size > 1 or spec.rank_of is not None)
+    # One device has no collectives to order, but may have a lane.
+    ordered = platform == "gpu" and (mesh.size > 1 or spec.rank_of is not None or bool(spec.plan.lanes))
 
     def compile_for(shape: StepShape) -> Any:
         lowered = lower_step(

@@ -25,7 +25,9 @@ def add(commands: Any, formatter: Any) -> None:
     )
     p.add_argument("--gpu", default="h200", help="a name in configs/hardware, or a TOML file with the same fields")
     p.add_argument("--devices", type=int, default=8, help="GPUs in the mesh")
-    p.add_argument("--plan", default="nanoflow_70b", help="a name in configs/plans, or a TOML file")
+    p.add_argument(
+        "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
     p.add_argument("--tokens", type=int, default=2048, help="rows of the step")
     p.add_argument("--decode-tokens", type=int, help="how many of them decode; the plan's own when not given, else 5/8")
@@ -55,15 +57,23 @@ def _run(args: argparse.Namespace) -> int:
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist")
 
+    from nanoflow_jax.config import model_config
+    from nanoflow_jax.hardware import load_hardware
     from nanoflow_jax.inspect.step import compare, inspect_step
+    from nanoflow_jax.search.known import named_plan
 
+    config, hardware = model_config(args.model)[1], load_hardware(args.gpu)
+    plans = [  # a misspelt one is found out before the others are compiled
+        named_plan(plan, config, hardware.name, args.devices, args.tokens, args.decode_tokens)
+        for plan in (args.plan, *args.compare)
+    ]
     inspections = []
-    for plan in (args.plan, *args.compare):
-        print(f"compiling plan {plan} ...", file=sys.stderr)
+    for plan in plans:
+        print(f"compiling plan {plan.name} ...", file=sys.stderr)
         inspections.append(
             inspect_step(
                 args.model,
-                args.gpu,
+                hardware,
                 plan,
                 devices=args.devices,
                 tokens=args.tokens,

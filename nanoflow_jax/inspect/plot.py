@@ -17,7 +17,7 @@ from nanoflow_jax.search.simulate import Simulation
 from nanoflow_jax.search.timeline import Event, Timed
 
 # From top to bottom: the network right under compute, so that a collective stands under the GEMM that hides it.
-LANES = ("memory", "compute", "network")
+LANES = ("memory", "compute", "network")  # one device has no network
 COLORS = ("#2b6cb0", "#dd7a1f", "#2f8f5b", "#8a4fb0", "#b5872b", "#4a9fb5")
 PLAIN, WAIT, INK = "#b8bcc2", "#c62828", "#1d2430"
 HEIGHT = 0.72
@@ -77,9 +77,10 @@ def draw_timeline(
     run in the window are drawn pale. Raises ConfigError.
     """
     (first, last), start, end = _window(report, layers)
+    lanes = LANES if report.devices > 1 else LANES[:-1]
     used: set[int] = set()
     for event in report.timeline.events:
-        if event.end_us <= start or event.start_us >= end or event.lane not in LANES:
+        if event.end_us <= start or event.start_us >= end or event.lane not in lanes:
             continue
         piece = event.piece
         inside = bool(piece and piece.layer is not None and first <= piece.layer <= last)
@@ -89,15 +90,15 @@ def draw_timeline(
             batch = (nano_batches or {}).get((op, piece.piece), piece.piece)
             color = COLORS[(batch - 1) % len(COLORS)]
             used.add(batch)
-        _draw(ax, event, LANES[::-1].index(event.lane), start, color, inside, width_inches / (end - start))
+        _draw(ax, event, lanes[::-1].index(event.lane), start, color, inside, width_inches / (end - start))
         if event.exposed_us > 0 and event.stream == "network":
             wait = event.end_us - event.exposed_us - start
             stripe = Rectangle((wait, 1 - HEIGHT / 2), event.exposed_us, HEIGHT, facecolor="#fdecea", edgecolor=WAIT)
             stripe.set(hatch="////", linewidth=0.8)
             ax.add_patch(stripe)
     exposed = sum(c.exposed_us for c in report.collectives if c.layer is not None and first <= c.layer <= last)
-    ax.set(xlim=(0, end - start), ylim=(-0.55, len(LANES) - 0.45))
-    ax.set_yticks(range(len(LANES)), [lane.capitalize() for lane in LANES[::-1]], fontsize=11, color=INK)
+    ax.set(xlim=(0, end - start), ylim=(-0.55, len(lanes) - 0.45))
+    ax.set_yticks(range(len(lanes)), [lane.capitalize() for lane in lanes[::-1]], fontsize=11, color=INK)
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="x", color="#e3e6ea", linewidth=0.8)
     ax.set_axisbelow(True)
@@ -105,7 +106,8 @@ def draw_timeline(
         ax.spines[side].set_visible(False)
     span = f"layer {first}" if first == last else f"layers {first} to {last}"
     head = title or f"{report.hardware} x {report.devices}"
-    ax.set_title(f"{head}, {span}: compute waits {exposed:.0f} µs for the network", loc="left", fontsize=12, color=INK)
+    waits = f": compute waits {exposed:.0f} µs for the network" if report.devices > 1 else ""
+    ax.set_title(f"{head}, {span}{waits}", loc="left", fontsize=12, color=INK)
     return used
 
 
@@ -115,10 +117,11 @@ def _figure(panels: int) -> Figure:
     return figure
 
 
-def _finish(figure: Figure, ax: Axes, used: set[int], path: str | Path | None) -> Figure:
+def _finish(figure: Figure, ax: Axes, used: set[int], network: bool, path: str | Path | None) -> Figure:
     ax.set_xlabel("microseconds (predicted)")
     legend = [Patch(color=COLORS[(batch - 1) % len(COLORS)], label=f"nano-batch {batch}") for batch in sorted(used)]
-    legend.append(Patch(facecolor="#fdecea", edgecolor=WAIT, hatch="////", label="compute waits for the network"))
+    if network:
+        legend.append(Patch(facecolor="#fdecea", edgecolor=WAIT, hatch="////", label="compute waits for the network"))
     legend.append(Patch(color=COLORS[0], alpha=0.22, label="other layers"))
     ax.legend(
         handles=legend, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=len(legend), frameon=False, fontsize=9.5
@@ -147,7 +150,7 @@ def plot(
     figure = _figure(1)
     ax = figure.add_subplot()
     used = draw_timeline(ax, report, 14.6, layers=layers, nano_batches=nano_batches, title=title)
-    return _finish(figure, ax, used, path)
+    return _finish(figure, ax, used, report.devices > 1, path)
 
 
 def plot_inspections(
@@ -176,4 +179,4 @@ def plot_inspections(
             title=f"{inspection.plan.name} on {report.devices} x {report.hardware}",
         )
         ax.set_xlim(0, longest)
-    return _finish(figure, panels[-1], used, path)
+    return _finish(figure, panels[-1], used, any(report.devices > 1 for report in reports), path)

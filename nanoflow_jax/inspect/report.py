@@ -161,11 +161,12 @@ def render(report: Report, *, all_layers: bool = False) -> str:
     if len(rows) > 1:
         lines += ["", f"Collectives, layers {middle[0]} to {middle[-1]}" if middle else "Collectives", *_table(rows)]
     lines += ["", "Totals, us"]
-    head = ("layer", "compute", "memory", "network", "exposed", "lost", "bubbles", "length")
+    network = report.devices > 1
+    head = ("layer", "compute", "memory", *(("network", "exposed") if network else ()), "lost", "bubbles", "length")
 
     def times(of: Times) -> tuple[float, ...]:
-        waits = (of.exposed_network_us, of.interference_us, of.bubble_us)
-        return (of.compute_us, of.memory_us, of.network_us, *waits, of.us)
+        waits = (of.network_us, of.exposed_network_us) if network else ()
+        return (of.compute_us, of.memory_us, *waits, of.interference_us, of.bubble_us, of.us)
 
     rows = [head, ("step", *map(_text, times(totals)))]
     for layer in totals.layers:

@@ -277,9 +277,10 @@ def inspect_step(
 
 
 def compare(inspections: Sequence[StepInspection]) -> str:
-    """The plans, or GPUs, side by side: per inner layer, then per step."""
-    titles = ("collectives", "MiB", "layer us", "network us", "exposed us", "lost us")
-    titles += ("step ms", "tokens/s/GPU", "of optimum", "findings")
+    """The plans, or GPUs, side by side: per inner layer, then per step. One device has no network."""
+    network = any(i.devices > 1 for i in inspections)
+    titles = ("collectives", "MiB", "layer us", "network us", "exposed us") if network else ("layer us",)
+    titles += ("lost us", "step ms", "tokens/s/GPU", "of optimum", "findings")
     gpus = len({i.hardware.name for i in inspections}) > 1
     rows: list[tuple[str, ...]] = [("plan", *(("GPU",) if gpus else ()), *titles)]
     for i in inspections:
@@ -288,11 +289,9 @@ def compare(inspections: Sequence[StepInspection]) -> str:
             (
                 i.plan.name,
                 *((i.hardware.name,) if gpus else ()),
-                f"{inner.collectives:g}",
-                f"{inner.bytes / 2**20:.1f}",
+                *((f"{inner.collectives:g}", f"{inner.bytes / 2**20:.1f}") if network else ()),
                 f"{inner.us:.0f}",
-                f"{inner.network_us:.0f}",
-                f"{inner.exposed_network_us:.0f}",
+                *((f"{inner.network_us:.0f}", f"{inner.exposed_network_us:.0f}") if network else ()),
                 f"{inner.interference_us:z.0f}",
                 f"{totals.us / 1e3:.1f}",
                 f"{totals.tokens_per_second_per_gpu:.0f}",
@@ -308,7 +307,8 @@ def compare(inspections: Sequence[StepInspection]) -> str:
         )
         for row in rows
     ]
-    what = "collectives, MiB, length, network, exposed network, lost beside others, findings"
+    what = "collectives, MiB, length, network, exposed network, " if network else "length, "
+    what += "lost beside others, findings"
     return "\n".join([f"Per inner layer: {what}. Predicted.", *lines])
 
 

@@ -19,8 +19,11 @@ def _lane(event: Event) -> str:
 
 def trace(report: Timed) -> dict[str, Any]:
     """Trace of a report: complete events ("X"), times in microseconds, sorted by start. The exposed part of a
-    collective is its own event on the lane "waiting"."""
-    lanes = [*LANES, *sorted({_lane(e) for e in report.timeline.events} - set(LANES)), "waiting"]
+    collective is its own event on the lane "waiting". One device has neither a network nor that lane."""
+    one = report.devices == 1
+    known = [lane for lane in LANES if not (one and lane == "network")]
+    others = {_lane(event) for event in report.timeline.events} - set(known)
+    lanes = [*known, *sorted(others), *(() if one else ("waiting",))]
     number = {lane: i for i, lane in enumerate(lanes)}
     title = f"{report.hardware} x {report.devices}, predicted"
     events: list[dict[str, Any]] = [{"ph": "M", "name": "process_name", "pid": 0, "args": {"name": title}}]

@@ -20,7 +20,8 @@ T = TypeVar("T")
 
 
 class IssueOrder:
-    """Runs functions in call order. `enforce=False` leaves the order to the compiler (one device, or the CPU)."""
+    """Runs functions in call order. `enforce=False` leaves the order to the compiler (one device without a lane, or the
+    CPU)."""
 
     def __init__(self, enforce: bool):
         self._token: Any = lax.create_token() if enforce else None
@@ -45,8 +46,17 @@ class IssueOrder:
         return out
 
     def beside(self, op: Callable[..., T], *inputs: Any) -> T:
-        """Issues a kernel of another stream after everything before it; what is issued later does not wait for it."""
-        return op(*self._after(inputs))
+        """Issues a kernel of another stream after everything before it; what is issued later does not wait for it.
+
+        What is issued later takes its token with the kernel's inputs, though. Without collectives XLA's scheduler for
+        their latency leaves the program alone, and the one before it starts a kernel where its inputs are: else they
+        could be as late as what needs the result.
+        """
+        inputs = self._after(inputs)
+        out = op(*inputs)
+        if self._token is not None:
+            self._token = lax.optimization_barrier((self._token, inputs))[0]
+        return out
 
     def wait(self, value: T) -> T:
         """What is issued later runs after `value` is there."""

@@ -331,14 +331,17 @@ class _StepRun:
         lane = self.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
         sms = lane.sms if lane else None
 
-        def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
+        # All that it reads is an input: a constant that is not could be as late as what needs the result, and with it a
+        # start on another stream.
+        def attend(k_pages: jax.Array, v_pages: jax.Array, more: dict[str, jax.Array], *q: jax.Array) -> jax.Array:
             out, _ = _decode_attention(
-                span(*q), k_pages, v_pages, *self.contexts[piece.piece],
-                first_page=s.first_page, sm_budget=sms, **s.scales, **self.options.decode,
+                span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.options.decode,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
-        inputs = (self.k_pages, self.v_pages, *q)
+        table, lengths = self.contexts[piece.piece]
+        more = {"page_table": table, "lengths": lengths, "first_page": s.first_page, **s.scales}
+        inputs = (self.k_pages, self.v_pages, more, *q)
         if lane:  # issued like a collective: what reads the result joins the streams
             beside = compute_on(
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device

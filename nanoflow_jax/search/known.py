@@ -1,14 +1,15 @@
-"""The best plan known for a model, a GPU and a load: what `LLM(plan="auto")` takes. Plans name what they were made for;
-no solver runs here."""
+"""The best plan known for a model, a GPU and a load: what `LLM(plan="auto")` takes, and --plan auto of the commands.
+Plans name what they were made for; no solver runs here."""
 
 from __future__ import annotations
 
+import sys
 import tomllib
 
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.schedule.plan import SchedulePlan, Target, load_plan
 
-DEFAULT = "two_gather_one_reduce"
+AUTO, DEFAULT = "auto", "two_gather_one_reduce"
 
 
 def known_plan(
@@ -33,6 +34,21 @@ def known_plan(
 
     best = min(found, key=lambda plan: (*distance(plan), plan.name))
     return best, f"plan {best.name}: searched for this model on {devices} x {gpu} ({best.description})"
+
+
+def named_plan(
+    name: str, config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int | None = None
+) -> SchedulePlan:
+    """A plan by name or path; "auto" is the one that is known, and a line on standard error says which.
+
+    decode_slots: None is 5/8 of the rows, as in `LLM`. Raises ConfigError, as `load_plan` does.
+    """
+    if name != AUTO:
+        return load_plan(name)
+    slots = tokens_per_step * 5 // 8 if decode_slots is None else decode_slots
+    plan, why = known_plan(config, gpu, devices, tokens_per_step, slots)
+    print(why, file=sys.stderr)
+    return plan
 
 
 def plans_with_target() -> list[SchedulePlan]:

@@ -3,14 +3,14 @@ inspector, which reads them from a compiled program.
 
 Each stream runs one op at a time, in order. While several streams run, each op keeps only a part of its speed: the
 compute stream's has the SMs that the others leave, a collective its own share. Attention on a lane was costed on its
-own SMs, and keeps its speed. Copies to and from the host take no SMs.
+own SMs, and keeps its speed. Ops bound by memory share its bandwidth. Copies to and from the host take no SMs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanoflow_jax.search.latency import LatencyModel, Prediction
 from nanoflow_jax.search.timeline import COMPUTE
@@ -102,21 +102,45 @@ class Speeds:
     def __init__(self, model: LatencyModel):
         self._model = model
         self.sources: set[str] = set()
-        self._known: dict[tuple[tuple[str, str, float, bool], ...], dict[str, float]] = {}
+        self._known: dict[tuple[_Kind, ...], dict[str, float]] = {}
 
     def of(self, ops: Sequence[Op], running: dict[str, int]) -> dict[str, float]:
-        key = tuple((stream, ops[i].prediction.bound, ops[i].share, ops[i].capped) for stream, i in running.items())
+        key = tuple(
+            _Kind(stream, ops[i].prediction.bound, ops[i].share, ops[i].capped) for stream, i in running.items()
+        )
         if key not in self._known:
-            self._known[key] = {one[0]: self._speed(one, [other for other in key if other != one]) for one in key}
+            left = 1.0 - sum(one.share for one in key if one.stream != COMPUTE and one.bound != "host")
+            kinds = [one._replace(share=max(LEAST_SHARE, left)) if one.stream == COMPUTE else one for one in key]
+            self._known[key] = {one.stream: self._speed(one, [k for k in kinds if k != one]) for one in kinds}
         return self._known[key]
 
-    def _speed(self, one: tuple[str, str, float, bool], others: Sequence[tuple[str, str, float, bool]]) -> float:
-        stream, kind, share, capped = one
-        others = [other for other in others if other[1] != "host"]
-        if not others or capped or kind == "host":
+    def _speed(self, one: _Kind, others: Sequence[_Kind]) -> float:
+        others = [other for other in others if other.bound != "host"]
+        if not others or one.capped or one.bound == "host":
             return 1.0
-        if stream == COMPUTE:
-            share = max(LEAST_SHARE, 1.0 - sum(other[2] for other in others))
-        rates = [self._model.rate(kind, share, beside) for _, beside, _, _ in others]
+        rates = [self._model.rate(one.bound, one.share, other.bound) for other in others]
         self.sources.update(rate.source for rate in rates)
-        return max(LEAST_SPEED, min(rate.speed for rate in rates))
+        speed = min(rate.speed for rate in rates)
+        if one.bound == "memory":
+            speed = min(speed, self._bandwidth(one, [other for other in others if other.bound == "memory"]))
+        return max(LEAST_SPEED, speed)
+
+    def _bandwidth(self, one: _Kind, others: Sequence[_Kind]) -> float:
+        """What is left of the memory's bandwidth, as a share of it: the curves say what an op of its kind takes of it
+        beside a GEMM, and several cannot take more than all of it."""
+
+        def wanted(kinds: Sequence[_Kind]) -> float:
+            return sum(self._model.rate("memory", kind.share, "memory").speed for kind in kinds)
+
+        kept = wanted([other for other in others if other.capped])
+        own, rest = wanted([one]), wanted([other for other in others if not other.capped])
+        return own * max(0.0, min(1.0, (1.0 - kept) / (own + rest)))
+
+
+class _Kind(NamedTuple):
+    """What an op's speed depends on, and that of those beside it."""
+
+    stream: str
+    bound: str
+    share: float
+    capped: bool

@@ -14,7 +14,7 @@ from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.llama import kv_groups, param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
+from nanoflow_jax.schedule.plan import NanoBatch, SchedulePlan, row_quantum
 from nanoflow_jax.search.latency import LatencyModel, optimal_tokens_per_second
 from nanoflow_jax.search.load import Demand, StepLoad
 from nanoflow_jax.search.shapes import BYTES
@@ -110,6 +110,15 @@ def kv_capacity(
     temporaries = RESIDUALS * rows * config.hidden_size * width
     per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * width
     return int((hardware.memory_bytes * utilization - weights - temporaries) // per_token)
+
+
+def average_step(
+    config: ModelConfig, hardware: Hardware, devices: int, demand: Demand, rows: int, decode_slots: int | None = None
+) -> StepLoad:
+    """A step of at most `rows` rows, as workload and memory allow it, for any plan that keeps one layout of O."""
+    plain = SchedulePlan("plain", (NanoBatch(None, "reduce"),))
+    capacity = kv_capacity(config, plain, hardware, devices, rows)
+    return demand.step(rows, capacity, decode_slots, row_quantum(devices))
 
 
 def predict(

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.schedule.ops import STRATEGIES
+from nanoflow_jax.schedule.ops import NETWORK, RESOURCE, STRATEGIES
 from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
 from nanoflow_jax.search.jobs import Job, Shares, build_jobs
@@ -35,7 +35,9 @@ from nanoflow_jax.search.steps import Order, Steps
 CHAIN = ("KQV", "GEMV", "PF", "GEMV.AG", "O", "O.RS", "O.AR", "O.AG", "UG", "D", "D.RS", "D.AR")
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
+ALIKE = "reduce"  # the strategy of one device, where all are alike: the one with the fewest pieces
 LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
+SHARES_OF_ONE = tuple(sixteenths / 16 for sixteenths in range(4, 13))  # on one device, where the space is small
 ROUND = 8  # structures that are looked at with the same best plan so far, whatever the number of processes
 ALONE = 128  # structures that are looked at before other processes are started: that takes seconds
 MOST_CUT = 2  # nano-batches, of plans whose KQV and decode attention are also tried in two pieces
@@ -59,12 +61,19 @@ class Structure:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched. batches: numbers of nano-batches; grid: rows that cuts are multiples of, by that number."""
+    """What is searched. batches: numbers of nano-batches; strategies: on one device all are alike; grid: rows that cuts
+    are multiples of, by the number of nano-batches; shares: of the SMs, for decode attention on a lane, where the GPU's
+    kernel can leave SMs free."""
 
     batches: tuple[int, ...] = (1, 2, 3)
     strategies: tuple[str, ...] = tuple(STRATEGIES)
     grid: dict[int, int] = field(default_factory=lambda: {1: GRID, 2: GRID, 3: COARSE})
-    lanes: bool = True  # where the GPU's kernel can leave SMs free
+    shares: tuple[float, ...] = LANE_SHARES
+
+    @staticmethod
+    def of(devices: int) -> Space:
+        """On one device, without a choice of strategies, there is time for finer cuts and more shares."""
+        return Space() if devices > 1 else Space(grid=dict.fromkeys((1, 2, 3), GRID), shares=SHARES_OF_ONE)
 
 
 @dataclass(frozen=True)
@@ -120,13 +129,12 @@ def search(
     """name: of the plan; load: of the step that it is for; workers: processes, which do not change the result (more
     than one needs a main module that can be imported, as `multiprocessing` says); progress: called with (structures
     done, all). Raises ConfigError for a load that leaves nothing to cut."""
-    space = space or Space()
+    space = space or Space.of(devices)
     finder = Finder(name, config, model, devices, load, space)
     structures = list(finder.structures())
     if not structures:
         raise ConfigError(f"search: {load.rows} rows cannot be cut as asked; accepted: fewer nano-batches, more rows")
-    has_lane = mosaic_supported(model.hardware.capability)  # decode attention that can leave SMs free
-    shares = LANE_SHARES if space.lanes and load.decode_rows and has_lane else ()
+    shares = space.shares if load.decode_rows and mosaic_supported(model.hardware.capability) else ()
     # Of three nano-batches with a lane, each D.AG stays in its own layer: half the time.
     alike = [s for s in structures if len(s.rows) < 3 or not any(s.deferred)]
     laned = [replace(s, lane=share) for share in shares for s in alike]
@@ -138,7 +146,7 @@ def search(
     chosen = with_lane if with_lane.structure else best
     assert chosen.structure is not None
     return Found(
-        plan=replace(finder.plan(chosen.structure), order=chosen.order),
+        plan=finder.ordered(finder.plan(chosen.structure), chosen.order),
         period_us=chosen.period,
         without_lane_us=best.period,
         bound_us=min(chosen.period, best.unproven, with_lane.unproven),
@@ -185,7 +193,7 @@ class Finder:
     def structures(self) -> Iterator[Structure]:
         """All of the space, whole and without lanes. On one device there is no network to choose a strategy for."""
         rows, quantum = self.load.rows, row_quantum(self.devices)
-        strategies = self.space.strategies if self.devices > 1 else self.space.strategies[:1]
+        strategies = self.space.strategies if self.devices > 1 else (ALIKE,)
         for count in self.space.batches:
             grid = self.space.grid[count]
             for edges in combinations(range(grid, rows, grid), count - 1):
@@ -256,10 +264,19 @@ class Finder:
         lanes = {"GEMV": Lane(1, sms)} if s.lane else {}
         splits = {op: sizes for op, sizes in splits.items() if sizes}
         plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes)
-        return replace(plan, order=tuple(name for chain in self.chains(s, plan) for name in chain))
+        return self.ordered(plan, [name for chain in self.chains(s, plan) for name in chain])
+
+    def ordered(self, plan: SchedulePlan, order: Sequence[str]) -> SchedulePlan:
+        """The plan with an order of its chains' pieces. On one device a collective is nothing: its place is right
+        behind what it would read."""
+        pieces = {p.name: p for p in self._pieces(plan)}
+        moved = [name for name in pieces if name not in order]
+        behind = {need: name for name in moved for need in needs(pieces[name], pieces)}
+        return replace(plan, order=tuple(n for name in order for n in (name, behind.get(name, "")) if n))
 
     def chains(self, s: Structure, plan: SchedulePlan) -> list[Chain]:
-        pieces = {p.name: p for p in self._pieces(plan)}
+        """What there is to order: on one device all but the collectives."""
+        pieces = {p.name: p for p in self._pieces(plan) if self.devices > 1 or RESOURCE[p.op] != NETWORK}
         return [_chain(i + 1, deferred, pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import time
 from dataclasses import asdict, replace
@@ -14,10 +15,13 @@ from nanoflow_jax.search.simulate_command import add_target, check_outputs, posi
 
 if TYPE_CHECKING:
     from nanoflow_jax.schedule.plan import SchedulePlan
+    from nanoflow_jax.search.load import StepLoad
     from nanoflow_jax.search.search import Found
+    from nanoflow_jax.search.simulate import Simulation
 
 MOST_WORKERS = 8  # unless asked
 BASELINES = ("sequential", "two_all_reduce", "nanoflow_70b")
+BASELINES_OF_ONE = ("sequential", "nanoflow_8b")  # on one device
 
 
 def add(commands: Any, formatter: Any) -> None:
@@ -32,8 +36,10 @@ def add(commands: Any, formatter: Any) -> None:
         "Times are predicted by the simulator. The same command writes the same file. Nothing is written over.",
     )
     add_target(p)
-    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the step")
-    p.add_argument("--decode-tokens", type=int, help="how many of them decode; what the workload asks when not given")
+    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the step; fewer where memory limits")
+    p.add_argument(
+        "--decode-tokens", type=int, help="how many of them decode; what workload and memory allow when not given"
+    )
     p.add_argument("--context", type=positive, help="tokens that each row attends to; the workload's when not given")
     p.add_argument("--nano-batches", type=positive, nargs="+", default=[1, 2, 3], metavar="N", help="numbers to try")
     p.add_argument("--no-lanes", action="store_true", help="keep decode attention on the main stream")
@@ -54,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.schedule.plan import Target, load_plan, row_quantum
     from nanoflow_jax.search.load import StepLoad
     from nanoflow_jax.search.predict import kv_capacity
-    from nanoflow_jax.search.search import Space, search
+    from nanoflow_jax.search.search import GRID, Space, search
     from nanoflow_jax.search.simulate import simulate_step
     from nanoflow_jax.search.write import plan_toml
 
@@ -67,7 +73,12 @@ def _run(args: argparse.Namespace) -> int:
     gpu, rows, quantum = model.hardware.name, args.tokens_per_step, row_quantum(args.devices)
     if rows % quantum or rows < 2 * quantum:
         raise ConfigError(f"--tokens-per-step: {rows} is not accepted; expected a multiple of {quantum}")
-    load = demand.step(rows, quantum=quantum)
+    capacity = kv_capacity(config, load_plan("sequential"), model.hardware, args.devices, rows)
+    if capacity < 1:
+        raise ConfigError(f"devices: the weights of {model_name} do not fit on {args.devices} x {gpu}")
+    load = demand.step(rows, capacity, quantum=quantum)
+    if (tile := math.lcm(GRID, quantum)) <= load.rows < rows:  # memory limits the requests: whole tiles of GEMMs
+        load = demand.step(load.rows // tile * tile, capacity, quantum=quantum)
     if (decode := args.decode_tokens) is not None:
         if not 0 <= decode <= rows or decode % quantum:
             raise ConfigError(
@@ -77,24 +88,27 @@ def _run(args: argparse.Namespace) -> int:
     if args.context:
         load = StepLoad(load.decode_rows, load.prefill_rows, args.context, args.context)
     name = args.name or (Path(args.output).stem if args.output else f"auto_{model_name}_{args.devices}x{gpu}")
-    if kv_capacity(config, load_plan("sequential"), model.hardware, args.devices, rows) < 1:
-        raise ConfigError(f"devices: the weights of {model_name} do not fit on {args.devices} x {gpu}")
 
     started = time.monotonic()
-    space = Space(batches=tuple(sorted(set(args.nano_batches))), lanes=not args.no_lanes)
+    space = replace(Space.of(args.devices), batches=tuple(sorted(set(args.nano_batches))))
+    if args.no_lanes:
+        space = replace(space, shares=())
     with _Bar(not args.quiet) as bar:
         found = search(name, config, model, args.devices, load, space=space, workers=args.workers, progress=bar.report)
     seconds = time.monotonic() - started
 
     plan = found.plan
-    steps = {p.name: simulate_step(p, config, model, args.devices, load) for p in (plan, *map(load_plan, BASELINES))}
-    batches = ", ".join(f"{b.rows} rows {b.attention_output}" for b in plan.nano_batches)
+    baselines = BASELINES if args.devices > 1 else BASELINES_OF_ONE
+    steps = {p.name: simulate_step(p, config, model, args.devices, load) for p in (plan, *map(load_plan, baselines))}
+    batches = ", ".join(
+        f"{b.rows} rows {b.attention_output}" if args.devices > 1 else f"{b.rows} rows" for b in plan.nano_batches
+    )
     plan = replace(
         plan,
         description=f"searched for {model_name} on {args.devices} x {gpu}: {batches}",
         target=Target.of(config, gpu, args.devices),
     )
-    remarks = explain(found, steps, load)
+    remarks = explain(found, steps, load, capacity)
     text = plan_toml(plan, remarks)
     if args.output:
         Path(args.output).write_text(text, encoding="utf-8")
@@ -113,7 +127,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         print(text, end="")
     if args.inspect:
-        _inspect(args, gpu, plan, load.decode_rows)
+        _inspect(args, gpu, plan, load)
     return 0
 
 
@@ -140,9 +154,9 @@ class _Bar:
             self._bar.__exit__()
 
 
-def explain(found: Found, steps: dict[str, Any], load: Any) -> list[str]:
+def explain(found: Found, steps: dict[str, Simulation], load: StepLoad, capacity: int) -> list[str]:
     """A few lines: what was found, how good it can be, and against what. No times of the search: the same search writes
-    the same file."""
+    the same file. capacity: tokens of KV that fit."""
     s = steps[found.plan.name]
     inner, optimum = s.inner, s.totals.share_of_optimum
     against = ", ".join(
@@ -151,16 +165,37 @@ def explain(found: Found, steps: dict[str, Any], load: Any) -> list[str]:
         for name, other in steps.items()
         if name != found.plan.name
     )
-    hidden = 1 - inner.exposed_network_us / inner.network_us if inner.network_us else 1.0
     worst = next((steps[n].inner for n in ("sequential",) if n in steps), inner)
+    held = load.decode_rows * load.decode_context
+    too_many = f" Memory has room for {capacity} tokens of KV, and these rows attend to {held:.0f}."
     return [
         f"Predicted, not measured, from {'; '.join(s.sources)}: {load.decode_rows} decode rows of context "
-        f"{load.decode_context:.0f}, {load.prefill_rows} prefill rows of context {load.prefill_context:.0f}.",
+        f"{load.decode_context:.0f}, {load.prefill_rows} prefill rows of context {load.prefill_context:.0f}."
+        + (too_many if held > capacity else ""),
         f"{s.tokens_per_second_per_gpu:.0f} tokens/s/GPU, {optimum:.1%} of the optimum: {against}.",
-        f"A layer takes {inner.us:.0f} us (sequential: {worst.us:.0f}): {hidden:.0%} of the network's "
-        f"{inner.network_us:.0f} us run beside other work, which loses {inner.interference_us:z.0f} us by it.",
+        f"A layer takes {inner.us:.0f} us (sequential: {worst.us:.0f}): {_beside(s)}",
         _proof(found),
     ]
+
+
+def _beside(s: Simulation) -> str:
+    """What runs beside what."""
+    inner = s.inner
+    if s.devices > 1:
+        hidden = 1 - inner.exposed_network_us / inner.network_us if inner.network_us else 1.0
+        return (
+            f"{hidden:.0%} of the network's {inner.network_us:.0f} us run beside other work, which loses "
+            f"{inner.interference_us:z.0f} us by it."
+        )
+    if attention := s.beside_us:
+        return (
+            f"decode attention's {attention:.0f} us run beside other work, which loses {inner.interference_us:z.0f} us "
+            f"by it and waits {inner.bubble_us:.0f} us for it."
+        )
+    return (
+        "nothing runs beside anything. On one device only decode attention could, where the GPU's kernel can leave "
+        "SMs free."
+    )
 
 
 def _proof(found: Found) -> str:
@@ -179,7 +214,7 @@ def _proof(found: Found) -> str:
     return f"{where} {least}: {ruled}, and the best order of {found.open} of the others is not proven."
 
 
-def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, decode: int) -> None:
+def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, load: StepLoad) -> None:
     """What the compiled step overlaps, where the compiler plugin is installed."""
     from nanoflow_jax.inspect.step import compare, inspect_step
 
@@ -188,8 +223,8 @@ def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, decode: int
         args.gpu or gpu,
         plan,
         devices=args.devices,
-        tokens=args.tokens_per_step,
-        decode_tokens=decode,
+        tokens=load.rows,
+        decode_tokens=load.decode_rows,
         layers=4,
     )
     print(compare([step]))

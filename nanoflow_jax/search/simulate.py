@@ -15,7 +15,7 @@ from nanoflow_jax.search.latency import LatencyModel
 from nanoflow_jax.search.load import StepLoad
 from nanoflow_jax.search.played import timeline
 from nanoflow_jax.search.shapes import OpCosts, Shapes
-from nanoflow_jax.search.timeline import NETWORK, Collective, Event, Timeline
+from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Collective, Event, Timeline
 from nanoflow_jax.search.totals import InnerLayer, Totals, add_up, of_all_layers
 
 LAYERS = 6  # enough for inner ones that neither end of the step touches
@@ -56,6 +56,13 @@ class Simulation:
     @property
     def collectives(self) -> tuple[Collective, ...]:
         return self.timeline.collectives
+
+    @property
+    def beside_us(self) -> float:
+        """Microseconds of an inner layer's kernels on a lane of their own."""
+        beside = [e for e in self.timeline.events if e.stream not in (COMPUTE, NETWORK)]
+        inner = self.inner.layers
+        return sum(e.us for e in beside if e.piece and e.piece.layer in inner) / len(inner)
 
     @property
     def nano_batches(self) -> dict[tuple[str, int], int]:

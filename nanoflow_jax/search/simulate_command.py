@@ -36,7 +36,9 @@ def add(commands: Any, formatter: Any) -> None:
         "Times are predicted: 'latency_source' says from what.",
     )
     add_target(p)
-    p.add_argument("--plan", default="nanoflow_70b", help="a name in configs/plans, or a TOML file")
+    p.add_argument(
+        "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
     p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
     p.add_argument("--tokens-per-step", type=positive, help="rows of the step; the plan's own, else 2048")
     p.add_argument("--decode-slots", type=positive, help="requests that run at once; what rows and memory allow")
@@ -111,16 +113,22 @@ def _run(args: argparse.Namespace) -> int:
     check_outputs(args.trace, args.plot)
     if args.plot and find_spec("matplotlib") is None:
         raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
-    from nanoflow_jax.schedule.plan import load_plan
-    from nanoflow_jax.search.predict import predict
+    from nanoflow_jax.search.known import named_plan
+    from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, predict
 
     name, config, model, demand = read_target(args)
+    rows = args.tokens_per_step or TOKENS_PER_STEP
+    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots)
+    plans = [
+        named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
+        for plan in (args.plan, *args.compare)
+    ]
     results = [
         predict(
-            name, config, load_plan(plan), model, args.devices, demand,
+            name, config, plan, model, args.devices, demand,
             tokens_per_step=args.tokens_per_step, decode_slots=args.decode_slots, runtime=args.runtime,
         )
-        for plan in (args.plan, *args.compare)
+        for plan in plans
     ]  # fmt: skip
     if args.json:
         data = [result.to_json() for result in results]
@@ -163,15 +171,16 @@ def text(result: Throughput) -> str:
 def compare(results: Sequence[Throughput]) -> str:
     """Plans side by side."""
     first = results[0]
-    titles = ("plan", "layer us", "exposed us", "lost us", "step ms", "tokens/s/GPU", "of optimum", "to first")
-    rows: list[tuple[str, ...]] = [titles]
+    network = first.simulation.devices > 1
+    titles = ("lost us", "step ms", "tokens/s/GPU", "of optimum", "to first")
+    rows: list[tuple[str, ...]] = [("plan", "layer us", *(("exposed us",) if network else ()), *titles)]
     for result in results:
         s, rate = result.simulation, result.simulation.tokens_per_second_per_gpu
         rows.append(
             (
                 s.plan.name,
                 f"{s.inner.us:.0f}",
-                f"{s.inner.exposed_network_us:.0f}",
+                *((f"{s.inner.exposed_network_us:.0f}",) if network else ()),
                 f"{s.inner.interference_us:z.0f}",
                 f"{result.step_ms:.1f}",
                 f"{rate:,.0f}",
@@ -179,7 +188,7 @@ def compare(results: Sequence[Throughput]) -> str:
                 f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}",
             )
         )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(titles))]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     s = first.simulation
     return "\n".join(
         [

@@ -64,7 +64,7 @@ def test_processes_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def searched(gpu: str) -> Found:
-    space = Space(batches=(2,), strategies=("reduce",), grid={1: 128, 2: 256, 3: 512}, lanes=False)
+    space = Space(batches=(2,), strategies=("reduce",), grid={1: 128, 2: 256, 3: 512}, shares=())
     return search("found", LLAMA, RooflineModel(load_hardware(gpu)), 8, StepLoad(1280, 768, 1024, 512), space=space)
 
 

@@ -33,7 +33,7 @@ def add(commands: Any, formatter: Any) -> None:
         "A run that was stopped goes on where it was. Each point is on the disk before the next is measured.",
     )
     p.add_argument("--model", default="tiny", help="'tiny', a name in configs/models, a config.json, a folder")
-    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, or all that suit the GPU")
+    p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, auto, or all of the GPU")
     p.add_argument("--devices", type=_positive, help="that share the model; all present when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument("--tokens-per-step", type=_positive, default=2048, help="rows of the largest step")
@@ -55,20 +55,22 @@ def _run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from nanoflow_jax.config import config_path, configs_root, model_config
+    from nanoflow_jax.config import configs_root, model_config
     from nanoflow_jax.hardware import hardware_of_device
     from nanoflow_jax.schedule.plan import load_plan
+    from nanoflow_jax.search.known import named_plan
     from nanoflow_jax.search.profile.run import profile
 
     name, config = model_config(args.model)
     if args.dtype != "auto":
         config = replace(config, dtype=args.dtype)
+    here = hardware_of_device(jax.devices()[0].device_kind)
     if args.plan == "all":
-        here = hardware_of_device(jax.devices()[0].device_kind)
         every = [load_plan(path.stem) for path in sorted((configs_root() / "plans").glob("*.toml"))]
         plans = [plan for plan in every if plan.target is None or (here and plan.target.gpu == here.name)]
     else:
-        plans = [load_plan(str(config_path("plans", args.plan)))]
+        devices = args.devices or len(jax.devices())
+        plans = [named_plan(args.plan, config, here.name if here else None, devices, args.tokens_per_step)]
     outcome = profile(
         name,
         config,
