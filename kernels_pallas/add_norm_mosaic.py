@@ -14,16 +14,16 @@ Gathered columns come as one tensor copy of a row's parts, not as a copy each: w
 at its barrier.
 
 The automatic barriers around every store are off (there would be two per chunk): each thread writes over the very
-elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`.
+elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`. The total is read
+again from shared memory, not kept: the longest rows would not fit into the registers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 from math import gcd
-from operator import add
 from typing import Any
 
 import jax
@@ -39,7 +39,6 @@ WARPS = 4  # of a warpgroup
 ROW_UNIT = 128  # a row size is a multiple of this
 MAX_SECTIONS = 8  # of a row
 MAX_ROW = 16_384
-MAX_SLOTS = 32  # barriers that Mosaic takes as one array
 OTHER = 2048  # bytes of shared memory for partial sums, barriers and alignment
 
 
@@ -63,17 +62,17 @@ class Plan:
         return 32 * vector(self.row_size)
 
     @property
-    def lines(self) -> int:
-        return self.row_size // self.line
+    def chunks(self) -> int:
+        """Of a row, [4, line] each."""
+        return self.row_size // (WARPS * self.line)
 
     @property
-    def part_lines(self) -> int:
-        """Lines of one part, whole sections of them."""
-        return self.lines // self.parts
+    def row(self) -> tuple[int, ...]:
+        return self.chunks, WARPS, self.line
 
     @property
-    def section_lines(self) -> int:
-        return self.lines // sections(self.row_size)
+    def row_parts(self) -> tuple[int, ...]:
+        return self.parts, self.chunks // self.parts, WARPS, self.line
 
 
 def vector(row_size: int) -> int:
@@ -89,7 +88,7 @@ def sections(row_size: int) -> int:
 
 
 def _layout(plan: Plan) -> Any:
-    """Of chunks [4, line]: a line for each warp, neighbouring elements for neighbouring threads."""
+    """Of chunks: a line for each warp, neighbouring elements for neighbouring threads."""
     width = vector(plan.row_size)
     tiling = plgpu.Tiling(((WARPS, 32 * width), (width,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
@@ -99,20 +98,19 @@ def _body(plan: Plan) -> Callable[..., None]:
     layout = _layout(plan)
     load = partial(plgpu.load, layout=layout)
     bring = partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
-    size = plan.section_lines
-    row_sections = [pl.ds(line, size) for line in range(0, plan.lines, size)]
-    part_sections = [
-        (part, pl.ds(line, size)) for part in range(plan.parts) for line in range(0, plan.part_lines, size)
-    ]
+    size = plan.chunks // sections(plan.row_size)
+    part_size = plan.chunks // plan.parts
+    of_row = [pl.ds(chunk, size) for chunk in range(0, plan.chunks, size)]
+    of_part = [(part, pl.ds(chunk, size)) for part in range(plan.parts) for chunk in range(0, part_size, size)]
 
     def body(
-        x: Any,  # [n, lines, line], global memory
-        update: Any,  # [parts, n, part_lines, line]
-        weight: Any,  # [R, lines, line]
-        *rest: Any,  # with a bias [lines, line]; total as x and normed [n, parts, part_lines, line], written
-        x_s: Any,  # [warpgroups * stages, lines, line], shared memory: x, then the total
-        update_s: Any,  # [warpgroups * stages, parts, part_lines, line]: update, then the norm
-        fixed_s: Any,  # [1 or 2, lines, line]: weight, bias
+        x: Any,  # [n, *row], row = [chunks, 4, line]; global memory
+        update: Any,  # [parts, n, chunks / parts, 4, line]
+        weight: Any,  # [R, *row]
+        *rest: Any,  # with a bias [*row]; then total [n, *row] and normed [n, parts, chunks / parts, 4, line], written
+        x_s: Any,  # [warpgroups * stages, *row], shared memory: x, then total
+        update_s: Any,  # [warpgroups * stages, parts, chunks / parts, 4, line]: update, then normed
+        fixed_s: Any,  # [1 or 2, *row]: weight, bias
         sums_s: Any,  # [warpgroups, 4] float32
         full: Any,  # barriers: [warpgroups * stages]
         fixed_full: Any,  # barrier
@@ -147,13 +145,12 @@ def _body(plan: Plan) -> Callable[..., None]:
         def _(turn: jax.Array) -> None:
             row, slot = place(turn)
             plgpu.barrier_wait(full.at[slot])
-            squares = plgpu.layout_cast(jnp.zeros((size, plan.line), jnp.float32), layout)
-            totals = []
-            for section, place_in_part in zip(row_sections, part_sections, strict=True):
-                value = load(x_s.at[slot, section]) + load(update_s.at[slot, *place_in_part])
+            squares = plgpu.layout_cast(jnp.zeros((size, WARPS, plan.line), jnp.float32), layout)
+            for section, in_part in zip(of_row, of_part, strict=True):
+                value = load(x_s.at[slot, section]) + load(update_s.at[slot, *in_part])
                 if plan.bias:
                     value += load(fixed_s.at[1, section])
-                totals.append(value)
+                x_s[slot, section] = value
                 wide = value.astype(jnp.float32)
                 squares += wide * wide
 
@@ -162,18 +159,16 @@ def _body(plan: Plan) -> Callable[..., None]:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last turn's results have left their slot
                 bring_row(turn + ahead)
 
-            chunks = [squares[line : line + WARPS] for line in range(0, size, WARPS)]
-            sums_s[role] = reduce(add, chunks).sum(axis=1)
+            sums_s[role] = squares.sum(axis=0).sum(axis=1)
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(x_s.at[slot], total.at[row])
             warps = [sums_s[role, warp] for warp in range(WARPS)]
             square = (warps[0] + warps[1]) + (warps[2] + warps[3])
             scale = lax.rsqrt(square / plan.row_size + plan.eps)
-            for section, place_in_part, value in zip(row_sections, part_sections, totals, strict=True):
-                x_s[slot, section] = value
-                unit = (value.astype(jnp.float32) * scale).astype(jnp.bfloat16)
-                update_s[slot, *place_in_part] = unit * load(fixed_s.at[0, section])
+            for section, in_part in zip(of_row, of_part, strict=True):
+                unit = (load(x_s.at[slot, section]).astype(jnp.float32) * scale).astype(jnp.bfloat16)
+                update_s[slot, *in_part] = unit * load(fixed_s.at[0, section])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_s.at[slot], total.at[row], commit_group=False)
             plgpu.copy_smem_to_gmem(update_s.at[slot], normed.at[row])
 
         plgpu.wait_smem_to_gmem(0)
@@ -188,8 +183,7 @@ def make_plan(
     n, row_size = x.shape
     row_bytes = 2 * x.dtype.itemsize
     fixed = (1 + (bias is not None)) * row_size * x.dtype.itemsize
-    room = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed)
-    slots = min(MAX_SLOTS, room // (row_bytes * row_size))
+    slots = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed) // (row_bytes * row_size)
     programs = min(tuning.sms, n)
     warpgroups = min(max(1, slots // 3), tuning.max_warpgroups, -(-n // programs))
     return Plan(
@@ -200,7 +194,7 @@ def make_plan(
         bias=bias is not None,
         eps=eps,
         warpgroups=warpgroups,
-        stages=slots // warpgroups,
+        stages=min(slots // warpgroups, tuning.max_stages),
         programs=programs,
     )
 
@@ -226,16 +220,15 @@ def add_rms_norm_mosaic(
     if n == 0:
         return x, x
     plan = make_plan(x, update, bias, weight_row, eps, tuning)
-    shape = (plan.lines, plan.line)
-    parts = (plan.parts, plan.part_lines, plan.line)
+    row, parts = plan.row, plan.row_parts
     slots = plan.warpgroups * plan.stages
     kernel = plgpu.kernel(
         _body(plan),
-        out_type=(jax.ShapeDtypeStruct((n, *shape), x.dtype), jax.ShapeDtypeStruct((n, *parts), x.dtype)),
+        out_type=(jax.ShapeDtypeStruct((n, *row), x.dtype), jax.ShapeDtypeStruct((n, *parts), x.dtype)),
         scratch_types={
-            "x_s": plgpu.SMEM((slots, *shape), x.dtype),
+            "x_s": plgpu.SMEM((slots, *row), x.dtype),
             "update_s": plgpu.SMEM((slots, *parts), x.dtype),
-            "fixed_s": plgpu.SMEM((1 + plan.bias, *shape), x.dtype),
+            "fixed_s": plgpu.SMEM((1 + plan.bias, *row), x.dtype),
             "sums_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
             "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
             "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias),
@@ -248,9 +241,9 @@ def add_rms_norm_mosaic(
         interpret=interpret,
         kernel_name="add_rms_norm",
     )
-    args = [x.reshape(n, *shape), update.reshape(plan.parts, n, *parts[1:]), weight.reshape(-1, *shape)]
+    args = [x.reshape(n, *row), update.reshape(plan.parts, n, *parts[1:]), weight.reshape(-1, *row)]
     if bias is not None:
-        args.append(bias.reshape(shape))
+        args.append(bias.reshape(row))
     expected = tuning.expected
     moved = 4 * n * row_size * x.dtype.itemsize
     us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)

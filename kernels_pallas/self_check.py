@@ -30,7 +30,7 @@ LENGTHS = (1, 0, 2 * PAGE_TOKENS, ROW_PAGES * PAGE_TOKENS - 57, 3 * PAGE_TOKENS 
 CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; PADDING rows after them belong to none
 PADDING = 3
 APPENDED = 261  # rows, more than a program's blocks in flight
-NORMED, PARTS, EPS = 93, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
+NORMED, PARTS, EPS = 101, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
 FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
 
 
@@ -46,7 +46,7 @@ class Heads:
     kv_heads: int
     head_dim: int
     fp8: bool = False
-    hidden: int = 1024
+    hidden: int = 2048
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     def reference(x: jax.Array, whole: jax.Array, columns: jax.Array, weight: jax.Array) -> Any:
         total = (x + whole).astype(jnp.float32)
         normed = total / jnp.sqrt((total * total).mean(axis=1, keepdims=True) + EPS)
-        return [(x + whole, normed * weight.astype(jnp.float32))] * 2
+        return [(x + whole, normed * weight.astype(jnp.float32)[None])] * 2
 
     def error(got: Any, want: Any) -> float:
         if not all(_same_bits(mine[0], right[0]) for mine, right in zip(got, want, strict=True)):

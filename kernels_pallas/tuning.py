@@ -129,13 +129,15 @@ class AddNormTuning:
 
     sms              programs of the persistent grid, one per SM
     bytes_in_flight  rows of x and of the update in shared memory, on their way in or out
-    max_warpgroups   that take a program's rows in turn; each has three rows in flight or more
+    max_warpgroups   that take a program's rows in turn; several where each has room for three rows
+    max_stages       rows of one warpgroup in shared memory
     expected         how fast a call is; None: nobody knows
     """
 
     sms: int
     bytes_in_flight: int = 192 * 1024
     max_warpgroups: int = 4
+    max_stages: int = 6
     expected: Expected | None = None
 
     def __post_init__(self) -> None:
@@ -143,6 +145,8 @@ class AddNormTuning:
             raise ValueError(f"sms: {self.sms} must be at least 1")
         if not 1 <= self.max_warpgroups <= 8:
             raise ValueError(f"max_warpgroups: {self.max_warpgroups} must be in [1, 8]")
+        if not 2 <= self.max_stages <= 32 // self.max_warpgroups:  # Mosaic takes 32 barriers as one array
+            raise ValueError(f"max_stages: {self.max_stages} must be in [2, {32 // self.max_warpgroups}]")
         low, high = 2 * 2 * 2 * 16_384, BLOCK_LIMIT  # two of the longest rows, x and update
         if not low <= self.bytes_in_flight <= high:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
