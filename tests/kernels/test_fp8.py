@@ -169,7 +169,7 @@ def test_broken_twins_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         high, low, unit = decode_plan.two_terms(x)
         return high, jnp.zeros_like(low), unit
 
-    monkeypatch.setattr("kernels_pallas.decode_attention_mosaic.two_terms", one_term)
+    monkeypatch.setattr("kernels_pallas.decode_body_mosaic.two_terms", one_term)
     assert error(mosaic(SPLIT, races=False)).max() > 5e-3  # queries of one term would be seen
 
 
