@@ -45,6 +45,28 @@ def test_one_line_names_what_is_wrong(
     assert "Traceback" not in err
 
 
+def test_a_misspelt_plan_is_told_before_any_is_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--plan", "sequential", "--compare", "auto", "nanoflow"]) == 1
+    out, err = capsys.readouterr()
+    assert not out and "compiling" not in err
+    assert "'nanoflow'" in err.splitlines()[-1]
+
+
+@pytest.mark.aot
+def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No column, row or lane of a network that is not there; one line says which plan `auto` is."""
+    trace = tmp_path / "trace.json"
+    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "1", "--tokens", "128", "--plan", "auto"]
+    assert main(["inspect", *size, "--layers", "2", "--trace", str(trace)]) == 0
+    out, err = capsys.readouterr()
+    (head,) = (line for line in out.splitlines() if line.startswith("layer "))
+    assert head.split() == ["layer", "compute", "memory", "lost", "bubbles", "length"]
+    assert "exposed" not in out and "Collectives" not in out
+    assert err.splitlines()[0].startswith("plan two_gather_one_reduce: none is known for this model on 1 x a100")
+    lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    assert lanes == {"compute", "memory", "host"}
+
+
 @pytest.mark.aot
 def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model of the user's own on two A100: the documented JSON, a trace with a lane per resource, a picture."""

@@ -55,6 +55,21 @@ def test_compare_names_the_gpus_when_they_differ() -> None:
     assert "GPU" not in compare([step, step]).splitlines()[1].split()
 
 
+def test_one_device_has_no_network_row() -> None:
+    """Neither in the table nor in the picture; beside two devices, both have it."""
+    step = inspect_step(TINY, "a100_sxm_80", "sequential", devices=1, tokens=TOKENS)
+    assert compare([step]).splitlines()[1].split()[:3] == ["plan", "layer", "us"]
+    assert "collectives" in compare([step, inspected()]).splitlines()[1]
+    figure = plot_inspections([step])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Compute", "Memory"]
+    texts = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]  # pyright: ignore
+    assert not any(
+        "network" in text for text in [*texts, figure.axes[0].get_title(loc="left"), step.inner_layer.text()]
+    )
+    (panel,) = plot_inspections([inspected()]).axes
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["Network", "Compute", "Memory"]
+
+
 def test_temporaries_say_which_layers_they_are_of() -> None:
     step = inspected()
     assert "may need more" not in step.text()

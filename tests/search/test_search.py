@@ -156,6 +156,22 @@ def test_search_writes_the_same_file_twice(tmp_path: Path, capsys: pytest.Captur
     assert "exists" in capsys.readouterr().err
 
 
+def test_search_on_one_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fewer rows than asked, in whole tiles, where memory holds no more requests; the explanation has no network."""
+    path = tmp_path / "plan.toml"
+    one = ["search", "--model", "llama-3.1-8b", "--devices", "1", "--quiet", "--workers", "1", "--nano-batches", "2"]
+    assert main([*one, "--gpu", "h100_sxm", "--output", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "decode attention's" in out and "network" not in out
+    plan = load_plan(str(path))
+    assert (plan.tokens_per_step, plan.decode_tokens) == (1024, 344)
+    assert plan.target == Target.of(model_config("llama_3_1_8b")[1], "h100_sxm", 1)
+    assert main([*one, "--gpu", "a100_sxm_80", "--decode-tokens", "1280", "--context", "1024"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("#", "").split())
+    assert "room for 457707 tokens of KV, and these rows attend to 1310720" in out
+    assert "nothing runs beside anything" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -55,9 +55,27 @@ def test_text_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "best of the step sizes tried" in capsys.readouterr().out
 
 
+def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No figure of a network that is not there; one line says which plan `auto` is."""
+    trace, one = tmp_path / "trace.json", ["--model", "llama-3.1-8b", "--gpu", "h200", "--devices", "1"]
+    assert main(["simulate", *one, "--plan", "auto", "--trace", str(trace)]) == 0
+    out, err = capsys.readouterr()
+    assert "plan auto_llama_3_1_8b_1xh200," in out and "network" not in out
+    assert err.startswith("plan auto_llama_3_1_8b_1xh200: searched for") and err.count("\n") == 1
+    lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
+    assert lanes == {"compute", "memory", "host", "memory, stream 1"}
+    assert main(["simulate", *one, "--plan", "sequential", "--compare", "auto"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].split()[:5] == ["plan", "layer", "us", "lost", "us"]
+    assert err.startswith("plan auto_llama_3_1_8b_1xh200")
+    assert main(["simulate", *one[:4], "--devices", "2", "--plan", "auto"]) == 0
+    assert "none is known for this model on 2 x h200" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--compare", "auto", "nanoflow"], ["plans", "'nanoflow'", "nanoflow_70b"]),
         (["--gpu", "h300"], ["hardware", "'h300'", "h200"]),
         (["--plan", "nanoflow"], ["plans", "'nanoflow'", "nanoflow_70b"]),
         (["--model", "llama-9"], ["models", "llama_9", "llama_3_1_70b"]),
