@@ -111,7 +111,7 @@ def outputs(options: ThroughputOptions, plan: str, prompts: Sequence[list[int]])
     return requests
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nanoflow_jax.bench.attention_check",
         description=__doc__,
@@ -121,7 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="two plans with XLA's attention, anywhere")
     parser.add_argument("--smallest", action="store_true", help="one layer, four requests: for compute-sanitizer")
     parser.add_argument("--no-command-buffers", action="store_true", help="each kernel started on its own")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
     if given.no_command_buffers:  # whatever the project's own options say
         compile_options.GPU_OPTIONS = {**compile_options.GPU_OPTIONS, **compile_options.STREAM_OPTIONS}
     claim_gpu_memory()

@@ -29,7 +29,7 @@ from kernels_pallas.bench.report import commit
 from kernels_pallas.tuning import DECODE
 from nanoflow_jax import __version__
 from nanoflow_jax.bench import session_archive as archive
-from nanoflow_jax.bench.session_parts import SECONDS, Part, call_a, call_b, cap, later, tiny
+from nanoflow_jax.bench.session_parts import SECONDS, TINY_SLOWER, Part, call_a, call_b, cap, later, tiny
 from nanoflow_jax.bench.session_report import summary
 from nanoflow_jax.bench.session_run import Session, result
 from nanoflow_jax.config import configs_root
@@ -176,7 +176,8 @@ def _run(
             archive.write(archive.packed(work / "cache", CACHE_BYTES), options.results, "cache")
             cached = programs
 
-    seconds = options.seconds or sum(SECONDS[call] for call in calls) * (4 if options.tiny else 1)
+    usual = sum(SECONDS[call] for call in calls) * (TINY_SLOWER if options.tiny else 1)
+    seconds = usual if options.seconds is None else options.seconds
     renewed = archive.Renewed(renew)
     session = Session(folder, environment(work, options.tiny), began + seconds, digest(), save, state)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 SECONDS = {"a": 420, "b": 300, "later": 1500}  # of a call
+TINY_SLOWER = 4  # times: what two slow processors under the interpreter may take
 SANITIZER_SECONDS = 40  # after a part that failed
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
 AT_ONCE = 6  # processes, with a share of the memory each
@@ -236,7 +237,7 @@ def tiny(part: Part) -> Part:
         arguments += ["--requests", "64", "--tokens", "128", "--steps", "40"]
     elif "profile" in arguments:
         arguments = [*_profile("profile-tiny.jsonl", "--points", "few", "--ops", "copy", "gemm", "norm")]
-    return replace(part, arguments=tuple(arguments), seconds=4 * part.seconds, environment=())
+    return replace(part, arguments=tuple(arguments), seconds=TINY_SLOWER * part.seconds, environment=())
 
 
 TINY_CASES = {
