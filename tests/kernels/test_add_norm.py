@@ -250,7 +250,7 @@ def test_compiles_for_hopper(
     assert hardware.sm_count == tuning.sms
     assert mosaic_supported(hardware.capability, "add_rms_norm")
     # A stack of another size for every case: a kernel compiled before would be taken from a cache, without a report.
-    shapes = [(rows, row_size), (rows, row_size), (100 + len(gpu), row_size), (row_size,)][: 3 + biased]
+    shapes = [(rows, row_size), (rows, row_size), (50 + len(gpu), 2, row_size), (row_size,)][: 3 + biased]
     if parts is not None:
         shapes[1] = (parts, rows, row_size // parts)
     mesh = gpu_mesh(hardware, 1)
@@ -258,6 +258,7 @@ def test_compiles_for_hopper(
 
     def call(x: Any, update: Any, weight: Any, *bias: Any) -> Any:
         (given,) = bias or (None,)
+        weight = weight.reshape(-1, row_size)
         return add_rms_norm(x, update, weight, bias=given, weight_row=7, eps=EPS, backend="mosaic", tuning=tuning)
 
     sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
@@ -275,6 +276,8 @@ def test_compiles_for_hopper(
     ]
     sums = sum(2 if pair else 1 for pair in re.findall(r"\tadd(?:\.rn)?\.bf16(x2)? ", report))
     assert sums == (1 + biased) * row_size // 128  # of a thread
+    # The rounded sum is widened for its square and for its norm; x and update themselves never are.
+    assert report.count("cvt.f32.bf16") == 2 * row_size // 128
     (shared,) = (int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", report))
     assert shared <= BLOCK_LIMIT - 1024  # and the barriers
     (slots,) = (int(n) for n in re.findall(r"Barrier\(arrival_count=2, num_barriers=(\d+)", report) if int(n) > 1)
