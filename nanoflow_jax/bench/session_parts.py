@@ -77,6 +77,7 @@ CHECKED = {  # name: kernel, and more arguments
     "append": ("append_kv",),
     "decode-fp8": ("decode_attention", "--fp8"),
     "append-fp8": ("append_kv", "--fp8"),
+    "norm": ("add_rms_norm",),
 }
 MEASURED = {  # case: seconds, and the check that it needs
     "decode_attention/70b-1280x1k": (20, "decode"),
@@ -88,7 +89,7 @@ MEASURED = {  # case: seconds, and the check that it needs
     "append_kv/8b-8192": (12, "append"),
 }
 ATTENTION = [case for case in MEASURED if "attention" in case and "fp8" not in case]
-ENGINE = ("check.decode", "check.prefill", "check.append")
+ENGINE = ("check.decode", "check.prefill", "check.append", "check.norm")
 
 
 def smallest(name: str) -> tuple[str, ...]:
@@ -157,7 +158,12 @@ def good(gpu: str) -> list[Part]:
     ]
 
 
-BISECTED = {"decode": ("--stages 2", "--step-pages 1"), "prefill": ("--no-ping-pong",), "append": ("--stages 2",)}
+BISECTED = {
+    "decode": ("--stages 2", "--step-pages 1"),
+    "prefill": ("--no-ping-pong",),
+    "append": ("--stages 2",),
+    "norm": ("--stages 2",),
+}
 
 
 def bad(wrong: Sequence[str]) -> list[Part]:
