@@ -65,13 +65,13 @@ def _no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
 @pytest.mark.parametrize("parts", [None, 4])
 def test_xla_path(dtype: str, parts: int | None) -> None:
     """Compiled, against the definition, with and without a bias; the norm is bit for bit that of the model."""
-    x, update, weight, bias = arguments(5, 96, parts, dtype)
-    for more in ({}, {"bias": bias}):
-        total, normed = jax.jit(partial(add_rms_norm, weight_row=1, eps=EPS))(x, update, weight, **more)
-        want_total, want = reference.add_rms_norm(x, update, weight[1], eps=EPS, **more)
+    x, update, weight, given = arguments(5, 96, parts, dtype)
+    for bias in (None, given):
+        total, normed = jax.jit(partial(add_rms_norm, weight_row=1, eps=EPS))(x, update, weight, bias=bias)
+        want_total, want = reference.add_rms_norm(x, update, weight[1], bias=bias, eps=EPS)
         assert same(total, want_total)
         assert_rows_close(normed, want, dtype)
-        total, normed = add_rms_norm(x, update, weight[1], eps=EPS, **more)
+        total, normed = add_rms_norm(x, update, weight[1], bias=bias, eps=EPS)
         assert same(normed, rms_norm(total, weight[1], EPS))
 
 
@@ -103,10 +103,10 @@ def test_every_sum_is_rounded_and_the_norm_is_that_of_the_rounded_sum() -> None:
     What XLA compiles for a CPU, interpreted kernels too, keeps a sum's excess precision for what is fused with it, so
     its norm shows nothing. That the kernel adds in bfloat16 is asserted of its compiled code, below."""
     x, one = jnp.full((2, 1024), 256, jnp.bfloat16), jnp.ones((2, 1024), jnp.bfloat16)
-    for more in ({}, {"bias": one[0]}):
-        assert same(interpreted()(x, one, one[0], **more)[0], x)
+    for bias in (None, one[0]):
+        assert same(interpreted()(x, one, one[0], bias=bias)[0], x)
         for run in (add_rms_norm, reference.add_rms_norm):
-            total, normed = run(x, one, one[0], eps=EPS, **more)
+            total, normed = run(x, one, one[0], bias=bias, eps=EPS)
             assert same(total, x)
             assert same(normed.astype(jnp.bfloat16), one)
 
@@ -218,6 +218,33 @@ def test_tuning_is_validated(changes: dict[str, int], message: str) -> None:
         replace(ADD_NORM["h200"], **changes)
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[str, str]]:
+    """Compiles a call for a GPU that is not there: the program's text, and the report with the kernel's code."""
+    for name in ("PTX", "PTXAS", "RESOURCES"):
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
+
+    def compiled(gpu: str, rows: int, row_size: int, parts: int | None, biased: bool) -> tuple[str, str]:
+        tuning = ADD_NORM[gpu.split("_", maxsplit=1)[0]]
+        # A stack of another size for every GPU: a kernel compiled before would be taken from a cache, without a report.
+        shapes = [(rows, row_size), (rows, row_size), (50 + len(gpu), 2, row_size), (row_size,)][: 3 + biased]
+        if parts is not None:
+            shapes[1] = (parts, rows, row_size // parts)
+        mesh = gpu_mesh(load_hardware(gpu), 1)
+        placed = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, P())) for s in shapes]
+
+        def call(x: Any, update: Any, weight: Any, *bias: Any) -> Any:
+            (given,) = bias or (None,)
+            weight = weight.reshape(-1, row_size)
+            return add_rms_norm(x, update, weight, bias=given, weight_row=7, eps=EPS, backend="mosaic", tuning=tuning)
+
+        sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        text = jax.jit(sharded).lower(*placed).compile().as_text() or ""
+        return text, "".join(capfd.readouterr())
+
+    return compiled
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "rows", "row_size", "parts", "biased"),
@@ -233,43 +260,19 @@ def test_tuning_is_validated(changes: dict[str, int], message: str) -> None:
     ],
 )
 def test_compiles_for_hopper(
-    gpu: str,
-    rows: int,
-    row_size: int,
-    parts: int | None,
-    biased: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    gpu: str, rows: int, row_size: int, parts: int | None, biased: bool, compiled: Callable[..., tuple[str, str]]
 ) -> None:
-    """One kernel and nothing else in the program, the weights of all layers among its arguments: no slice, no copy, no
+    """One kernel and nothing else in the program, the norms of all layers among its arguments: no slice, no copy, no
     transpose. Registers alone, sums in bfloat16, enough bytes in flight, and the expected time said."""
-    for name in ("PTX", "PTXAS", "RESOURCES"):
-        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
-    hardware = load_hardware(gpu)
-    tuning = ADD_NORM[gpu.split("_", maxsplit=1)[0]]
+    hardware, tuning = load_hardware(gpu), ADD_NORM[gpu.split("_", maxsplit=1)[0]]
     assert hardware.sm_count == tuning.sms
     assert mosaic_supported(hardware.capability, "add_rms_norm")
-    # A stack of another size for every case: a kernel compiled before would be taken from a cache, without a report.
-    shapes = [(rows, row_size), (rows, row_size), (50 + len(gpu), 2, row_size), (row_size,)][: 3 + biased]
-    if parts is not None:
-        shapes[1] = (parts, rows, row_size // parts)
-    mesh = gpu_mesh(hardware, 1)
-    placed = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, P())) for s in shapes]
-
-    def call(x: Any, update: Any, weight: Any, *bias: Any) -> Any:
-        (given,) = bias or (None,)
-        weight = weight.reshape(-1, row_size)
-        return add_rms_norm(x, update, weight, bias=given, weight_row=7, eps=EPS, backend="mosaic", tuning=tuning)
-
-    sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    program = jax.jit(sharded).lower(*placed).compile()
-    text = program.as_text() or ""
+    text, report = compiled(gpu, rows, row_size, parts, biased)
     assert text.count('custom_call_target="mosaic_gpu') == 1
     assert not re.search(r" (copy|copy-start|fusion|transpose|dynamic-slice)\(", text)
     assert tuning.expected is not None
     us = tuning.expected.us(moved=4 * 2 * rows * row_size, sms=132, all_sms=132)
     assert set(re.findall(rf'{LATENCY}="(\d+)"', text)) == {str(round(us * 1000))}
-    report = "".join(capfd.readouterr())
     assert "for 'sm_90a'" in report
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
         ("0", "0", "0")
@@ -280,8 +283,22 @@ def test_compiles_for_hopper(
     assert report.count("cvt.f32.bf16") == 2 * row_size // 128
     (shared,) = (int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", report))
     assert shared <= BLOCK_LIMIT - 1024  # and the barriers
-    (slots,) = (int(n) for n in re.findall(r"Barrier\(arrival_count=2, num_barriers=(\d+)", report) if int(n) > 1)
-    row_bytes = 2 * 2 * row_size
-    warpgroups = -(-slots // tuning.max_stages)
-    # Of each warpgroup's rows one is being worked on.
-    assert (slots - max(1, warpgroups)) * row_bytes >= min(64 * 1024, 5 * row_bytes)
+    (slots,) = (int(n) for n in re.findall(r"num_barriers=(\d+)", report) if int(n) > 1)
+    warpgroups = int(re.findall(r"\.maxntid (\d+)", report)[0]) // 128
+    assert (slots - warpgroups) * 2 * 2 * row_size >= (64 * 1024 if rows > 132 else 5 * 2 * 2 * row_size)
+
+
+@pytest.mark.aot
+def test_the_arithmetic_is_the_row_sizes_alone(compiled: Callable[..., tuple[str, str]]) -> None:
+    """The same operations in the same order for few rows and for many, whole and gathered, on either GPU: a row's bits
+    depend on nothing else. The interpreter's sums are XLA's, so they cannot show it."""
+
+    def arithmetic(*case: Any) -> list[str]:
+        names = r"\t((?:add|mul|fma|rsqrt|cvt|shfl)\.[a-z0-9.]*(?:f32|bf16)[a-z0-9.]*|shfl\.sync\.bfly\S*) "
+        return re.findall(names, compiled(*case)[1])
+
+    first = arithmetic("h200", 8, 3072, None, False)
+    assert first.count("shfl.sync.bfly.b32") == 5
+    assert arithmetic("h200", 1000, 3072, 8, False) == first
+    assert arithmetic("h100_sxm", 300, 3072, 2, False) == first
+    assert arithmetic("h200", 1000, 2048, 8, False) != first
