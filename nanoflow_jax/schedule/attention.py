@@ -61,7 +61,7 @@ def choose_backend(wanted: str, config: ModelConfig, capability: tuple[int, int]
 
 def norm_fits(hidden: int, devices: int) -> bool:
     """Whether the Mosaic norm takes rows of so many elements, gathered from so many devices."""
-    return hidden <= NORM_ROW and hidden % (devices * NORM_ALIGNMENT) == 0
+    return hidden <= NORM_ROW and 8 % devices == 0 and hidden % (devices * NORM_ALIGNMENT) == 0
 
 
 @dataclass(frozen=True)
