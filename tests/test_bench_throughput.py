@@ -187,7 +187,7 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
 
 
 def test_one_shape_is_compiled_for_a_full_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """And not deterministic, so that any plan can be measured."""
+    """And not deterministic, so that any plan can be measured; one line says which `auto` is."""
     compiled: list[Any] = []
     real = setup.Runner
 
@@ -197,11 +197,14 @@ def test_one_shape_is_compiled_for_a_full_load(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(setup, "Runner", runner)
     arguments = [a for a in SMALL if a != "--deterministic"]
-    more = ("--one-shape", "--workload", "constant:12:20", "--requests", "60", "--json")
-    assert main([*arguments, *more, "--accept-unsteady"]) == 0
+    more = ("--one-shape", "--workload", "constant:12:20", "--requests", "60", "--json", "--plan", "auto")
+    assert main([*arguments, *more, "--accept-unsteady", "--gpu", "h200"]) == 0
     (((shape,), deterministic),) = compiled
     assert (shape.decode_rows, shape.prefill_rows, deterministic) == (16, 16, False)
-    assert json.loads(capsys.readouterr().out)["options"]["one_shape"]
+    out, err = capsys.readouterr()
+    assert json.loads(out)["options"]["one_shape"]
+    assert json.loads(out)["plan"] == "two_gather_one_reduce"
+    assert err == ("plan two_gather_one_reduce: none is known for this model on 2 x h200; nanoflow search finds one\n")
 
 
 def test_bad_options(bench: Callable[..., tuple[int, str, str]]):
@@ -212,6 +215,8 @@ def test_bad_options(bench: Callable[..., tuple[int, str, str]]):
         (("--inspect",), "--rank-of N is needed too"),
         (("--workload", "constant:512:513"), "the model takes at most 1024"),
         (("--rank-of", "8"), "does not go together with tensor-parallel-size"),
+        (("--plan", "nanoflow"), "unknown name 'nanoflow'"),
+        (("--plan", "auto", "--compare", "nanoflow"), "unknown name 'nanoflow'"),
     ):
         status, out, err = bench(*arguments)
         assert (status, out) == (1, ""), arguments
