@@ -85,7 +85,7 @@ def test_call_b_is_chosen_by_what_a_said() -> None:
     names = [part.name for part in call_b(done, "h200")]
     assert names == ["8b.whole", "70b.nanoflow_70b", "70b.sequential", "beside", "torch"]
     tokens = {gpu: call_b(done, gpu)[0].arguments for gpu in ("h100", "h200")}
-    assert "400000" in tokens["h100"] and "800000" in tokens["h200"]
+    assert "360000" in tokens["h100"] and "760000" in tokens["h200"]
     assert failed({}) == list(done)
     slow_prefill = call_b(done | {"kernels.prefill-70b-8k": "stopped after 18 s"}, "h100")
     assert [part.name for part in slow_prefill] == [
@@ -154,7 +154,7 @@ def test_failures_lose_nothing_else_and_done_parts_are_kept(
     session: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     after = python("after", "print('{}')", needs=("fast", "hangs"))
-    status, state, page = session([FAILS, HANGS, SILENT, FAST, after])
+    status, state, page = session([HANGS, FAILS, SILENT, FAST, after])
     assert status == 1
     assert {name: part["status"] for name, part in state.items()} == {
         "fails": "no such / kernel",
@@ -199,6 +199,17 @@ def test_at_once_is_at_once_and_each_has_its_limit(session: Run) -> None:
     assert time.monotonic() - began < 20
     assert [state[f"p{i}"]["status"] for i in range(3)] == ["done"] * 3
     assert state["hangs"]["status"] == "stopped after 2 s"
+
+
+def test_a_part_may_use_what_others_left(session: Run) -> None:
+    """Half as much again as its own limit; with nothing left, no more than that."""
+    slow = "import time; time.sleep(%g); print('{}')"
+    _, state, _ = session([python("quick", "print('{}')", 4), python("slow", slow % 2.5, 2)])
+    assert state["slow"]["status"] == "done"
+    _, state, _ = session([python("first", slow % 2.5, 2), python("hangs", slow % 60, 2)], into="other")
+    assert [part["status"] for part in state.values()] == ["stopped after 2 s"] * 2
+    _, state, _ = session([python("quick", "print('{}')", 40), python("hangs", slow % 60, 2)], into="third")
+    assert state["hangs"]["status"] == "stopped after 3 s"
 
 
 def test_what_a_part_leaves_behind_ends_with_it(session: Run, tmp_path: Path) -> None:
