@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import pytest
 from kernels_pallas.bench import __main__ as kernel_bench
 from kernels_pallas.bench import check
 from kernels_pallas.bench.cases import CASES, TINY
+from nanoflow_jax import __version__
 from nanoflow_jax.bench import attention_check, command, gpu_session, session_archive, session_parts
 from nanoflow_jax.bench.attention_check import agreement
 from nanoflow_jax.bench.session_parts import SECONDS, Part, call_a, call_b, cap, failed, good, grouped, later, tiny
@@ -29,6 +31,7 @@ from nanoflow_jax.bench.session_report import summary
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.search.profile import command as profile_command
+from nanoflow_jax.search.profile.table import these_versions
 
 ROOT = Path(gpu_session.__file__).parents[2]
 
@@ -477,3 +480,17 @@ def test_near_ties_are_told_from_mismatches() -> None:
     assert (found.tokens, found.near_ties, found.mismatches) == (5, 1, 1)
     clear = request([1, 2, 3], [(1, 5), (2, 6), (3, 7)], gap=0.5)
     assert agree([clear], [request([1, 6, 0], [(0, 0)] * 3, 1)]).mismatches == 1
+
+
+def test_versions_without_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain checkout has no metadata; a run's figures are not lost for it."""
+    real = importlib.metadata.Distribution.from_name
+
+    def from_name(name: str) -> importlib.metadata.Distribution:
+        if name == "nanoflow_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
+    versions = [these_versions(), command._provenance(argparse.Namespace(arguments=[]))["versions"]]
+    assert [v["nanoflow_jax"] for v in versions] == [__version__] * 2
