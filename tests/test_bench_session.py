@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
@@ -22,6 +23,7 @@ import pytest
 from kernels_pallas.bench import __main__ as kernel_bench
 from kernels_pallas.bench import check
 from kernels_pallas.bench.cases import CASES, TINY
+from nanoflow_jax import __version__
 from nanoflow_jax.bench import attention_check, command, gpu_session, session_archive, session_parts
 from nanoflow_jax.bench.attention_check import agreement
 from nanoflow_jax.bench.session_parts import SECONDS, Part, call_a, call_b, cap, failed, good, grouped, later, tiny
@@ -29,6 +31,7 @@ from nanoflow_jax.bench.session_report import summary
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.search.profile import command as profile_command
+from nanoflow_jax.search.profile.table import these_versions
 
 ROOT = Path(gpu_session.__file__).parents[2]
 
@@ -85,7 +88,7 @@ def test_call_b_is_chosen_by_what_a_said() -> None:
     names = [part.name for part in call_b(done, "h200")]
     assert names == ["8b.whole", "70b.nanoflow_70b", "70b.sequential", "beside", "torch"]
     tokens = {gpu: call_b(done, gpu)[0].arguments for gpu in ("h100", "h200")}
-    assert "400000" in tokens["h100"] and "800000" in tokens["h200"]
+    assert "360000" in tokens["h100"] and "760000" in tokens["h200"]
     assert failed({}) == list(done)
     slow_prefill = call_b(done | {"kernels.prefill-70b-8k": "stopped after 18 s"}, "h100")
     assert [part.name for part in slow_prefill] == [
@@ -154,7 +157,7 @@ def test_failures_lose_nothing_else_and_done_parts_are_kept(
     session: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     after = python("after", "print('{}')", needs=("fast", "hangs"))
-    status, state, page = session([FAILS, HANGS, SILENT, FAST, after])
+    status, state, page = session([HANGS, FAILS, SILENT, FAST, after])
     assert status == 1
     assert {name: part["status"] for name, part in state.items()} == {
         "fails": "no such / kernel",
@@ -199,6 +202,17 @@ def test_at_once_is_at_once_and_each_has_its_limit(session: Run) -> None:
     assert time.monotonic() - began < 20
     assert [state[f"p{i}"]["status"] for i in range(3)] == ["done"] * 3
     assert state["hangs"]["status"] == "stopped after 2 s"
+
+
+def test_a_part_may_use_what_others_left(session: Run) -> None:
+    """Half as much again as its own limit; with nothing left, no more than that."""
+    slow = "import time; time.sleep(%g); print('{}')"
+    _, state, _ = session([python("quick", "print('{}')", 4), python("slow", slow % 2.5, 2)])
+    assert state["slow"]["status"] == "done"
+    _, state, _ = session([python("first", slow % 2.5, 2), python("hangs", slow % 60, 2)], into="other")
+    assert [part["status"] for part in state.values()] == ["stopped after 2 s"] * 2
+    _, state, _ = session([python("quick", "print('{}')", 40), python("hangs", slow % 60, 2)], into="third")
+    assert state["hangs"]["status"] == "stopped after 3 s"
 
 
 def test_what_a_part_leaves_behind_ends_with_it(session: Run, tmp_path: Path) -> None:
@@ -466,3 +480,17 @@ def test_near_ties_are_told_from_mismatches() -> None:
     assert (found.tokens, found.near_ties, found.mismatches) == (5, 1, 1)
     clear = request([1, 2, 3], [(1, 5), (2, 6), (3, 7)], gap=0.5)
     assert agree([clear], [request([1, 6, 0], [(0, 0)] * 3, 1)]).mismatches == 1
+
+
+def test_versions_without_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain checkout has no metadata; a run's figures are not lost for it."""
+    real = importlib.metadata.Distribution.from_name
+
+    def from_name(name: str) -> importlib.metadata.Distribution:
+        if name == "nanoflow_jax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(importlib.metadata.Distribution, "from_name", from_name)
+    versions = [these_versions(), command._provenance(argparse.Namespace(arguments=[]))["versions"]]
+    assert [v["nanoflow_jax"] for v in versions] == [__version__] * 2

@@ -3,15 +3,15 @@
     python -m nanoflow_jax.bench.session_aot                          # calls A and B, for an H100 and an H200
     python -m nanoflow_jax.bench.session_aot --gpu h200 --only beside --layers 1
 
-Lowering and compiling on this machine's processor; on the GPU, XLA also tunes cuBLASLt's GEMMs, about 10 s for all
-shapes of a model, and small programs that make inputs come on top.
+Seconds of a processor, of all threads and of ptxas: about what a machine takes that has nothing else to do. On the GPU
+XLA also tunes cuBLASLt's GEMMs, about 10 s for all shapes of a model, and small programs that make inputs come on top.
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,7 +28,6 @@ from kernels_pallas.bench.kernels import Setting
 from kernels_pallas.self_check import make_check
 from kernels_pallas.tuning import tuned_gpu
 from nanoflow_jax.bench import attention_check, beside, command
-from nanoflow_jax.bench.compare import sides
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.session_parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good
 from nanoflow_jax.engine.engine import step_shapes
@@ -60,6 +59,11 @@ Compile = Callable[[Mesh, Hardware], Compiled]
 Named = Iterator[tuple[str, Compile]]
 
 
+def _spent() -> float:
+    """Seconds of a processor, of this process and of those it has waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def programs(part: Part, layers: int | None = None) -> Named:
     """What the process of a part compiles, by name. layers: at most so many of a model."""
     module = part.arguments[1]
@@ -70,7 +74,7 @@ def programs(part: Part, layers: int | None = None) -> Named:
     if module == TOKENS[1]:
         return _tokens(part, layers)
     if part.arguments[: len(THROUGHPUT)] == THROUGHPUT:
-        return _runs(part, layers)
+        return _steps(*run_options(part), layers)
     return _beside() if module == beside.__name__ else iter(())
 
 
@@ -81,11 +85,11 @@ def _jitted(function: Callable[..., Any], *avals: Any) -> Compile:
         sharding = NamedSharding(mesh, P())
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), avals)
         jitted: Any = function if hasattr(function, "trace") else jax.jit(function)
-        began = time.perf_counter()
+        began = _spent()
         lowered = jitted.trace(*placed).lower(lowering_platforms=("cuda",))
-        middle = time.perf_counter()
+        middle = _spent()
         compiled = lowered.compile(saving_options(hardware))
-        return Compiled(compiled, middle - began, time.perf_counter() - middle)
+        return Compiled(compiled, middle - began, _spent() - middle)
 
     return build
 
@@ -144,13 +148,12 @@ def _tokens(part: Part, layers: int | None) -> Named:
     yield from _steps(other, chosen.other, layers)
 
 
-def _runs(part: Part, layers: int | None) -> Named:
+def run_options(part: Part) -> tuple[ThroughputOptions, str]:
+    """What a part of `nanoflow bench throughput` asks for, and its plan."""
     parser = argparse.ArgumentParser()
     command.add(parser.add_subparsers(), argparse.HelpFormatter)
     args: Any = parser.parse_args(part.arguments[2:])
-    options = command._options(args)
-    for side in sides(options, args.plan, args.compare) if args.compare else sides(options, args.plan, args.plan)[:1]:
-        yield from _steps(side.options, side.plan, layers)
+    return command._options(args), args.plan
 
 
 def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Named:
@@ -172,13 +175,13 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Na
         )  # fmt: skip
         sizes = SlotSizes(slots, BIAS_ROWS, -(-limit // page_size))
         pages = (options.kv_cache_tokens or 4096 * page_size) // page_size
-        began = time.perf_counter()
+        began = _spent()
         lowered = lower_step(
             spec, mesh, rank_infos(infos, devices) if ranked else infos, sizes, num_pages=pages, page_size=page_size
         )
-        middle = time.perf_counter()
+        middle = _spent()
         compiled = compile_step(lowered, "cuda", plan, pin_starts=ranked, options=saving_options(hardware))
-        return Compiled(compiled, middle - began, time.perf_counter() - middle)
+        return Compiled(compiled, middle - began, _spent() - middle)
 
     for shape in shapes:
         rows = f"{shape.decode_rows} + {shape.prefill_rows} rows"
@@ -193,10 +196,10 @@ def _beside() -> Named:
 
         def build(mesh: Mesh, hardware: Hardware, a: int = a, b: int = b) -> Compiled:
             bench = Bench(mesh, True, hardware.l2_bytes, beside.MOST_BYTES)
-            began = time.perf_counter()
+            began = _spent()
             first, second = beside.kernels_of(both, b, "mosaic")
             program = compile_pair(bench, first, second, a, min(b, 1), saving_options(hardware))
-            return Compiled(program, 0.0, time.perf_counter() - began)
+            return Compiled(program, 0.0, _spent() - began)
 
         yield f"{a} GEMMs beside {b} of attention", build
 
@@ -221,7 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 with without_compile_cache():
                     found = build(mesh, hardware)
                 total += found.lowering + found.compiling
-                print(f"{gpu} {part.name}: {name}: lowered {found.lowering:.1f} s, compiled {found.compiling:.1f} s")
+                print(
+                    f"{gpu} {part.name}: {name}: lowered {found.lowering:.1f} s, compiled {found.compiling:.1f} s",
+                    flush=True,
+                )
             if total:
                 status |= total > part.seconds
                 print(f"{gpu} {part.name}: {total:.1f} s of its {part.seconds} s", flush=True)
