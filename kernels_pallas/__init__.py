@@ -1,4 +1,5 @@
-"""Attention over a paged KV cache, and the append to it. Usable on its own; imports nothing from nanoflow_jax.
+"""Attention over a paged KV cache, the append to it, and the residual addition with its norm. Usable on their own;
+imports nothing from nanoflow_jax.
 
 Shapes, everywhere: R rows (one query token each), Hq query heads, Hkv KV heads (Hq a multiple; query heads of one KV
 head are neighbours), d head size, pages `[num_pages, Hkv, page_size, d]`: the tokens of one KV head in one page are
@@ -14,8 +15,9 @@ V is not stored transposed, so a token stays one contiguous row, for append, pre
 multiplies K as fp8 with queries in two fp8 terms (as good as bfloat16) and upcasts V to float16 on its way to wgmma.
 """
 
+from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.prefill_attention import prefill_attention
 
-__all__ = ["append_kv", "decode_attention", "prefill_attention"]
+__all__ = ["add_rms_norm", "append_kv", "decode_attention", "prefill_attention"]

@@ -32,13 +32,15 @@ def add_rms_norm(
                 a stack of norms is copied
     bias        [H], of the projection that the update comes from
     eps         added to the mean of the squares
-    backend     "xla" or "mosaic" (Hopper: bfloat16, H a multiple of 128 up to 16384)
+    backend     "xla" or "mosaic" (Hopper: bfloat16, H a multiple of 128 up to 16384, p a divisor of 8 and of
+                H / 128)
     tuning      "mosaic" alone; by default that of an H200
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
     Returns total and normed, both [n, H]. The statistics are those of the rounded total, in float32, and normed is
-    rounded before it is multiplied with the weight. With "mosaic", a row's result depends neither on n nor on its
-    place. Raises ValueError naming the argument that does not fit.
+    rounded before it is multiplied with the weight (with "xla" as far as the compiler does round what it fuses). With
+    "mosaic", a row's result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError
+    naming the argument that does not fit.
     """
     check_backend(backend, BACKENDS)
     check_mosaic_only(backend, tuning=tuning, interpret=interpret)

@@ -5,13 +5,17 @@ read the sum again. A persistent grid, one program per SM; its warpgroups take t
 nothing but the norm's weight. A warpgroup brings its next rows in with bulk copies, and a slot of shared memory that
 held x and update of a row holds its sum and norm afterwards, so all slots are rows on their way in or out.
 
-A row is 4 x 32 x `vector` elements wide chunks, added up thread by thread in the chunks' order, then by shuffles within
-each warp, then over the four warps through a scratch of the warpgroup's own: Mosaic's reduction across warps has one
-scratch for the whole block, which would leave room for one computing warpgroup. That order is the row size's alone, so
-a row's result depends neither on the other rows nor on its place among them.
+A row is lines in chunks of four, one for each warp. Squares are added up in each thread, then within each warp by
+shuffles, then over the four warps through a scratch of the warpgroup's own: Mosaic's reduction across warps has one
+scratch for the whole block, so that only one warpgroup could compute. That order is the row size's alone: a row's
+result depends neither on the other rows, nor on its place among them, nor on how the update comes.
+
+Gathered columns come as one tensor copy of a row's parts, not as a copy each: with every copy, all 128 threads arrive
+at its barrier.
 
 The automatic barriers around every store are off (there would be two per chunk): each thread writes over the very
-elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`.
+elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`. The total is read
+again from shared memory, not kept: the longest rows would not fit into the registers.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
 
 WARPS = 4  # of a warpgroup
-MAX_VECTOR = 4  # elements that a thread reads at once: 8 bytes
 ROW_UNIT = 128  # a row size is a multiple of this
+MAX_SECTIONS = 8  # of a row
 MAX_ROW = 16_384
 OTHER = 2048  # bytes of shared memory for partial sums, barriers and alignment
 
@@ -54,40 +58,59 @@ class Plan:
 
     @property
     def line(self) -> int:
-        """Elements that one warp reads at once."""
+        """Elements that a warp reads at once."""
         return 32 * vector(self.row_size)
 
     @property
-    def lines(self) -> int:
-        return self.row_size // self.line
+    def chunks(self) -> int:
+        """Of a row, [4, line] each."""
+        return self.row_size // (WARPS * self.line)
+
+    @property
+    def row(self) -> tuple[int, ...]:
+        return self.chunks, WARPS, self.line
+
+    @property
+    def row_parts(self) -> tuple[int, ...]:
+        return self.parts, self.chunks // self.parts, WARPS, self.line
 
 
 def vector(row_size: int) -> int:
-    """Elements that a thread reads at once, from the row size alone: it fixes the order of the sum."""
-    return gcd(row_size // ROW_UNIT, MAX_VECTOR)
+    """Elements that a thread reads at once, at most 8 bytes. From the row size alone, because it fixes the order of the
+    sum, and such that a row has eight sections where it can."""
+    return gcd(row_size // (MAX_SECTIONS * ROW_UNIT), 4) if row_size % (MAX_SECTIONS * ROW_UNIT) == 0 else 1
+
+
+def sections(row_size: int) -> int:
+    """Pieces that a row is worked on in: whole chunks each, and whole numbers of them in a part of the update. Few,
+    because what Mosaic compiles grows with them."""
+    return gcd(row_size // (ROW_UNIT * vector(row_size)), MAX_SECTIONS)
 
 
 def _layout(plan: Plan) -> Any:
-    """A line for each warp, neighbouring elements for neighbouring threads."""
+    """Of chunks: a line for each warp, neighbouring elements for neighbouring threads."""
     width = vector(plan.row_size)
-    tiling = plgpu.Tiling(((WARPS, 32 * width), (1, width)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-3,), vector_dim=-1)
+    tiling = plgpu.Tiling(((WARPS, 32 * width), (width,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
 
 
 def _body(plan: Plan) -> Callable[..., None]:
     layout = _layout(plan)
-    chunks = [pl.ds(line, WARPS) for line in range(0, plan.lines, WARPS)]
     load = partial(plgpu.load, layout=layout)
     bring = partial(plgpu.copy_gmem_to_smem, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+    size = plan.chunks // sections(plan.row_size)
+    part_size = plan.chunks // plan.parts
+    of_row = [pl.ds(chunk, size) for chunk in range(0, plan.chunks, size)]
+    of_part = [(part, pl.ds(chunk, size)) for part in range(plan.parts) for chunk in range(0, part_size, size)]
 
     def body(
-        x: Any,  # [n, lines, line], global memory
-        update: Any,  # [parts, n, lines / parts, line]
-        weight: Any,  # [R, lines, line]
-        *rest: Any,  # with a bias [lines, line]; total and normed [n, lines, line], written
-        x_s: Any,  # [warpgroups * stages, lines, line], shared memory: x, then the total
-        update_s: Any,  # likewise: update, then the norm
-        fixed_s: Any,  # [1 or 2, lines, line]: weight, bias
+        x: Any,  # [n, *row], row = [chunks, 4, line]; global memory
+        update: Any,  # [parts, n, chunks / parts, 4, line]
+        weight: Any,  # [R, *row]
+        *rest: Any,  # with a bias [*row]; then total [n, *row] and normed [n, parts, chunks / parts, 4, line], written
+        x_s: Any,  # [warpgroups * stages, *row], shared memory: x, then total
+        update_s: Any,  # [warpgroups * stages, parts, chunks / parts, 4, line]: update, then normed
+        fixed_s: Any,  # [1 or 2, *row]: weight, bias
         sums_s: Any,  # [warpgroups, 4] float32
         full: Any,  # barriers: [warpgroups * stages]
         fixed_full: Any,  # barrier
@@ -105,10 +128,7 @@ def _body(plan: Plan) -> Callable[..., None]:
         def bring_row(turn: jax.Array) -> None:
             row, slot = place(turn)
             bring(x.at[row], x_s.at[slot], full.at[slot])
-            size = plan.lines // plan.parts
-            for part in range(plan.parts):
-                into = update_s.at[slot, pl.ds(part * size, size)]
-                bring(update.at[part, row], into, full.at[slot])
+            bring(update.at[:, row], update_s.at[slot], full.at[slot])
 
         ahead = plan.stages - 1
         pl.loop(jnp.int32(0), jnp.minimum(turns, ahead))(bring_row)
@@ -125,13 +145,12 @@ def _body(plan: Plan) -> Callable[..., None]:
         def _(turn: jax.Array) -> None:
             row, slot = place(turn)
             plgpu.barrier_wait(full.at[slot])
-            squares = plgpu.layout_cast(jnp.zeros((WARPS, plan.line), jnp.float32), layout)
-            totals = []
-            for chunk in chunks:
-                value = load(x_s.at[slot, chunk]) + load(update_s.at[slot, chunk])
+            squares = plgpu.layout_cast(jnp.zeros((size, WARPS, plan.line), jnp.float32), layout)
+            for section, in_part in zip(of_row, of_part, strict=True):
+                value = load(x_s.at[slot, section]) + load(update_s.at[slot, *in_part])
                 if plan.bias:
-                    value += load(fixed_s.at[1, chunk])
-                totals.append(value)
+                    value += load(fixed_s.at[1, section])
+                x_s[slot, section] = value
                 wide = value.astype(jnp.float32)
                 squares += wide * wide
 
@@ -140,17 +159,16 @@ def _body(plan: Plan) -> Callable[..., None]:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last turn's results have left their slot
                 bring_row(turn + ahead)
 
-            sums_s[role] = squares.sum(axis=1)
+            sums_s[role] = squares.sum(axis=0).sum(axis=1)
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(x_s.at[slot], total.at[row])
             warps = [sums_s[role, warp] for warp in range(WARPS)]
             square = (warps[0] + warps[1]) + (warps[2] + warps[3])
             scale = lax.rsqrt(square / plan.row_size + plan.eps)
-            for chunk, value in zip(chunks, totals, strict=True):
-                x_s[slot, chunk] = value
-                unit = (value.astype(jnp.float32) * scale).astype(jnp.bfloat16)
-                update_s[slot, chunk] = unit * load(fixed_s.at[0, chunk])
+            for section, in_part in zip(of_row, of_part, strict=True):
+                unit = (load(x_s.at[slot, section]).astype(jnp.float32) * scale).astype(jnp.bfloat16)
+                update_s[slot, *in_part] = unit * load(fixed_s.at[0, section])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(x_s.at[slot], total.at[row], commit_group=False)
             plgpu.copy_smem_to_gmem(update_s.at[slot], normed.at[row])
 
         plgpu.wait_smem_to_gmem(0)
@@ -176,7 +194,7 @@ def make_plan(
         bias=bias is not None,
         eps=eps,
         warpgroups=warpgroups,
-        stages=slots // warpgroups,
+        stages=min(slots // warpgroups, tuning.max_stages),
         programs=programs,
     )
 
@@ -202,31 +220,30 @@ def add_rms_norm_mosaic(
     if n == 0:
         return x, x
     plan = make_plan(x, update, bias, weight_row, eps, tuning)
-    shape = (plan.lines, plan.line)
-    slots = plgpu.SMEM((plan.warpgroups * plan.stages, *shape), x.dtype)
-    row = jax.ShapeDtypeStruct((n, *shape), x.dtype)
+    row, parts = plan.row, plan.row_parts
+    slots = plan.warpgroups * plan.stages
     kernel = plgpu.kernel(
         _body(plan),
-        out_type=(row, row),
+        out_type=(jax.ShapeDtypeStruct((n, *row), x.dtype), jax.ShapeDtypeStruct((n, *parts), x.dtype)),
         scratch_types={
-            "x_s": slots,
-            "update_s": slots,
-            "fixed_s": plgpu.SMEM((1 + plan.bias, *shape), x.dtype),
+            "x_s": plgpu.SMEM((slots, *row), x.dtype),
+            "update_s": plgpu.SMEM((slots, *parts), x.dtype),
+            "fixed_s": plgpu.SMEM((1 + plan.bias, *row), x.dtype),
             "sums_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
-            "full": plgpu.Barrier(num_barriers=plan.warpgroups * plan.stages, num_arrivals=1 + plan.parts),
+            "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
             "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias),
         },
         grid=(plan.programs,),
         grid_names=("program",),
         num_threads=plan.warpgroups,
         thread_name="role",
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, reduction_scratch_bytes=0),
         interpret=interpret,
         kernel_name="add_rms_norm",
     )
-    args = [x.reshape(n, *shape), update.reshape(plan.parts, n, -1, plan.line), weight.reshape(-1, *shape)]
+    args = [x.reshape(n, *row), update.reshape(plan.parts, n, *parts[1:]), weight.reshape(-1, *row)]
     if bias is not None:
-        args.append(bias.reshape(shape))
+        args.append(bias.reshape(row))
     expected = tuning.expected
     moved = 4 * n * row_size * x.dtype.itemsize
     us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
@@ -245,9 +262,9 @@ def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.A
         raise ValueError(
             f"x: rows of {row_size}; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} to {MAX_ROW}"
         )
-    unit = 32 * vector(row_size)
-    if update.shape[-1] % unit:
+    parts = update.shape[0] if update.ndim == 3 else 1
+    if sections(row_size) % parts:
         raise ValueError(
-            f"update: gathered columns of {update.shape[-1]}; "
-            f"backend 'mosaic' accepts multiples of {unit} with rows of {row_size}"
+            f"update: columns from {parts} devices; "
+            f"backend 'mosaic' accepts divisors of {sections(row_size)} with rows of {row_size}"
         )

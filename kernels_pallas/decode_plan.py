@@ -1,9 +1,9 @@
-"""What surrounds decode attention's Mosaic kernel: the static plan of a call, its arguments, joining the splits."""
+"""What surrounds decode attention's Mosaic kernels: the static plan of a call, its arguments, queries in fp8."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,12 +11,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.checks import FP8
-from kernels_pallas.tuning import DecodeTuning, choose_splits
+from kernels_pallas.tuning import DecodeTuning, DecodeWork, choose_splits
 
 PAGE_SIZE = 64  # tokens: wgmma's M
 HEAD_DIMS = (64, 128)
 MAX_REPEATS = 16  # query heads per KV head
 LOG2_E = math.log2(math.e)
+Q_SLOTS = 2  # items whose queries are in shared memory
 UPCAST_SLOTS = 2  # steps of V that are float16 at a time, with fp8 pages
 
 
@@ -27,7 +28,8 @@ class Plan:
     rows: int
     kv_heads: int
     row_pages: int  # of the page table
-    heads: int  # query heads per KV head, padded to 8 or 16
+    repeats: int  # query heads per KV head; what does not divide `heads` is padded to that
+    heads: int  # 8 or 16: rows of the queries that are read for an item
     head_dim: int
     splits: int
     min_split_pages: int
@@ -45,6 +47,38 @@ class Plan:
     @property
     def items(self) -> int:
         return self.rows * self.kv_heads * self.splits
+
+    def window(self, item: jax.Array) -> jax.Array:
+        """Which `heads` rows of the queries hold the heads of an item (row and KV head). Tiles have 8 rows: the others
+        are those of the item's neighbours, and become columns that are not written."""
+        return lax.div(item * self.repeats, jnp.int32(self.heads))
+
+    def offset(self, item: jax.Array) -> jax.Array:
+        """Where the heads of an item are in its window."""
+        return lax.rem(item * self.repeats, jnp.int32(self.heads))
+
+    def lse_of_heads(self, lse: jax.Array) -> jax.Array:
+        """[rows * kv_heads, repeats] of what the kernel wrote, [rows * kv_heads, heads]."""
+        if self.whole:
+            return lse
+        item = jnp.arange(lse.shape[0], dtype=jnp.int32)
+        head = self.offset(item)[:, None] + jnp.arange(self.repeats, dtype=jnp.int32)[None, :]
+        return jnp.take_along_axis(lse, head, axis=1)
+
+    @property
+    def whole(self) -> bool:
+        """No item reads what is not its own."""
+        return self.repeats == self.heads
+
+    @property
+    def work(self) -> DecodeWork:
+        return DecodeWork(
+            items=self.rows * self.kv_heads,
+            row_pages=self.row_pages,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            itemsize=1 if self.fp8 else 2,
+        )
 
     @property
     def terms(self) -> int:
@@ -77,24 +111,28 @@ def make_plan(
 ) -> Plan:
     rows, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]
-    fp8 = k_pages.dtype == FP8
+    repeats, fp8 = q_heads // kv_heads, k_pages.dtype == FP8
+    heads = 8 if repeats <= 8 else 16
     sms = tuning.sms if sm_budget is None else min(sm_budget, tuning.sms)
-    splits = choose_splits(rows * kv_heads, page_table.shape[1], sms, tuning)
-    upcast_bytes = UPCAST_SLOTS * tuning.step_pages * PAGE_SIZE * d * 2 if fp8 else 0
-    return Plan(
+    # Of shared memory: V as float16, and queries as they came.
+    fp8_bytes = UPCAST_SLOTS * tuning.step_pages * PAGE_SIZE * d * 2 + Q_SLOTS * heads * d * 2
+    plan = Plan(
         rows=rows,
         kv_heads=kv_heads,
         row_pages=page_table.shape[1],
-        heads=8 if q_heads <= 8 * kv_heads else 16,
+        repeats=repeats if heads % repeats == 0 else heads,
+        heads=heads,
         head_dim=d,
-        splits=splits,
+        splits=1,
         min_split_pages=tuning.min_split_pages,
         step_pages=tuning.step_pages,
-        stages=tuning.stages(d, k_pages.dtype.itemsize, upcast_bytes),
-        programs=min(sms, rows * kv_heads * splits),
+        stages=tuning.stages(d, k_pages.dtype.itemsize, fp8_bytes if fp8 else 0),
+        programs=sms,
         scale=scale,
         fp8=fp8,
     )
+    plan = replace(plan, splits=choose_splits(plan.work, sms, tuning))
+    return replace(plan, programs=min(sms, plan.items))
 
 
 def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
@@ -103,7 +141,7 @@ def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
     if expected is None:
         return None
     kv = 2 * plan.rows * context * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
-    rows = plan.rows * plan.kv_heads * plan.heads * plan.head_dim * 2 * 2
+    rows = plan.rows * plan.kv_heads * plan.repeats * plan.head_dim * 2 * 2
     return expected.us(moved=kv + rows, sms=plan.programs, all_sms=tuning.sms)
 
 
@@ -111,56 +149,35 @@ def ceil_div(x: jax.Array, by: int) -> jax.Array:
     return lax.div(x + jnp.int32(by - 1), jnp.int32(by))  # of non-negative numbers: floor_divide would test the signs
 
 
-def two_terms(q: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """bfloat16 queries [n, heads, d] as sums of two float8_e4m3fn: terms [n, 2, heads, d], and what the sums have to be
-    multiplied with, [n, heads] float32.
+def two_terms(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """bfloat16 queries [heads, d] as sums of two float8_e4m3fn, high and low [heads, d], and what the sums have to be
+    multiplied with, [heads] float32.
 
     Four bits of significand and four more hold the eight of bfloat16, because a power of two scales each head to below
     256: exact for elements above 2^-9 of the head's largest, and within 2^-17 of the largest for the others.
     """
     wide = q.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(jnp.abs(wide).max(axis=-1), jnp.int32)
+    bits = lax.bitcast_convert_type(jnp.abs(wide).max(axis=1), jnp.int32)
     exponent = jnp.maximum(bits >> 23, 34)  # biased by 127; of a head of nothing but zeros, one that overflows nothing
 
     def power(biased: jax.Array) -> jax.Array:
         return lax.bitcast_convert_type(biased << 23, jnp.float32)
 
-    wide = wide * power(261 - exponent)[..., None]  # the largest comes to lie in [128, 256)
+    wide = wide * lax.broadcast_in_dim(power(261 - exponent), q.shape, (0,))  # the largest comes to lie in [128, 256)
     high = wide.astype(FP8)
-    low = (wide - high.astype(jnp.float32)).astype(FP8)
-    # A selection, not a concatenation: it becomes one kernel with what stands above.
-    term = lax.broadcasted_iota(jnp.int32, (1, 2, 1, 1), 1)
-    return jnp.where(term == 0, high[:, None], low[:, None]), power(exponent - 7)
+    return high, (wide - high.astype(jnp.float32)).astype(FP8), power(exponent - 7)
 
 
-def make_factors(plan: Plan, unit: jax.Array, k_scale: jax.Array, v_scale: jax.Array) -> jax.Array:
-    """[rows * kv_heads, 2, 16] float32: what turns products of fp8 numbers into logarithms to base 2, and into values.
-
-    unit [rows * kv_heads, heads]: what the terms of the queries are multiples of.
-    """
-    unit = lax.pad(
-        unit, jnp.zeros((), unit.dtype), ((0, 0, 0), (0, MAX_REPEATS - plan.heads, 0))
-    )  # not jnp.pad: a call
-    unit = unit.reshape(-1, plan.kv_heads, 1, MAX_REPEATS)
-    k_scale, v_scale = (x[None, :, None, None] for x in (k_scale * (plan.scale * LOG2_E), v_scale))
-    which = lax.broadcasted_iota(jnp.int32, (1, 1, 2, 1), 2)
-    return jnp.where(which == 0, unit * k_scale, v_scale).reshape(-1, 2, MAX_REPEATS)
-
-
-def combine(plan: Plan, out: jax.Array, lse: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Joins the splits, out [rows, kv_heads, splits, d, heads] and lse [rows, kv_heads, splits, heads] float32."""
-    pages = plan.pages(lengths)
-    size = plan.split_pages(pages)
-    used = lax.div(pages + size - 1, size)
-    alive = (jnp.arange(plan.splits, dtype=jnp.int32)[None, :] < used[:, None])[:, None, :, None]
-    # What the splits beyond the length hold was never written.
-    lse = jnp.where(alive, lse, -jnp.inf)
-    top = lse.max(axis=2, keepdims=True)
-    weight = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    total = weight.sum(axis=2, keepdims=True)
-    some = jnp.where(total == 0.0, 1.0, total)
-    joined = (jnp.where(alive[..., None], out, 0.0) * (weight / some)[..., None, :]).sum(axis=2)
-    return joined.astype(jnp.bfloat16).transpose(0, 1, 3, 2), (top + jnp.log(total))[:, :, 0]
+def cut_windows(plan: Plan, q: jax.Array) -> jax.Array:
+    """q [rows, q_heads, d] as windows [n, heads, d], which needs no copy where heads fill them."""
+    rows, d = q.shape[0], q.shape[2]
+    q = q.reshape(rows, plan.kv_heads, -1, d)
+    more_heads = plan.repeats - q.shape[2]
+    more_rows = next(n for n in range(plan.heads) if (rows + n) * plan.kv_heads * plan.repeats % plan.heads == 0)
+    if more_heads or more_rows:
+        # Not `jnp.pad`, a function of its own: on a stream of its own, XLA finds no stream for a call within a call.
+        q = lax.pad(q, jnp.zeros((), q.dtype), ((0, more_rows, 0), (0, 0, 0), (0, more_heads, 0), (0, 0, 0)))
+    return q.reshape(-1, plan.heads, d)
 
 
 def check_mosaic(

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.plain_rows import plain_row
 from kernels_pallas.prefill_tiles import (
     BEGIN,
     COLUMNS,
@@ -268,11 +269,6 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             plgpu.barrier_arrive(v_free.at[last])
             return out * _per_row(jnp.where(total == 0.0, 0.0, 1.0 / total), values)
 
-        def plain_row(ref: Any, row: jax.Array) -> Any:
-            """Row of [ROWS, d]. By way of one dimension, else Mosaic would tile this memory too; the interpreter does
-            not, and does not reshape."""
-            return ref.at[row] if interpreted else ref.reshape((ROWS * d,)).at[pl.ds(row * d, d)]
-
         def store(pair: Any, result: jax.Array, columns: list[jax.Array], token: jax.Array, head: jax.Array) -> None:
             """The rows of result [ROWS, d] whose tokens the tile answers for, through a pair of `results`."""
             begin, end, (result_s, plain_s) = columns[BEGIN], columns[END], pair
@@ -302,7 +298,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 @pl.loop(jnp.maximum(begin, token), jnp.minimum(end, token + ROWS))
                 def _(at: jax.Array) -> None:
                     row = out.at[_div(at, UNIT), _rem(at, UNIT), head]
-                    plgpu.copy_smem_to_gmem(plain_row(plain_s, at - token), row)
+                    plgpu.copy_smem_to_gmem(plain_row(plain_s, at - token, interpreted), row)
 
         def compute(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             steps_done, items_done = carry

@@ -107,3 +107,19 @@ def append_kv(
             k_pages = k_pages.at[page, :, slot].set(rounded(k[row], k_scale, k_pages.dtype))
             v_pages = v_pages.at[page, :, slot].set(rounded(v[row], v_scale, v_pages.dtype))
     return k_pages, v_pages
+
+
+def add_rms_norm(
+    x: jax.Array, update: jax.Array, weight: jax.Array, *, bias: jax.Array | None = None, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """total = x [n, H] + update (+ bias [H]), rounded to x's dtype after each sum, and its RMS norm times weight [H],
+    float32. update is [n, H], or [p, n, H/p] of columns that stand side by side."""
+
+    def added(a: jax.Array, b: jax.Array) -> jax.Array:
+        return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(x.dtype)
+
+    total = added(x, jnp.concatenate(list(update), axis=1) if update.ndim == 3 else update)
+    if bias is not None:
+        total = added(total, bias[None, :])
+    wide = total.astype(jnp.float32)
+    return total, wide / jnp.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * weight.astype(jnp.float32)[None, :]

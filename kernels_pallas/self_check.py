@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.checks import FP8
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.prefill_attention import prefill_attention
-from kernels_pallas.tuning import DECODE, DEFAULT_GPU, PAGE_TOKENS
+from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, PAGE_TOKENS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
 ROW_PAGES = 40  # of the longest context: more steps than any tuning has stages, several times
@@ -29,6 +30,7 @@ LENGTHS = (1, 0, 2 * PAGE_TOKENS, ROW_PAGES * PAGE_TOKENS - 57, 3 * PAGE_TOKENS 
 CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; PADDING rows after them belong to none
 PADDING = 3
 APPENDED = 261  # rows, more than a program's blocks in flight
+NORMED, PARTS, EPS = 101, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
 FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
 
 
@@ -38,12 +40,13 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Of one device. `fp8`: pages of float8_e4m3fn."""
+    """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual."""
 
     q_heads: int
     kv_heads: int
     head_dim: int
     fp8: bool = False
+    hidden: int = 2048
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,13 @@ QUICK: dict[str, tuple[Variant, ...]] = {
     "decode_attention": (Variant(2), Variant(7, splits=3)),
     "prefill_attention": (Variant(2),),
     "append_kv": (Variant(2),),
+    "add_rms_norm": (Variant(2),),
 }
 THOROUGH: dict[str, tuple[Variant, ...]] = {
     "decode_attention": (Variant(1), Variant(2, splits=3), Variant(7), Variant(None), Variant(None, splits=3)),
     "prefill_attention": (Variant(1), Variant(7), Variant(None)),
     "append_kv": (Variant(1), Variant(7), Variant(None)),
+    "add_rms_norm": (Variant(1), Variant(7), Variant(None)),
 }
 KERNELS = tuple(QUICK)
 
@@ -198,6 +203,34 @@ def _append(heads: Heads, mosaic: dict[str, Any]) -> Check:
     return Check((given.k, given.v, k, v, pages, slots), run, reference, error)
 
 
+def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    """The sums are right bit for bit, or the error is infinite."""
+    rng = np.random.default_rng(3)
+    tuning = mosaic.get("tuning") or ADD_NORM[DEFAULT_GPU]
+    x, whole, weight = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((NORMED, heads.hidden), (NORMED, heads.hidden), (heads.hidden,))
+    )
+    columns = whole.reshape(NORMED, PARTS, -1).transpose(1, 0, 2)  # as gathered from so many devices
+
+    def run(variant: Variant, x: jax.Array, whole: jax.Array, columns: jax.Array, weight: jax.Array) -> Any:
+        chosen = replace(tuning, sms=variant.sm_budget or tuning.sms)
+        options = mosaic | {"tuning": chosen, "eps": EPS}
+        return [add_rms_norm(x, update, weight, **options) for update in (whole, columns)]
+
+    def reference(x: jax.Array, whole: jax.Array, columns: jax.Array, weight: jax.Array) -> Any:
+        total = (x + whole).astype(jnp.float32)
+        normed = total / jnp.sqrt((total * total).mean(axis=1, keepdims=True) + EPS)
+        return [(x + whole, normed * weight.astype(jnp.float32)[None])] * 2
+
+    def error(got: Any, want: Any) -> float:
+        if not all(_same_bits(mine[0], right[0]) for mine, right in zip(got, want, strict=True)):
+            return float("inf")
+        return max(_error(mine[1], right[1]) for mine, right in zip(got, want, strict=True))
+
+    return Check((x, whole, columns, weight), run, reference, error)
+
+
 def _error(got: jax.Array, want: jax.Array) -> float:
     """Of the worst row, relative to its norm; a row that should be 0 must be."""
     off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
@@ -223,6 +256,7 @@ _CHECKS: dict[str, Callable[[Heads, dict[str, Any]], Check]] = {
     "decode_attention": _decode,
     "prefill_attention": _prefill,
     "append_kv": _append,
+    "add_rms_norm": _add_norm,
 }
 
 
@@ -273,7 +307,7 @@ def check_variants(
 def check_kernel(kernel: str, heads: Heads, *, tuning: Any = None, interpret: Any = None) -> float:
     """The error of a Mosaic kernel's worst row on this process' default device.
 
-    kernel     "decode_attention", "prefill_attention" or "append_kv"
+    kernel     one of KERNELS
     tuning     as the kernel takes it
     interpret  likewise, for tests without a GPU
 

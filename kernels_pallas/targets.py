@@ -19,7 +19,13 @@ class Target:
 
 TARGETS = (
     Target(("A100",), 8, "sm_80", (), "Mosaic GPU emits instructions that start with Hopper"),
-    Target(("H100", "H200"), 9, "sm_90a", ("decode_attention", "prefill_attention", "append_kv"), "TMA and wgmma"),
+    Target(
+        ("H100", "H200"),
+        9,
+        "sm_90a",
+        ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm"),
+        "TMA and wgmma",
+    ),
     Target(("B200",), 10, "sm_100a", (), "has no wgmma; a tcgen05 kernel is not written"),
 )
 

@@ -3,13 +3,30 @@ expected to take (`kernels_pallas.expected`), which the compiler's scheduler is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kernels_pallas.expected import Expected
 
 PAGE_TOKENS = 64
+COMBINE_DIM = 64  # elements of a head that one program joins: wgmma's M, whose layout the partial results have
 SHARED_MEMORY_OTHER = 25 * 1024  # queries, weights, a result, barriers, the reduction's scratch: 16 heads of 128
 BLOCK_LIMIT = 232_448  # bytes of shared memory one thread block may have on Hopper
+
+
+# None of these rates was measured with these kernels. They are what the benchmark is held against (bench/goals.py), and
+# it prints each beside what it measures. An SM's own rate is assumed: one computing warpgroup, a step of two pages
+# (64 KiB of bfloat16) in 1.6 us.
+_SM_RATE = 40e9
+_H200 = "target, not measured: {} of the 4.3 TB/s of a device copy"
+_H100 = "target, not measured: {} of 3.0 TB/s, 0.9 of the data sheet's 3.35"
+
+
+def _combine(copy: float) -> Expected:
+    """What joins splits: its launch waits for them (1.5 us in a graph of kernels), then it waits for a length and for
+    what that says to read, one after the other, and stores (1 us each). A program reads eight partial results of 64 x 8
+    float32 in 0.4 us, and what it reads has been written. `copy`: bytes per second of a device copy."""
+    source = f"target, not measured: launch and latencies counted, {copy / 1e12} TB/s of a device copy"
+    return Expected(start_us=5.0, bytes_per_second=copy, sm_bytes_per_second=2 * _SM_RATE, source=source)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +41,8 @@ class DecodeTuning:
     max_splits        bounds the partial results
     expected          how fast a call is, over pages of bfloat16; None: nobody knows, and the scheduler is told nothing
     expected_fp8      the same over pages of fp8
+    combine           how fast the kernel is that joins the splits, which decides whether they pay
+    item_us           what an SM needs for a work item besides reading its pages: to start, to end the softmax. Assumed
     """
 
     sms: int
@@ -34,6 +53,8 @@ class DecodeTuning:
     max_splits: int = 128
     expected: Expected | None = None
     expected_fp8: Expected | None = None
+    combine: Expected = field(default_factory=lambda: _combine(3.0e12))
+    item_us: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("sms", "min_split_pages", "max_split_pages", "max_splits"):
@@ -53,6 +74,23 @@ class DecodeTuning:
         """Steps (K and V) in flight. `other_bytes`: of shared memory, for what fp8 pages become."""
         room = min(self.bytes_in_flight, BLOCK_LIMIT - SHARED_MEMORY_OTHER - other_bytes)
         return room // (self.step_pages * page_bytes(head_dim, itemsize))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeWork:
+    """What splits of a call are chosen from: `items` (rows x KV heads) of up to `row_pages` pages, for `heads` query
+    heads each (padded to 8 or 16), of `head_dim` elements of `itemsize` bytes."""
+
+    items: int
+    row_pages: int
+    heads: int = 8
+    head_dim: int = 128
+    itemsize: int = 2
+
+    @property
+    def combines(self) -> int:
+        """Programs that join splits: one has COMBINE_DIM elements of the heads of an item."""
+        return self.items * (self.head_dim // COMBINE_DIM)
 
 
 def page_bytes(head_dim: int, itemsize: int = 2) -> int:
@@ -91,13 +129,15 @@ class AddNormTuning:
 
     sms              programs of the persistent grid, one per SM
     bytes_in_flight  rows of x and of the update in shared memory, on their way in or out
-    max_warpgroups   that take a program's rows in turn; each has three rows in flight or more
+    max_warpgroups   that take a program's rows in turn; several where each has room for three rows
+    max_stages       rows of one warpgroup in shared memory
     expected         how fast a call is; None: nobody knows
     """
 
     sms: int
     bytes_in_flight: int = 192 * 1024
     max_warpgroups: int = 4
+    max_stages: int = 6
     expected: Expected | None = None
 
     def __post_init__(self) -> None:
@@ -105,6 +145,8 @@ class AddNormTuning:
             raise ValueError(f"sms: {self.sms} must be at least 1")
         if not 1 <= self.max_warpgroups <= 8:
             raise ValueError(f"max_warpgroups: {self.max_warpgroups} must be in [1, 8]")
+        if not 2 <= self.max_stages <= 32 // self.max_warpgroups:  # Mosaic takes 32 barriers as one array
+            raise ValueError(f"max_stages: {self.max_stages} must be in [2, {32 // self.max_warpgroups}]")
         low, high = 2 * 2 * 2 * 16_384, BLOCK_LIMIT  # two of the longest rows, x and update
         if not low <= self.bytes_in_flight <= high:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
@@ -141,18 +183,14 @@ class PrefillTuning:
         return self.bytes_in_flight // (PREFILL_STEP_PAGES * page_bytes(head_dim))
 
 
-# None of these rates was measured with these kernels. They are what the benchmark is held against (bench/goals.py), and
-# it prints each beside what it measures. An SM's own rate is assumed: one computing warpgroup, a step of two pages
-# (64 KiB of bfloat16) in 1.6 us.
-_SM_RATE = 40e9
-_H200 = "target, not measured: {} of the 4.3 TB/s of a device copy"
-_H100 = "target, not measured: {} of 3.0 TB/s, 0.9 of the data sheet's 3.35"
-
-
 def _prefill(bytes_per_second: float) -> Expected:
     source = "target, not measured: 600 TFLOP/s at 8K"
     return Expected(flops_per_second=600e12, bytes_per_second=bytes_per_second, source=source)
 
+
+_UNKNOWN = Expected(
+    bytes_per_second=2.76e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("92 %")
+)  # of a GPU that no tuning knows
 
 DECODE: dict[str, DecodeTuning] = {
     "h100": DecodeTuning(
@@ -160,12 +198,14 @@ DECODE: dict[str, DecodeTuning] = {
         bytes_in_flight=192 * 1024,
         expected=Expected(bytes_per_second=2.76e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("92 %")),
         expected_fp8=Expected(bytes_per_second=2.43e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("81 %")),
+        combine=_combine(3.0e12),
     ),
     "h200": DecodeTuning(
         sms=132,
         bytes_in_flight=192 * 1024,
         expected=Expected(bytes_per_second=3.96e12, sm_bytes_per_second=_SM_RATE, source=_H200.format("92 %")),
         expected_fp8=Expected(bytes_per_second=3.5e12, sm_bytes_per_second=_SM_RATE, source=_H200.format("81 %")),
+        combine=_combine(4.3e12),
     ),
 }
 APPEND: dict[str, AppendTuning] = {
@@ -188,16 +228,41 @@ def tuned_gpu(device_kind: str) -> str:
     return next((key for key in DECODE if key in device_kind.lower()), DEFAULT_GPU)
 
 
-def choose_splits(items: int, table_pages: int, programs: int, tuning: DecodeTuning) -> int:
-    """Splits of every row, from static shapes alone: `items` (rows x KV heads) of up to `table_pages` pages.
+def split_us(splits: int, work: DecodeWork, programs: int, tuning: DecodeTuning) -> float:
+    """Counted microseconds of a call whose rows fill their tables, in so many splits.
 
-    Minimises the pages the busiest program reads, each split costing about one page of its own (start, result,
-    combine), among the counts that keep a split within the tuning's bounds. Ties go to fewer splits.
+    Programs take their items in rounds. A round ends when its bytes have come, at the rate of all SMs or of those that
+    still have an item, each at its own; the last round may have few. Splits need a combine after that.
     """
-    most = max(1, min(tuning.max_splits, table_pages // tuning.min_split_pages))
-    least = min(most, -(-table_pages // tuning.max_split_pages))
+    rates = (tuning.expected_fp8 if work.itemsize == 1 else tuning.expected) or tuning.expected or _UNKNOWN
+    item_bytes = -(-work.row_pages // splits) * page_bytes(work.head_dim, work.itemsize)
+    items = work.items * splits
 
-    def busiest(splits: int) -> int:
-        return -(-items * splits // programs) * (-(-table_pages // splits) + (splits > 1))
+    def round_us(busy: int) -> float:
+        alone = item_bytes / rates.sm_bytes_per_second * 1e6 + tuning.item_us
+        return max(alone, busy * item_bytes / rates.bytes_per_second * 1e6)
 
-    return min(range(least, most + 1), key=lambda splits: (busiest(splits), splits))
+    rounds, rest = divmod(items, programs)
+    us = rounds * round_us(programs) + (round_us(rest) if rest else 0.0)
+    return us if splits == 1 else us + combine_us(splits, work, tuning)
+
+
+def combine_us(splits: int, work: DecodeWork, tuning: DecodeTuning) -> float:
+    """Counted microseconds of joining the splits: the partial results written and read, and the kernel that reads
+    them."""
+    moved = 2 * work.items * splits * work.heads * (work.head_dim + 1) * 4
+    return tuning.combine.us(moved=moved, sms=min(tuning.sms, work.combines), all_sms=tuning.sms)
+
+
+def choose_splits(work: DecodeWork, programs: int, tuning: DecodeTuning) -> int:
+    """Splits of every row, from static shapes alone: the fewest of those with the least counted time, among the counts
+    that keep a split within the tuning's bounds."""
+    return min(
+        allowed_splits(work.row_pages, tuning), key=lambda splits: (split_us(splits, work, programs, tuning), splits)
+    )
+
+
+def allowed_splits(row_pages: int, tuning: DecodeTuning) -> range:
+    most = max(1, min(tuning.max_splits, row_pages // tuning.min_split_pages))
+    least = min(most, -(-row_pages // tuning.max_split_pages))
+    return range(least, most + 1)

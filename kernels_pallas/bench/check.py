@@ -21,19 +21,30 @@ import jax
 
 from kernels_pallas.self_check import KERNELS, QUICK, THOROUGH, Heads, KernelError, Variant, check_variants
 from kernels_pallas.tuning import (
+    ADD_NORM,
     APPEND,
     DECODE,
     DEFAULT_GPU,
     PREFILL,
     PREFILL_STEP_PAGES,
+    AddNormTuning,
+    AppendTuning,
     PrefillTuning,
     page_bytes,
     tuned_gpu,
 )
 
 PROGRAM = "kernels_pallas.bench.check"
-TUNINGS: dict[str, dict[str, Any]] = {"decode_attention": DECODE, "prefill_attention": PREFILL, "append_kv": APPEND}
-MODELS = (Heads(q_heads=8, kv_heads=1, head_dim=128), Heads(q_heads=32, kv_heads=8, head_dim=128))  # 70B rank, 8B
+TUNINGS: dict[str, dict[str, Any]] = {
+    "decode_attention": DECODE,
+    "prefill_attention": PREFILL,
+    "append_kv": APPEND,
+    "add_rms_norm": ADD_NORM,
+}
+MODELS = (
+    Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192),  # 70B rank
+    Heads(q_heads=32, kv_heads=8, head_dim=128, hidden=4096),  # 8B
+)
 TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64),)  # for the interpreter
 
 
@@ -46,7 +57,9 @@ def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: 
             raise ValueError("--step-pages: decode_attention alone has it")
         tuning = replace(tuning, step_pages=step_pages)
     if stages is not None:
-        if hasattr(tuning, "stages") and not callable(tuning.stages):
+        if isinstance(tuning, AddNormTuning):
+            tuning = replace(tuning, max_stages=stages)
+        elif isinstance(tuning, AppendTuning):
             tuning = replace(tuning, stages=stages)
         else:
             pages = PREFILL_STEP_PAGES if prefill else tuning.step_pages

@@ -1,7 +1,7 @@
 """Whether two engines give the same greedy tokens: Mosaic attention against XLA's on a GPU that has it.
 
-    python -m nanoflow_jax.bench.attention_check            # on a Hopper GPU
-    python -m nanoflow_jax.bench.attention_check --tiny     # anywhere: two plans instead, in float32
+    python -m nanoflow_jax.bench.attention_check --model 8b    # on a Hopper GPU
+    python -m nanoflow_jax.bench.attention_check --tiny        # anywhere: two plans instead, in float32
 
 Weights are random. In bfloat16 two right kernels differ in the last bits, so a token may differ where the two likeliest
 are as good as equal: that is a near tie, and the request is compared no further. Anything else is a mismatch.
@@ -10,22 +10,26 @@ are as good as equal: that is a near tie, and the request is compared no further
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from nanoflow_jax.bench.report import ThroughputOptions
+from nanoflow_jax.bench.session_parts import RUN_LENGTH, RUN_TOKENS
 from nanoflow_jax.bench.throughput import build_random
-from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.config import ModelConfig, model_config
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.platform import use_compile_cache
+from nanoflow_jax.platform import claim_gpu_memory, use_compile_cache
+from nanoflow_jax.schedule import compile as compile_options
 from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.weights.hub import EMBEDDED
 from nanoflow_jax.workload import Lengths, Workload
@@ -59,10 +63,45 @@ def agreement(first: Sequence[Request], second: Sequence[Request], near: float) 
     return Agreement(len(first), tokens, ties, wrong)
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is compared: two engines of `options`, one of attention `backend` with `other` as its plan."""
+
+    options: ThroughputOptions
+    plan: str
+    other: str
+    backend: str
+    count: int  # of requests
+
+
+def setting(model: str, tiny: bool = False, smallest: bool = False) -> Setting:
+    """For "tiny" three layers of the embedded model's size and all step shapes. For "8b" eight layers of LLaMA-3.1-8B,
+    and the step of call A's run (`bench.session_parts`), compiled once for both."""
+    if model == "8b" and not tiny:
+        fields: dict[str, Any] = {"one_shape": True, "kv_cache_tokens": RUN_TOKENS, "max_model_len": RUN_LENGTH}
+        _, config = model_config("llama-3.1-8b")
+        config = replace(config, num_layers=8)
+    else:
+        fields = {"tokens_per_step": 64 if tiny else 512, "decode_slots": 16 if tiny else 64}
+        fields |= {"kv_cache_tokens": 8192 if tiny else 65536, "max_model_len": LONGEST + OUTPUT}
+        config = ModelConfig.from_file(EMBEDDED["tiny"] / "config.json")
+        config = replace(config, num_layers=1 if tiny or smallest else 3)
+        fields["one_shape"] = tiny or smallest
+    if not tiny:
+        config = replace(config, dtype="bfloat16", head_dim=128)
+    options = ThroughputOptions(
+        model=model, config=config, model_layers=config.num_layers,
+        workload=Workload("check", Lengths(1, 0), Lengths(1, 0)), attention_backend="xla", progress=False, **fields,
+    )  # fmt: skip
+    other, backend = ("sequential", "xla") if tiny else ("two_gather_one_reduce", "mosaic")
+    return Setting(options, "two_gather_one_reduce", other, backend, 4 if tiny or smallest else 48)
+
+
 def outputs(options: ThroughputOptions, plan: str, prompts: Sequence[list[int]]) -> list[Request]:
     """The requests, served on the first device."""
     mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
-    engine, _, _ = build_random(options, load_plan(plan), mesh, LONGEST + OUTPUT)
+    assert options.max_model_len is not None
+    engine, _, _ = build_random(options, load_plan(plan), mesh, options.max_model_len)
     params = SamplingParams(temperature=0, max_tokens=OUTPUT, ignore_eos=True, detokenize=False, logprobs=2)
     requests = [engine.add(None, prompt, params) for prompt in prompts]
     while engine.scheduler.has_work:
@@ -72,30 +111,36 @@ def outputs(options: ThroughputOptions, plan: str, prompts: Sequence[list[int]])
     return requests
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nanoflow_jax.bench.attention_check", description=__doc__)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nanoflow_jax.bench.attention_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=("tiny", "8b"), default="tiny", help="default: tiny")
     parser.add_argument("--tiny", action="store_true", help="two plans with XLA's attention, anywhere")
-    tiny = parser.parse_args(arguments).tiny
+    parser.add_argument("--smallest", action="store_true", help="one layer, four requests: for compute-sanitizer")
+    parser.add_argument("--no-command-buffers", action="store_true", help="each kernel started on its own")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    if given.no_command_buffers:  # whatever the project's own options say
+        compile_options.GPU_OPTIONS = {**compile_options.GPU_OPTIONS, **compile_options.STREAM_OPTIONS}
+    claim_gpu_memory()
     use_compile_cache()
-    config = replace(ModelConfig.from_file(EMBEDDED["tiny"] / "config.json"), num_layers=1 if tiny else 3)
-    count = 4 if tiny else 48
-    if not tiny:
-        config = replace(config, dtype="bfloat16", head_dim=128)
-    options = ThroughputOptions(
-        model="tiny", config=config, model_layers=config.num_layers,
-        workload=Workload("check", Lengths(1, 0), Lengths(1, 0)),
-        tokens_per_step=64 if tiny else 512, decode_slots=16 if tiny else 64, kv_cache_tokens=8192 if tiny else 65536,
-        attention_backend="xla", progress=False,
-    )  # fmt: skip
+    chosen = setting(given.model, given.tiny, given.smallest)
+    options, config = chosen.options, chosen.options.config
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in rng.integers(1, LONGEST, count)]
-    other = "sequential" if tiny else "two_gather_one_reduce"
-    backend = "xla" if tiny else "mosaic"
-    first = outputs(options, "two_gather_one_reduce", prompts)
-    second = outputs(replace(options, attention_backend=backend), other, prompts)
+    prompts = [rng.integers(0, config.vocab_size, n).tolist() for n in rng.integers(1, LONGEST, chosen.count)]
+    first = outputs(options, chosen.plan, prompts)
+    gc.collect()  # the first engine's memory
+    second = outputs(replace(options, attention_backend=chosen.backend), chosen.other, prompts)
     found = agreement(first, second, NEAR[config.dtype])
-    compared = ["xla two_gather_one_reduce", f"{backend} {other}"]
-    print(json.dumps({"compared": compared, "device": jax.devices()[0].device_kind, **asdict(found)}, indent=1))
+    compared = [f"xla {chosen.plan}", f"{chosen.backend} {chosen.other}"]
+    device = jax.devices()[0].device_kind
+    print(json.dumps({"model": given.model, "compared": compared, "device": device, **asdict(found)}, indent=1))
     return int(found.mismatches > 0 or found.tokens == 0)
 
 

@@ -1,15 +1,18 @@
-"""Everything that a GPU is needed for, in one command: correctness first, then kernels, throughput and host.
+"""Everything that a GPU is needed for, in calls of a few minutes: does it run, is it right, how fast is it.
 
-    python -m nanoflow_jax.bench.gpu_session results --minutes 25
+    python -m nanoflow_jax.bench.gpu_session results --call a
+    python -m nanoflow_jax.bench.gpu_session results --call b    # by what call A said
 
-Each part is a process of its own with a time limit, so that a failure loses that part only. The folder gets a JSON file
-and a log per part, and `summary.md`, written anew after each part. Called again, parts that are done with the same
-command and commit are not run again; those that failed, or for which no time was left, are.
+Each part is a process with a time limit of its own, so that a failure loses that part only; what depends on it is
+skipped. RESULTS gets one archive, session.tar.gz, renewed every 15 s and after every part: a JSON file and a log per
+part, session.json, and summary.md. A second one, cache.tar.gz, holds the compiled programs. A later call takes both up:
+from RESULTS, or from the folder that --from names. Parts that were done with the same sources are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -23,52 +26,46 @@ from pathlib import Path
 from typing import Any
 
 from kernels_pallas.bench.report import commit
-from nanoflow_jax.bench.session_parts import Part, parts
+from kernels_pallas.tuning import DECODE
+from nanoflow_jax import __version__
+from nanoflow_jax.bench import session_archive as archive
+from nanoflow_jax.bench.session_parts import SECONDS, TINY_SLOWER, Part, call_a, call_b, cap, later, tiny
 from nanoflow_jax.bench.session_report import summary
+from nanoflow_jax.bench.session_run import Session, result
+from nanoflow_jax.config import configs_root
+from nanoflow_jax.platform import CUDA, has_gpu
 
 PROGRAM = "nanoflow_jax.bench.gpu_session"
-LEAST_SECONDS = 45  # of time left: less is not worth beginning a part
+ROOT = Path(__file__).parents[2]
+CACHE_BYTES = 3 * archive.PART_BYTES - 10**6  # of compiled programs that are kept
+FLAGS = "--xla_gpu_experimental_enable_fusion_autotuner=false"  # it doubles compiling, and GEMMs are cuBLASLt's
 
 
-def run_part(part: Part, folder: Path, limit: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Runs one part and writes NAME.json and NAME.log. Returns its status, "done" or one line, and its seconds."""
-    began = time.monotonic()
-    command = [sys.executable, *(a.replace("{out}", str(folder)) for a in part.arguments)]
-    draft, log = folder / f"{part.name}.part", folder / f"{part.name}.log"
-    with draft.open("w") as out, log.open("w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment, start_new_session=True)
-        try:
-            code = process.wait(limit)
-            status = "done" if code == 0 else _last_line(log) or f"exit status {code}"
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {limit:.0f} s"
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-    if _read(draft) is None:
-        if status == "done":
-            status = "printed no JSON"
-        draft.unlink()
-    else:  # also of one that failed: it says what
-        os.replace(draft, folder / f"{part.name}.json")
-    return {"status": status, "seconds": time.monotonic() - began}
+def environment(work: Path, on_cpu: bool) -> dict[str, str]:
+    """Of the parts."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found.setdefault("NANOFLOW_COMPILE_CACHE", str(work / "cache"))  # one of the user's own is not archived
+    if on_cpu:
+        return found | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+    found["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
+    if (CUDA / "bin" / "ptxas").exists():  # JAX alone would take the folder of CUDA's wheels for the toolkit
+        found.setdefault("CUDA_ROOT", str(CUDA))
+        found["PATH"] = os.pathsep.join([found.get("PATH", os.defpath), str(CUDA / "bin")])
+    return found
 
 
-def _last_line(log: Path) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1].replace("|", "/")[:300] if lines else ""
+def digest() -> str:
+    """Of the sources and configs that the parts run."""
+    total = hashlib.sha256()
+    for root in (ROOT / "nanoflow_jax", ROOT / "kernels_pallas", configs_root()):
+        for path in sorted(root.rglob("*")):
+            if path.suffix in (".py", ".toml", ".json"):
+                total.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return total.hexdigest()[:12]
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _gpu() -> str:
+def gpu_line() -> str:
     """Name, memory and driver, without JAX, which would take the memory."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
@@ -82,84 +79,127 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="for the results; made when it is not there")
-    parser.add_argument("--minutes", type=float, default=25.0, help="for all parts together (default: 25)")
+    parser.add_argument("results", type=Path, help="folder for the archives; made when it is not there")
+    parser.add_argument("--call", choices=tuple(SECONDS), help="which parts; with --tiny, a and b when not given")
+    parser.add_argument("--seconds", type=float, help=f"for all parts together (default: by the call, {SECONDS})")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only (--list names them)")
     parser.add_argument("--list", action="store_true", help="print the parts with their limits and commands, and end")
     parser.add_argument("--tiny", action="store_true", help="all parts at tiny size, on the CPU")
+    parser.add_argument("--from", dest="source", type=Path, metavar="FOLDER", help="with an earlier call's archives")
+    parser.add_argument("--assume", choices=("good", "bad"), help="of call A, for call B, whatever it said")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/gpu-session"), metavar="FOLDER",
+        help="where parts run and programs are compiled to; the same in every call (default: build/gpu-session)",
+    )  # fmt: skip
     parser.add_argument(
         "--transformers-python", metavar="PATH", default=sys.executable, help="a Python with torch and transformers"
     )
     return parser
 
 
+def parts_of(call: str, options: argparse.Namespace, statuses: dict[str, str], gpu: str) -> list[Part]:
+    if call == "b":
+        if options.assume:
+            statuses = {part.name: "done" if options.assume == "good" else "assumed bad" for part in call_a()}
+        parts = call_b(statuses, next((key for key in DECODE if key in gpu.lower()), None))
+    else:
+        parts = call_a() if call == "a" else later(options.transformers_python)
+    return [tiny(part) for part in parts] if options.tiny else parts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    all_parts = parts(options.transformers_python, options.tiny)
-    if unknown := set(options.only or ()) - {p.name for p in all_parts}:
-        parser.error(f"--only: {sorted(unknown)[0]!r} is no part; --list names them")
-    chosen = [p for p in all_parts if not options.only or p.name in options.only]
+    if not options.call and not options.tiny and not options.list:
+        parser.error("--call: a, b or later is needed")
+    calls = [options.call] if options.call else ["a", "b", *(["later"] if options.list else [])]
     if options.list:
-        for part in chosen:
-            print(f"{part.name} ({part.seconds} s): {shlex.join(['python', *part.arguments])}")
+        options.assume = options.assume or "good"
+        for call in calls:
+            parts = parts_of(call, options, {}, "")
+            print(f"call {call}: {cap(parts)} s at most")
+            for part in parts:
+                print(f"  {part.name} ({part.seconds} s): {shlex.join([*part.prefix, 'python', *part.arguments])}")
         return 0
-    if not options.tiny and not Path("/dev/nvidiactl").exists():
+    if not options.tiny and not has_gpu():
         print(f"{PROGRAM}: no NVIDIA GPU on this machine; --tiny runs every part on the CPU", file=sys.stderr)
         return 2
     try:
-        options.folder.mkdir(parents=True, exist_ok=True)
+        options.results.mkdir(parents=True, exist_ok=True)
+        work = options.work.resolve()
+        (work / "cache").mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"{options.folder}: {error.strerror}")
-    return _run(chosen, all_parts, options, sys.argv[1:] if arguments is None else list(arguments))
+        parser.error(f"{error.filename}: {error.strerror}")
+    if options.source and not options.source.is_dir():
+        parser.error(f"--from: {options.source} is not a folder")
+    return _run(parser, options, calls, work, list(sys.argv[1:] if arguments is None else arguments))
 
 
-def _run(chosen: list[Part], all_parts: list[Part], options: argparse.Namespace, arguments: list[str]) -> int:
-    folder, end, name = options.folder, time.monotonic() + options.minutes * 60, commit() or "unknown"
-    environment = (
-        {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"} if options.tiny else dict(os.environ)
-    )
+def _run(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, calls: list[str], work: Path, arguments: list[str]
+) -> int:
+    began, source = time.monotonic(), options.source or options.results
+    folder = archive.emptied(work / "results")
+    for name, into in (("session", folder), ("cache", work / "cache")):
+        if (data := archive.read(source, name)) is not None:
+            archive.unpack(data, into)
+    gpu = "none: tiny sizes on the CPU, whose figures mean nothing" if options.tiny else gpu_line()
     header = {
-        "GPU": "none: tiny sizes on the CPU, whose figures mean nothing" if options.tiny else _gpu(),
-        "versions": ", ".join(f"{package} {version(package)}" for package in ("nanoflow_jax", "jax", "jaxlib")),
+        "GPU": gpu,
+        "versions": ", ".join(
+            [f"nanoflow_jax {__version__}", *(f"{package} {version(package)}" for package in ("jax", "jaxlib"))]
+        ),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "commit": name,
+        "commit": f"{commit() or 'unknown'}, sources {digest()}",
         "command": f"`{shlex.join(['python', '-m', PROGRAM, *arguments])}`",
     }
-    state_file = folder / "session.json"
-    state: dict[str, dict[str, Any]] = (_read(state_file) or {}).get("parts", {})
-
-    def same(part: Part) -> bool:
-        known = state.get(part.name, {})
-        return known.get("command") == list(part.arguments) and known.get("commit") == name
+    known = result(folder / "session.json") or {}
+    headers: list[dict[str, str]] = [*known.get("headers", []), header]
+    state: dict[str, dict[str, Any]] = known.get("parts", {})
+    cached: set[str] = set()
 
     def save() -> None:
         draft = folder / "session.json.part"
-        draft.write_text(json.dumps({"header": header, "parts": state}, indent=1) + "\n")
-        os.replace(draft, state_file)
-        table = {
-            p.name: {**state[p.name], "result": _read(folder / f"{p.name}.json") if same(p) else None}
-            if p.name in state
-            else {"status": "not run", "seconds": 0, "result": None}
-            for p in all_parts
-        }
-        (folder / "summary.md").write_text(summary(header, table))
+        draft.write_text(json.dumps({"headers": headers, "parts": state}, indent=1) + "\n")
+        os.replace(draft, folder / "session.json")
+        table = {name: {**one, "result": result(folder / f"{name}.json")} for name, one in state.items()}
+        (folder / "summary.md").write_text(summary(headers, table))
+        renewed.now()
 
-    for part in chosen:
-        if same(part) and state[part.name]["status"] == "done":
-            print(f"{part.name}: done before", file=sys.stderr)
-            continue
-        limit = min(part.seconds, end - time.monotonic())
-        (folder / f"{part.name}.json").unlink(missing_ok=True)
-        found = {"status": "no time was left", "seconds": 0.0}
-        if limit >= min(LEAST_SECONDS, part.seconds):
-            found = run_part(part, folder, limit, environment)
-        state[part.name] = {**found, "command": list(part.arguments), "commit": name}
-        print(f"{part.name}: {found['status']} ({found['seconds']:.0f} s)", file=sys.stderr)
-        save()
-    save()
-    print(folder / "summary.md")
-    return int(any(state[p.name]["status"] != "done" for p in chosen))
+    def renew() -> None:
+        archive.write(archive.packed(folder), options.results, "session")
+
+    def save_cache() -> None:
+        nonlocal cached
+        programs = {path.name for path in (work / "cache").rglob("*")}
+        if programs != cached:
+            archive.write(archive.packed(work / "cache", CACHE_BYTES), options.results, "cache")
+            cached = programs
+
+    usual = sum(SECONDS[call] for call in calls) * (TINY_SLOWER if options.tiny else 1)
+    seconds = usual if options.seconds is None else options.seconds
+    renewed = archive.Renewed(renew)
+    session = Session(folder, environment(work, options.tiny), began + seconds, digest(), save, state)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    asked: list[Part] = []
+    with renewed:
+        try:
+            save()
+            for call in calls:
+                statuses = {name: one["status"] for name, one in state.items()}
+                parts = parts_of(call, options, statuses, gpu)
+                if unknown := set(options.only or ()) - {part.name for part in parts}:
+                    parser.error(f"--only: {sorted(unknown)[0]!r} is no part of call {call}; --list names them")
+                parts = [part for part in parts if not options.only or part.name in options.only]
+                asked += parts
+                session.run(parts)
+                save_cache()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            session.kill()
+            save_cache()
+    print((folder / "summary.md").read_text())
+    return int(any(state.get(part.name, {}).get("status") != "done" for part in asked))
 
 
 if __name__ == "__main__":

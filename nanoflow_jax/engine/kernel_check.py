@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from kernels_pallas.self_check import Heads, KernelError, check_kernel
-from kernels_pallas.tuning import APPEND, DECODE, PREFILL, tuned_gpu
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL, tuned_gpu
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.schedule.attention import KernelBackends
 
@@ -31,6 +31,7 @@ def check_mosaic_kernels(backends: KernelBackends, heads: Heads, device: Any, in
         ("decode_attention", backends.decode, DECODE),
         ("prefill_attention", backends.prefill, PREFILL),
         ("append_kv", backends.append, APPEND),
+        ("add_rms_norm", backends.norm, ADD_NORM),
     )
     started = time.monotonic()
     errors = {}

@@ -92,7 +92,7 @@ def build_engine(
     pages = page_dtype(config, options.kv_cache_dtype)
     backend = choose_backend(options.attention_backend, config, capability(device), page_size)
     groups = kv_groups(config, devices) // devices
-    backends = KernelBackends.of(backend, pages, groups, config.head_dim)
+    backends = KernelBackends.of(backend, pages, config, devices)
     logger.info(
         "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
     )
@@ -112,7 +112,10 @@ def build_engine(
     if usable is not None:
         check_weights(config, infos, mesh.size, usable)
     if backend == "mosaic":  # what takes seconds comes after what can be refused at once
-        heads = Heads(q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8)
+        heads = Heads(
+            q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8,
+            hidden=config.hidden_size,
+        )  # fmt: skip
         check_mosaic_kernels(backends, heads, mesh.local_devices[0])
 
     def sizes_for(length: int) -> SlotSizes:

@@ -20,6 +20,7 @@ FREE = frozenset(
 READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 ATTENTION_OPS = frozenset(["GEMV", "PF"])
+KERNEL_OPS = ATTENTION_OPS | {"KV.APPEND"}  # whose time the latency model knows
 CONTROL = frozenset(["while", "conditional", "call"])
 Costs = Mapping[tuple[str, int], Prediction | tuple[float, float]]
 
@@ -244,9 +245,14 @@ class CostModel:
         piece = instruction.piece or call.piece
         if (given := self.given(piece, self.mosaic_calls)) is not None:
             return given
-        kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
-        moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
+        if instruction.opcode == "fusion":
+            moved = fusion_bytes(self.module, computation, instruction) - (instruction.bytes if _aliased(call) else 0)
+        else:
+            moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
         found = self.latency.kernel(0.0, moved)
+        if piece and piece.op not in KERNEL_OPS:  # the residual's addition and norm: timed as XLA's kernels are
+            return Cost("elementwise", found, 0.0, moved, "", pieces)
+        kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
         prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
         if (us := expected_us(call)) is not None:
             prediction = replace(prediction, us=us, source="tuning table of the kernel (targets, not measured)")

@@ -1,20 +1,22 @@
-"""Which attention kernels a model uses on a GPU, decided before anything is lowered."""
+"""Which of our kernels a model uses on a GPU, decided before anything is lowered."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from kernels_pallas.checks import FP8
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import APPEND, DECODE, PREFILL
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.llama import kv_groups
 
-KERNELS = ("decode_attention", "prefill_attention", "append_kv")
+KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm")
 HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
 APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
+NORM_ALIGNMENT, NORM_ROW = 256, 16_384  # columns of one device that the Mosaic norm takes, and of a whole row at most
 BACKENDS = ("auto", "mosaic", "xla")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 
@@ -57,6 +59,11 @@ def choose_backend(wanted: str, config: ModelConfig, capability: tuple[int, int]
     return "xla" if refusal else "mosaic"
 
 
+def norm_fits(hidden: int, devices: int) -> bool:
+    """Whether the Mosaic norm takes rows of so many elements, gathered from so many devices."""
+    return hidden <= NORM_ROW and 8 % devices == 0 and hidden % (devices * NORM_ALIGNMENT) == 0
+
+
 @dataclass(frozen=True)
 class KernelBackends:
     """The backend of each kernel: what `attention_backend` asks for, where the kernel has it for these pages."""
@@ -64,28 +71,45 @@ class KernelBackends:
     decode: str
     prefill: str
     append: str
+    norm: str
 
     @classmethod
-    def of(cls, backend: str, pages: Any, groups: int, head_dim: int) -> KernelBackends:
-        """pages: their dtype; groups: KV groups of one device."""
-        fp8 = jnp.dtype(pages) == FP8
-        aligned = groups * head_dim * jnp.dtype(pages).itemsize % APPEND_ALIGNMENT == 0
-        return cls(backend, "xla" if fp8 else backend, backend if aligned else "xla")
+    def of(cls, backend: str, pages: Any, config: ModelConfig, devices: int) -> KernelBackends:
+        """pages: their dtype; devices: of the mesh."""
+        fp8, groups = jnp.dtype(pages) == FP8, kv_groups(config, devices) // devices
+        aligned = groups * config.head_dim * jnp.dtype(pages).itemsize % APPEND_ALIGNMENT == 0
+        return cls(
+            decode=backend,
+            prefill="xla" if fp8 else backend,
+            append=backend if aligned else "xla",
+            norm=backend if norm_fits(config.hidden_size, devices) else "xla",
+        )
 
     def text(self) -> str:
-        if self.decode == self.prefill == self.append:
-            return self.decode
-        return f"{self.decode} (prefill {self.prefill}, append {self.append})"
+        others = {name: getattr(self, name) for name in ("prefill", "append", "norm")}
+        different = ", ".join(f"{name} {backend}" for name, backend in others.items() if backend != self.decode)
+        return f"{self.decode} ({different})" if different else self.decode
 
-    def options(self, gpu: str, expected_context: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-        """Keyword arguments of decode_attention, prefill_attention and append_kv; gpu: a key of the tuning tables."""
+    def options(self, gpu: str, expected_context: int) -> KernelOptions:
+        """gpu: a key of the tuning tables."""
         context = {"expected_context": expected_context}
-        decode, prefill, append = (
-            {"backend": backend} | ({"tuning": table[gpu], **more} if backend == "mosaic" else {})
-            for backend, table, more in (
-                (self.decode, DECODE, context),
-                (self.prefill, PREFILL, context),
-                (self.append, APPEND, {}),
+        return KernelOptions(
+            *(
+                {"backend": backend} | ({"tuning": table[gpu], **more} if backend == "mosaic" else {})
+                for backend, table, more in (
+                    (self.decode, DECODE, context),
+                    (self.prefill, PREFILL, context),
+                    (self.append, APPEND, {}),
+                    (self.norm, ADD_NORM, {}),
+                )
             )
         )
-        return decode, prefill, append
+
+
+class KernelOptions(NamedTuple):
+    """Keyword arguments of decode_attention, prefill_attention, append_kv and add_rms_norm."""
+
+    decode: dict[str, Any]
+    prefill: dict[str, Any]
+    append: dict[str, Any]
+    norm: dict[str, Any]

@@ -21,7 +21,7 @@ from jax.experimental.compute_on import compute_on
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kernels_pallas import append_kv, decode_attention, prefill_attention
+from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.logprobs import score_rows
@@ -60,6 +60,7 @@ _STATIC = ("backend", "tuning", "expected_context")
 _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
+_add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
 ATTENTION, MLP = 0, 1  # the norms of a layer
 NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
@@ -190,11 +191,11 @@ class _StepRun:
         self.params, self.batch, self.lanes = params, batch, spec.plan.lanes
         self.k_pages, self.v_pages = cache.k, cache.v
         self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
-        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, cache.k.shape[1], spec.config.head_dim)
-        self.decode_options, self.prefill_options, self.append_options = backends.options(
+        self.devices = collectives.device_count()
+        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
+        self.options = backends.options(
             spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
-        self.devices = collectives.device_count()
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
@@ -250,8 +251,8 @@ class _StepRun:
             return self.order.run(lambda x: self._norm(x, norm_weight), x)
 
         def add_and_norm(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            x = _add(x, update, bias)
-            return x, self._norm(x, norm_weight)
+            eps = self.config.rms_norm_eps
+            return _add_rms_norm(x, update, norm_weight, bias=bias, eps=eps, **self.options.norm)
 
         self.residual[number], normed = self.order.run(add_and_norm, x, *self.pending.pop(number))
         return normed
@@ -315,7 +316,7 @@ class _StepRun:
             ) -> tuple[jax.Array, jax.Array]:
                 return _append_kv(
                     k_pages, v_pages, *view(kqv)[1:], *self.writes[piece.piece],
-                    first_page=s.first_page, **s.scales, **self.append_options,
+                    first_page=s.first_page, **s.scales, **self.options.append,
                 )  # fmt: skip
 
             with jax.named_scope(f"KV.APPEND.{piece.piece}"):
@@ -327,14 +328,14 @@ class _StepRun:
         span, q = s.q.get(piece.start, piece.stop)
 
         # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
-        lane = self.lanes.get("GEMV") if self.decode_options["backend"] == "mosaic" else None
+        lane = self.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
         sms = lane.sms if lane else None
 
         # All that it reads is an input: a constant that is not could be as late as what needs the result, and with it a
         # start on another stream.
         def attend(k_pages: jax.Array, v_pages: jax.Array, more: dict[str, jax.Array], *q: jax.Array) -> jax.Array:
             out, _ = _decode_attention(
-                span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.decode_options,
+                span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.options.decode,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -364,7 +365,7 @@ class _StepRun:
             table = batch.prefill_table
             out = _prefill_attention(
                 span(*q), k_pages, v_pages, table, starts, lengths,
-                first_page=s.first_page, **s.scales, **self.prefill_options,
+                first_page=s.first_page, **s.scales, **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 

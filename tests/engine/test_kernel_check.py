@@ -25,7 +25,8 @@ FIELDS = {**CASES["bare_config"].config, "head_dim": 64, "torch_dtype": "bfloat1
 CONFIG = ModelConfig.from_hf(FIELDS)
 LLAMA = ModelConfig.from_file(resolve_model("tiny") / "config.json")
 HEADS = Heads(q_heads=2, kv_heads=1, head_dim=64)
-MOSAIC = KernelBackends("mosaic", "mosaic", "mosaic")
+XLA = KernelBackends("xla", "xla", "xla", "xla")
+MOSAIC = KernelBackends("mosaic", "mosaic", "mosaic", "mosaic")
 
 
 @dataclass(frozen=True)
@@ -71,18 +72,35 @@ def test_auto_leaves_what_mosaic_cannot_do_to_xla(config: ModelConfig, page_size
     assert choose_backend("auto", config, (9, 0), page_size) == "xla"
 
 
-def test_each_kernel_has_its_own_backend() -> None:
-    """Prefill over fp8 pages is XLA's; so is the append of rows that are too narrow for a bulk copy."""
-    assert KernelBackends.of("mosaic", "bfloat16", 1, 64) == MOSAIC
-    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 128) == KernelBackends("mosaic", "xla", "mosaic")
-    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 64) == KernelBackends("mosaic", "xla", "xla")
-    assert KernelBackends.of("xla", "float8_e4m3fn", 1, 128) == KernelBackends("xla", "xla", "xla")
-    assert KernelBackends.of("mosaic", "float8_e4m3fn", 1, 64).text() == "mosaic (prefill xla, append xla)"
-    decode, prefill, append = MOSAIC.options("h100", 700)
-    assert decode == {"backend": "mosaic", "tuning": DECODE["h100"], "expected_context": 700}
-    assert prefill["expected_context"] == 700
-    assert set(append) == {"backend", "tuning"}
-    assert KernelBackends("xla", "xla", "xla").options("h100", 700) == ({"backend": "xla"},) * 3
+WIDE = replace(CONFIG, head_dim=128, hidden_size=2048)
+
+
+@pytest.mark.parametrize(
+    ("pages", "config", "devices", "expected"),
+    [
+        ("bfloat16", WIDE, 2, MOSAIC),
+        ("float8_e4m3fn", WIDE, 2, KernelBackends("mosaic", "xla", "mosaic", "mosaic")),  # no prefill over fp8 pages
+        ("float8_e4m3fn", replace(WIDE, head_dim=64), 2, KernelBackends("mosaic", "xla", "xla", "mosaic")),
+        ("bfloat16", replace(WIDE, hidden_size=1920), 2, KernelBackends("mosaic", "mosaic", "mosaic", "xla")),
+        ("bfloat16", replace(WIDE, hidden_size=32768), 2, KernelBackends("mosaic", "mosaic", "mosaic", "xla")),
+    ],
+)
+def test_each_kernel_has_its_own_backend(
+    pages: str, config: ModelConfig, devices: int, expected: KernelBackends
+) -> None:
+    """Rows too narrow for a bulk copy, and columns of a device that do not fill a warp's reads, are XLA's."""
+    config = replace(config, num_kv_heads=devices)
+    assert KernelBackends.of("mosaic", pages, config, devices) == expected
+    assert KernelBackends.of("xla", pages, config, devices) == XLA
+
+
+def test_what_the_kernels_are_told() -> None:
+    assert KernelBackends("mosaic", "xla", "xla", "mosaic").text() == "mosaic (prefill xla, append xla)"
+    options = MOSAIC.options("h100", 700)
+    assert options.decode == {"backend": "mosaic", "tuning": DECODE["h100"], "expected_context": 700}
+    assert options.prefill["expected_context"] == 700
+    assert set(options.append) == set(options.norm) == {"backend", "tuning"}
+    assert XLA.options("h100", 700) == ({"backend": "xla"},) * 4
 
 
 def record(monkeypatch: pytest.MonkeyPatch, wrong: str = "") -> list[str]:
@@ -106,9 +124,9 @@ def test_only_what_is_used_is_checked_and_once(
     called = record(monkeypatch)
     for _ in range(2):
         check_mosaic_kernels(MOSAIC, HEADS, FakeDevice())
-    assert called == ["decode_attention", "prefill_attention", "append_kv"]
-    check_mosaic_kernels(KernelBackends("mosaic", "xla", "mosaic"), replace(HEADS, fp8=True), FakeDevice())
-    assert called[3:] == ["decode_attention", "append_kv"]
+    assert called == ["decode_attention", "prefill_attention", "append_kv", "add_rms_norm"]
+    check_mosaic_kernels(KernelBackends("mosaic", "xla", "mosaic", "xla"), replace(HEADS, fp8=True), FakeDevice())
+    assert called[4:] == ["decode_attention", "append_kv"]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     assert lines[0].startswith("Mosaic kernels checked against the XLA path in ")
@@ -135,7 +153,7 @@ def test_k_for_v_in_the_kernel_itself_is_refused(monkeypatch: pytest.MonkeyPatch
         return real(q, k, k, *rest, **more)
 
     monkeypatch.setattr(decode_attention_mosaic, "decode_attention_mosaic", twin)
-    only_decode = KernelBackends("mosaic", "xla", "xla")
+    only_decode = KernelBackends("mosaic", "xla", "xla", "xla")
     with pytest.raises(ConfigError, match=r"decode_attention: a row is off by .*; accepted: attention_backend=\"xla\""):
         check_mosaic_kernels(only_decode, HEADS, FakeDevice(), plgpu.InterpretGPUParams())
 

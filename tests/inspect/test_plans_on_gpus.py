@@ -4,7 +4,7 @@ and what the inspector says when the promise is broken."""
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from functools import cache
 
@@ -121,7 +121,7 @@ def test_attention_on_a_stream_of_its_own() -> None:
 def mosaic_calls(step: StepInspection) -> list[tuple[str, str, float | None]]:
     """(kernel, op piece, microseconds that the scheduler is told) of every Mosaic call in the program."""
     calls = [i for c in parse(step.hlo).computations.values() for i in c.instructions if i.target.startswith(MOSAIC)]
-    kernels = ("decode_attention", "prefill_attention", "append_kv")
+    kernels = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm")
     named = [(next(k for k in kernels if f"jit({k})" in i.op_name), i) for i in calls]
     return [(kernel, f"{i.piece.op}.{i.piece.piece}", expected_us(i)) for kernel, i in named if i.piece]
 
@@ -129,6 +129,8 @@ def mosaic_calls(step: StepInspection) -> list[tuple[str, str, float | None]]:
 def table_us(kernel: str, rows: int, item: int = 2) -> float:
     """By hand: 1024 tokens of context per row, 8 query heads on one KV head of 128; the table's rate for an H200."""
     start, rate = 3.0, {"append_kv": 3.3e12, "decode_attention": 3.96e12 if item == 2 else 3.5e12}
+    if kernel == "add_rms_norm":
+        return start + 4 * rows * HIDDEN * BYTES / 3.96e12 * 1e6
     if kernel == "prefill_attention":
         return start + 4 * rows * 1024 * 8 * 128 / (600e12 * rows / 16 / 132) * 1e6  # tiles of 16 rows, one per SM
     if kernel == "append_kv":
@@ -143,6 +145,13 @@ def test_the_scheduler_is_told_what_every_mosaic_kernel_takes(pages: str) -> Non
     step = inspected("nanoflow_70b") if pages == "auto" else fp8_step()
     rows = {p.name: p.rows for p in step.pieces}
     found = mosaic_calls(step)
+    # Two nano-batches, each ahead of attention (but in the first layer: nothing is added yet) and of the MLP.
+    norms = [(piece, us) for name, piece, us in found if name == "add_rms_norm"]
+    assert Counter(piece for piece, _ in norms) == {
+        "KQV.1": step.layers - 1, "KQV.3": step.layers - 1, "UG.1": step.layers, "UG.2": step.layers
+    }  # fmt: skip
+    for piece, us in norms:
+        assert us == pytest.approx(table_us("add_rms_norm", 640 if piece.endswith(".1") else 1408), abs=1e-3)
     wanted = {"decode_attention": ("GEMV", 4), "prefill_attention": ("PF", 0 if pages == "fp8" else 1)}
     for kernel, (op, per_layer) in {**wanted, "append_kv": ("KV.APPEND", 4)}.items():
         calls = [(piece, us) for name, piece, us in found if name == kernel]

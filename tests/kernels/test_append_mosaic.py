@@ -13,14 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import append_kv, decode_attention, reference
 from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import APPEND, BLOCK_LIMIT, AppendTuning
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.inspect.gpu_target import gpu_mesh
+from tests.kernels.compiled import compiled, launched
 
 PAGES, PAGE_SIZE = 6, 8
 # Two programs with several blocks each: slots of the pipeline are used again, and the last block is moved back.
@@ -147,14 +145,6 @@ def test_tuning_is_validated(changes: dict[str, int], message: str) -> None:
         replace(APPEND["h200"], **changes)
 
 
-def compiled(gpu: str, function: Callable[..., Any], *avals: jax.ShapeDtypeStruct) -> Any:
-    """For one GPU that is not there; the first two arguments are donated."""
-    mesh = gpu_mesh(load_hardware(gpu), 1)
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P())) for x in avals]
-    sharded = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    return jax.jit(sharded, donate_argnums=(0, 1)).lower(*placed).compile()
-
-
 def avals(pool: int, rows: int, heads: int, dim: int) -> list[jax.ShapeDtypeStruct]:
     pages = jax.ShapeDtypeStruct((pool, heads, 64, dim), jnp.bfloat16)
     row = jax.ShapeDtypeStruct((rows, heads, dim), jnp.bfloat16)
@@ -178,10 +168,8 @@ def test_compiles_in_place(
     assert mosaic_supported(hardware.capability, "append_kv")
     # A pool of another size for every case: a kernel compiled before would be taken from a cache, without a report.
     shapes = avals(40_000 + rows + heads + len(gpu), rows, heads, 128)
-    program = compiled(gpu, partial(append_kv, backend="mosaic", tuning=tuning), *shapes)
-    text = program.as_text() or ""
-    assert text.count('custom_call_target="mosaic_gpu') == 1
-    assert not re.search(r" (copy|copy-start|fusion)\(", text)
+    program = compiled(gpu, partial(append_kv, backend="mosaic", tuning=tuning), shapes, donate=(0, 1))
+    assert launched(program) == ["append_kv"]
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes == 2 * 2 * int(np.prod(shapes[0].shape))
     assert memory.temp_size_in_bytes == 0
@@ -206,9 +194,10 @@ def test_compiles_in_place_ahead_of_attention() -> None:
 
     shapes = avals(20_000, 256, 1, 128)
     more = ((256, 8, 128), jnp.bfloat16), ((256, 16), jnp.int32), ((256,), jnp.int32)
-    program = compiled("h200", step, *shapes, *(jax.ShapeDtypeStruct(*x) for x in more))
+    program = compiled("h200", step, [*shapes, *(jax.ShapeDtypeStruct(*x) for x in more)], donate=(0, 1))
     text = program.as_text() or ""
-    assert text.count('custom_call_target="mosaic_gpu') == 4
+    # The fusion between the layers makes K and V of the result.
+    assert launched(program) == ["append_kv", "decode_attention", "fusion", "append_kv", "decode_attention"]
     assert not re.search(r"bf16\[20000,1,64,128\][^=]* (copy|copy-start|fusion)\(", text)
     memory = program.memory_analysis()
     pool = 2 * int(np.prod(shapes[0].shape))

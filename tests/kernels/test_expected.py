@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import decode_attention
 from kernels_pallas.expected import LATENCY, Expected, scheduled_as
-from kernels_pallas.tuning import APPEND, DECODE, PREFILL, DecodeTuning, tuned_gpu
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL, DecodeTuning, tuned_gpu
 
 RATES = Expected(source="a test", bytes_per_second=1e12, sm_bytes_per_second=2e10, flops_per_second=1e14, start_us=2.0)
 
@@ -33,7 +33,7 @@ def test_wrong_rates_are_refused(field: str) -> None:
 
 def test_every_tuning_says_what_it_is_from() -> None:
     """No figure of these kernels has been measured on a GPU: all say so."""
-    for table in (DECODE, APPEND, PREFILL):
+    for table in (DECODE, APPEND, PREFILL, ADD_NORM):
         for gpu, tuning in table.items():
             given = [getattr(tuning, name) for name in ("expected", "expected_fp8") if hasattr(tuning, name)]
             assert given, gpu
@@ -63,7 +63,7 @@ def told(tuning: DecodeTuning, **more: Any) -> list[str]:
 def test_the_program_says_it() -> None:
     """Of the context that is expected, by default the table's; nothing where the tuning knows nothing."""
     tuning = DecodeTuning(sms=2, min_split_pages=4, expected=RATES)
-    rows = 3 * 2 * 8 * 64 * 4  # queries and results, padded to 8 heads
+    rows = 3 * 8 * 64 * 4  # queries and results
     for context, more in ((256, {}), (100, {"expected_context": 100})):
         us = 2 + (2 * 3 * context * 2 * 64 * 2 + rows) / 4e10 * 1e6  # two SMs
         assert set(told(tuning, **more)) == {str(round(us * 1000))}

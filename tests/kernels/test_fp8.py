@@ -160,11 +160,16 @@ def test_broken_twins_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, changes in twins.items():
             assert error(run, **changes).min() > TOLERANCES["bfloat16"], name
 
-    def one_term(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        terms, unit = decode_plan.two_terms(x)
-        return terms.at[:, 1].set(jnp.zeros((), terms.dtype)), unit
+    # Two heads are a quarter of a window: row 0's are read for row 1 too.
+    given = (*fp8.pages, jnp.asarray(fp8.exact.page_table), jnp.asarray(fp8.exact.lengths))
+    right, beside = (run(x, *given, k_scale=k_scale, v_scale=v_scale)[0] for x in (q, q.at[0].set(jnp.nan)))
+    np.testing.assert_array_equal(np.asarray(beside)[1], np.asarray(right)[1])
 
-    monkeypatch.setattr("kernels_pallas.decode_attention_mosaic.two_terms", one_term)
+    def one_term(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        high, low, unit = decode_plan.two_terms(x)
+        return high, jnp.zeros_like(low), unit
+
+    monkeypatch.setattr("kernels_pallas.decode_body_mosaic.two_terms", one_term)
     assert error(mosaic(SPLIT, races=False)).max() > 5e-3  # queries of one term would be seen
 
 
@@ -173,10 +178,10 @@ def test_two_terms_hold_bfloat16() -> None:
     rng = np.random.default_rng(3)
     sizes = 2.0 ** np.array([-130, -20, 0, 3, 100])
     q = jnp.asarray(rng.standard_normal((5, 7, 64)) * sizes[:, None, None], jnp.bfloat16).at[2, 3].set(0)
-    terms, unit = jax.jit(decode_plan.two_terms)(q)
-    assert terms.shape == (5, 2, 7, 64)
+    high, low, unit = jax.jit(jax.vmap(decode_plan.two_terms))(q)
+    assert high.dtype == low.dtype == jnp.float8_e4m3fn
     wide = np.asarray(q, np.float64)
-    got = np.asarray(terms, np.float64).sum(axis=1) * np.asarray(unit, np.float64)[..., None]
+    got = (np.asarray(high, np.float64) + np.asarray(low, np.float64)) * np.asarray(unit, np.float64)[..., None]
     assert np.isfinite(got).all()
     top = np.abs(wide).max(axis=-1, keepdims=True)
     large = np.abs(wide) > top * 2.0**-9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,9 @@ import pytest
 from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import append_kv, decode_attention, prefill_attention, self_check
+import kernels_pallas
+from kernels_pallas import self_check
+from kernels_pallas.add_norm_mosaic import make_plan
 from kernels_pallas.decode_attention_mosaic import Q_SLOTS
 from kernels_pallas.self_check import (
     KERNELS,
@@ -24,7 +27,7 @@ from kernels_pallas.self_check import (
     check_kernel,
     check_variants,
 )
-from kernels_pallas.tuning import APPEND, DECODE, PAGE_TOKENS, PREFILL, PREFILL_STEP_PAGES
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PAGE_TOKENS, PREFILL, PREFILL_STEP_PAGES
 
 BF16 = Heads(q_heads=2, kv_heads=1, head_dim=64)
 FP8 = Heads(q_heads=4, kv_heads=2, head_dim=64, fp8=True)
@@ -43,9 +46,7 @@ def test_kernels_pass(kernel: str, heads: Heads) -> None:
 def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
     """The check calls `twin(real, *arrays, **options)` where it asks for the Mosaic kernel; XLA's stands in for it.
     options: sm_budget, first_page and scales; the stand-in knows no budget."""
-    function = {"decode_attention": decode_attention, "prefill_attention": prefill_attention, "append_kv": append_kv}[
-        kernel
-    ]
+    function = getattr(kernels_pallas, kernel)
 
     def real(*arrays: Any, sm_budget: Any = None, **options: Any) -> Any:
         return function(*arrays, **options)
@@ -135,6 +136,18 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
         BF16,
         lambda f, k, v, a, b, *rest, **more: f(k, v, stale_rows(a), b, *rest, **more),
     ),
+    "an update not added": ("add_rms_norm", BF16, lambda f, x, u, w, **more: f(x, jnp.zeros_like(u), w, **more)),
+    "columns of another device": (
+        "add_rms_norm",
+        BF16,
+        lambda f, x, u, w, **more: f(x, u[::-1] if u.ndim == 3 else u, w, **more),
+    ),
+    "weight ignored": ("add_rms_norm", BF16, lambda f, x, u, w, **more: f(x, u, jnp.ones_like(w), **more)),
+    "a slot's old row": (
+        "add_rms_norm",
+        BF16,
+        lambda f, x, u, w, **more: (f(x, u, w, **more)[0], stale_rows(f(x, u, w, **more)[1], 48)),
+    ),
     "first page ignored in append": ("append_kv", BF16, lambda f, *args, first_page, **more: f(*args, **more)),
 }
 
@@ -199,6 +212,10 @@ def test_what_the_checks_cover() -> None:
         assert longest // tuning.step_pages > tuning.stages(64, itemsize=1)
     assert all(longest // PREFILL_STEP_PAGES >= 2 * tuning.stages(64) for tuning in PREFILL.values())
     assert all(2 * 16 * 2 * tuning.stages < self_check.APPENDED for tuning in APPEND.values())
+    for tuning in ADD_NORM.values():
+        x = jax.ShapeDtypeStruct((self_check.NORMED, BF16.hidden), jnp.bfloat16)
+        plan = make_plan(x, x, None, 0, self_check.EPS, replace(tuning, sms=2))
+        assert 2 * 2 * plan.warpgroups * plan.stages <= self_check.NORMED
     assert sum(n > 0 for n in self_check.LENGTHS) > 2 * 2 * Q_SLOTS
     assert 0 in self_check.LENGTHS and 0 in self_check.CHUNKS
     for kernel in KERNELS:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import append_kv, decode_attention, prefill_attention
+from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
 from nanoflow_jax.engine.sampler import sample
 from nanoflow_jax.models import llama
 from nanoflow_jax.parallel import collectives
+from nanoflow_jax.schedule.attention import norm_fits
 from nanoflow_jax.schedule.batch import SamplingArrays
 from nanoflow_jax.schedule.slots import SlotState
 from nanoflow_jax.search.profile.points import BYTES, Point
@@ -45,8 +46,8 @@ class Kernel:
 
 
 def kernel(point: Point, page_size: int, backend: str) -> Kernel:
-    """The kernel of a point; `backend` of attention and append: "xla" or "mosaic"."""
-    if point.op in ("decode_attention", "prefill_attention", "append"):
+    """The kernel of a point; `backend` of attention, append and norm: "xla" or "mosaic"."""
+    if point.op in ("decode_attention", "prefill_attention", "append", "norm"):
         return _BUILDERS[point.op](point, page_size, backend)
     return _BUILDERS[point.op](point)
 
@@ -148,16 +149,18 @@ def _append(point: Point, page_size: int, backend: str) -> Kernel:
     return Kernel(make, lambda pool, own: write(*pool, *own), 2 * _kv_bytes(point, rows), in_place="shared")
 
 
-def _norm(point: Point) -> Kernel:
+def _norm(point: Point, _: int, backend: str) -> Kernel:
     shape, dtype = (point["rows"], point["hidden"]), DTYPES[point["dtype"]]
 
     def make(sets: int) -> tuple[Any, list[Any]]:
         weight = jnp.ones(point["hidden"], dtype)
         return weight, [(_random(2 * i, shape, dtype), _random(2 * i + 1, shape, dtype)) for i in range(sets)]
 
+    takes = backend == "mosaic" and norm_fits(point["hidden"], 1)
+    add = partial(add_rms_norm, eps=1e-5, backend="mosaic" if takes else "xla")
+
     def call(weight: jax.Array, own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        residual = own[0] + own[1]
-        return llama.rms_norm(residual, weight, 1e-5), residual
+        return add(*own, weight)
 
     return Kernel(make, call, 4 * shape[0] * shape[1] * BYTES[point["dtype"]])
 
