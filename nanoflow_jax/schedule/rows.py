@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-View = Callable[[Any], jax.Array]
+View = Callable[[jax.Array], jax.Array]
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class RowSpan:
     cuts: tuple[tuple[int, int], ...]
     views: tuple[View | None, ...]
 
-    def __call__(self, *pieces: Any) -> jax.Array:
+    def __call__(self, *pieces: jax.Array) -> jax.Array:
         parts = []
         for x, (a, b), view in zip(pieces, self.cuts, self.views, strict=True):
             rows = x if view is None else view(x)
@@ -35,10 +34,10 @@ class Rows:
     """Pieces (start, stop, array [stop - start, ...]) of one value over the rows of a step."""
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[int, int, Any, View | None]] = []
+        self._pieces: list[tuple[int, int, jax.Array, View | None]] = []
 
-    def put(self, start: int, stop: int, value: Any, view: View | None = None) -> None:
-        """Sets rows [start, stop); pieces they overlap are gone. view: what makes the rows of a value that holds
+    def put(self, start: int, stop: int, value: jax.Array, view: View | None = None) -> None:
+        """Sets rows [start, stop); pieces they overlap are gone. view: what makes the rows of an array that holds
         more."""
         if view is None and value.shape[0] != stop - start:
             raise ValueError(f"rows {start}:{stop} given {value.shape[0]} rows")
@@ -46,7 +45,7 @@ class Rows:
         self._pieces.append((start, stop, value, view))
         self._pieces.sort(key=lambda p: p[0])
 
-    def get(self, start: int, stop: int) -> tuple[RowSpan, list[Any]]:
+    def get(self, start: int, stop: int) -> tuple[RowSpan, list[jax.Array]]:
         """Rows [start, stop) as a span and the pieces to call it on. Raises ValueError when some are not there yet."""
         cuts, views, pieces, at = [], [], [], start
         for first, last, value, view in self._pieces:

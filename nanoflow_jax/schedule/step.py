@@ -287,20 +287,15 @@ class _StepRun:
         rows = slice(piece.start, piece.stop)
         span, inputs = self.normed.get(piece.start, piece.stop)
 
-        # XLA's attention would first copy its part.
-        in_place = self.options.decode["backend"] == "mosaic"
-
-        def project(*inputs: jax.Array) -> Any:
+        def project(*inputs: jax.Array) -> jax.Array:
             q, k, v = llama.kqv_projection(span(*inputs), s.params)
             cos, sin = self.cos[rows], self.sin[rows]
             q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
-            k = llama.apply_rope(k, cos, sin)
-            return pack_kqv(q, k, v) if in_place else (q, k, v)
+            return pack_kqv(q, llama.apply_rope(k, cos, sin), v)
 
         kqv = self.order.run(project, *inputs)
         groups, rows_of_group, d, _ = s.params.kqv.shape
-        unpack = partial(unpack_kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
-        view = unpack if in_place else _as_it_is
+        view = partial(unpack_kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
         s.q.put(piece.start, piece.stop, kqv, lambda kqv: view(kqv)[0])
         s.unwritten.append((piece, kqv, view))
 
@@ -317,7 +312,7 @@ class _StepRun:
         for piece, kqv, view in s.unwritten:
 
             def append(
-                k_pages: jax.Array, v_pages: jax.Array, kqv: Any, piece: OpPiece = piece, view: Any = view
+                k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array, piece: OpPiece = piece, view: Any = view
             ) -> tuple[jax.Array, jax.Array]:
                 return _append_kv(
                     k_pages, v_pages, *view(kqv)[1:], *self.writes[piece.piece],
@@ -482,10 +477,6 @@ def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
     return max(1, min(shared, shape.pages_per_request * page_size))
 
 
-def _as_it_is(kqv: Any) -> Any:
-    return kqv
-
-
 def pack_kqv(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """One after another in one vector, so that one kernel makes all three, and those that read them take their part in
     place."""
@@ -521,9 +512,9 @@ class _LayerState:
     first_page: jax.Array  # [] int32: where its pages begin
     scales: dict[str, jax.Array]  # k_scale and v_scale [g] float32 of fp8 pages; of others none
     attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
-    unwritten: list[tuple[OpPiece, Any, Any]] = field(default_factory=list)  # q, K, V, which no page has yet; its view
+    unwritten: list[tuple[OpPiece, jax.Array, Any]] = field(default_factory=list)  # packed, with K and V not in pages
     in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream
-    q: Rows = field(default_factory=Rows)  # [n, h, d], views of what KQV made
+    q: Rows = field(default_factory=Rows)  # [n, h, d], views of what `pack_kqv` packed
     attention: Rows = field(default_factory=Rows)  # [n, h * d]
     gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]
     projected: dict[int, jax.Array] = field(default_factory=dict)  # O or D before its collective
