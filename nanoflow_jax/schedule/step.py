@@ -331,9 +331,7 @@ class _StepRun:
         lane = self.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
         sms = lane.sms if lane else None
 
-        # All that it reads is an input: a constant that is not could be as late as what needs the result, and with it a
-        # start on another stream.
-        def attend(k_pages: jax.Array, v_pages: jax.Array, more: dict[str, jax.Array], *q: jax.Array) -> jax.Array:
+        def attend(more: dict[str, jax.Array], k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             out, _ = _decode_attention(
                 span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.options.decode,
             )  # fmt: skip
@@ -341,15 +339,17 @@ class _StepRun:
 
         table, lengths = self.contexts[piece.piece]
         more = {"page_table": table, "lengths": lengths, "first_page": s.first_page, **s.scales}
-        inputs = (self.k_pages, self.v_pages, more, *q)
+        inputs = (self.k_pages, self.v_pages, *q)
         if lane:  # issued like a collective: what reads the result joins the streams
             beside = compute_on(
                 attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
             )
-            out = self.order.beside(beside, *inputs)
+            # All that it reads is an input: a constant that is not could be as late as what needs the result, and with
+            # it a start on another stream.
+            out = self.order.beside(beside, more, *inputs)
             s.in_flight.append((piece, out))
-        else:
-            out = self.order.run(attend, *inputs)
+        else:  # what no layer changes is not: XLA's attention computes with it, once for all layers
+            out = self.order.run(partial(attend, more), *inputs)
         s.attention.put(piece.start, piece.stop, out)
 
     def _pf(self, piece: OpPiece, s: _LayerState) -> None:
