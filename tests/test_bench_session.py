@@ -260,7 +260,7 @@ import sys
 from nanoflow_jax.bench import gpu_session, session_archive
 from nanoflow_jax.bench.session_parts import Part
 gpu_session.tiny = lambda part: part
-session_archive.Renewed.__init__.__defaults__ = (0.2,)  # seconds, not 15
+session_archive.Renewed.__init__.__defaults__ = (float(sys.argv[3]),)  # seconds, not 15
 lines = "import os, time; print('{\\"pid\\": %d}' % os.getpid(), flush=True); time.sleep(60)"
 gpu_session.call_a = lambda: [
     Part("first", ("-c", "print('{\\"n\\": 1}')"), 60), Part("second", ("-c", lines), 60)
@@ -278,7 +278,7 @@ def alive(pid: int) -> bool:
 def test_what_was_done_outlives_any_end(end: signal.Signals, tmp_path: Path) -> None:
     """Killed while its second part runs: the archive is whole, and has the first part and what the second had said."""
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(tmp_path / "work")],
+        [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(tmp_path / "work"), "0.2"],
         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     pid, deadline = 0, time.monotonic() + 60
@@ -300,6 +300,32 @@ def test_what_was_done_outlives_any_end(end: signal.Signals, tmp_path: Path) -> 
         process.kill()
         if pid and alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_part_that_is_told_done_is_in_the_archive(tmp_path: Path) -> None:
+    """Killed as soon as the line is there, long before the archive is due again."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(tmp_path / "out"), str(tmp_path / "work"), "1000"],
+        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    with process.stderr as lines:
+        try:
+            assert next(lines).startswith("first: done (")
+        finally:
+            process.kill()
+            process.wait()
+    try:
+        files = archived(tmp_path / "out")
+        assert json.loads(files["first.json"]) == {"n": 1}
+        assert json.loads(files["session.json"])["parts"]["first"]["status"] == "done"
+    finally:  # the second part may have begun
+        said = tmp_path / "work" / "results" / "second.json"
+        for _ in range(40):
+            if said.exists() and said.read_text():
+                os.kill(json.loads(said.read_text())["pid"], signal.SIGKILL)
+                break
+            time.sleep(0.05)
 
 
 def test_a_later_call_takes_up_results_and_programs(
