@@ -26,7 +26,8 @@ OPTIONS = ThroughputOptions(
 
 def report(plan: str, options: ThroughputOptions, served: float) -> ThroughputReport:
     names = ("seconds", "share_of_run", "steps", "tokens", "requests_ended", "running_median", "rows_used_mean")
-    window: dict[str, float] = dict.fromkeys((*names, "step_ms_median", "ramp_seconds"), 1.0)
+    of_steps = ("step_ms_median", "layer_ms", "gap_ms_median", "dispatch_ms_median", "ramp_seconds")
+    window: dict[str, float] = dict.fromkeys((*names, *of_steps), 1.0)
     return ThroughputReport(
         model="tiny", layers=3, model_layers=3, dtype="float32", plan=plan, workload="w", device="d", hardware=None,
         gpus=1, rank_of=None, tokens_per_second_per_gpu=served / 2, served_tokens_per_second_per_gpu=served,
