@@ -50,7 +50,7 @@ def _chat_choice(output: CompletionOutput, top: int) -> Json:
     if output.logprobs is not None:
         content = []
         for token, step in zip(output.token_ids, output.logprobs, strict=True):
-            likeliest = [_entry(lp) for lp in _likeliest(step, top)]
+            likeliest = [_entry(lp) for _, lp in _likeliest(step, top)]
             content.append({**_entry(step[token]), "top_logprobs": likeliest})
         logprobs = {"content": content, "refusal": None}
     return {
@@ -65,24 +65,37 @@ def _choice(output: CompletionOutput, top: int) -> Json:
     logprobs = None
     if output.logprobs is not None:
         steps = list(zip(output.token_ids, output.logprobs, strict=True))
-        tokens = [step[token].decoded_token or "" for token, step in steps]
-        offsets = [0]
-        for text in tokens:
-            offsets.append(offsets[-1] + len(text))
         logprobs = {
-            "tokens": tokens,
+            "tokens": [_text(step[token].token_bytes, "bytes:") for token, step in steps],
             "token_logprobs": [step[token].logprob for token, step in steps],
-            "top_logprobs": [{lp.decoded_token or "": lp.logprob for lp in _likeliest(step, top)} for _, step in steps],
-            "text_offset": offsets[:-1],
+            "top_logprobs": [_by_text(step, top) for _, step in steps],
+            "text_offset": output.text_offsets,
         }
     return {"index": output.index, "text": output.text, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
 
-def _likeliest(step: dict[int, Logprob], top: int) -> list[Logprob]:
+def _by_text(step: dict[int, Logprob], top: int) -> dict[str, float]:
+    """The `top` likeliest tokens by their text; of two with the same text (a byte's own token and the character's) the
+    less likely one by its id."""
+    found: dict[str, float] = {}
+    for token, logprob in _likeliest(step, top):
+        text = _text(logprob.token_bytes, "bytes:")
+        found[text if text not in found else f"token_id:{token}"] = logprob.logprob
+    return found
+
+
+def _likeliest(step: dict[int, Logprob], top: int) -> list[tuple[int, Logprob]]:
     """The `top` likeliest tokens of a step, which also holds the sampled one."""
-    return sorted((lp for lp in step.values() if lp.rank <= top), key=lambda lp: lp.rank)[:top]
+    return sorted(((t, lp) for t, lp in step.items() if lp.rank <= top), key=lambda item: item[1].rank)[:top]
 
 
 def _entry(logprob: Logprob) -> Json:
-    text = logprob.decoded_token or ""
-    return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode("utf-8", "replace"))}
+    return {"token": _text(logprob.token_bytes), "logprob": logprob.logprob, "bytes": list(logprob.token_bytes)}
+
+
+def _text(data: bytes, mark: str = "") -> str:
+    """A token's bytes as text; bytes that are no whole characters escaped, as OpenAI writes them."""
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return mark + "".join(f"\\x{byte:02x}" for byte in data)
