@@ -147,7 +147,9 @@ class LLM:
         self.mesh = make_mesh(self.config, tensor_parallel_size)
         if not isinstance(plan, SchedulePlan):
             plan = (
-                self._auto_plan(tokens_per_step, decode_slots, deterministic)
+                auto_plan(
+                    self.config, self.mesh.devices.flat[0], self.mesh.size, tokens_per_step, decode_slots, deterministic
+                )
                 if plan == "auto"
                 else load_plan(str(plan))
             )
@@ -175,15 +177,6 @@ class LLM:
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
-
-    def _auto_plan(self, tokens_per_step: int, decode_slots: int | None, deterministic: bool) -> SchedulePlan:
-        if deterministic:  # which wants all rows treated alike
-            return load_plan(DEFAULT)
-        hardware = hardware_of(self.mesh.devices.flat[0])
-        slots = decode_slots or tokens_per_step * 5 // 8
-        plan, why = known_plan(self.config, hardware.name if hardware else None, self.mesh.size, tokens_per_step, slots)
-        logger.info(why)
-        return plan
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
@@ -372,6 +365,19 @@ class LLM:
                 for request in self.engine.step():
                     produced += len(request.tokens) - request.prompt_length
                     bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
+
+
+def auto_plan(
+    config: ModelConfig, device: Any, devices: int, tokens_per_step: int, decode_slots: int | None, deterministic: bool
+) -> SchedulePlan:
+    """What plan="auto" takes on a mesh of `devices` like `device` (of JAX)."""
+    if deterministic:  # which wants all rows treated alike
+        return load_plan(DEFAULT)
+    hardware = hardware_of(device)
+    slots = decode_slots or tokens_per_step * 5 // 8
+    plan, why = known_plan(config, hardware.name if hardware else None, devices, tokens_per_step, slots)
+    logger.info(why)
+    return plan
 
 
 def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:

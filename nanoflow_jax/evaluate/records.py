@@ -6,9 +6,10 @@ lines `{"prompt": ...}` with an optional `custom_id` and the same fields as a co
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -38,19 +39,20 @@ SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {  # fields accepted only where th
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a line has no response. param: the field at fault, where there is one."""
+    """Why a line has no response. param: the field at fault, where there is one. digest: of the line's content."""
 
     line: int
     custom_id: str | None
     code: str  # "invalid_request", or "server_error" when the engine failed on it
     message: str  # one line
     param: str | None = None
+    digest: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Record:
     """A request. Either `prompt` (text or token ids) or `messages` is set; `sampling` holds what the line asks for,
-    by the names of SamplingParams."""
+    by the names of SamplingParams. digest: of the line's content, however it is spaced and ordered."""
 
     line: int
     custom_id: str | None
@@ -59,11 +61,13 @@ class Record:
     messages: list[dict[str, str]] | None
     sampling: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0  # of its line
+    digest: str = field(default="", compare=False)
 
     def refused(self, error: ValueError) -> Problem:
         """What came of an error that was told about this record's prompt or settings."""
         name, colon, _ = str(error).partition(": ")
-        return problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
+        found = problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
+        return replace(found, digest=self.digest)
 
 
 class _Refused(Exception):
@@ -83,15 +87,18 @@ def problem(line: int, custom_id: str | None, message: str, param: str | None = 
 def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
     """`models`: names that a body's `model` may have; a body without one is always accepted. Never raises."""
     custom_id: str | None = None
+    content = line.data or (line.problem or "").encode()
     try:
         if line.problem is not None:
             _refuse(None, line.problem)
         fields = _json_object(line.data)
+        content = json.dumps(fields, sort_keys=True).encode()
         custom_id = _custom_id(fields)
         openai = "body" in fields or "url" in fields or "method" in fields
-        return (_openai if openai else _plain)(line, custom_id, fields, models)
+        found = (_openai if openai else _plain)(line, custom_id, fields, models)
     except _Refused as error:
-        return problem(line.number, custom_id, str(error), error.name)
+        found = problem(line.number, custom_id, str(error), error.name)
+    return replace(found, digest=hashlib.blake2b(content, digest_size=8).hexdigest())
 
 
 def _refuse(name: str | None, message: str) -> NoReturn:

@@ -9,27 +9,29 @@ import json
 from typing import Any
 
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, RequestOutput
+from nanoflow_jax.evaluate.journal import UTF8
 from nanoflow_jax.evaluate.records import CHAT, Problem, Record
 
 Json = dict[str, Any]
 
 
 def encode_record(record: Json) -> bytes:
-    """One line with its end. Half surrogate pairs, which UTF-8 cannot hold, stay as JSON escapes."""
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    """One line with its end."""
+    return json.dumps(record, ensure_ascii=False).encode(*UTF8) + b"\n"
 
 
 def error_record(found: Problem) -> Json:
     """The record of a line that could not be served."""
     error = {"code": found.code, "message": found.message, "param": found.param, "line": found.line}
-    return {"id": f"batch_req_{found.line}", "error": error, "custom_id": found.custom_id, "response": None}
+    record = {"id": f"batch_req_{found.line}", "error": error, "custom_id": found.custom_id, "response": None}
+    return record | _digest(found)
 
 
 def response_record(record: Record, output: RequestOutput, model: str) -> Json:
     """The record of a line that was served; an error record where the engine failed on it."""
     if failed := [o.error for o in output.outputs if o.finish_reason == "error"]:
         message = failed[0] or "the request failed"
-        return error_record(Problem(record.line, record.custom_id, "server_error", message))
+        return error_record(Problem(record.line, record.custom_id, "server_error", message, digest=record.digest))
     chat = record.endpoint == CHAT
     made = sum(len(o.token_ids) for o in output.outputs)
     asked = len(output.prompt_token_ids)
@@ -42,7 +44,13 @@ def response_record(record: Record, output: RequestOutput, model: str) -> Json:
         "usage": {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made},
     }
     response = {"status_code": 200, "request_id": f"req_{record.line}", "body": body}
-    return {"id": f"batch_req_{record.line}", "error": None, "custom_id": record.custom_id, "response": response}
+    made_of = {"id": f"batch_req_{record.line}", "error": None, "custom_id": record.custom_id, "response": response}
+    return made_of | _digest(record)
+
+
+def _digest(of: Record | Problem) -> Json:
+    """By which a result is known again when the input has changed."""
+    return {"request_digest": of.digest} if of.digest else {}
 
 
 def _chat_choice(output: CompletionOutput, top: int) -> Json:

@@ -46,7 +46,7 @@ class StandIn:
             raise ValueError(f"prompt: {len(tokens)} tokens; accepted: 1 to {self.max_model_len - 1}")
         return Work(key, prompt if isinstance(prompt, str) else None, tokens, params)
 
-    def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None) -> Work:
+    def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None) -> Work:
         return self.prepare("".join(f"{m['role']}:{m['content']};" for m in messages), params, key)
 
     def run_stream(self, work: Iterable[Work | None]) -> Iterator[tuple[Work, RequestOutput]]:
