@@ -28,7 +28,7 @@ LAYERS, PAGES = 2, 4096
 
 def asked() -> dict[str, tuple[ThroughputOptions, str]]:
     """What differs in the compiled step among all runs of the session, with its options and plan."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     command.add(parser.add_subparsers(), argparse.HelpFormatter)
     found: dict[str, tuple[ThroughputOptions, str]] = {}
     for arguments in throughput_commands(parts("python")):

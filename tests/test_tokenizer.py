@@ -152,6 +152,7 @@ def test_loading_is_silent(folders: dict[str, Path], style: str, caplog: pytest.
     """A label of another class, or clean_up_tokenization_spaces, is no news to a user."""
     transformers = logging.getLogger("transformers")
     propagates, transformers.propagate = transformers.propagate, True
+    transformers.setLevel(logging.WARNING)
     try:
         for label in ("LlamaTokenizerFast", "GPT2Tokenizer"):
             path = folders[style] / "tokenizer_config.json"

@@ -93,7 +93,7 @@ def _judged(case: Case, ours: dict[str, Any], options: argparse.Namespace) -> di
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=PROGRAM, description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--case", action="append", metavar="NAME", help="one case; may be repeated (--list names them)")
     parser.add_argument("--quick", action="store_true", help=f"the {len(QUICK)} cases that say most")

@@ -73,7 +73,7 @@ def outputs(options: ThroughputOptions, plan: str, prompts: Sequence[list[int]])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nanoflow_jax.bench.attention_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="nanoflow_jax.bench.attention_check", description=__doc__, allow_abbrev=False)
     parser.add_argument("--tiny", action="store_true", help="two plans with XLA's attention, anywhere")
     tiny = parser.parse_args(arguments).tiny
     use_compile_cache()
