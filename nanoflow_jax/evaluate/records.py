@@ -287,6 +287,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def is_off(name: str, value: Any) -> bool:
+    """Whether a field that there is not changes nothing at this value: num_beams 1, best_of 1 and the like."""
+    return value is None or any(_is_same(value, neutral) for neutral in SWITCHED_OFF.get(name, ()))
+
+
 def _is_same(value: Any, neutral: Any) -> bool:
     return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
 
