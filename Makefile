@@ -13,14 +13,18 @@ export NANOFLOW_COMPILE_CACHE ?= $(CURDIR)/build/xla
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint types pytest notebooks clean
+# The oldest transformers that pyproject.toml accepts, with the tokenizers that belong to it.
+FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+.PHONY: help demo test lint types pytest floor notebooks clean
 
 help:
 	@echo "make demo        generate text with the embedded model on eight CPU devices"
-	@echo "make test        lint, types, and all tests (README and notebooks included)"
+	@echo "make test        lint, types, and all tests (README and notebooks included), some at the oldest transformers"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       pyright"
 	@echo "make pytest      the tests alone; ARGS='-k words' selects, WORKERS=n sets the processes"
+	@echo "make floor       the tokenizer tests with the oldest transformers that is accepted"
 	@echo "make notebooks   execute the notebooks into build/notebooks"
 	@echo "make clean       remove .venv, build and caches"
 
@@ -30,7 +34,7 @@ demo: $(VENV)/base
 	@echo; echo "Chat:"
 	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 --quiet --chat 'What is 25+17?' 'Reverse overlap' 'Thank you'
 
-test: lint types pytest
+test: lint types pytest floor
 	@echo "All checks passed."
 
 lint: $(VENV)/dev
@@ -42,6 +46,19 @@ types: $(VENV)/dev
 
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+
+floor: build/floor-$(FLOOR)/made
+	build/floor-$(FLOOR)/bin/python -m pytest --noconftest tests/test_tokenizer.py
+
+# What those tests import and no more; jax is not needed.
+build/floor-$(FLOOR)/made: $(VENV)/base constraints.txt
+	@echo "Making an environment with transformers $(FLOOR)"
+	@mkdir -p build
+	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > build/floor-constraints.txt
+	@$(BIN)/python -m venv --clear build/floor-$(FLOOR)
+	@build/floor-$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --constraint build/floor-constraints.txt transformers==$(FLOOR) jinja2 numpy safetensors pytest hypothesis
+	@touch $@
 
 notebooks: $(VENV)/dev
 	rm -rf build/notebooks && mkdir -p build/notebooks

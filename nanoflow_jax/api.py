@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import operator
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import datetime
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.distributed import lead
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
+from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
@@ -148,13 +149,16 @@ class LLM:
         self.mesh = make_mesh(self.config, tensor_parallel_size)
         if not isinstance(plan, SchedulePlan):
             plan = (
-                self._auto_plan(tokens_per_step, decode_slots, deterministic)
+                auto_plan(
+                    self.config, self.mesh.devices.flat[0], self.mesh.size, tokens_per_step, decode_slots, deterministic
+                )
                 if plan == "auto"
                 else load_plan(str(plan))
             )
         self.plan = plan
         self.tokenizer = Tokenizer(tokenizer or folder)
-        self._defaults, eos = _generation_defaults(folder, self.config)
+        self._defaults = generation_defaults(folder)
+        eos = end_tokens(folder, self.config, self.tokenizer)
         options = EngineOptions(
             max_model_len=max_model_len,
             tokens_per_step=tokens_per_step,
@@ -175,15 +179,6 @@ class LLM:
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
-
-    def _auto_plan(self, tokens_per_step: int, decode_slots: int | None, deterministic: bool) -> SchedulePlan:
-        if deterministic:  # which wants all rows treated alike
-            return load_plan(DEFAULT)
-        hardware = hardware_of(self.mesh.devices.flat[0])
-        slots = decode_slots or tokens_per_step * 5 // 8
-        plan, why = known_plan(self.config, hardware.name if hardware else None, self.mesh.size, tokens_per_step, slots)
-        logger.info(why)
-        return plan
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
@@ -239,8 +234,8 @@ class LLM:
 
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability after the context, and whether it is
-        what greedy decoding would give. Text is encoded together, so that a word may span the border; an empty context
-        becomes the model's first token."""
+        what greedy decoding would give. Text is encoded as lm-evaluation-harness does: together, spaces at the end of a
+        context with the continuation, an empty context as the model's first token."""
         params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
         encoded = [self._pair(context, continuation) for context, continuation in pairs]
         for tokens, _ in encoded:
@@ -261,9 +256,12 @@ class LLM:
         self.engine.check(tokens, params)
         return Work(key, text, tokens, params)
 
-    def prepare_chat(self, messages: Sequence[Message], params: SamplingParams, key: Any = None) -> Work:
-        """A conversation for `run_stream`. Raises ValueError when it cannot be served."""
-        text, tokens = self._tokens(self.tokenizer.chat(messages), False)
+    def prepare_chat(
+        self, messages: Sequence[Message], params: SamplingParams, key: Any = None, now: datetime | None = None
+    ) -> Work:
+        """A conversation for `run_stream`; `now` is the time for templates that write it, the clock's when not given.
+        Raises ValueError when it cannot be served."""
+        text, tokens = self._tokens(self.tokenizer.chat(messages, now), False)
         self.engine.check(tokens, params)
         return Work(key, text, tokens, params)
 
@@ -300,8 +298,7 @@ class LLM:
         if isinstance(context, str) is not isinstance(continuation, str):
             raise ValueError("pairs: a context and its continuation must both be text, or both token ids")
         if isinstance(context, str) and isinstance(continuation, str):
-            tokens = self.tokenizer.encode(context + continuation, True)
-            before = len(self.tokenizer.encode(context, True))
+            tokens, before = self.tokenizer.encode_pair(context, continuation)
         else:
             tokens = [*self._tokens(context, False)[1], *self._tokens(continuation, False)[1]]
             before = len(context)
@@ -372,6 +369,19 @@ class LLM:
                     bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
 
 
+def auto_plan(
+    config: ModelConfig, device: Any, devices: int, tokens_per_step: int, decode_slots: int | None, deterministic: bool
+) -> SchedulePlan:
+    """What plan="auto" takes on a mesh of `devices` like `device` (of JAX)."""
+    if deterministic:  # which wants all rows treated alike
+        return load_plan(DEFAULT)
+    hardware = hardware_of(device)
+    slots = decode_slots or tokens_per_step * 5 // 8
+    plan, why = known_plan(config, hardware.name if hardware else None, devices, tokens_per_step, slots)
+    logger.info(why)
+    return plan
+
+
 def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[str]:
     """Completions of `prompts`, one string each, in order: `generate("tiny", ["12+30="], max_tokens=8)`.
 
@@ -403,23 +413,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def _generation_defaults(folder: Path, config: ModelConfig) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """Sampling defaults and end tokens of generation_config.json; greedy, and config.json's end tokens, without one."""
-    path = folder / "generation_config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
-    eos = token_id_tuple("eos_token_id", fields.get("eos_token_id")) or config.eos_token_ids
-    if not fields.get("do_sample"):
-        return {"temperature": 0.0}, eos
-    defaults = {k: fields[k] for k in ("temperature", "top_p", "top_k") if fields.get(k) is not None}
-    try:
-        SamplingParams(**defaults)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
-    return defaults, eos

@@ -27,8 +27,16 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Help that names every default and keeps examples as written."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """The program's and, because they are made of the same class, each command's: an option is spelled out, so that a
+    misspelt one is never taken for another."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nanoflow", description=__doc__, formatter_class=_Defaults)
+    parser = _Parser(prog="nanoflow", description=__doc__, formatter_class=_Defaults)
     parser.add_argument("--version", action="version", version=f"nanoflow_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (_add_generate, _add_convert):
@@ -43,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     profile_command.add(commands, _Defaults)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if getattr(args, "quiet", False):
+        _hush_libraries()
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     logging.getLogger("nanoflow_jax").setLevel(logging.INFO if getattr(args, "verbose", False) else logging.WARNING)
     if getattr(args, "cpu_devices", None):
@@ -71,6 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return args.run(args)
     except BaseException as error:
         return report(error)
+
+
+def _hush_libraries() -> None:
+    """No warnings and no progress of other libraries, most of which are not imported yet; our own stay."""
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("HF_HUB_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TF_CPP_MIN_LOG_LEVEL", "2"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.captureWarnings(True)
+    for name in ("py.warnings", "jax", "transformers", "huggingface_hub", "absl", "orbax", "tensorstore"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _positive(text: str) -> int:
@@ -166,7 +190,9 @@ def _add_model_options(p: argparse.ArgumentParser) -> None:
         "--peer-timeout", type=float, default=60, metavar="SECONDS",
         help="without a sign of life from another process, the run ends after so long",
     )  # fmt: skip
-    group.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    group.add_argument(
+        "--quiet", action="store_true", help="no progress, and no warnings of libraries, on standard error"
+    )
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 

@@ -75,6 +75,14 @@ class ModelConfig:
     dtype: str
 
     @property
+    def max_length(self) -> int:
+        """Tokens of a sequence: linear scaling squeezes `factor` times as many into the positions that the model was
+        trained on. llama3's `max_position_embeddings` is the scaled length itself (as transformers and vLLM take it).
+        """
+        scale = self.rope.factor if self.rope.kind == "linear" else 1.0
+        return int(self.max_position_embeddings * scale)
+
+    @property
     def heads_per_kv_head(self) -> int:
         return self.num_heads // self.num_kv_heads
 
@@ -146,6 +154,9 @@ class ModelConfig:
             raise ConfigError(f"num_key_value_heads: {config.num_kv_heads} must divide num_attention_heads = {heads}")
         if config.head_dim % 2:
             raise ConfigError(f"head_dim: {config.head_dim} must be even (rotary embedding turns pairs)")
+        layers = read.take("layer_types", list, [])
+        if other := sorted({str(kind) for kind in layers} - {"full_attention"}):
+            raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: 'full_attention' in every layer")
         read.finish()
         return config
 
@@ -180,20 +191,42 @@ def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:
 
 _ARCHITECTURES = {"LlamaForCausalLM"}
 
-# Fields that change nothing about inference: training settings, provenance, and defaults of the Hugging Face base
-# class.
+# Fields that change nothing about inference.
 _INERT = {
-    "_name_or_path", "_attn_implementation_autoset", "attention_dropout", "attn_implementation", "initializer_range",
-    "transformers_version", "use_cache", "pad_token_id", "hidden_dropout_prob", "pretraining_tp", "max_sequence_length",
-    "unsloth_fixed", "unsloth_version", "eos_token", "bos_token", "id2label", "label2id", "problem_type",
-    "sep_token_id",
-    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "finetuning_task",
-    "torchscript", "task_specific_params", "tokenizer_class", "prefix", "is_decoder", "vision_config",
+    # provenance, and which code of other libraries runs the model
+    "_name_or_path", "_commit_hash", "transformers_version", "unsloth_fixed", "unsloth_version", "is_llama_config",
+    "transformers.js_config", "auto_map", "attribute_map", "use_cache", "attn_implementation", "_attn_implementation",
+    "_attn_implementation_autoset", "_flash_attn_2_enabled", "use_flash_attention", "use_flash_attn", "pretraining_tp",
+    "torchscript", "tf_legacy_loss", "use_bfloat16", "output_hidden_states", "output_attentions", "output_scores",
+    "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "vision_config",
+    # training
+    "attention_dropout", "hidden_dropout_prob", "hidden_dropout", "attention_probs_dropout_prob", "classifier_dropout",
+    "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "neftune_noise_alpha",
+    "gradient_checkpointing",
+    "use_gradient_checkpointing", "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id",
+    # the tokenizer's, and a length that max_position_embeddings and the rotary scaling say
+    "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id", "eos_token", "bos_token",
+    "pad_token", "tokenizer_class", "prefix", "max_sequence_length", "model_max_length", "is_decoder",
+    # sampling, whose place is generation_config.json: transformers before 4.50 wrote its defaults here
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+    "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+    "begin_suppress_tokens",
 }  # fmt: skip
 
 # Fields accepted only with the values at which they change nothing.
 _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "activation": ("swiglu", "silu"),  # Falcon 3 says it twice
+    "is_causal": (True,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "use_mrope": (False,),
     "quantization_config": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
@@ -241,7 +274,7 @@ class _Fields:
 
     def finish(self) -> None:
         for name, value in self.fields.items():
-            if name in self.seen or name in _INERT:
+            if value is None or name in self.seen or name in _INERT:  # null asks for nothing
                 continue
             if name not in _REQUIRED_VALUES:
                 raise ConfigError(f"{name}: unknown field (value {value!r}); this library would have to ignore it")

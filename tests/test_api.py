@@ -15,6 +15,7 @@ from nanoflow_jax import LLM, SamplingParams, api, generate
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import setup
 from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 
@@ -392,11 +393,11 @@ def test_defaults_of_tiny_are_greedy(llm: LLM) -> None:
     [
         (None, {"temperature": 0.0}, (257, 261)),
         ({}, {"temperature": 0.0}, (257, 261)),
-        ({"temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.0}, (5,)),
+        ({"temperature": 0.6, "eos_token_id": 5}, {"temperature": 0.0}, (5, 257)),
         (
             {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "top_k": 20, "eos_token_id": [5, 6]},
             {"temperature": 0.6, "top_p": 0.9, "top_k": 20},
-            (5, 6),
+            (5, 6, 257),
         ),
         ({"do_sample": True, "top_p": None}, {}, (257, 261)),
     ],
@@ -405,7 +406,10 @@ def test_defaults_of_tiny_are_greedy(llm: LLM) -> None:
 def test_defaults_come_from_generation_config(
     tmp_path: Path, fields: dict[str, Any] | None, defaults: dict[str, Any], eos: tuple[int, ...]
 ) -> None:
-    """Sampling only where do_sample says so; end tokens there win over those of config.json."""
+    """Sampling only where do_sample says so; end tokens there win over those of config.json, and the tokenizer's own
+    is one of them."""
     if fields is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(fields))
-    assert api._generation_defaults(tmp_path, ModelConfig.from_file(TINY / "config.json")) == (defaults, eos)
+    assert generation_defaults(tmp_path) == defaults
+    found = end_tokens(tmp_path, ModelConfig.from_file(TINY / "config.json"), Tokenizer(TINY))
+    assert found == eos

@@ -341,3 +341,29 @@ def test_modelled_network():
     mixed = network_step(config, load_plan("two_gather_one_reduce"), shape, hardware, 8)
     assert mixed.collectives == 80 * 3 + 1 + 2
     assert mixed.seconds == pytest.approx(seconds([wire] * 160 + [2 * wire] * 81 + sampler))
+
+
+@pytest.mark.parametrize("options", [[], ["--cpu-devices", "1"]], ids=str)
+def test_without_a_model_a_cpu_is_refused(
+    options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not given one that takes its memory; what is told to take runs."""
+    from nanoflow_jax.bench import compare
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    monkeypatch.setattr(compare, "measure_in_turn", lambda *_: pytest.fail("it runs"))
+    assert main(["bench", "throughput", *options]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("nanoflow bench: --model: one of a CPU's size is needed") and told.count("\n") == 1
+
+    class Runs(Exception):
+        pass
+
+    def runs(options: Any, *_: Any) -> None:
+        assert (options.model, options.tokens_per_step, options.decode_slots) == ("tiny", 128, 32)
+        raise Runs
+
+    monkeypatch.setattr(compare, "measure_in_turn", runs)
+    with pytest.raises(Runs):
+        main(["bench", "throughput", *options, *told.partition("accepted: ")[2].split()])

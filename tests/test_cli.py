@@ -3,6 +3,7 @@ one line."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import json
@@ -373,8 +374,60 @@ def test_process_output_file_and_cpu_devices(tmp_path: Path) -> None:
     assert file.read_text() == "12+30=42\n"
     assert done.stderr.splitlines() == [
         "plan two_gather_one_reduce: no plan is known for this device",
+        "end tokens: 257 '<|end_of_text|>' (generation_config.json), 261 '<|end_of_turn|>' (generation_config.json)",
         "attention backend: xla; KV pages: float32; plan: two_gather_one_reduce; mesh: 2 devices",
     ]
+
+
+def test_quiet_is_quiet(tmp_path: Path) -> None:
+    """Nothing on stderr, whatever libraries warn of; without --quiet they may."""
+    hush = "import os, sys, warnings, logging; from nanoflow_jax import api, cli; made = api.Tokenizer\n"
+    hush += "def noisy(source):\n"
+    hush += "    import transformers\n"
+    hush += "    transformers.utils.logging.get_logger('transformers.some').warning('a class is not the same')\n"
+    hush += "    warnings.warn('an option is deprecated', UserWarning); logging.getLogger('jax._src').warning('slow')\n"
+    hush += "    return made(source)\n"
+    hush += "api.Tokenizer = noisy; sys.exit(cli.main(sys.argv[1:]))"
+    command = ["-c", hush, "generate", "12+30=", *SMALL]
+    unset = dict.fromkeys(("TRANSFORMERS_VERBOSITY", "TF_CPP_MIN_LOG_LEVEL"))  # where other tests have been quiet
+    done = process(*command, "--quiet", **unset)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "12+30=42\n", "")
+    loud = process(*command, **unset)
+    for words in ("a class is not the same", "an option is deprecated", "slow"):
+        assert words in loud.stderr, "the test would not see it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["generate", "x", "--n", "3"], "--n"),
+        (["generate", "x", "--stop", "y"], "--stop"),
+        (["batch", "-i", "a", "-o", "b", "--decode", "8"], "--decode"),
+        (["eval", "addition", "--out", "x"], "--out"),
+        (["bench", "throughput", "--request", "3"], "--request"),
+        (["bench", "host", "--step", "3"], "--step"),
+        (["simulate", "--mod", "tiny"], "--mod"),
+    ],
+    ids=" ".join,
+)
+def test_options_are_spelled_out(cli: Cli, arguments: list[str], option: str) -> None:
+    """--n is not --num-processes, --stop is not --stop-token-ids."""
+    status, out, err = cli(*arguments)
+    assert (status, out) == (2, "")
+    assert f"unrecognized arguments: {option}" in err or "are required" in err
+
+
+def test_no_parser_guesses() -> None:
+    """Wherever the project reads options, those of tools included."""
+    root, found = Path(__file__).parents[1], 0
+    for path in [p for name in ("nanoflow_jax", "kernels_pallas", "tests") for p in (root / name).rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or "ArgumentParser" not in ast.unparse(node.func):
+                continue
+            options = {word.arg: ast.unparse(word.value) for word in node.keywords}
+            assert options.get("allow_abbrev") == "False", f"{path}:{node.lineno}"
+            found += 1
+    assert found >= 5
 
 
 def test_importing_loads_no_jax_and_prints_nothing() -> None:

@@ -138,16 +138,16 @@ def test_a_text_that_cannot_be_decoded(
 ) -> None:
     """Only of the request that looks for a stop string in it."""
     params = [replace(p, stop="never there") if i == 5 else p for i, p in enumerate(load[1])]
-    decode, count = llm.tokenizer.decode, 0
+    spell, count = llm.tokenizer.token_bytes, 0
 
-    def fails_once(*args: Any) -> str:
+    def fails_once(token: int) -> bytes:
         nonlocal count
         count += 1
         if count == 7:
             raise KeyError("no such token")
-        return decode(*args)
+        return spell(token)
 
-    monkeypatch.setattr(llm.tokenizer, "decode", fails_once)
+    monkeypatch.setattr(llm.tokenizer, "token_bytes", fails_once)
     outputs = llm.generate(load[0], params, use_tqdm=False)
     wrong = outputs.pop(5).outputs[0]
     assert wrong.finish_reason == "error"

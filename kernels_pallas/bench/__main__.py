@@ -115,7 +115,7 @@ def _ceilings(options: argparse.Namespace, setting: Setting) -> dict[str, float]
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog=PROGRAM, description=__doc__, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--case", action="append", metavar="NAME", help="one case; may be repeated (--list names them)")
     parser.add_argument("--quick", action="store_true", help=f"the {len(QUICK)} cases that say most")

@@ -73,7 +73,7 @@ def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--fp8", action="store_true", help="pages of float8_e4m3fn")

@@ -520,7 +520,7 @@ def save_state(
 
 def main() -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description="Train the embedded model 'tiny'.")
+    parser = argparse.ArgumentParser(description="Train the embedded model 'tiny'.", allow_abbrev=False)
     parser.add_argument(
         "--output", type=Path, default=Path(__file__).parent / "tiny_llama", help="model folder to write"
     )

@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="nanoflow_jax.bench.attention_check",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--model", choices=("tiny", "8b"), default="tiny", help="default: tiny")
     parser.add_argument("--tiny", action="store_true", help="two plans with XLA's attention, anywhere")

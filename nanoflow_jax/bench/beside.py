@@ -43,7 +43,10 @@ def kernels_of(both: Pair, times: int, backend: str) -> tuple[Kernel, Kernel]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="nanoflow_jax.bench.beside", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="nanoflow_jax.bench.beside",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--sms", type=int, nargs="+", default=[48], help="budgets of decode attention (default: 48)")
     parser.add_argument("--tiny", action="store_true", help="anywhere: two loops of a CPU program")

@@ -100,7 +100,10 @@ def _add_throughput(kinds: Any, formatter: Any) -> None:
         "computed tokens again). A rank slice runs one rank of a mesh with local copies in place of collectives;\n"
         "the network's time is then modelled from the hardware file.",
     )
-    p.add_argument("--model", default="llama-3.1-8b", help="'tiny', a name in configs/models, a config.json, a folder")
+    p.add_argument(
+        "--model",
+        help="'tiny', a name in configs/models, a config.json, a folder; on a GPU llama-3.1-8b when not given",
+    )
     p.add_argument("--layers", type=positive, help="only so many layers of it; all when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument(
@@ -160,6 +163,8 @@ def _throughput(args: argparse.Namespace) -> int:
             raise ValueError(f"--plot: {args.plot}: its folder does not exist")
         if find_spec("matplotlib") is None:
             raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
+    if args.model is None:
+        args.model = _usual_model(args.cpu_devices)
     from nanoflow_jax.bench import report, transformers_peer
     from nanoflow_jax.bench.compare import TOGGLES, measure_in_turn
     from nanoflow_jax.bench.throughput import measure
@@ -196,6 +201,18 @@ def _throughput(args: argparse.Namespace) -> int:
     if peer:
         print(f"\n{transformers_peer.text(peer, ratio)}")
     return 0
+
+
+def _usual_model(cpu_devices: int | None) -> str:
+    """Raises ConfigError on a CPU, where 8B would take hours, and the machine's memory first."""
+    import jax
+
+    from nanoflow_jax.config import ConfigError
+
+    if cpu_devices or jax.devices()[0].platform == "cpu":
+        small = "--model tiny --workload constant:64:64 --tokens-per-step 128 --decode-slots 32"
+        raise ConfigError(f"--model: one of a CPU's size is needed on a CPU; accepted: {small}")
+    return "llama-3.1-8b"
 
 
 def _options(args: argparse.Namespace) -> ThroughputOptions:

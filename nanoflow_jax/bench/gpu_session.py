@@ -77,7 +77,7 @@ def gpu_line() -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("results", type=Path, help="folder for the archives; made when it is not there")
     parser.add_argument("--call", choices=tuple(SECONDS), help="which parts; with --tiny, a and b when not given")

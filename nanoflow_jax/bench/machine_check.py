@@ -36,7 +36,7 @@ def _lines(*command: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="nanoflow_jax.bench.machine_check", description=__doc__)
+    parser = argparse.ArgumentParser(prog="nanoflow_jax.bench.machine_check", description=__doc__, allow_abbrev=False)
     parser.add_argument("--tiny", action="store_true", help="a CPU will do")
     tiny = parser.parse_args(arguments).tiny
     ptxas, device = find_ptxas(), jax.devices()[0]

@@ -27,7 +27,7 @@ from nanoflow_jax.engine.sampler_tables import SamplerTables
 from nanoflow_jax.engine.sampling_params import SamplingParams, check_vocabulary
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.step_batch import build_inputs
-from nanoflow_jax.engine.text import GrowingText, find_stop
+from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.tokenizer import Tokenizer
 
@@ -98,7 +98,7 @@ class Engine:
         )
         self._flight: _Flight | None = None
         self._biases: dict[Request, list[int]] = {}
-        self._texts: dict[Request, GrowingText] = {}
+        self._texts: dict[Request, WatchedText] = {}
         self._quarantine = Quarantine(self.scheduler)
         self.num_steps = 0
         self.failure: Exception | None = None  # of the last step that failed
@@ -290,19 +290,12 @@ class Engine:
         text = self._texts.get(request)
         if text is None:
             assert self._tokenizer is not None, "stop strings and streams of text need a tokenizer"
-            text = GrowingText(self._tokenizer, request.prompt_token_ids, params.skip_special_tokens)
-            self._texts[request] = text
-        added = text.add(token)
+            text = self._texts[request] = WatchedText(self._tokenizer, request.prompt_token_ids, params)
+        stop = text.add(token, may_stop=length - request.prompt_length >= params.min_tokens)
         request.text = text.text
-        stops = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
-        if not added or not stops or length - request.prompt_length < params.min_tokens:
-            return False
-        if (found := find_stop(text.text, len(added), stops)) is None:
-            return False
-        at, stop = found
-        request.text = text.text[: at + len(stop)] if params.include_stop_str_in_output else text.text[:at]
-        request.finish("stop", stop)
-        return True
+        if stop is not None:
+            request.finish("stop", stop)
+        return stop is not None
 
     def _book_scores(self, step: ScheduledStep, output: StepOutput) -> None:
         """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.running import Running
+from nanoflow_jax.engine.text import output_text, text_offsets
 from nanoflow_jax.tokenizer import Tokenizer
 
 
@@ -36,6 +37,9 @@ def _completion(request: Request, tokenizer: Tokenizer, running: Running | None)
     if params.logprobs is not None:
         output.logprobs = logprob_dicts(request.logprobs, ids, tokenizer)
         output.cumulative_logprob = sum(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
+        if params.detokenize:
+            offsets = text_offsets(tokenizer, request.prompt_token_ids, ids, params.skip_special_tokens)
+            output.text_offsets = [min(at, len(output.text)) for at in offsets]  # of a stop string there is no text
     return output
 
 
@@ -45,7 +49,7 @@ def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
         return request.text
     if request.finish_reason == "stop":
         ids = ids[:-1]
-    return tokenizer.decode(ids, request.params.skip_special_tokens)
+    return output_text(tokenizer, request.prompt_token_ids, ids, request.params.skip_special_tokens)
 
 
 def logprob_dicts(rows: LogprobRows, tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
@@ -56,9 +60,14 @@ def logprob_dicts(rows: LogprobRows, tokens: Sequence[int], tokenizer: Tokenizer
     ):
         for i in range(len(logprobs)):
             token = int(tokens[len(found)])
-            entry = {token: Logprob(float(logprobs[i]), int(ranks[i]), tokenizer.decode([token], False))}
+            entry = {token: _logprob(float(logprobs[i]), int(ranks[i]), token, tokenizer)}
             for rank, (other, logprob) in enumerate(zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)):
                 if other not in entry:
-                    entry[other] = Logprob(logprob, rank + 1, tokenizer.decode([other], False))
+                    entry[other] = _logprob(logprob, rank + 1, other, tokenizer)
             found.append(entry)
     return found
+
+
+def _logprob(logprob: float, rank: int, token: int, tokenizer: Tokenizer) -> Logprob:
+    data = tokenizer.token_bytes(token)
+    return Logprob(logprob, rank, data.decode("utf-8", "replace"), data)

@@ -24,11 +24,16 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class Logprob:
-    """Natural logarithm of a token's probability by the raw logits. `rank`: 1 is the likeliest."""
+    """Natural logarithm of a token's probability by the raw logits. `rank`: 1 is the likeliest.
+
+    decoded_token  the token's bytes as text, with U+FFFD where they are no whole character
+    token_bytes    what the token adds to a text's UTF-8
+    """
 
     logprob: float
     rank: int
     decoded_token: str | None = None
+    token_bytes: bytes = b""
 
 
 @dataclass
@@ -43,6 +48,7 @@ class CompletionOutput:
     stop_reason: int | str | None = None  # the stop token or string given by the request, when one ended it
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  # per token: it and the likeliest ones
+    text_offsets: list[int] | None = None  # with logprobs, per token: where in `text` it begins
     error: str | None = None  # one line, when finish_reason is "error"
 
 

@@ -99,9 +99,9 @@ def build_engine(
     decode_slots = _decode_slots(options, devices, on_cpu)
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
-    limit = config.max_position_embeddings if options.max_model_len is None else options.max_model_len
-    if not 1 < limit <= config.max_position_embeddings:
-        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_position_embeddings}")
+    limit = config.max_length if options.max_model_len is None else options.max_model_len
+    if not 1 < limit <= config.max_length:
+        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
     kv_scales = None if pages != FP8 else {} if make_params else _kv_scales(folder, config)
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
     if options.rank_of is not None:

@@ -8,7 +8,8 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,12 +36,14 @@ COMPLETION_TOKENS = 16  # max_tokens of a completion that names none, as in the 
 class Settings:
     """model     the served name: in responses, and what a body's `model` must be
     sampling  defaults of fields that a request leaves out, over the model's own (generation_config.json)
-    seed      of requests that bring none, together with their line: the same whatever ran before"""
+    seed      of requests that bring none, together with their line: the same whatever ran before
+    now       the time for chat templates that write it; None: the clock's"""
 
     model: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     window: int = WINDOW
+    now: datetime | None = None
 
 
 def parse_lines(
@@ -52,8 +55,41 @@ def parse_lines(
     for line in lines:
         item = parse_line(line, names)
         if item.custom_id is not None and not known.add(item.custom_id):
-            item = problem(line.number, item.custom_id, "custom_id: an earlier line has the same", "custom_id")
+            again = problem(line.number, item.custom_id, "custom_id: an earlier line has the same", "custom_id")
+            item = replace(again, digest=f"{item.digest}-again")
         yield None if done is not None and line.number in done else item
+
+
+class Requests:
+    """The requests of a file, to which the results of a changed run are given: by custom_id and digest of the content,
+    where there is no custom_id by the digest alone. About 300 bytes of memory per line."""
+
+    def __init__(self, source: Path, models: Iterable[str]):
+        self._numbers: dict[tuple[str | None, str], list[int]] = {}
+        self._ids: set[str] = set()
+        for item in parse_lines(read_lines(source), models):
+            assert item is not None
+            self._numbers.setdefault((item.custom_id, item.digest), []).append(item.line)
+            if item.custom_id is not None:
+                self._ids.add(item.custom_id)
+
+    def number(self, record: Json) -> int | None:
+        found = self._numbers.get((record["custom_id"], record.get("request_digest", "")))
+        return found.pop(0) if found else None
+
+    def is_known(self, record: Json) -> bool:
+        return record["custom_id"] in self._ids
+
+    def renumbered(self, record: Json, number: int) -> Json:
+        """With the ids and the line that a run of this input gives."""
+        record["id"] = f"batch_req_{number}"
+        if record["error"] is not None:
+            record["error"]["line"] = number
+        else:
+            response = record["response"]
+            response["request_id"] = f"req_{number}"
+            response["body"]["id"] = f"{response['body']['id'].partition('-')[0]}-{number}"
+        return record
 
 
 def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
@@ -65,13 +101,13 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
     try:
         params = llm.default_sampling_params(**wanted)
         if record.messages is not None:
-            return llm.prepare_chat(record.messages, params, record)
+            return llm.prepare_chat(record.messages, params, record, now=settings.now)
         assert record.prompt is not None
         return llm.prepare(record.prompt, params, record)
     except ValueError as error:
         return record.refused(error)
     except Exception as error:  # a chat template or a tokenizer that fails on one text must not end the run
-        return Problem(record.line, record.custom_id, "server_error", error_line(error))
+        return Problem(record.line, record.custom_id, "server_error", error_line(error), digest=record.digest)
 
 
 def work_steps(llm: LLM) -> Callable[[Work], float]:

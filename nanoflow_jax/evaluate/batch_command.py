@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,9 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
     """What batch and eval share."""
     p.add_argument("--restart", action="store_true", help="put earlier results aside and begin anew")
     p.add_argument(
-        "--allow-changed", action="store_true", help="continue although model, settings or input have changed"
+        "--allow-changed",
+        action="store_true",
+        help="continue although model, settings or input have changed: requests that are the same keep their results",
     )
     p.add_argument("--json", action="store_true", help="print the report as JSON")
     p.add_argument(
@@ -88,28 +91,79 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
     )
 
 
-def run_manifest(args: argparse.Namespace, kind: str, identity: dict[str, Any], about: dict[str, Any]) -> Manifest:
-    """Model, options and `identity`. Reads the model's files; raises ConfigError when there is no such model."""
+def run_manifest(
+    args: argparse.Namespace,
+    kind: str,
+    output: Path,
+    identity: dict[str, Any],
+    about: dict[str, Any],
+    chats: bool = True,
+) -> Manifest:
+    """Model, options and `identity`. Reads the model's files; raises ConfigError when there is no such model.
+
+    chats  prompts go through the chat template. Where that writes the time, it is the time at which the run of `output`
+           began, on whatever day it is continued
+    """
     from importlib.metadata import version
 
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
-    from nanoflow_jax.schedule.plan import load_plan
+    from nanoflow_jax.tokenizer import writes_the_time
     from nanoflow_jax.weights.hub import resolve_model
 
     if args.seed < 0:
         raise ConfigError(f"--seed: {args.seed} is not accepted; it must be at least 0")
-    plan = load_plan("two_gather_one_reduce" if args.plan == "auto" else args.plan)
     options = {name: getattr(args, name) for name in IDENTITY_OPTIONS}
     if args.tokenizer and Path(args.tokenizer).is_dir():
         options["tokenizer"] = model_fingerprint(Path(args.tokenizer))
-    model = model_fingerprint(resolve_model(args.model, args.revision))
-    digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:16]
-    options |= {"plan": f"{plan.name} {digest}", "devices": args.tensor_parallel_size or _devices(args)}
+    folder = resolve_model(args.model, args.revision)
+    model = model_fingerprint(folder)
+    templates = Path(args.tokenizer or folder)
+    if chats and (not templates.is_dir() or writes_the_time(templates)):
+        identity = {**identity, "chat_time": _begun(output, args.restart)}
+    devices = args.tensor_parallel_size or _devices(args)
+    options |= {"plan": _plan(args, folder, devices), "devices": devices}
     del options["tensor_parallel_size"]
     versions = {"nanoflow_jax": __version__, "jax": version("jax")}
     told = {"model": args.model, "command": shlex.join(["nanoflow", *args.arguments]), "versions": versions, **about}
     return Manifest(kind, {"model": model, **options, **identity}, told)
+
+
+def _plan(args: argparse.Namespace, folder: Path, devices: int) -> str:
+    """Name and digest of the plan that the LLM takes."""
+    from nanoflow_jax.api import auto_plan
+    from nanoflow_jax.config import ModelConfig
+    from nanoflow_jax.schedule.plan import load_plan
+
+    if args.plan != "auto":
+        plan = load_plan(args.plan)
+    elif getattr(args, "ray", False) and not args.deterministic and not args.cpu_devices:
+        return "auto"  # which GPUs the replicas have is not known here
+    else:
+        import jax
+
+        config = ModelConfig.from_file(folder / "config.json")
+        rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
+        plan = auto_plan(config, jax.devices()[0], devices, *rows)
+    return f"{plan.name} {hashlib.sha256(repr(plan).encode()).hexdigest()[:16]}"
+
+
+def _begun(output: Path, restart: bool) -> str:
+    """When the run of `output` began: now, unless its manifest says."""
+    from nanoflow_jax.evaluate.journal import manifest_path
+    from nanoflow_jax.evaluate.manifest import Manifest
+
+    if not restart and manifest_path(output).exists():
+        kept = Manifest.read(manifest_path(output)).identity.get("chat_time")
+        if kept is not None:
+            return str(kept)
+    return datetime.now().isoformat(timespec="seconds")
+
+
+def chat_time(manifest: Manifest) -> datetime | None:
+    """The time for chat templates that write it; None: they do not."""
+    begun = manifest.identity.get("chat_time")
+    return None if begun is None else datetime.fromisoformat(begun)
 
 
 def _devices(args: argparse.Namespace) -> int:
@@ -137,7 +191,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.engine.sampling_params import SamplingParams
-    from nanoflow_jax.evaluate.batch import Settings
+    from nanoflow_jax.evaluate.batch import Requests, Settings
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import identify
 
@@ -154,11 +208,20 @@ def _run(args: argparse.Namespace) -> int:
     found = identify(source)
     identity = {"input": found.sha256, "sampling": sampling, "served_model_name": served}
     about = {"input": str(source), "input_bytes": found.size, "input_lines": found.lines}
-    manifest = run_manifest(args, "batch", identity, about)
-    with Journal.open(output, manifest, restart=args.restart, allow_changed=args.allow_changed) as journal:
+    manifest = run_manifest(args, "batch", output, identity, about)
+    settings = Settings(served, sampling, args.seed, now=chat_time(manifest))
+    with Journal.open(
+        output,
+        manifest,
+        restart=args.restart,
+        allow_changed=args.allow_changed,
+        pairing=lambda: Requests(source, (served,)),
+    ) as journal:
+        if journal.told:
+            print(f"--allow-changed: {journal.told}", file=sys.stderr)
         if journal.done and not args.quiet:
             print(f"continuing: {len(journal.done)} of {found.lines} lines have a result", file=sys.stderr)
-        report = _answer(args, source, found, journal, Settings(served, sampling, args.seed), manifest, ray)
+        report = _answer(args, source, found, journal, settings, manifest, ray)
     if args.ordered:
         from nanoflow_jax.evaluate.batch import write_in_order
 

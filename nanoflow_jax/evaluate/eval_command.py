@@ -9,11 +9,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.evaluate.batch_command import add_run_options, make_llm, run_manifest
+from nanoflow_jax.evaluate.batch_command import add_run_options, chat_time, make_llm, run_manifest
 
 if TYPE_CHECKING:
     from nanoflow_jax.evaluate.prompts import Sample
@@ -76,26 +77,36 @@ def _run(args: argparse.Namespace) -> int:
 def _ask(args: argparse.Namespace, tasks: Sequence[Task], asked: Sequence[list[Sample]], folder: Path) -> None:
     """All tasks' records into the folder; the model is loaded when one is missing."""
     from nanoflow_jax.evaluate.journal import Journal
+    from nanoflow_jax.evaluate.prompts import Questions
     from nanoflow_jax.evaluate.report import samples_path
     from nanoflow_jax.evaluate.run_task import run_task
 
     with ExitStack() as stack:
-        journals = []
+        journals, times = [], []
         for task, questions in zip(tasks, asked, strict=True):
             rendered = json.dumps([asdict(q) for q in questions], sort_keys=True)
             identity = {"task": task.to_json(), "questions": hashlib.sha256(rendered.encode()).hexdigest()}
-            manifest = run_manifest(args, "eval", identity, {"count": len(questions)})
             path = samples_path(folder, task.name)
-            opened = Journal.open(path, manifest, restart=args.restart, allow_changed=args.allow_changed)
+            manifest = run_manifest(args, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
+            times.append(chat_time(manifest))
+            opened = Journal.open(
+                path,
+                manifest,
+                restart=args.restart,
+                allow_changed=args.allow_changed,
+                pairing=partial(Questions, questions),
+            )
             journals.append(stack.enter_context(opened))
+            if opened.told:
+                print(f"--allow-changed: {task.name}: {opened.told}", file=sys.stderr)
         left = [len(q) - len(j.done) for q, j in zip(asked, journals, strict=True)]
         if any(j.done for j in journals) and any(left) and not args.quiet:
             print(f"continuing: {sum(left)} of {sum(map(len, asked))} questions are left", file=sys.stderr)
         if not any(left):
             return
         llm = make_llm(args)
-        for task, questions, journal in zip(tasks, asked, journals, strict=True):
-            run_task(llm, task, questions, journal, progress=not args.quiet)
+        for task, questions, journal, now in zip(tasks, asked, journals, times, strict=True):
+            run_task(llm, task, questions, journal, progress=not args.quiet, now=now)
 
 
 def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other: Path | None) -> int:

@@ -10,14 +10,17 @@ and no power cut can take.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import queue
 import re
+import shutil
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.lines import NumberSet
@@ -26,6 +29,7 @@ from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
 SYNC_SECONDS = 1.0
 QUEUE_RECORDS = 4096  # given and not yet written: then the caller waits
 QUEUE_BYTES = 64 * 2**20
+UTF8 = ("utf-8", "backslashreplace")  # half surrogate pairs, which UTF-8 cannot hold, stay as JSON escapes
 _ID = re.compile(rb'\{"id": "(?:[a-z]+_)+(\d{1,15})", "error": (n|\{)')
 
 
@@ -55,10 +59,11 @@ class Journal:
     done     numbers that have a record
     errors   how many of these are errors
     synced   records that are on the disk, those of earlier runs included
+    told     one line about results of a changed run that are not kept; else None
     """
 
-    def __init__(self, path: Path, file: Any, done: NumberSet, errors: int):
-        self.path, self.done, self.errors, self.synced = path, done, errors, len(done)
+    def __init__(self, path: Path, file: Any, done: NumberSet, errors: int, told: str | None = None):
+        self.path, self.done, self.errors, self.synced, self.told = path, done, errors, len(done), told
         self._file = file
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
         self._given = self._written = 0  # bytes; each has one thread that adds to it
@@ -68,11 +73,21 @@ class Journal:
         self._thread.start()
 
     @classmethod
-    def open(cls, path: Path, manifest: Manifest, *, restart: bool = False, allow_changed: bool = False) -> Journal:
+    def open(
+        cls,
+        path: Path,
+        manifest: Manifest,
+        *,
+        restart: bool = False,
+        allow_changed: bool = False,
+        pairing: Callable[[], Pairing] | None = None,
+    ) -> Journal:
         """Begins a run or continues it. A torn last line is cut off.
 
         restart        puts results that are there aside (`results.jsonl.old-1`, ...) and begins anew
         allow_changed  continues although model, settings or input are others
+        pairing        gives the requests of this run, to which the results of a changed one are then given by what they
+                       answer; those that answer none of them are put aside. None: their numbers are kept
         Raises ConfigError, one line: the file is not of such a run, the manifest is another one's, another process is
         writing, or a record in the middle is damaged.
         """
@@ -85,10 +100,18 @@ class Journal:
                 _put_aside(path)
         file = _locked(path)
         try:
-            _check_manifest(path, manifest, allow_changed)
+            changed = _check_manifest(path, manifest, allow_changed)
             done, errors = _scan(path, file)
+            told = None
+            if changed and pairing is not None:
+                told = _pair(path, manifest, pairing())
+                locked, file = file, _locked(path)  # it may be another one now
+                locked.close()
+                done, errors = _scan(path, file)
+            if changed is not False:
+                manifest.write(manifest_path(path))
             sync_folder(path.absolute().parent)
-            return cls(path, file, done, errors)
+            return cls(path, file, done, errors, told)
         except BaseException:
             file.close()
             raise
@@ -197,21 +220,69 @@ def _locked(path: Path) -> Any:
     return file
 
 
-def _check_manifest(path: Path, manifest: Manifest, allow_changed: bool) -> None:
-    """Writes the manifest of a new run; raises ConfigError unless the run that is there may be continued."""
+def _check_manifest(path: Path, manifest: Manifest, allow_changed: bool) -> bool | None:
+    """Whether the run that is there is another one; None when there is none. Raises ConfigError unless it may be
+    continued."""
     beside, begun = manifest_path(path), path.stat().st_size > 0
     if begun and not beside.exists():
         raise ConfigError(f"--output: {path} exists and has no manifest beside it; name a new file, or use --restart")
     if begun:
         changed = Manifest.read(beside).differences(manifest)
-        if not changed:
-            return
-        if not allow_changed:
+        if changed and not allow_changed:
             raise ConfigError(
                 f"--output: {path} holds results of another run: {'; '.join(changed)}; accepted: the same again, "
-                "--allow-changed to keep those results and go on, or --restart to put them aside"
+                "--allow-changed to keep the results of requests that are still there, or --restart to put all aside"
             )
-    manifest.write(beside)
+        return bool(changed)
+    return None
+
+
+class Pairing(Protocol):
+    """The requests of a run."""
+
+    def number(self, record: dict[str, Any]) -> int | None:
+        """Of the request that a record answers, each once; None when there is none."""
+        ...
+
+    def is_known(self, record: dict[str, Any]) -> bool:
+        """Whether there is a request of the record's name, which may ask something else now."""
+        ...
+
+    def renumbered(self, record: dict[str, Any], number: int) -> dict[str, Any]: ...
+
+
+def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
+    """Gives the results of a changed run to the requests of this one, and puts the file aside where some answer none.
+
+    A kill at any moment leaves a manifest that is no run's, so that only --allow-changed goes on, and pairs again.
+    """
+    temporary, kept, changed, gone = path.with_name(path.name + ".part"), 0, 0, 0
+    with open(path, "rb") as file, open(temporary, "wb") as out:
+        for line in file:
+            record = json.loads(line)
+            number = requests.number(record)
+            if number is None:
+                known = requests.is_known(record)
+                changed, gone = changed + known, gone + (not known)
+            else:
+                kept += 1
+                out.write(json.dumps(requests.renumbered(record, number), ensure_ascii=False).encode(*UTF8) + b"\n")
+        out.flush()
+        os.fsync(out.fileno())
+    unfinished = {**manifest.identity, "results": "of another run; --allow-changed was interrupted"}
+    old = None
+    if changed or gone:
+        old = _old_name(path)
+        shutil.copyfile(path, old)
+        shutil.copyfile(manifest_path(path), manifest_path(old))
+    Manifest(manifest.kind, unfinished).write(manifest_path(path))
+    os.replace(temporary, path)
+    if old is None:
+        return None
+    return (
+        f"{kept} results kept; of {changed} the request has changed and is answered again, of {gone} it is gone; "
+        f"the file as it was: {old}"
+    )
 
 
 def _scan(path: Path, file: Any) -> tuple[NumberSet, int]:
@@ -247,10 +318,16 @@ def _scan(path: Path, file: Any) -> tuple[NumberSet, int]:
 def _put_aside(path: Path) -> None:
     if not path.exists() and not manifest_path(path).exists():
         return
-    number = 1
-    while (old := path.with_name(f"{path.name}.old-{number}")).exists() or manifest_path(old).exists():
-        number += 1
+    old = _old_name(path)
     if path.exists():
         os.rename(path, old)
     if manifest_path(path).exists():
         os.rename(manifest_path(path), manifest_path(old))
+
+
+def _old_name(path: Path) -> Path:
+    """The first free name for a file that is put aside with its manifest."""
+    number = 1
+    while (old := path.with_name(f"{path.name}.old-{number}")).exists() or manifest_path(old).exists():
+        number += 1
+    return old

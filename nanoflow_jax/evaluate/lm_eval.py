@@ -19,6 +19,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from nanoflow_jax.api import LLM
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.evaluate.records import is_off
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -173,7 +174,8 @@ class NanoflowLM(TemplateLM):
     def _params(self, wanted: dict[str, Any], number: int) -> SamplingParams:
         """lm-eval's generation settings as ours. Raises ValueError for one that there is not."""
         settings: dict[str, Any] = {**normalize_gen_kwargs(wanted, self.max_gen_toks)}
-        if unknown := sorted(set(settings) - {*_SAMPLING, *_NOT_OURS}):
+        known = {*_SAMPLING, *_NOT_OURS}
+        if unknown := sorted(name for name in settings if name not in known and not is_off(name, settings[name])):
             accepted = ", ".join(sorted({*_SAMPLING, *_NOT_OURS}))
             raise ValueError(f"gen_kwargs: {unknown[0]!r} is not supported; accepted: {accepted}")
         until = [stop for stop in settings["until"] if stop and stop != self.tokenizer.eos_token]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -124,6 +124,29 @@ def sample_record(
         "id": f"sample_{sample.number}", "error": told, "sample": sample.id, **asked, "target": target, **fields,
         "scores": scores,
     }  # fmt: skip
+
+
+class Questions:
+    """The questions of a task, to which the results of a changed run are given: by id and by what is asked."""
+
+    def __init__(self, asked: Sequence[Sample]):
+        self._by_id = {sample.id: sample for sample in asked}
+
+    def number(self, record: dict[str, Any]) -> int | None:
+        sample = self._by_id.get(record["sample"])
+        if sample is None:
+            return None
+        wanted = sample_record(sample, {}, {}, None)
+        same = all(record.get(name) == wanted.get(name) for name in ("prompt", "messages", "target"))
+        choices = None if sample.choices is None else list(sample.choices)
+        return sample.number if same and record.get("choices") == choices else None
+
+    def is_known(self, record: dict[str, Any]) -> bool:
+        return record["sample"] in self._by_id
+
+    def renumbered(self, record: dict[str, Any], number: int) -> dict[str, Any]:
+        record["id"] = f"sample_{number}"
+        return record
 
 
 def read_samples(path: Any) -> Iterator[dict[str, Any]]:

@@ -6,11 +6,14 @@ lines `{"prompt": ...}` with an optional `custom_id` and the same fields as a co
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
+
+import numpy as np
 
 from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
 from nanoflow_jax.evaluate.lines import Line
@@ -26,31 +29,48 @@ SAMPLING = (
     "ignore_eos", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias", "allowed_token_ids",
     "include_stop_str_in_output", "skip_special_tokens",
 )  # fmt: skip
-LABELS = ("user", "metadata")  # name a request; there is nothing to apply
-SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {  # fields accepted only where they change nothing
-    "stream": (False,),
-    "echo": (False,),
-    "store": (False,),
-    "best_of": (1,),
-    "response_format": ({"type": "text"},),
+WHOLE = ("n", "top_k", "seed", "max_tokens", "max_completion_tokens", "min_tokens", "logprobs", "top_logprobs")
+# Fields that name or place a request; there is nothing to apply.
+LABELS = (
+    "user", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "request_id", "priority", "cache_salt", "parallel_tool_calls", "spaces_between_special_tokens",
+)  # fmt: skip
+# Fields accepted only where they change nothing: client libraries write their defaults out.
+SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {
+    "stream": (False,), "stream_options": ({},), "echo": (False,), "store": (False,), "best_of": (1,), "suffix": ("",),
+    "response_format": ({"type": "text"},), "modalities": (["text"],), "verbosity": ("medium",),
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "use_beam_search": (False,), "num_beams": (1,), "num_return_sequences": (1,), "length_penalty": (1,),
+    "early_stopping": (False,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,), "penalty_alpha": (0,), "encoder_repetition_penalty": (1,), "guidance_scale": (1,),
+    "bad_words": ([],), "logits_processors": ([],), "detokenize": (True,), "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,), "documents": ([],), "chat_template_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}  # fmt: skip
+SWITCHED_OFF_IN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
+    CHAT: {"add_special_tokens": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,)},
+    COMPLETIONS: {"add_special_tokens": (True,)},
 }
+# Fields of a message besides role, content and name, as in answers that are sent back.
+EMPTY_IN_MESSAGES: tuple[Any, ...] = (None, [], {}, "")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Why a line has no response. param: the field at fault, where there is one."""
+    """Why a line has no response. param: the field at fault, where there is one. digest: of the line's content."""
 
     line: int
     custom_id: str | None
     code: str  # "invalid_request", or "server_error" when the engine failed on it
     message: str  # one line
     param: str | None = None
+    digest: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class Record:
     """A request. Either `prompt` (text or token ids) or `messages` is set; `sampling` holds what the line asks for,
-    by the names of SamplingParams."""
+    by the names of SamplingParams. digest: of the line's content, however it is spaced and ordered."""
 
     line: int
     custom_id: str | None
@@ -59,11 +79,13 @@ class Record:
     messages: list[dict[str, str]] | None
     sampling: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0  # of its line
+    digest: str = field(default="", compare=False)
 
     def refused(self, error: ValueError) -> Problem:
         """What came of an error that was told about this record's prompt or settings."""
         name, colon, _ = str(error).partition(": ")
-        return problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
+        found = problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
+        return replace(found, digest=self.digest)
 
 
 class _Refused(Exception):
@@ -83,15 +105,18 @@ def problem(line: int, custom_id: str | None, message: str, param: str | None = 
 def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
     """`models`: names that a body's `model` may have; a body without one is always accepted. Never raises."""
     custom_id: str | None = None
+    content = line.data or (line.problem or "").encode()
     try:
         if line.problem is not None:
             _refuse(None, line.problem)
         fields = _json_object(line.data)
+        content = json.dumps(fields, sort_keys=True).encode()
         custom_id = _custom_id(fields)
-        openai = "body" in fields or "url" in fields or "method" in fields
-        return (_openai if openai else _plain)(line, custom_id, fields, models)
+        openai = any(fields.get(name) is not None for name in ("body", "url", "method"))
+        found = (_openai if openai else _plain)(line, custom_id, fields, models)
     except _Refused as error:
-        return problem(line.number, custom_id, str(error), error.name)
+        found = problem(line.number, custom_id, str(error), error.name)
+    return replace(found, digest=hashlib.blake2b(content, digest_size=8).hexdigest())
 
 
 def _refuse(name: str | None, message: str) -> NoReturn:
@@ -146,7 +171,7 @@ def _plain(line: Line, custom_id: str | None, fields: dict[str, Any], models: Co
 
 
 def _openai(line: Line, custom_id: str | None, fields: dict[str, Any], models: Collection[str]) -> Record:
-    if unknown := sorted(set(fields) - {"custom_id", "method", "url", "body"}):
+    if unknown := sorted({n for n, v in fields.items() if v is not None} - {"custom_id", "method", "url", "body"}):
         _refuse(unknown[0], "unknown field; accepted: custom_id, method, url, body")
     if custom_id is None:
         _refuse("custom_id", "it is missing; every request needs its own")
@@ -161,19 +186,21 @@ def _openai(line: Line, custom_id: str | None, fields: dict[str, Any], models: C
 
 
 def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
-    sampling = _body(body, models, ("prompt", "logprobs"))
+    body = {name: _whole(value) if name in WHOLE else value for name, value in body.items()}
+    sampling = _body(COMPLETIONS, body, models, ("prompt", "logprobs"))
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
         _refuse("prompt", "a list of prompts is not accepted; give each its own line")
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
         _wrong("prompt", prompt, "a text or a list of token ids")
-    if body.get("logprobs") is not None:
-        sampling["logprobs"] = body["logprobs"]
+    if (wanted := body.get("logprobs")) is not None and wanted is not False:  # a chat's way to want none
+        sampling["logprobs"] = wanted
     return Record(line.number, custom_id, COMPLETIONS, prompt, None, sampling, len(line.data))
 
 
 def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
-    sampling = _body(body, models, ("messages", "logprobs", "top_logprobs", "max_completion_tokens"))
+    body = {name: _whole(value) if name in WHOLE else value for name, value in body.items()}
+    sampling = _body(CHAT, body, models, ("messages", "logprobs", "top_logprobs", "max_completion_tokens"))
     if (limit := body.get("max_completion_tokens")) is not None:
         if sampling.get("max_tokens", limit) != limit:
             _refuse("max_completion_tokens", f"{limit!r}, but max_tokens is {sampling['max_tokens']!r}; give one")
@@ -181,7 +208,7 @@ def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Colle
     wanted, top = body.get("logprobs"), body.get("top_logprobs")
     if wanted is not None and not isinstance(wanted, bool):
         _wrong("logprobs", wanted, "true or false; top_logprobs says how many")
-    if top is not None and not wanted:
+    if top and not wanted:
         _refuse("top_logprobs", "it needs logprobs: true")
     if wanted:
         if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
@@ -197,18 +224,24 @@ def _messages(messages: Any) -> list[dict[str, str]]:
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             _wrong("messages", message, 'objects {"role": ..., "content": ...}')
-        if unknown := sorted(set(message) - {"role", "content"}):
-            _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: role, content")
+        given = {name for name, value in message.items() if value not in EMPTY_IN_MESSAGES}
+        if unknown := sorted(given - {"role", "content", "name"}):
+            _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: role, content, name")
         content = message.get("content")
         if isinstance(content, list):
             content = "".join(_text_part(part) for part in content)
         if not isinstance(content, str):
             _wrong("messages", message, "messages whose content is a text, or a list of text parts")
         found.append({"role": message["role"], "content": content})
+        if "name" in given:  # for templates that write it
+            if not isinstance(message["name"], str):
+                _wrong("messages", message, "messages whose name is a text")
+            found[-1]["name"] = message["name"]
     return found
 
 
 def _text_part(part: Any) -> str:
+    part = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else part
     if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
         _wrong("messages", part, '{"type": "text", "text": ...}: only text can be read')
     if not isinstance(part["text"], str):
@@ -216,14 +249,17 @@ def _text_part(part: Any) -> str:
     return part["text"]
 
 
-def _body(body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -> dict[str, Any]:
+def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -> dict[str, Any]:
     """The sampling fields of a body. A field that is null counts as not given."""
+    off = {**SWITCHED_OFF, **SWITCHED_OFF_IN[endpoint]}
     for name, value in body.items():
-        if name in SWITCHED_OFF and value is not None:
-            if not any(type(value) is type(off) and value == off for off in SWITCHED_OFF[name]):
-                off = json.dumps(SWITCHED_OFF[name][0])
-                _refuse(name, f"{value!r} is not supported in a batch; accepted: {off}, or leave it out")
-        elif name not in (accepted := (*SAMPLING, *LABELS, *SWITCHED_OFF, *own, "model")):
+        if value is None:
+            continue
+        if name in off:
+            if not any(_is_same(value, neutral) for neutral in off[name]):
+                told = " or ".join(json.dumps(neutral) for neutral in off[name])
+                _refuse(name, f"{value!r} is not supported in a batch; accepted: {told}, or leave it out")
+        elif name not in (accepted := (*SAMPLING, *LABELS, *off, *own, "model")):
             near = get_close_matches(name, accepted, 1)
             told = (
                 f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted((*own, *SAMPLING, 'model')))}"
@@ -233,12 +269,31 @@ def _body(body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -
     if model is not None and models and model not in models:
         _wrong("model", model, " or ".join(map(repr, models)) + ", the model of this run, or left out")
     sampling = {name: body[name] for name in SAMPLING if body.get(name) is not None}
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if isinstance(sampling.get(name), list):
+            sampling[name] = [_whole(token) for token in sampling[name]]
+    if type(seed := sampling.get("seed")) is int and 2**32 <= seed < 2**63:
+        sampling["seed"] = int(np.random.SeedSequence(seed).generate_state(1, np.uint32)[0])
     n = sampling.get("n", 1)
     if type(n) is not int or not 1 <= n <= MAX_N:
         _wrong("n", n, f"a whole number from 1 to {MAX_N}")
     if "logit_bias" in sampling:
         sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
     return sampling
+
+
+def _whole(value: Any) -> Any:
+    """8.0 is 8: some languages have one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def is_off(name: str, value: Any) -> bool:
+    """Whether a field that there is not changes nothing at this value: num_beams 1, best_of 1 and the like."""
+    return value is None or any(_is_same(value, neutral) for neutral in SWITCHED_OFF.get(name, ()))
+
+
+def _is_same(value: Any, neutral: Any) -> bool:
+    return value == neutral and isinstance(value, bool) is isinstance(neutral, bool)
 
 
 def _logit_bias(value: Any) -> Any:

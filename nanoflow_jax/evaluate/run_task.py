@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.engine.feed import Score, Work
@@ -28,9 +29,16 @@ class _Key:
     choice: int = 0
 
 
-def run_task(llm: LLM, task: Task, asked: Sequence[Sample], journal: Journal, progress: bool = True) -> None:
+def run_task(
+    llm: LLM,
+    task: Task,
+    asked: Sequence[Sample],
+    journal: Journal,
+    progress: bool = True,
+    now: datetime | None = None,
+) -> None:
     """Asks what has no record in the journal yet, which is closed when this returns. A question that cannot be served,
-    or that the engine fails on, scores 0 and keeps its error."""
+    or that the engine fails on, scores 0 and keeps its error. `now`: the time for chat templates that write it."""
     left = [sample for sample in asked if sample.number not in journal.done]
     scores: dict[int, list[Score | None]] = {}
     started = time.monotonic()
@@ -43,7 +51,7 @@ def run_task(llm: LLM, task: Task, asked: Sequence[Sample], journal: Journal, pr
         def work() -> Iterator[Work | None]:
             for sample in left:
                 try:
-                    items = _prepare(llm, task, sample)
+                    items = _prepare(llm, task, sample, now)
                 except ValueError as error:
                     emit(sample, {}, dict.fromkeys(task.metrics, 0.0), " ".join(str(error).split()))
                     yield None
@@ -65,13 +73,13 @@ def run_task(llm: LLM, task: Task, asked: Sequence[Sample], journal: Journal, pr
         journal.close()
 
 
-def _prepare(llm: LLM, task: Task, sample: Sample) -> list[Work]:
+def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None) -> list[Work]:
     if sample.choices is not None:
         continuations = [task.delimiter + choice for choice in sample.choices]
         return [llm.prepare_score(sample.prompt, c, _Key(sample, i)) for i, c in enumerate(continuations)]
     params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.generate})
     if sample.messages is not None:
-        return [llm.prepare_chat(sample.messages, params, _Key(sample))]
+        return [llm.prepare_chat(sample.messages, params, _Key(sample), now)]
     return [llm.prepare(sample.prompt, params, _Key(sample))]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nanoflow_jax.models.params import Index
-from nanoflow_jax.weights.source import DTYPES, TensorInfo, WeightsError, one_line, some
+from nanoflow_jax.weights.source import DTYPES, TIED_HEAD, TensorInfo, WeightsError, is_rotary_buffer, one_line, some
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -72,7 +72,10 @@ class SafetensorsFiles:
 
     def _open_shards(self, index: Path) -> None:
         weight_map = _read_index(index)
-        files = sorted(set(weight_map.values()))
+        # Some lists name a head that is tied, and so in no file; others leave out rotary buffers that are. Neither
+        # tensor is used; a head that is needed is missed when the tensors are compared with the model.
+        needed = {name: file for name, file in weight_map.items() if name != TIED_HEAD and not is_rotary_buffer(name)}
+        files = sorted({*needed.values(), *(f for f in weight_map.values() if (self.folder / f).is_file())})
         absent = [file for file in files if not (self.folder / file).is_file()]
         if absent:
             raise WeightsError(
@@ -82,10 +85,12 @@ class SafetensorsFiles:
             self._open(self.folder / file)
         for name, file in weight_map.items():
             if name not in self.table:
+                if name not in needed:
+                    continue
                 raise WeightsError(f"{index}: says that {name} is in {file}, which does not hold it")
             if self.table[name].file.name != file:
                 raise WeightsError(f"{index}: says that {name} is in {file}; it is in {self.table[name].file.name}")
-        unlisted = [name for name in self.table if name not in weight_map]
+        unlisted = [name for name in self.table if name not in weight_map and not is_rotary_buffer(name)]
         if unlisted:
             raise WeightsError(f"{index}: does not list {some(unlisted)} of {self.table[unlisted[0]].file.name}")
 

@@ -21,8 +21,8 @@ OnProgress = Callable[[str, int, int], None]  # (what is done now, bytes done, b
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
 # Buffers that old checkpoints hold; they follow from config.json.
-_INERT = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-_TIED_HEAD = "lm_head.weight"
+_ROTARY = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+TIED_HEAD = "lm_head.weight"
 
 
 class WeightsError(ConfigError):
@@ -78,7 +78,7 @@ def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None
         parts = [f"missing {some(missing)}"] if missing else []
         parts += [f"unknown {some(unknown)}"] if unknown else []
         hint = "exactly the tensors of the model in config.json are accepted"
-        if missing == [_TIED_HEAD]:
+        if missing == [TIED_HEAD]:
             hint = "needed because tie_word_embeddings is false in config.json"
         raise WeightsError(f"{source.folder}: tensors do not match the model: {'; '.join(parts)} ({hint})")
     for name, shape in expected.items():
@@ -93,4 +93,8 @@ def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None
 def _ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor that no weight is made of may be there: rotary buffers, the copy of a tied embedding, scales of
     fp8 KV pages where the pages are not."""
-    return bool(_INERT.search(name)) or is_kv_scale(name) or (name == _TIED_HEAD and config.tie_word_embeddings)
+    return is_rotary_buffer(name) or is_kv_scale(name) or (name == TIED_HEAD and config.tie_word_embeddings)
+
+
+def is_rotary_buffer(name: str) -> bool:
+    return bool(_ROTARY.search(name))

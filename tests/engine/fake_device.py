@@ -94,8 +94,13 @@ def letters(tokens: Sequence[int]) -> str:
 class Letters:
     """A tokenizer whose tokens are one character each."""
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
-        return letters(token_ids)
+    special_ids: frozenset[int] = frozenset()
+    special_texts: tuple[str, ...] = ()
+
+    def token_bytes(self, token: int) -> bytes:
+        return letters([token]).encode()
+
+    first_bytes = token_bytes
 
 
 def alone(

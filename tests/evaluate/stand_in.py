@@ -46,7 +46,7 @@ class StandIn:
             raise ValueError(f"prompt: {len(tokens)} tokens; accepted: 1 to {self.max_model_len - 1}")
         return Work(key, prompt if isinstance(prompt, str) else None, tokens, params)
 
-    def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None) -> Work:
+    def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None) -> Work:
         return self.prepare("".join(f"{m['role']}:{m['content']};" for m in messages), params, key)
 
     def run_stream(self, work: Iterable[Work | None]) -> Iterator[tuple[Work, RequestOutput]]:
@@ -91,7 +91,7 @@ def tear(write_number: int) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--tear", type=int)

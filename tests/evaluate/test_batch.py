@@ -129,6 +129,15 @@ def test_errors_that_only_the_model_can_tell(cli: Cli, tmp_path: Path) -> None:
     assert records[-1]["response"]["body"]["choices"][0]["text"] == "42"
 
 
+def test_characters_that_other_readers_take_for_line_ends(cli: Cli, tmp_path: Path) -> None:
+    """U+2028, U+0085 and a form feed in a text, unescaped: one line in, one line out, and the text as it was."""
+    odd = "a\u2028b\u0085c\x0bd"
+    lines = [json.dumps({"prompt": odd + str(i), "custom_id": odd + str(i)}, ensure_ascii=False) for i in range(2)]
+    records, _ = run(cli, tmp_path, [line.encode() for line in lines])
+    assert [r["custom_id"] for r in records] == [odd + "0", odd + "1"]
+    assert all(r["error"] is None for r in records)
+
+
 def test_a_fuzzed_file_is_accounted_for(cli: Cli, tmp_path: Path) -> None:
     """CRLF, a byte order mark, binary, a line of 5 MB, one id twice: one record per line, and the good ones run."""
     rng = random.Random(0)

@@ -102,6 +102,8 @@ def test_generation_obeys_its_settings(lm: NanoflowLM) -> None:
     assert found[2] != found[3], "each sample has noise of its own"
     assert found[4] == "42", "of a context that is too long, the end counts"
     assert lm.generate_until(instances("generate_until", *asked), disable_tqdm=True) == found
+    neutral = {"until": ["c"], "max_gen_toks": 20, "num_beams": 1, "length_penalty": 1.0, "typical_p": None}
+    assert lm.generate_until(instances("generate_until", ("reverse abcdef=", neutral)), disable_tqdm=True) == ["fed"]
     with pytest.raises(ValueError, match=r"^gen_kwargs: 'num_beams' is not supported; accepted: "):
         lm.generate_until(instances("generate_until", ("1", {"num_beams": 4})), disable_tqdm=True)
     with pytest.raises(ValueError, match=r"^max_gen_toks: 128 leave no room"):

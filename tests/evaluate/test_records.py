@@ -96,14 +96,24 @@ BAD: list[tuple[Any, str | None, str]] = [
     (chat(model="gpt-4"), "model", "'tiny'"),
     (chat(stream=True), "stream", "not supported"),
     (chat(stream=0), "stream", "not supported"),
-    (chat(tools=[]), "tools", "accepted: allowed_token_ids"),
+    (chat(tools=[{"type": "function"}]), "tools", "accepted: []"),
+    (chat(tool_choice="required"), "tool_choice", 'accepted: "none" or "auto"'),
+    (chat(do_sample=False), "do_sample", "accepted: allowed_token_ids"),
+    (chat(num_beams=4), "num_beams", "accepted: 1"),
+    (chat(num_beams=True), "num_beams", "accepted: 1"),
+    (chat(reasoning_effort="low"), "reasoning_effort", "unsupported"),
+    (chat(add_special_tokens=True), "add_special_tokens", "accepted: false"),
+    (completion(add_special_tokens=False), "add_special_tokens", "accepted: true"),
+    (completion(add_generation_prompt=True), "add_generation_prompt", "unsupported"),
     (chat(temprature=1), "temprature", "did you mean 'temperature'?"),
     (chat(prompt="x"), "prompt", "unsupported"),
     (chat(response_format={"type": "json_object"}), "response_format", "json_object"),
     (chat(messages=[]), "messages", "at least one"),
     (chat(messages="hi"), "messages", "at least one"),
     (chat(messages=[{"role": "user"}]), "messages", "content"),
-    (chat(messages=[{"role": "user", "content": "a", "name": "b"}]), "messages", "'name'"),
+    (chat(messages=[{"role": "user", "content": "a", "name": 3}]), "messages", "name is a text"),
+    (chat(messages=[{"role": "user", "content": "a", "mood": "good"}]), "messages", "'mood'"),
+    (chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]), "messages", "'tool_calls'"),
     (chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]), "messages", "only text"),
     (chat(messages=[{"role": "user", "content": [{"type": "text", "text": 1}]}]), "messages", "text"),
     (chat(logprobs=3), "logprobs", "true or false"),
@@ -112,7 +122,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     (chat(max_tokens=3, max_completion_tokens=4), "max_completion_tokens", "max_tokens is 3"),
     (completion(echo=True), "echo", "not supported"),
     (completion(best_of=2), "best_of", "not supported"),
-    (completion(suffix="x"), "suffix", "unsupported"),
+    (completion(suffix="x"), "suffix", "not supported"),
     (completion(messages=MESSAGES), "messages", "unsupported"),
 ]  # fmt: skip
 
@@ -128,6 +138,87 @@ def test_a_bad_line_names_its_field(fields: Any, param: str | None, words: str) 
     assert len(found.message) < 520
     if isinstance(fields, dict) and isinstance(fields.get("custom_id"), str) and 0 < len(fields["custom_id"]) < 513:
         assert found.custom_id == fields["custom_id"], "its id is in the error record"
+
+
+def test_bodies_as_client_libraries_write_them() -> None:
+    """Objects dumped whole: nulls, defaults written out, whole numbers as 8.0. None of it changes the answer."""
+    nulls = dict.fromkeys((
+        "frequency_penalty", "function_call", "functions", "logit_bias", "logprobs", "max_completion_tokens",
+        "max_tokens", "metadata", "modalities", "n", "parallel_tool_calls", "prediction", "presence_penalty", "audio",
+        "reasoning_effort", "response_format", "seed", "service_tier", "stop", "store", "stream", "stream_options",
+        "temperature", "tool_choice", "tools", "top_logprobs", "top_p", "user", "verbosity", "web_search_options",
+        "guided_json", "structured_outputs", "chat_template", "truncate_prompt_tokens", "prompt_logprobs",
+    ))  # fmt: skip
+    assert parse(chat(**nulls)).sampling == {}  # type: ignore[union-attr]
+    assert parse(completion(**nulls, suffix=None)).sampling == {}  # type: ignore[union-attr]
+    written: dict[str, Any] = {
+        "stream": False, "stream_options": {}, "store": False, "response_format": {"type": "text"}, "tools": [],
+        "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
+        "modalities": ["text"], "service_tier": "auto", "safety_identifier": "a", "prompt_cache_key": "b",
+        "num_beams": 1, "num_return_sequences": 1.0, "length_penalty": 1, "early_stopping": False, "best_of": 1,
+        "use_beam_search": False, "no_repeat_ngram_size": 0, "typical_p": 1.0, "bad_words": [], "detokenize": True,
+        "logits_processors": [], "return_token_ids": False, "spaces_between_special_tokens": True,
+        "guidance_scale": 1, "priority": 0, "request_id": "r", "chat_template_kwargs": {}, "documents": [],
+    }  # fmt: skip
+    for_chat = {"add_special_tokens": False, "add_generation_prompt": True, "continue_final_message": False}
+    assert parse(chat(**written, **for_chat, logprobs=False, top_logprobs=0)).sampling == {}  # type: ignore[union-attr]
+    for_text = {"add_special_tokens": True, "suffix": "", "echo": False, "logprobs": False}
+    assert parse(completion(**written, **for_text)).sampling == {}  # type: ignore[union-attr]
+    numbers = {
+        "max_tokens": 8.0, "n": 2.0, "top_k": 5.0, "seed": 3.0, "min_tokens": 1.0, "stop_token_ids": [5.0],
+        "allowed_token_ids": [1.0, 2],
+    }  # fmt: skip
+    found = parse(completion(**numbers, logprobs=3.0, temperature=1))
+    wanted = {
+        "max_tokens": 8, "n": 2, "top_k": 5, "seed": 3, "min_tokens": 1, "stop_token_ids": [5],
+        "allowed_token_ids": [1, 2], "logprobs": 3, "temperature": 1,
+    }  # fmt: skip
+    assert isinstance(found, Record) and found.sampling == wanted
+    assert all(type(found.sampling[name]) is int for name in ("max_tokens", "n", "seed", "logprobs"))
+    found = parse(chat(max_completion_tokens=9.0, logprobs=True, top_logprobs=2.0))
+    assert found.sampling == {"max_tokens": 9, "logprobs": 2}  # type: ignore[union-attr]
+    assert parse(completion(max_tokens=8.5)).sampling == {"max_tokens": 8.5}, "SamplingParams refuses it"  # type: ignore[union-attr]
+    assert isinstance(parse({"prompt": "x", "custom_id": None, "url": None, "suffix": None}), Record)
+
+
+def test_seeds_of_64_bits() -> None:
+    """Folded to the 32 that the noise has; those of 32 bits stay, and the same seed is always the same noise."""
+    seeds = [2**32, 2**32 + 1, 2**40, 2**63 - 1]
+    folded = [parse(completion(seed=s)).sampling["seed"] for s in seeds]  # type: ignore[union-attr]
+    assert len(set(folded)) == 4 and all(0 <= s < 2**32 for s in folded)
+    assert [parse(completion(seed=s)).sampling["seed"] for s in seeds] == folded  # type: ignore[union-attr]
+    assert parse(completion(seed=2**32 - 1)).sampling["seed"] == 2**32 - 1  # type: ignore[union-attr]
+    assert [parse(completion(seed=s)).sampling["seed"] for s in (-1, 2**63)] == [-1, 2**63]  # type: ignore[union-attr]
+
+
+def test_messages_as_answers_hold_them() -> None:
+    """An answer of the interface sent back: what is empty in it changes nothing; a name goes to the template."""
+    answer = {
+        "role": "assistant", "content": "Hello", "refusal": None, "tool_calls": None, "function_call": None,
+        "audio": None, "annotations": [], "reasoning_content": None, "name": None,
+    }  # fmt: skip
+    part = {"type": "text", "text": "Hi", "annotations": None}
+    found = parse(chat(messages=[{"role": "user", "name": "Ann", "content": [part]}, answer]))
+    assert isinstance(found, Record)
+    assert found.messages == [
+        {"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Hello"}
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"prompt": "x", "n": 2}, {"n": 2, "prompt": "x"}, True),
+        ({"prompt": "x", "n": 2}, {"prompt": "x", "n": 3}, False),
+        ({"prompt": "x"}, {"prompt": "x "}, False),
+        (b"{", b"{{", False),
+    ],
+    ids=str,
+)
+def test_a_digest_is_of_the_content(one: Any, other: Any, same: bool) -> None:
+    """Not of spaces and order; problems have one, too."""
+    assert (parse(one).digest == parse(other).digest) is same
+    assert len(parse(one).digest) == 16
 
 
 values = st.recursive(

@@ -210,7 +210,9 @@ def _save(name: str, arrays: dict[str, Any], folder: Path) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--tiny", action="store_true", help="make tiny_llama.npz, of the embedded model, instead")
     parser.add_argument("--model", type=Path, default=TINY_MODEL, help="folder for --tiny (the embedded model)")

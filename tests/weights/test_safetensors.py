@@ -15,7 +15,7 @@ from checkpoints import CASES, make_weights, write_checkpoint
 from safetensors.numpy import load_file, save_file
 from unfuse import assert_same_tensors, hugging_face_tensors, load
 
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.weights import WeightsError, open_weights
 
 SINGLE, SHARDED = "biases", "linear_new_rope_sharded"
@@ -173,3 +173,25 @@ def test_inert_tensors_are_accepted(case: str, tmp_path: Path) -> None:
     assert names - set(make_weights(case))
     config, _, params = load(folder, 2)
     assert_same_tensors(hugging_face_tensors(params, config), make_weights(case))
+
+
+@pytest.mark.parametrize("absent_file", [False, True])
+def test_index_files_as_published(tmp_path: Path, absent_file: bool) -> None:
+    """A list may name a tied head that no file holds, and leave out rotary buffers that one does."""
+    folder = write_checkpoint(SHARDED, tmp_path)
+    config = {**json.loads((folder / "config.json").read_text()), "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for shard in SHARDS:
+        tensors = load_file(folder / shard)
+        tensors.pop("lm_head.weight", None)
+        tensors[f"model.layers.{shard[10]}.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+        save_file(tensors, folder / shard)
+    head = "model-00004-of-00004.safetensors" if absent_file else SHARDS[2]
+    _edit_index(lambda m: m.update({"lm_head.weight": head}))(folder)
+    _, _, params = load(folder, 2)
+    wanted = {name: value for name, value in make_weights(SHARDED).items() if name != "lm_head.weight"}
+    parsed = ModelConfig.from_hf(config)
+    assert_same_tensors(hugging_face_tensors(params, parsed), wanted)
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(needed because tie_word_embeddings is false"):
+        load(folder, 2)
