@@ -150,7 +150,7 @@ def _tokens(part: Part, layers: int | None) -> Named:
 
 def run_options(part: Part) -> tuple[ThroughputOptions, str]:
     """What a part of `nanoflow bench throughput` asks for, and its plan."""
-    parser = argparse.ArgumentParser(, allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
     command.add(parser.add_subparsers(), argparse.HelpFormatter)
     args: Any = parser.parse_args(part.arguments[2:])
     return command._options(args), args.plan
