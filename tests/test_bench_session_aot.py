@@ -29,7 +29,7 @@ def test_every_part_that_compiles_is_listed() -> None:
     """Each with the programs of its process; one shape of a step."""
     found = {name: [title for title, _ in programs(part)] for name, part in PARTS.items()}
     assert {name for name, titles in found.items() if not titles} == {"machine", "torch"}
-    assert found["8b.whole"] == ["llama-3.1-8b, 32 layers, two_gather_one_reduce, mosaic, 1280 + 768 rows"]
+    assert found["8b.whole"] == ["llama-3.1-8b, 32 layers, sequential, mosaic, 1280 + 768 rows"]
     assert [title.split(", ")[-2] for title in found["tokens.8b"]] == ["xla", "mosaic"]
     assert len(found["check.decode"]) == 16  # two models: the definition, and seven ways
     # The run's step is the one that the check of its tokens has compiled: the same program, from the cache.

@@ -78,7 +78,7 @@ def test_call_b_is_chosen_by_what_a_said() -> None:
     ]  # fmt: skip
     assert slow_prefill[1].prefix[0] == "compute-sanitizer"
     wrong_fp8 = {part.name: part for part in call_b(done | {"check.decode-fp8": "off"}, "h100")}
-    assert wrong_fp8["bisect.decode-fp8.step-pages"].arguments[-3:] == ("--fp8", "--step-pages", "1")
+    assert wrong_fp8["bisect.decode-fp8.stages"].arguments[-3:] == ("--fp8", "--stages", "2")
     assert not {"bisect.decode.stages", "sanitize.decode"} & set(wrong_fp8)
 
 

@@ -93,7 +93,8 @@ def setting(model: str, tiny: bool = False, smallest: bool = False) -> Setting:
         workload=Workload("check", Lengths(1, 0), Lengths(1, 0)), attention_backend="xla", one_shape=True,
         progress=False, **fields,
     )  # fmt: skip
-    other, backend = ("sequential", "xla") if tiny else ("two_gather_one_reduce", "mosaic")
+    backend = "xla" if tiny else "mosaic"
+    other = "sequential" if tiny or model == "8b" else "two_gather_one_reduce"
     return Setting(options, "two_gather_one_reduce", other, backend, 4 if tiny or smallest else 48)
 
 

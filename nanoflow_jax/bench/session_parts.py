@@ -112,7 +112,7 @@ def measured(case: str, seconds: int, needs: str) -> Part:
 def call_a() -> list[Part]:
     run = (
         *("--model", "llama-3.1-8b", "--layers", "8", "--one-shape", "--kv-cache-tokens", str(RUN_TOKENS)),
-        *("--workload", f"constant:{RUN_PROMPT}:{RUN_OUTPUT}", "--seconds", "20"),
+        *("--workload", f"constant:{RUN_PROMPT}:{RUN_OUTPUT}", "--seconds", "20", "--plan", "sequential"),
     )
     few = (*TOKENS, "--smallest")
     return [
@@ -144,7 +144,10 @@ def call_b(state: Mapping[str, str], gpu: str | None) -> list[Part]:
 
 
 def good(gpu: str) -> list[Part]:
-    whole = ("--model", "llama-3.1-8b", "--one-shape", "--kv-cache-tokens", str(WHOLE_TOKENS[gpu]))
+    whole = (
+        *("--model", "llama-3.1-8b", "--one-shape", "--kv-cache-tokens", str(WHOLE_TOKENS[gpu])),
+        *("--plan", "sequential"),
+    )
     rank = (
         *("--model", "llama-3.1-70b", "--rank-of", "8", "--layers", "4", "--one-shape"),
         *("--kv-cache-tokens", str(RANK_TOKENS), "--workload", "constant:256:128", "--seconds", "12"),
@@ -162,6 +165,8 @@ BISECTED = {
     "decode": ("--stages 2", "--step-pages 1"),
     "prefill": ("--no-ping-pong",),
     "append": ("--stages 2",),
+    "decode-fp8": ("--stages 2",),
+    "append-fp8": (),  # its kernel is append's
     "norm": ("--stages 2",),
 }
 
@@ -176,7 +181,7 @@ def bad(wrong: Sequence[str]) -> list[Part]:
             (*CHECK, *CHECKED[name], *change.split()), 45, at_once=True, environment=SHARE,
         )
         for name in names
-        for change in BISECTED[name.removesuffix("-fp8")]
+        for change in BISECTED[name]
     ]  # fmt: skip
     looked = [
         Part(f"sanitize.{name}", smallest(name), 90, at_once=True, environment=SHARE, prefix=SANITIZER)
@@ -208,6 +213,10 @@ def later(transformers_python: str) -> list[Part]:
     return [
         *found,
         Part("8b.transformers", (*THROUGHPUT, *eight, *timed, "--with-transformers", *python), 400),
+        # Decode attention beside GEMMs against one after another: does overlap on one GPU pay?
+        Part(
+            "8b.lane", (*THROUGHPUT, *eight, *timed, "--layers", "8", "--plan", "auto", "--compare", "sequential"), 240
+        ),
         Part("8b.deterministic", (*THROUGHPUT, *eight, *timed, "--layers", "8", "--compare", "deterministic"), 240),
         Part("8b.prefix", (*THROUGHPUT, *eight, *shared, "--compare", "no-prefix-caching"), 240),
         Part("host", HOST, 120),
