@@ -71,7 +71,14 @@ QUICK: dict[str, tuple[Variant, ...]] = {
     "add_rms_norm": (Variant(2),),
 }
 THOROUGH: dict[str, tuple[Variant, ...]] = {
-    "decode_attention": (Variant(1), Variant(2, splits=3), Variant(7), Variant(None), Variant(None, splits=3)),
+    "decode_attention": (
+        Variant(1),
+        Variant(2, splits=3),
+        Variant(7),
+        Variant(None),
+        Variant(None, splits=3),
+        Variant(7, splits=12),
+    ),
     "prefill_attention": (Variant(1), Variant(7), Variant(None)),
     "append_kv": (Variant(1), Variant(7), Variant(None)),
     "add_rms_norm": (Variant(1), Variant(7), Variant(None)),
