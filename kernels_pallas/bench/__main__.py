@@ -22,7 +22,7 @@ from kernels_pallas.bench import baselines, kernels, report
 from kernels_pallas.bench.cases import CASES, QUICK, TINY, AppendCase, Case, DecodeCase, kind
 from kernels_pallas.bench.goals import expected_us, goal, known_gpu
 from kernels_pallas.bench.kernels import Setting
-from kernels_pallas.bench.measure import TINY_EFFORT, copy_bandwidth, gemm_rate
+from kernels_pallas.bench.measure import TINY_EFFORT, copy_bandwidth, gemm_rate, interpret_on_cpu
 from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, tuned_gpu
 
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"{path}: {path.parent} is not a folder")
     command = list(sys.argv[1:] if arguments is None else arguments)
     if options.interpret:
-        jax.config.update("jax_platforms", "cpu")
+        interpret_on_cpu()
     elif not Path("/dev/nvidiactl").exists():
         print(f"{PROGRAM}: {no_gpu()}", file=sys.stderr)
         return 2

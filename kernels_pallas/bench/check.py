@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from kernels_pallas.bench.measure import interpret_on_cpu
 from kernels_pallas.self_check import KERNELS, QUICK, THOROUGH, Heads, KernelError, Variant, check_variants
 from kernels_pallas.tuning import (
     ADD_NORM,
@@ -45,7 +46,7 @@ MODELS = (
     Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192),  # 70B rank
     Heads(q_heads=32, kv_heads=8, head_dim=128, hidden=4096),  # 8B
 )
-TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64),)  # for the interpreter
+TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64, hidden=512),)  # for the interpreter
 
 
 def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: bool) -> Any:
@@ -109,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.interpret:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
-        jax.config.update("jax_platforms", "cpu")
+        interpret_on_cpu()
         interpret = plgpu.InterpretGPUParams()
     gpu = options.tuning or (DEFAULT_GPU if options.interpret else tuned_gpu(jax.devices()[0].device_kind))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import statistics
 import time
@@ -15,6 +16,17 @@ import numpy as np
 
 TOLERANCE = 2e-2  # relative error of a row
 COPY_SECONDS, GEMM_SECONDS = 0.5e-3, 1.3e-3  # of one copy and one GEMM of FULL, about: how many fill a run
+
+
+INTERPRETER_DEVICES = 8
+
+
+def interpret_on_cpu() -> None:
+    """Takes the CPU, before JAX starts, for kernels under the interpreter. That blocks a thread of JAX's for each
+    warpgroup that waits, and JAX has two at least, else as many as devices: a kernel of three would never end."""
+    jax.config.update("jax_platforms", "cpu")
+    with contextlib.suppress(RuntimeError):  # JAX has started
+        jax.config.update("jax_num_cpu_devices", INTERPRETER_DEVICES)
 
 
 @dataclass(frozen=True, kw_only=True)
