@@ -85,7 +85,7 @@ def test_call_b_is_chosen_by_what_a_said() -> None:
 @pytest.mark.parametrize("small", [False, True])
 def test_every_command_parses(small: bool) -> None:
     """Of all parts that any call has, at full size and tiny, by the parsers of what they run."""
-    commands = argparse.ArgumentParser()
+    commands = argparse.ArgumentParser(allow_abbrev=False)
     kinds = commands.add_subparsers()
     command.add(kinds, argparse.HelpFormatter)
     profile_command.add(kinds, argparse.HelpFormatter)

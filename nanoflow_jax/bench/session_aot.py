@@ -206,7 +206,7 @@ def _beside() -> Named:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), help=f"names in configs/hardware (default: {GPUS})")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
