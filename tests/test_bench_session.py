@@ -284,6 +284,7 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
         (["--tiny", "--call", "a", "--only", "nothing"], "'nothing' is no part of call a"),
         ([], "--call: a, b or later is needed"),
         (["--tiny", "--call", "b", "--from", "/nowhere"], "/nowhere is not a folder"),
+        (["--tiny", "--call", "a", "--seconds", "-3"], "--seconds: -3 is not accepted; it must be above 0"),
     ):
         with pytest.raises(SystemExit) as ended:
             gpu_session.main([str(tmp_path / "out"), "--work", str(tmp_path / "work"), *arguments])

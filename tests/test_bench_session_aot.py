@@ -96,3 +96,16 @@ def test_the_command_says_what_takes_how_long(
     assert lines[0] == "h200 kernels.decode-70b-1280x1k: a: lowered 1.0 s, compiled 8.0 s"
     assert lines[-1] == "h200 kernels.decode-70b-1280x1k: 18.5 s of its 16 s"
     assert session_aot.main(["--gpu", "h200", "--only", "kernels.prefill-70b-8k"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h300"], "--gpu: hardware: unknown name 'h300'; accepted: a100_sxm_80"),
+        (["--only", "nope"], "--only: 'nope' is no part; accepted: machine, "),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        session_aot.main(arguments)
+    assert message in capsys.readouterr().err

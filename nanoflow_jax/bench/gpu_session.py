@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if not options.call and not options.tiny and not options.list:
         parser.error("--call: a, b or later is needed")
+    if options.seconds is not None and not options.seconds > 0:
+        parser.error(f"--seconds: {options.seconds:g} is not accepted; it must be above 0")
     calls = [options.call] if options.call else ["a", "b", *(["later"] if options.list else [])]
     if options.list:
         options.assume = options.assume or "good"

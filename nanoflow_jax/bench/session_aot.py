@@ -30,6 +30,7 @@ from kernels_pallas.tuning import tuned_gpu
 from nanoflow_jax.bench import attention_check, beside, command
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.session_parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
@@ -212,9 +213,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
     parser.add_argument("--layers", type=int, help="of a model, at most; all that a part runs when not given")
     options = parser.parse_args(arguments)
+    names = [part.name for part in [*call_a(), *good("h100")]]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: {sorted(unknown)[0]!r} is no part; accepted: {', '.join(names)}")
+    try:
+        gpus = {gpu: load_hardware(gpu) for gpu in options.gpu}
+    except ConfigError as error:
+        parser.error(f"--gpu: {error}")
     status = 0
-    for gpu in options.gpu:
-        hardware = load_hardware(gpu)
+    for gpu, hardware in gpus.items():
         mesh = gpu_mesh(hardware, 1)
         for part in [*call_a(), *good(tuned_gpu(hardware.device_name))]:
             if options.only and part.name not in options.only:

@@ -201,15 +201,14 @@ def alone(events: Iterable[Event], layer: int) -> dict[str, float]:
     return dict(total)
 
 
-AGREE = 0.04  # of a layer: the small kernels that XLA makes and the simulator does not have
+AGREE = 0.01  # of a layer: the small kernels that XLA makes and the simulator does not have
 
 
 @pytest.mark.parametrize("plan", ["nanoflow_70b", "scatter_70b", "two_gather_one_reduce", "two_all_reduce"])
 def test_the_simulator_and_the_inspector_predict_the_same(plan: str) -> None:
     """Of the same plan at the same rows and context, both have the same GEMMs, attention, appends and collectives, each
-    of the same length. The compiled program has more small kernels, which a layer takes up to 4 % longer for: addition
-    and norm apart, so that the residual is read once more; RoPE in three; rows of several pieces that are joined for O
-    and prefill attention; the sum over the parts of a context that decode attention was cut in."""
+    of the same length. The compiled program has a few small kernels more, which make a layer up to 1 % longer: rows of
+    several pieces that are joined for O, GEMV.AG and prefill attention."""
     step, simulation = inspected(plan), simulated(plan)
     compiled, made = step.inner_layer, simulation.inner
     ours, theirs = alone(step.report.timeline.events, 2), alone(simulation.timeline.events, 3)
@@ -222,6 +221,15 @@ def test_the_simulator_and_the_inspector_predict_the_same(plan: str) -> None:
     assert compiled.us - made.us < small + 1  # no more than those kernels: what is lost beside others is the same
     assert compiled.interference_us == pytest.approx(made.interference_us, abs=0.01 * made.us)
     assert 1 < step.report.totals.us / simulation.us < 1 + AGREE  # and of the whole step, ends included
+
+
+def test_few_small_kernels_are_left() -> None:
+    """What an inner layer has beside GEMMs, attention and collectives: a norm with its addition for each nano-batch
+    ahead of attention and of the MLP, RoPE and append of each KQV piece, SiLU, and joined rows for O, PF, GEMV.AG."""
+    found = {small.op: small.count for small in inspected("nanoflow_70b").inner_layer.small}
+    assert found == {"KQV": 2 + 4, "KV.APPEND": 4, "UG": 2 + 2, "O": 1, "PF": 1, "GEMV.AG": 1}
+    xla = inspected("nanoflow_70b", layers=3, gpu="a100_sxm_80").inner_layer.small  # the twin without those kernels
+    assert sum(small.count for small in xla) > 30
 
 
 def test_they_do_not_where_one_of_them_counts_no_interference() -> None:
