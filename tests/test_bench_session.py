@@ -82,7 +82,7 @@ def test_failures_lose_nothing_else_and_done_parts_are_kept(
     assert (status, state["fails"]["status"]) == (0, "done")
     assert "fast: done before" in capfd.readouterr().err
     assert page.count("- command: ") == 2
-    status, state, _ = session([python("late", "print('{}')")], "--seconds", "0")
+    status, state, _ = session([python("late", "print('{}')")], "--seconds", "1e-9")
     assert (status, state["late"]["status"]) == (1, "no time was left")
 
 

@@ -176,7 +176,7 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
     assert status == 0, err
     found = json.loads(out)
     assert not found["steady"]
-    assert 0 < found["window"]["share_of_run"] <= 0.6
+    assert 0 < found["window"]["share_of_run"] < 1  # how much: measured steps, so above, with made-up ones
     # Three pages of 16 tokens per request at most, and pages for four requests in 16 slots.
     status, out, err = bench("--workload", "constant:12:20", "--requests", "60", "--kv-cache-tokens", "128", "--json")
     assert status == 0, err
