@@ -179,6 +179,7 @@ class LLM:
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
+        self.last_scores: list[tuple[float, bool] | None] = []  # of the latest `score`
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
@@ -186,8 +187,9 @@ class LLM:
         """Completes the prompts (text, token ids, or a list of either), all together; results in their order.
 
         `sampling_params`: one for all, or one per prompt; None takes the model's own defaults (generation_config.json).
-        Raises ValueError for a prompt that cannot be served, before any is run. After Ctrl-C, `last_outputs` holds
-        what had been finished, in order, and None for the others.
+        Raises ValueError for a prompt that cannot be served, before any is run. A completion that fails on the way
+        (logits that are not finite) has finish_reason "error" and says why in `error`. After Ctrl-C, `last_outputs`
+        holds what had been finished, in order, and None for the others.
         """
         self.last_outputs = []
         return self._run([self._tokens(p, True) for p in _as_list(prompts)], sampling_params, use_tqdm)
@@ -235,7 +237,12 @@ class LLM:
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability after the context, and whether it is
         what greedy decoding would give. Text is encoded as lm-evaluation-harness does: together, spaces at the end of a
-        context with the continuation, an empty context as the model's first token."""
+        context with the continuation, an empty context as the model's first token.
+
+        Raises RuntimeError when one of them has failed; `last_scores` then holds the others, in order, and None for
+        those that have.
+        """
+        self.last_scores = []
         params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
         encoded = [self._pair(context, continuation) for context, continuation in pairs]
         for tokens, _ in encoded:
@@ -246,9 +253,12 @@ class LLM:
                 for tokens, border in encoded
             ]
             self._until_done(requests, "scoring", use_tqdm)
-        if failed := [r for r in requests if r.finish_reason == "error"]:
-            raise RuntimeError(f"request {failed[0].request_id}: {failed[0].error}")
-        return [(score.logprob, score.is_greedy) for score in map(score_of, requests)]
+        scores = [score_of(r) for r in requests]
+        self.last_scores = [(s.logprob, s.is_greedy) if s.error is None else None for s in scores]
+        for number, score in enumerate(scores):
+            if score.error is not None:
+                raise RuntimeError(f"pair {number}: {score.error}")
+        return [score for score in self.last_scores if score is not None]
 
     def prepare(self, prompt: Prompt, params: SamplingParams, key: Any = None) -> Work:
         """A prompt for `run_stream`. Raises ValueError when it cannot be served."""
@@ -386,13 +396,17 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
     """Completions of `prompts`, one string each, in order: `generate("tiny", ["12+30="], max_tokens=8)`.
 
     Options are those of SamplingParams (defaults: the model's own, greedy where it names none) and of LLM. The model
-    is loaded for this call; make an LLM to keep it.
+    is loaded for this call; make an LLM to keep it. Raises RuntimeError when one of them has failed.
     """
     sampling = {k: options.pop(k) for k in list(options) if k in SamplingParams.__dataclass_fields__ and k != "seed"}
     if "seed" in options:
         sampling["seed"] = options["seed"]
     llm = LLM(model, **{"progress": False, **options})
-    return [o.outputs[0].text for o in llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)]
+    outputs = llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)
+    for number, output in enumerate(outputs):
+        if (error := output.outputs[0].error) is not None:
+            raise RuntimeError(f"prompt {number}: {error}")
+    return [output.outputs[0].text for output in outputs]
 
 
 def _only(name: str, value: Any, *accepted: Any) -> None:

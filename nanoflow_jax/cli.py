@@ -241,11 +241,15 @@ def _generate(args: argparse.Namespace) -> int:
                     "token_ids": done.token_ids,
                     "finish_reason": done.finish_reason,
                     "prompt_tokens": len(output.prompt_token_ids),
+                    **({"error": done.error} if done.error is not None else {}),
                 }
                 write(json.dumps(record, ensure_ascii=False))
             else:
                 write(done.text if args.chat else prompt + done.text)
-    return 0
+    failed = [(i, o.outputs[0].error) for i, o in enumerate(outputs, start=1) if o.outputs[0].error is not None]
+    for number, error in failed:
+        print(f"nanoflow generate: prompt {number}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def _read_lines(source: str) -> list[str]:

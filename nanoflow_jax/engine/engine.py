@@ -34,6 +34,10 @@ from nanoflow_jax.tokenizer import Tokenizer
 logger = logging.getLogger("nanoflow_jax")
 
 
+class NotFinite(ArithmeticError):
+    """Logits hold NaN or infinity: weights do, or activations have overflowed."""
+
+
 @dataclass(frozen=True)
 class StepRecord:
     """What one turn of the loop did. Times in seconds."""
@@ -223,12 +227,12 @@ class Engine:
         chunks = [(first + i, c.slot) for i, c in enumerate(step.prefill) if c.samples]
         rows = np.concatenate([np.flatnonzero(step.samples), np.array([row for row, _ in chunks], np.intp)])
         slots = np.concatenate([step.decode[step.samples], np.array([slot for _, slot in chunks], np.intp)])
+        if flight.scored:
+            self._book_scores(step, output, finished)
         here = (run.epoch == step.epochs)[slots]
         all_here = here.all()
         if not all_here or (run.sampling.top_logprobs[slots] >= 0).any():
             jax.device_get(output.sampled.logprobs)  # the arrays keep it; where it fails, no token is booked yet
-        if flight.scored:
-            self._book_scores(step, output)
         if not all_here:
             for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
                 orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
@@ -239,6 +243,8 @@ class Engine:
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
             request = run.requests[slots[i]]
             assert request is not None
+            if sampled[rows[i]] < 0 and self._again(request):
+                continue
             self._look(request, int(sampled[rows[i]]), int(run.known[slots[i]]), output, int(rows[i]))
             if request.finish_reason:
                 self._end(request, finished)
@@ -256,7 +262,10 @@ class Engine:
     def _book_orphan(self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]) -> None:
         """The token of a request that was preempted while the token was being sampled."""
         request.pending = False
-        request.tokens = np.append(request.tokens, np.int32(token))
+        if token < 0 and self._again(request):
+            return
+        if token >= 0:
+            request.tokens = np.append(request.tokens, np.int32(token))
         request.metrics.first_token_time = request.metrics.first_token_time or time.monotonic()
         self._look(request, token, len(request.tokens), output, row)
         if request.finish_reason:
@@ -268,11 +277,29 @@ class Engine:
         try:
             self._judge(request, token, length, output, row)
         except Exception as error:
-            request.finish("error", error=error_line(error))
-            logger.warning("request %s: %s", request.request_id, request.error)
+            self._fail(request, error)
+
+    def _again(self, request: Request) -> bool:
+        """Whether a request whose logits are not finite is computed again, once, from its own tokens alone: in pages
+        that it shares, NaN may come from the request that filled them (tokens that attention leaves out still reach
+        earlier ones through a product of zero and NaN)."""
+        if request.alone or not request.shared:
+            return False
+        request.alone = True
+        if request.slot is not None:
+            self.scheduler.preempt(request.slot)
+        self.scheduler.drop_pending(request)
+        self.scheduler.pool.forget(request.keys)
+        return True
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        request.finish("error", error=error_line(error))
+        logger.warning("request %s: %s", request.request_id, request.error)
 
     def _judge(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
         params = request.params
+        if token < 0:
+            raise NotFinite(f"after {length} tokens, the logits are not finite, or none is that of an allowed token")
         if params.logprobs is not None:
             _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
         if request.watched:
@@ -297,8 +324,9 @@ class Engine:
             request.finish("stop", stop)
         return stop is not None
 
-    def _book_scores(self, step: ScheduledStep, output: StepOutput) -> None:
-        """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them."""
+    def _book_scores(self, step: ScheduledStep, output: StepOutput, finished: list[Request]) -> None:
+        """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them. Those
+        that are not finite end their request."""
         run, row = self.running, 0
         for chunk in step.prefill:
             count = chunk.stop - chunk.start
@@ -312,13 +340,18 @@ class Engine:
                 if first < last:
                     at = row + first - chunk.start
                     assert request.params.prompt_logprobs is not None
-                    _add_logprobs(
-                        request.prompt_logprobs, output.scores, at, at + last - first, request.params.prompt_logprobs
-                    )
+                    if np.isfinite(np.asarray(output.scores.logprob)[at : at + last - first]).all():
+                        top = request.params.prompt_logprobs
+                        _add_logprobs(request.prompt_logprobs, output.scores, at, at + last - first, top)
+                    elif not self._again(request):
+                        self._fail(request, NotFinite("the logits of the prompt are not finite"))
+                        self._end(request, finished)
             row += count
 
     def _end(self, request: Request, finished: list[Request]) -> None:
         self.scheduler.remove(request)
+        if request.finish_reason == "error":  # NaN may be in its pages
+            self.scheduler.pool.forget(request.keys)
         self._quarantine.remove(request)
         self.scheduler.finished(request)
         self._texts.pop(request, None)

@@ -104,6 +104,14 @@ class PagePool:
                 page_of[key] = page
                 key_of[page] = key
 
+    def forget(self, keys: Sequence[Key]) -> None:
+        """Makes kept pages free: what they hold is of no use. Those that somebody uses stay findable."""
+        for key in keys:
+            page = self._page_of.get(key)
+            if page is not None and page in self._kept:
+                del self._kept[page], self._page_of[key], self._key_of[page]
+                self._push(np.array([page], np.int32))
+
     def find(self, keys: Sequence[Key]) -> list[int]:
         """Pages of the longest run of `keys`, from the first on, that are here."""
         found = []

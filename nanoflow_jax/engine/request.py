@@ -104,6 +104,8 @@ class Request:
     tokens: np.ndarray = field(init=False)  # [n] int32: prompt and output, as of when it last had no slot
     keys: list[Key] = field(default_factory=list)  # of its full pages, as far as they were computed
     slot: int | None = None
+    shared: bool = False  # some of its pages were filled by another
+    alone: bool = False  # they shall not be
     pending: bool = False  # preempted while a token of it was in flight
     finish_reason: str | None = None
     stop_reason: int | str | None = None

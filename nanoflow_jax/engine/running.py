@@ -135,15 +135,15 @@ class Running:
 
     def append(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Books one sampled token of each slot [n]. Returns which of them it ends, bool [n]: an end token or the
-        length says so."""
-        places = self.known[slots]
+        length says so, or it is negative, so no token, and not booked."""
+        places, none = self.known[slots], tokens < 0
         self.tokens[slots, places] = tokens
-        self.known[slots] = places + 1
+        self.known[slots] = places + ~none
         for slot in slots[places == self.prompt_length[slots]].tolist():
             request = self.requests[slot]
             assert request is not None
             request.metrics.first_token_time = request.metrics.first_token_time or time.monotonic()
-        ended = places + 1 >= self.max_length[slots]
+        ended = none | (places + 1 >= self.max_length[slots])
         for stops in self.stops[: self.num_stops]:
             ended |= stops[slots] == tokens
         return ended

@@ -5,6 +5,8 @@ runs only when some row of the step wants it, and leaves the rows that do not wa
 over the vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the
 neighbours or on the mesh.
 
+A row whose logits hold NaN or +inf, or leave nothing to choose from, gives token -1, whatever it wants.
+
 Greedy is an argmax of argmaxes. Sampling adds Gumbel noise that is a function of (seed, position, token) alone. top-k
 and top-p keep the tokens above a threshold that a radix search finds exactly, counting (or summing) over all shards;
 tokens that tie with the threshold are all kept.
@@ -36,7 +38,7 @@ EVERYTHING = 2**32 - 1  # a weight that no search reaches
 
 @struct.dataclass
 class Sampled:
-    tokens: Any  # [B] int32
+    tokens: Any  # [B] int32; -1: none can be chosen
     logprobs: TokenLogprobs  # [B]
 
 
@@ -47,7 +49,8 @@ class StepOutput:
 
 
 def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> tuple[Sampled, SlotState]:
-    """One token per row, the same on all devices, and the slots with these tokens counted.
+    """One token per row, the same on all devices, and the slots with these tokens counted. -1: no token can be chosen,
+    because logits are not finite.
 
     logits  [B, V/p] float32, this device's share; padding entries are -inf
     first   int32 scalar: vocabulary index of the first column
@@ -64,10 +67,11 @@ def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: S
         def perturb(x: jax.Array) -> jax.Array:
             return jnp.where(greedy[:, None], x, temper(x, params) + _gumbel(first, x.shape[1], params))
 
-        return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted), first)
+        # What is chosen from may have lost a NaN (to top-k, say), so the raw logits are looked at.
+        return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted), first, _sound(logits))
 
     # The predicates are the same on all devices, so all take the same branch and its collectives meet.
-    tokens = lax.cond(jnp.any(special), choose, lambda x: _argmax(x, first), logits)
+    tokens = lax.cond(jnp.any(special), choose, lambda x: _argmax(x, first, _sound(x)), logits)
     logprobs = token_logprobs(logits, first, tokens, params.top_logprobs)
     counts = _count(slots.counts, params.history, tokens - first)
     return Sampled(tokens, logprobs), replace(slots, counts=counts)
@@ -131,12 +135,21 @@ def _count(counts: jax.Array, history: jax.Array, columns: jax.Array) -> jax.Arr
     return counts.at[history, columns].set(new, mode="drop")
 
 
-def _argmax(values: jax.Array, first: jax.Array) -> jax.Array:
-    """Vocabulary index of the largest value of each row [B, V/p]; the lowest index among equals."""
+def _sound(logits: jax.Array) -> jax.Array:
+    """Which rows of logits [B, V/p] have neither NaN nor +inf. Not read off the largest: a maximum may lose NaN (XLA's
+    on a CPU does, and over devices it is up to the network's library)."""
+    return jnp.all(logits < jnp.inf, axis=1)
+
+
+def _argmax(values: jax.Array, first: jax.Array, sound: jax.Array) -> jax.Array:
+    """Vocabulary index of the largest value of each row [B, V/p]; the lowest index among equals. -1 where the largest
+    is not finite, or where a device's share of the row is not `sound` [B]."""
     best = values.max(axis=1)
     index = jnp.argmax(values, axis=1).astype(jnp.int32) + first
+    best = jnp.where(sound, best, jnp.inf)  # which no maximum loses
     winner = collectives.all_reduce_max(best)
-    return -collectives.all_reduce_max(jnp.where(best == winner, -index, jnp.iinfo(jnp.int32).min))
+    token = -collectives.all_reduce_max(jnp.where(best == winner, -index, jnp.iinfo(jnp.int32).min))
+    return jnp.where(jnp.isfinite(winner), token, -1)
 
 
 def _gumbel(first: jax.Array, columns: int, params: SamplingArrays) -> jax.Array:

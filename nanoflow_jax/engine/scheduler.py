@@ -232,6 +232,7 @@ class Scheduler:
             restored = self.hooks.restore(wanted, pages[:offloaded])
             pool.register(pages[:restored].tolist(), wanted[:restored])
         found = (len(hits) + restored) * self.page_size
+        request.shared = found > 0
         self._count(request, len(hits) * self.page_size, restored * self.page_size)
         end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
         owned = np.concatenate([np.array(hits, np.int32), pages])
@@ -281,7 +282,7 @@ class Scheduler:
     def _keys(self, request: Request) -> list[Key]:
         """Keys of the pages that a request might find: all full ones, but never the one with its last token, which
         must be computed to go on, nor one whose logprobs are wanted."""
-        if self.root is None:
+        if self.root is None or request.alone:
             return []
         last = len(request.tokens) - 1 if request.next_score is None else request.next_score
         self._extend_keys(request, request.tokens, last // self.page_size)
@@ -348,6 +349,10 @@ class Scheduler:
                 self.waiting.remove(request)
         if request.slot is not None:
             self.leave(request.slot)
+        self.drop_pending(request)
+
+    def drop_pending(self, request: Request) -> None:
+        """The token that was in flight when a request was preempted is not wanted any more."""
         if request.pending:
             request.pending = False
             self.orphans = {k: r for k, r in self.orphans.items() if r is not request}

@@ -109,10 +109,12 @@ class NanoflowLM(TemplateLM):
         results: list[tuple[float, bool]] = []
         for part in self._parts(requests):
             pairs = [self._fitted(context, continuation) for _, context, continuation in part]
-            scores = self.llm.score(cast(Any, pairs), use_tqdm=not disable_tqdm)
-            for (key, _context, _continuation), score in zip(part, scores, strict=True):
-                self.cache_hook.add_partial("loglikelihood", key, score)
-            results += scores
+            try:
+                results += self.llm.score(cast(Any, pairs), use_tqdm=not disable_tqdm)
+            finally:  # where one has failed, the others are kept
+                for (key, _context, _continuation), score in zip(part, self.llm.last_scores, strict=False):
+                    if score is not None:
+                        self.cache_hook.add_partial("loglikelihood", key, score)
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -136,13 +138,17 @@ class NanoflowLM(TemplateLM):
                 some = self._params(wanted, len(results) + len(params))
                 prompts.append(self._prompt(context, some))
                 params.append(some)
+            failed: str | None = None
             for request, output in zip(part, self.llm.generate(prompts, params, not disable_tqdm), strict=True):
                 done = output.outputs[0]
                 if done.finish_reason == "error":
-                    raise RuntimeError(f"request {output.request_id}: {done.error}")
+                    failed = failed or f"request {output.request_id}: {done.error}"
+                    continue
                 results.append(done.text)
                 if not request.args[1].get("do_sample"):
                     self.cache_hook.add_partial("generate_until", request.args, done.text)
+            if failed is not None:  # the others are kept
+                raise RuntimeError(failed)
         return results
 
     # -- the parts of these

@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 from nanoflow_jax.engine import sampler
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.schedule.batch import SamplingArrays
+from nanoflow_jax.schedule.slots import SLOT_SPECS
 from tests.engine.sampler_driver import (
     MESHES,
     PADDED,
@@ -30,6 +32,7 @@ from tests.engine.sampler_driver import (
     margin,
     scores_on,
     settings,
+    sharded,
     tokens_on,
 )
 
@@ -67,6 +70,31 @@ def test_greedy_rows_stay_greedy_beside_sampled_ones(devices: int) -> None:
     tokens = tokens_on(devices, logits, settings(ROWS, temperature=hot, top_p=0.9, seed=np.arange(ROWS)))
     np.testing.assert_array_equal(tokens[::2], logits.argmax(axis=1)[::2])
     assert (tokens[1::2] != logits.argmax(axis=1)[1::2]).sum() > ROWS // 4
+
+
+@pytest.mark.parametrize(("devices", "lost"), [(1, False), (2, False), (8, False), (8, True)])
+def test_rows_that_are_not_finite_give_no_token(devices: int, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever device has the bad number, whatever the row wants, and also where a maximum over devices loses NaN.
+    Their neighbours' tokens stay."""
+    sample = tokens_on
+    if lost:
+        real = collectives.all_reduce_max
+        monkeypatch.setattr(collectives, "all_reduce_max", lambda x: real(_without_nan(x)))
+        traced_anew = sharded(devices, sampler.sample, (P(), SLOT_SPECS))
+        sample = lambda _, logits, params: traced_anew(Case(logits, params))[0].tokens[:ROWS]  # noqa: E731
+    logits, rng = random_logits(8), np.random.default_rng(3)
+    params = settings(ROWS, temperature=np.arange(ROWS) % 4 / 2, top_k=np.arange(ROWS) % 3, seed=np.arange(ROWS))
+    calm = tokens_on(devices, logits, params)
+    bad = np.arange(ROWS) % 5 == 2
+    for row in np.flatnonzero(bad):
+        logits[row, rng.integers(VOCAB)] = (np.nan, np.inf)[row % 2]
+    logits[2] = -np.inf
+    np.testing.assert_array_equal(sample(devices, logits, params), np.where(bad, -1, calm))
+    np.testing.assert_array_equal(sample(devices, logits, settings(ROWS)) < 0, bad)
+
+
+def _without_nan(x: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isnan(x), -jnp.inf, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
 @pytest.mark.parametrize("devices", MESHES)
