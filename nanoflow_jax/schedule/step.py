@@ -8,7 +8,8 @@ layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,19 +24,20 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.logprobs import score_rows
 from nanoflow_jax.engine.sampler import StepOutput, sample
 from nanoflow_jax.models import llama
-from nanoflow_jax.models.llama import LayerParams, LlamaParams
+from nanoflow_jax.models.llama import LlamaParams
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.attention import KernelBackends, page_dtype
 from nanoflow_jax.schedule.batch import StepBatch, StepShape
+from nanoflow_jax.schedule.layer import ATTENTION, GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
 from nanoflow_jax.schedule.order import IssueOrder
-from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
-from nanoflow_jax.schedule.rows import Rows
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
+from nanoflow_jax.schedule.rows import RowSpan
 from nanoflow_jax.schedule.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 
@@ -61,7 +63,6 @@ _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_bud
 _prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
 _add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
-ATTENTION, MLP = 0, 1  # the norms of a layer
 NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
 
@@ -164,11 +165,9 @@ def _logits_step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: Ste
 
 def _layers(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
-    run = _StepRun(spec, params, cache, batch)
-    for layer in range(spec.config.num_layers):
-        run.layer(layer)
-    hidden = run.hidden()
-    return KVCache(run.k_pages, run.v_pages), hidden
+    machine = _Tracer(spec, params, cache, batch)
+    parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()
+    return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
 def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -180,15 +179,14 @@ def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[
     return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
 
-class _StepRun:
-    """The state of a step while it is traced: residual, normed input of the next GEMM, and pages.
+class _Tracer:
+    """Runs the layer program on arrays, under `shard_map`: a `schedule.layer.Machine`."""
 
-    A collective's result is added to the residual by the op that reads it first (`_settle`), together with the norm.
-    """
+    appends_at_once = False
 
     def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
         self.config, self.shape = spec.config, spec.shape
-        self.params, self.batch, self.lanes = params, batch, spec.plan.lanes
+        self.params, self.batch = params, batch
         self.k_pages, self.v_pages = cache.k, cache.v
         self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
         self.devices = collectives.device_count()
@@ -196,139 +194,105 @@ class _StepRun:
         self.options = backends.options(
             spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
+        # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
+        self.decode_lane = spec.plan.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
+        self.lane = self.decode_lane is not None
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
-        self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
         self.writes, self.contexts = _kernel_inputs(self.pieces, batch, self.num_pages)
-        self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
-        for number in self.scattered:
-            if (rows := self.nano_batches[number].rows) % self.devices:
-                raise ConfigError(
-                    f"nano_batches[{number}]: {rows} rows cannot scatter over {self.devices} devices; "
-                    "accepted: a multiple of them"
-                )
-        self.deferred = deferred_gathers(self.pieces)
         self.order = IssueOrder(spec.enforce_order)
-        self.all_reduce = collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce
+        self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {
+            GATHER: collectives.all_gather,  # [n, H/p] -> [p, n, H/p]
+            GATHER_ROWS: collectives.all_gather_rows,
+            REDUCE: collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce,
+            SCATTER: collectives.reduce_scatter_rows,
+        }
         self.cos, self.sin = llama.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
-        self.residual: dict[int, jax.Array] = {}  # nano-batch -> [n, H], or this device's rows [n/p, H] when scattered
-        self.pending: dict[int, tuple[jax.Array, jax.Array | None]] = {}  # nano-batch -> collective's result, bias
-        self.normed = Rows()  # [n, H]: the input of the next KQV or UG
-        self._embed()
 
-    def _embed(self) -> None:
-        """Each device looks up the tokens of its vocabulary rows; the sum over devices, per nano-batch, is the
-        embedding."""
+    def scope(self, layer: int | None, op: str, number: int) -> AbstractContextManager[Any]:
+        return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
+
+    def begin(self, layer: int) -> None:
+        self.layer = self.params.layers[layer]
+        self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
+        scales = self.params.kv_scales  # of fp8 pages, [g] float32
+        self.scales = {} if scales is None else {"k_scale": scales[0, layer], "v_scale": scales[1, layer]}
+
+    # -- ends of a step
+
+    def embed(self, piece: OpPiece) -> jax.Array:
+        """Each device looks up the tokens of its vocabulary rows; the sum over devices is the embedding."""
         table = self.params.embedding
-        for number, piece in self.nano_batches.items():
-            with jax.named_scope(f"EMBED.{number}"):
-                local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
-                mine = (local >= 0) & (local < table.shape[0])
-                x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
-            with jax.named_scope(f"EMBED.AR.{number}"):
-                x = self.order.start(self.all_reduce, x)
-            self.residual[number] = x
-            if number in self.scattered:
-                share = piece.rows // self.devices
-                with jax.named_scope(f"EMBED.{number}"):
-                    self.residual[number] = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-                    normed = self._norm(x, self._norm_weight(0, ATTENTION))
-                self.normed.put(piece.start, piece.stop, normed)
+        local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        return jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+
+    def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        share = piece.rows // self.devices
+        mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
+        return mine, llama.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
+
+    def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
+        return collectives.all_gather_rows(x)
+
+    # -- residual and norm
 
     def _norm_weight(self, layer: int, which: int) -> jax.Array:
         """[H], of the norm ahead of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
         norms = self.params.norms
         return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
 
-    def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
-        return llama.rms_norm(x, weight, self.config.rms_norm_eps)
+    def add_and_norm(
+        self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """In one ordered op."""
+        weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
+        if update is None:
+            return x, self.order.run(lambda x: llama.rms_norm(x, weight, eps), x)
 
-    def _settle(self, number: int, norm_weight: jax.Array) -> jax.Array:
-        """Adds what is pending to the residual of a nano-batch and returns the norm of the sum, in one ordered op."""
-        x = self.residual[number]
-        if number not in self.pending:
-            return self.order.run(lambda x: self._norm(x, norm_weight), x)
+        def both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            return _add_rms_norm(x, update, weight, bias=bias, eps=eps, **self.options.norm)
 
-        def add_and_norm(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            eps = self.config.rms_norm_eps
-            return _add_rms_norm(x, update, norm_weight, bias=bias, eps=eps, **self.options.norm)
+        return self.order.run(both, x, *update)
 
-        self.residual[number], normed = self.order.run(add_and_norm, x, *self.pending.pop(number))
-        return normed
+    def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        return self.order.run(_add, x, *update)
 
-    def layer(self, index: int) -> None:
-        """Issues the pieces of one layer in the plan's order."""
-        state = _LayerState(
-            index, self.params.layers[index], jnp.int32(index * self.num_pages), _layer_scales(self.params, index)
-        )
-        for piece in self.pieces:
-            with jax.named_scope(f"L{index}/{piece.name}"):
-                getattr(self, _METHODS[piece.op])(piece, state)
-
-    def hidden(self) -> jax.Array:
-        """The residual of all rows after the last layer, [T, H]."""
-        for number in sorted(self.pending):
-            with jax.named_scope(f"HEAD.{number}"):
-                x = self.order.run(_add, self.residual[number], *self.pending[number])
-            with jax.named_scope(f"HEAD.AG.{number}"):
-                self.residual[number] = collectives.all_gather_rows(x) if number in self.scattered else x
-        parts = [self.residual[number] for number in sorted(self.nano_batches)]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+    def bias(self, op: str) -> jax.Array | None:
+        return {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
 
     # -- attention
 
-    def _kqv(self, piece: OpPiece, s: _LayerState) -> None:
-        number = piece.nano_batch
-        if number not in s.attention_normed and number not in self.scattered:
-            rows = self.nano_batches[number]
-            self.normed.put(rows.start, rows.stop, self._settle(number, self._norm_weight(s.index, ATTENTION)))
-            s.attention_normed.add(number)
-        rows = slice(piece.start, piece.stop)
-        span, inputs = self.normed.get(piece.start, piece.stop)
+    def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
+        rows, layer = slice(piece.start, piece.stop), self.layer
 
         def project(*inputs: jax.Array) -> jax.Array:
-            q, k, v = llama.kqv_projection(span(*inputs), s.params)
+            q, k, v = llama.kqv_projection(span(*inputs), layer)
             cos, sin = self.cos[rows], self.sin[rows]
             q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
             return pack_kqv(q, llama.apply_rope(k, cos, sin), v)
 
-        kqv = self.order.run(project, *inputs)
-        groups, rows_of_group, d, _ = s.params.kqv.shape
-        view = partial(unpack_kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
-        s.q.put(piece.start, piece.stop, kqv, lambda kqv: view(kqv)[0])
-        s.unwritten.append((piece, kqv, view))
+        return self.order.run(project, *normed)
 
-    def _append(self, s: _LayerState) -> None:
-        """Writes the keys and values that are not in the pages yet: ahead of the first op that reads any.
+    def queries(self, kqv: jax.Array) -> jax.Array:
+        return self._unpacked(kqv)[0]
 
-        Attention on a stream of its own reads the pages that are written in place here, so it is waited for first.
-        """
-        if not s.unwritten:
-            return
-        for piece, out in s.in_flight:
-            s.attention.put(piece.start, piece.stop, self.order.wait(out))
-        s.in_flight.clear()
-        for piece, kqv, view in s.unwritten:
+    def _unpacked(self, kqv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        groups, rows_of_group, d, _ = self.layer.kqv.shape
+        return unpack_kqv(kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
 
-            def append(
-                k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array, piece: OpPiece = piece, view: Any = view
-            ) -> tuple[jax.Array, jax.Array]:
-                return _append_kv(
-                    k_pages, v_pages, *view(kqv)[1:], *self.writes[piece.piece],
-                    first_page=s.first_page, **s.scales, **self.options.append,
-                )  # fmt: skip
+    def append(self, piece: OpPiece, kqv: jax.Array) -> None:
+        def append(k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _append_kv(
+                k_pages, v_pages, *self._unpacked(kqv)[1:], *self.writes[piece.piece],
+                first_page=self.first_page, **self.scales, **self.options.append,
+            )  # fmt: skip
 
-            with jax.named_scope(f"KV.APPEND.{piece.piece}"):
-                self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
-        s.unwritten.clear()
+        self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
 
-    def _gemv(self, piece: OpPiece, s: _LayerState) -> None:
-        self._append(s)
-        span, q = s.q.get(piece.start, piece.stop)
-
-        # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
-        lane = self.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
+    def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
+        lane = self.decode_lane
         sms = lane.sms if lane else None
 
         def attend(more: dict[str, jax.Array], k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
@@ -338,111 +302,62 @@ class _StepRun:
             return out.reshape(piece.rows, -1)
 
         table, lengths = self.contexts[piece.piece]
-        more = {"page_table": table, "lengths": lengths, "first_page": s.first_page, **s.scales}
-        inputs = (self.k_pages, self.v_pages, *q)
-        if lane:  # issued like a collective: what reads the result joins the streams
-            beside = compute_on(
-                attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device
-            )
-            # All that it reads is an input: a constant that is not could be as late as what needs the result, and with
-            # it a start on another stream.
-            out = self.order.beside(beside, more, *inputs)
-            s.in_flight.append((piece, out))
-        else:  # what no layer changes is not: XLA's attention computes with it, once for all layers
-            out = self.order.run(partial(attend, more), *inputs)
-        s.attention.put(piece.start, piece.stop, out)
+        more = {"page_table": table, "lengths": lengths, "first_page": self.first_page, **self.scales}
+        if lane is None:  # what no layer changes is no input: XLA's attention computes with it, once for all layers
+            return self.order.run(partial(attend, more), self.k_pages, self.v_pages, *q)
+        # Issued like a collective: what reads the result joins the streams. All that it reads is an input: a constant
+        # that is not could be as late as what needs the result, and with it a start on another stream.
+        beside = compute_on(attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device)
+        return self.order.beside(beside, more, self.k_pages, self.v_pages, *q)
 
-    def _pf(self, piece: OpPiece, s: _LayerState) -> None:
-        self._append(s)
+    def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
         first = self.shape.decode_rows
-        span, q = s.q.get(piece.start, piece.stop)
 
         def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             batch = self.batch
             starts, lengths = clip_segments(
                 batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
             )
-            table = batch.prefill_table
             out = _prefill_attention(
-                span(*q), k_pages, v_pages, table, starts, lengths,
-                first_page=s.first_page, **s.scales, **self.options.prefill,
+                span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths,
+                first_page=self.first_page, **self.scales, **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
-        out = self.order.run(attend, self.k_pages, self.v_pages, *q)
-        s.attention.put(piece.start, piece.stop, out)
+        return self.order.run(attend, self.k_pages, self.v_pages, *q)
 
-    # -- attention output to residual
+    # -- GEMMs after attention
 
-    def _gemv_ag(self, piece: OpPiece, s: _LayerState) -> None:
-        # Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O
-        # contracts as it is.
-        span, parts = s.attention.get(piece.start, piece.stop)
-        local = self.order.run(lambda *parts: span(*parts).T, *parts)
-        s.gathered[piece.piece] = self.order.start(collectives.all_gather_rows, local)
+    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
+        """On the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it
+        is."""
+        return self.order.run(lambda *parts: span(*parts).T, *attention)
 
-    def _o(self, piece: OpPiece, s: _LayerState) -> None:
-        if piece.piece in s.gathered:
+    def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
+        """[w, n] x [H/p, w] -> [n, H/p]."""
+        weight = self.layer.o_rows
+        return self.order.run(lambda x: llama.contract(x, weight, 0), gathered)
 
-            def over_n(gathered: jax.Array) -> jax.Array:  # [w, n] x [H/p, w] -> [n, H/p]
-                return llama.contract(gathered, s.params.o_rows, 0)
+    def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
+        """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
+        weight = self.layer.o_columns
+        return self.order.run(lambda *parts: llama.contract(span(*parts), weight, 1), *attention)
 
-            s.projected[piece.piece] = self.order.run(over_n, s.gathered.pop(piece.piece))
-        else:
-            span, parts = s.attention.get(piece.start, piece.stop)
+    def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
+        layer = self.layer
+        return self.order.run(lambda *x: llama.gated_mlp_up(span(*x), layer), *normed)
 
-            def over_k(*parts: jax.Array) -> jax.Array:  # [n, w/p] x [H, w/p] -> partial sums [n, H]
-                return llama.contract(span(*parts), s.params.o_columns, 1)
+    def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
+        weight = self.layer.down
+        return self.order.run(lambda x: llama.contract(x, weight, 1), activated)
 
-            s.projected[piece.piece] = self.order.run(over_k, *parts)
+    # -- collectives and streams
 
-    def _o_ag(self, piece: OpPiece, s: _LayerState) -> None:
-        if piece.piece in self.scattered:
-            normed = self._settle(piece.piece, self._norm_weight(s.index, MLP))
-            self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
-        else:  # [n, H/p] -> [p, n, H/p]
-            gathered = self.order.start(collectives.all_gather, s.projected.pop(piece.piece))
-            self.pending[piece.piece] = gathered, s.params.o_bias
+    def start(self, collective: str, rows: int, columns: str, x: jax.Array) -> jax.Array:
+        return self.order.start(self.collectives[collective], x)
 
-    def _o_ar(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(self.all_reduce, piece, s, s.params.o_bias)
-
-    def _o_rs(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(collectives.reduce_scatter_rows, piece, s, s.params.o_bias)
-
-    def _finish(
-        self, collective: Callable[[jax.Array], jax.Array], piece: OpPiece, s: _LayerState, bias: jax.Array | None
-    ) -> None:
-        """Starts the collective of O or D; its result is added when it is read."""
-        self.pending[piece.piece] = self.order.start(collective, s.projected.pop(piece.piece)), bias
-
-    # -- MLP
-
-    def _ug(self, piece: OpPiece, s: _LayerState) -> None:
-        if piece.piece not in self.scattered:
-            self.normed.put(piece.start, piece.stop, self._settle(piece.piece, self._norm_weight(s.index, MLP)))
-        span, inputs = self.normed.get(piece.start, piece.stop)
-        s.activated[piece.piece] = self.order.run(lambda *x: llama.gated_mlp_up(span(*x), s.params), *inputs)
-
-    def _d(self, piece: OpPiece, s: _LayerState) -> None:
-        x = s.activated.pop(piece.piece)
-        s.projected[piece.piece] = self.order.run(lambda x: llama.contract(x, s.params.down, 1), x)
-
-    def _d_ar(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(self.all_reduce, piece, s, s.params.down_bias)
-
-    def _d_rs(self, piece: OpPiece, s: _LayerState) -> None:
-        self._finish(collectives.reduce_scatter_rows, piece, s, s.params.down_bias)
-
-    def _d_ag(self, piece: OpPiece, s: _LayerState) -> None:
-        """Gathers the normed input of the next KQV: the next layer's, or this one's when the plan puts it before
-        KQV."""
-        number = piece.piece
-        layer = s.index + (number not in self.deferred)
-        # The first layer's input comes whole from the embedding; what the last layer leaves is gathered in `hidden`.
-        if number in self.pending and layer < self.config.num_layers:
-            normed = self._settle(number, self._norm_weight(layer, ATTENTION))
-            self.normed.put(piece.start, piece.stop, self.order.start(collectives.all_gather_rows, normed))
+    def wait(self, x: jax.Array) -> jax.Array:
+        return self.order.wait(x)
 
 
 def _kernel_inputs(
@@ -491,51 +406,11 @@ def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.
     return q.reshape(rows, heads, d), k.reshape(rows, groups, d), v.reshape(rows, groups, d)
 
 
-def _layer_scales(params: LlamaParams, index: int) -> dict[str, jax.Array]:
-    scales = params.kv_scales
-    return {} if scales is None else {"k_scale": scales[0, index], "v_scale": scales[1, index]}
-
-
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
     if update.ndim == 3:
         update = update.transpose(1, 0, 2).reshape(x.shape)
     return x + update if bias is None else x + update + bias[None, :]
-
-
-@dataclass
-class _LayerState:
-    """Values of one layer on their way from op to op, by rows or by nano-batch."""
-
-    index: int
-    params: LayerParams
-    first_page: jax.Array  # [] int32: where its pages begin
-    scales: dict[str, jax.Array]  # k_scale and v_scale [g] float32 of fp8 pages; of others none
-    attention_normed: set[int] = field(default_factory=set)  # nano-batches whose KQV input is normed
-    unwritten: list[tuple[OpPiece, jax.Array, Any]] = field(default_factory=list)  # packed, with K and V not in pages
-    in_flight: list[tuple[OpPiece, jax.Array]] = field(default_factory=list)  # attention on another stream
-    q: Rows = field(default_factory=Rows)  # [n, h, d], views of what `pack_kqv` packed
-    attention: Rows = field(default_factory=Rows)  # [n, h * d]
-    gathered: dict[int, jax.Array] = field(default_factory=dict)  # [w, n]
-    projected: dict[int, jax.Array] = field(default_factory=dict)  # O or D before its collective
-    activated: dict[int, jax.Array] = field(default_factory=dict)  # [n, F/p]
-
-
-_METHODS = {
-    "KQV": "_kqv",
-    "GEMV": "_gemv",
-    "PF": "_pf",
-    "GEMV.AG": "_gemv_ag",
-    "O": "_o",
-    "O.AG": "_o_ag",
-    "O.AR": "_o_ar",
-    "O.RS": "_o_rs",
-    "UG": "_ug",
-    "D": "_d",
-    "D.AR": "_d_ar",
-    "D.RS": "_d_rs",
-    "D.AG": "_d_ag",
-}
 
 
 def clip_segments(starts: jax.Array, lengths: jax.Array, first: int, last: int) -> tuple[jax.Array, jax.Array]:

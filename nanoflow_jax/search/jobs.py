@@ -10,11 +10,15 @@ a lane.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, deferred_gathers, row_quantum
+from nanoflow_jax.schedule.layer import GATHER, GATHER_ROWS, HIDDEN, REDUCE, SCATTER, WIDTH, StepProgram, Update
+from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
+from nanoflow_jax.schedule.rows import RowSpan
 from nanoflow_jax.search.latency import Prediction
 from nanoflow_jax.search.shapes import OpCosts
 from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
@@ -22,7 +26,7 @@ from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
 SIDE = "stream 1"
 RUNTIMES = ("library", "nanoflow")
 SAMPLER_REDUCTIONS = 2
-COLLECTIVES = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
+COLLECTIVES = {GATHER: "all-gather", GATHER_ROWS: "all-gather", REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
 
 
 @dataclass(frozen=True)
@@ -67,18 +71,7 @@ class Shares:
             )
 
 
-@dataclass
-class _Layer:
-    """Jobs of one layer that others read: by nano-batch, or (start, stop, jobs) by rows."""
-
-    index: int | None
-    q: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    attention: list[tuple[int, int, tuple[int, ...]]] = field(default_factory=list)
-    unwritten: list[OpPiece] = field(default_factory=list)
-    in_flight: tuple[int, ...] = ()
-    normed: dict[int, tuple[int, ...]] = field(default_factory=dict)  # of KQV's input
-    gathered: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    projected: dict[int, tuple[int, ...]] = field(default_factory=dict)
+Jobs = tuple[int, ...]  # what stands for a value: the jobs that make it
 
 
 def build_jobs(
@@ -95,62 +88,52 @@ def build_jobs(
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
     lanes = runtime == "nanoflow"
-    builder = _Builder(plan, costs, layers, shares, lanes, one_in_flight and not lanes)
-    builder.embed()
-    for index in range(layers):
-        builder.layer(index)
-    builder.head()
-    return tuple(builder.jobs)
+    load, devices = costs.load, costs.shapes.devices
+    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
+    machine = _Simulated(plan, pieces, costs, shares, lanes, one_in_flight and not lanes)
+    machine.head(StepProgram(machine, pieces, layers, devices).run())
+    return tuple(machine.jobs)
 
 
-class _Builder:
-    """Follows `schedule.step._StepRun` op by op. `pending`: nano-batch → what its residual waits for."""
+class _Simulated:
+    """Runs the layer program on jobs: a `schedule.layer.Machine`. Each op becomes the kernels that XLA makes of it."""
 
     def __init__(
-        self, plan: SchedulePlan, costs: OpCosts, layers: int, shares: Shares, lanes: bool, one_in_flight: bool
+        self,
+        plan: SchedulePlan,
+        pieces: Sequence[OpPiece],
+        costs: OpCosts,
+        shares: Shares,
+        lanes: bool,
+        one_in_flight: bool,
     ):
-        self.costs, self.layers, self.shares, self.lanes = costs, layers, shares, lanes
-        load, devices = costs.load, costs.shapes.devices
-        self.devices = devices
-        self.pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
-        self.nano_batches = {p.piece: p for p in self.pieces if p.op == "O"}
-        self.gathers = {p.piece for p in self.pieces if p.op == "GEMV.AG"}
-        self.scattered = {p.piece for p in self.pieces if p.op == "O.RS"}
-        for number in self.scattered:
-            if (rows := self.nano_batches[number].rows) % devices:
-                raise ConfigError(f"nano_batches[{number}]: {rows} rows cannot scatter over {devices} devices")
-        self.deferred = deferred_gathers(self.pieces)
+        self.costs, self.shares, self.lanes = costs, shares, lanes
+        self.devices = costs.shapes.devices
+        self.first_prefill = min((p.start for p in pieces if p.op == "PF"), default=0)
         lane = plan.lanes.get("GEMV") if lanes or mosaic_supported(costs.model.hardware.capability) else None
-        self.attention_lane = lanes or lane is not None
+        self.lane = lanes or lane is not None
+        self.appends_at_once = lanes
         self.sms = lane.sms if lane else None
         self.jobs: list[Job] = []
-        self.issued: tuple[int, ...] = ()  # the compute stream's last job
+        self.name = Piece(None, "EMBED", 1)
+        self.issued: Jobs = ()  # the compute stream's last job
         self.one_in_flight = one_in_flight
-        self.in_flight: tuple[int, ...] = ()  # the last collective
-        self.behind: tuple[int, ...] = ()  # the one before it, for which the next job of the compute stream waits
-        self.pending: dict[int, tuple[int, ...]] = {}
-        self.shards: dict[int, tuple[int, ...]] = {}  # of a scattered nano-batch: what its KQV waits for
+        self.in_flight: Jobs = ()  # the last collective
+        self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
+        self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
+        self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
 
     # -- kinds of jobs
 
-    def run(self, piece: Piece, kind: str, prediction: Prediction, needs: tuple[int, ...] = ()) -> tuple[int, ...]:
+    def _run(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
         """A kernel of the compute stream."""
-        needs = tuple(sorted({*needs, *self.behind}))
+        wanted = tuple(sorted({*self.behind}.union(*needs)))
         self.behind = ()
-        self.jobs.append(Job(piece, kind, COMPUTE, prediction, needs, 0.0, prediction.bytes))
+        self.jobs.append(Job(self.name, kind, COMPUTE, prediction, wanted, 0.0, prediction.bytes))
         self.issued = (len(self.jobs) - 1,)
         return self.issued
 
-    def start(self, piece: Piece, rows: int, columns: int, needs: tuple[int, ...]) -> tuple[int, ...]:
-        """A collective of `rows` rows. On one device there is none."""
-        if self.devices == 1:
-            return needs
-        name = COLLECTIVES[piece.op.rpartition(".")[2]]
-        prediction = self.costs.collective(name, rows, columns)
-        whole = float(rows * columns * self.costs.shapes.element_bytes)
-        return self._start(Job(piece, "collective", NETWORK, prediction, needs, self.shares.network, whole, name))
-
-    def _start(self, job: Job) -> tuple[int, ...]:
+    def _start(self, job: Job) -> Jobs:
         needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
         self.jobs.append(replace(job, needs=needs))
         started = (len(self.jobs) - 1,)
@@ -158,156 +141,120 @@ class _Builder:
             self.in_flight, self.behind = started, (*self.behind, *self.in_flight)
         return started
 
+    def start(self, collective: str, rows: int, columns: str, x: Jobs) -> Jobs:
+        """On one device there is none."""
+        if self.devices == 1:
+            return x
+        kind, width = COLLECTIVES[collective], {HIDDEN: self.costs.shapes.hidden, WIDTH: self.costs.shapes.width}
+        prediction = self.costs.collective(kind, rows, width[columns])
+        whole = float(rows * width[columns] * self.costs.shapes.element_bytes)
+        return self._start(Job(self.name, "collective", NETWORK, prediction, x, self.shares.network, whole, kind))
+
+    def wait(self, x: Jobs) -> Jobs:
+        if not self.lanes:
+            self.awaited += x
+        return x
+
+    @contextmanager
+    def scope(self, layer: int | None, op: str, number: int) -> Iterator[None]:
+        outer, self.name = self.name, Piece(layer, op, number)
+        yield
+        self.name = outer
+
+    def begin(self, layer: int) -> None:
+        self.made.clear()
+
     # -- ends of a step
 
-    def embed(self) -> None:
-        for number, piece in self.nano_batches.items():
-            table = self.run(Piece(None, "EMBED", number), "elementwise", self.costs.embed(piece.rows))
-            self.pending[number] = self.start(
-                Piece(None, "EMBED.AR", number), piece.rows, self.costs.shapes.hidden, table
-            )
-            if number in self.scattered:
-                self.shards[number] = self.run(
-                    Piece(None, "EMBED", number), "elementwise", self.costs.norm(piece.rows), self.pending[number]
-                )
+    def embed(self, piece: OpPiece) -> Jobs:
+        return self._run("elementwise", self.costs.embed(piece.rows))
 
-    def head(self) -> None:
-        rows = {number: piece.rows for number, piece in self.nano_batches.items()}
-        ready: tuple[int, ...] = ()
-        for number in sorted(self.pending):
-            shard = rows[number] // self.devices if number in self.scattered else rows[number]
-            added = self.run(Piece(None, "HEAD", number), "elementwise", self.costs.norm(shard), self.pending[number])
-            if number in self.scattered:
-                added = self.start(Piece(None, "HEAD.AG", number), rows[number], self.costs.shapes.hidden, added)
-            ready += added
-        ready = self.run(Piece(None, "HEAD", 1), "gemm", self.costs.head(), ready)
-        ready = self.run(Piece(None, "SAMPLE", 1), "elementwise", self.costs.sampling(), ready)
+    def shard(self, piece: OpPiece, x: Jobs) -> tuple[Jobs, Jobs]:
+        return x, self._run("elementwise", self.costs.norm(piece.rows), x)
+
+    def gather_last(self, rows: int, x: Jobs) -> Jobs:
+        return self.start(GATHER_ROWS, rows, HIDDEN, x)
+
+    def head(self, residuals: Sequence[Jobs]) -> None:
+        self.name = Piece(None, "HEAD", 1)
+        ready = self._run("gemm", self.costs.head(), *residuals)
+        self.name = Piece(None, "SAMPLE", 1)
+        ready = self._run("elementwise", self.costs.sampling(), ready)
         for _ in range(SAMPLER_REDUCTIONS if self.devices > 1 else 0):
-            prediction = self.costs.reduction()
-            job = Job(
-                Piece(None, "SAMPLE", 1), "collective", NETWORK, prediction, ready, self.shares.network,
-                self.costs.sampled_rows * 4.0, "all-reduce",
+            ready = self._start(
+                Job(
+                    self.name, "collective", NETWORK, self.costs.reduction(), ready, self.shares.network,
+                    self.costs.sampled_rows * 4.0, "all-reduce",
+                )
             )  # fmt: skip
-            ready = self._start(job)
 
-    # -- a layer
+    # -- residual and norm
 
-    def layer(self, index: int) -> None:
-        layer = _Layer(index)
-        for piece in self.pieces:
-            getattr(self, _METHODS[piece.op])(piece, layer, Piece(index, piece.op, piece.piece))
+    def add_and_norm(
+        self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None
+    ) -> tuple[Jobs, Jobs]:
+        done = self._run("elementwise", self.costs.norm(rows), x if update is None else update[0])
+        return done, done
 
-    def _settle(self, number: int, name: Piece, rows: int) -> tuple[int, ...]:
-        return self.run(name, "elementwise", self.costs.norm(rows), self.pending[number])
+    def add(self, rows: int, x: Jobs, update: Update[Jobs]) -> Jobs:
+        return self._run("elementwise", self.costs.norm(rows), update[0])
 
-    def _kqv(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        number = piece.nano_batch
-        if number in self.scattered:
-            ready = self.shards[number]
-        else:
-            if number not in layer.normed:
-                layer.normed[number] = self._settle(number, name, self.nano_batches[number].rows)
-            ready = layer.normed[number]
-        self.run(name, "gemm", self.costs.kqv(piece.rows), ready)
-        q = self.run(name, "elementwise", self.costs.rope(piece.rows))
-        layer.unwritten.append(piece)
-        layer.q.append((piece.start, piece.stop, q))
-        if self.lanes:
-            self._append(layer)
+    def bias(self, op: str) -> None:
+        return None
 
-    def _append(self, layer: _Layer) -> None:
-        """Keys and values are written ahead of the first attention that reads any, and, in the library, once attention
-        in flight, which reads the same pages, is done."""
-        for piece in layer.unwritten:
-            name = Piece(layer.index, "KV.APPEND", piece.piece)
-            written = self.run(name, "kernel", self.costs.append(piece.rows), layer.in_flight)
-            layer.q.append((piece.start, piece.stop, written))
-        if layer.unwritten:
-            layer.in_flight = ()
-        layer.unwritten.clear()
+    # -- attention
 
-    def _gemv(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        self._append(layer)
-        needs = _reads(layer.q, piece.start, piece.stop)
+    def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        self._run("gemm", self.costs.kqv(piece.rows), *normed)
+        made = self._run("elementwise", self.costs.rope(piece.rows))
+        self.made.append((piece.start, piece.stop, made))
+        return made
+
+    def queries(self, kqv: Jobs) -> Jobs:
+        return kqv
+
+    def append(self, piece: OpPiece, kqv: Jobs) -> None:
+        written = self._run("kernel", self.costs.append(piece.rows), self.awaited)
+        self.made.append((piece.start, piece.stop, written))
+
+    def _reads(self, start: int, stop: int) -> Jobs:
+        """What makes or writes any of rows [start, stop)."""
+        self.awaited = ()
+        return tuple(sorted({j for first, last, jobs in self.made if first < stop and start < last for j in jobs}))
+
+    def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
+        needs = self._reads(piece.start, piece.stop)
         prediction = self.costs.decode_attention(piece.rows, self.sms)
-        if self.attention_lane:
-            share, capped = self.shares.attention, self.sms is not None
-            if self.sms is not None:
-                share = min(1.0, self.sms / self.costs.model.hardware.sm_count)
-            elif not self.lanes:
-                share = 1.0  # nothing holds the kernel back
-            done = self._start(Job(name, "attention", SIDE, prediction, needs, share, prediction.bytes, capped=capped))
-            if not self.lanes:
-                layer.in_flight += done
-        else:
-            done = self.run(name, "attention", prediction, needs)
-        layer.attention.append((piece.start, piece.stop, done))
+        if not self.lane:
+            return self._run("attention", prediction, needs)
+        share, capped = self.shares.attention, self.sms is not None
+        if self.sms is not None:
+            share = min(1.0, self.sms / self.costs.model.hardware.sm_count)
+        elif not self.lanes:
+            share = 1.0  # nothing holds the kernel back
+        return self._start(Job(self.name, "attention", SIDE, prediction, needs, share, prediction.bytes, capped=capped))
 
-    def _pf(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        self._append(layer)
-        first = min(p.start for p in self.pieces if p.op == "PF")
-        done = self.run(name, "attention", self.costs.prefill_attention(piece.rows), _reads(layer.q, first, piece.stop))
-        layer.attention.append((piece.start, piece.stop, done))
+    def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
+        """A chunk's later rows see its earlier ones."""
+        needs = self._reads(self.first_prefill, piece.stop)
+        return self._run("attention", self.costs.prefill_attention(piece.rows), needs)
 
-    def _gemv_ag(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        needs = _reads(layer.attention, piece.start, piece.stop)
-        if not self.lanes:
-            needs = self.run(name, "elementwise", self.costs.transpose(piece.rows), needs)
-        layer.gathered[piece.piece] = self.start(name, piece.rows, self.costs.shapes.width, needs)
+    # -- GEMMs after attention
 
-    def _o(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        over_n = piece.piece in self.gathers
-        needs = layer.gathered[piece.piece] if over_n else _reads(layer.attention, piece.start, piece.stop)
-        layer.projected[piece.piece] = self.run(name, "gemm", self.costs.o(piece.rows, over_n), needs)
+    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+        if self.lanes:
+            return tuple(sorted(set().union(*attention)))
+        return self._run("elementwise", self.costs.transpose(piece.rows), *attention)
 
-    def _collect(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        """O.AG of a gather, O.AR, O.RS, D.AR, D.RS."""
-        needs = layer.projected.pop(piece.piece)
-        self.pending[piece.piece] = self.start(name, piece.rows, self.costs.shapes.hidden, needs)
+    def o_over_n(self, piece: OpPiece, gathered: Jobs) -> Jobs:
+        return self._run("gemm", self.costs.o(piece.rows, True), gathered)
 
-    def _o_ag(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        if piece.piece in self.scattered:
-            self._gather_shards(piece, name)
-        else:
-            self._collect(piece, layer, name)
+    def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+        return self._run("gemm", self.costs.o(piece.rows, False), *attention)
 
-    def _gather_shards(self, piece: OpPiece, name: Piece) -> None:
-        """The norm on shards, then their gather."""
-        normed = self._settle(piece.piece, name, piece.rows // self.devices)
-        self.shards[piece.piece] = self.start(name, piece.rows, self.costs.shapes.hidden, normed)
+    def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        self._run("gemm", self.costs.up_gate(piece.rows), *normed)
+        return self._run("elementwise", self.costs.silu(piece.rows))
 
-    def _ug(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        number = piece.piece
-        ready = self.shards[number] if number in self.scattered else self._settle(number, name, piece.rows)
-        self.run(name, "gemm", self.costs.up_gate(piece.rows), ready)
-        layer.projected[number] = self.run(name, "elementwise", self.costs.silu(piece.rows))
-
-    def _d(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        layer.projected[piece.piece] = self.run(name, "gemm", self.costs.down(piece.rows), layer.projected[piece.piece])
-
-    def _d_ag(self, piece: OpPiece, layer: _Layer, name: Piece) -> None:
-        whole = layer.index == 0 if piece.piece in self.deferred else layer.index == self.layers - 1
-        if not whole:  # the first layer's input comes whole from the embedding; the head gathers the last one's
-            self._gather_shards(piece, name)
-
-
-def _reads(rows: list[tuple[int, int, tuple[int, ...]]], start: int, stop: int) -> tuple[int, ...]:
-    """Jobs that make any of rows [start, stop)."""
-    return tuple(sorted({job for first, last, jobs in rows if first < stop and start < last for job in jobs}))
-
-
-_METHODS = {
-    "KQV": "_kqv",
-    "GEMV": "_gemv",
-    "PF": "_pf",
-    "GEMV.AG": "_gemv_ag",
-    "O": "_o",
-    "O.AG": "_o_ag",
-    "O.AR": "_collect",
-    "O.RS": "_collect",
-    "UG": "_ug",
-    "D": "_d",
-    "D.AR": "_collect",
-    "D.RS": "_collect",
-    "D.AG": "_d_ag",
-}
+    def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
+        return self._run("gemm", self.costs.down(piece.rows), activated)
