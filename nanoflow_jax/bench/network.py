@@ -17,10 +17,10 @@ from nanoflow_jax.bench.timeline import Window
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.ops import COLLECTIVE, OPS
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
 from nanoflow_jax.search.latency import US, RooflineModel
 
-KINDS = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
 
 
@@ -39,11 +39,11 @@ def network_step(
     those of the embedding and of greedy sampling."""
     model, width = RooflineModel(hardware), jnp.dtype(config.dtype).itemsize
     pieces = plan.pieces(shape.decode_rows, shape.prefill_rows, row_quantum(devices))
-    layer = [(KINDS[kind], p) for p in pieces if (kind := p.op.rpartition(".")[2]) in KINDS]
-    columns = {"GEMV": config.num_heads * config.head_dim}  # the others move the residual's
+    columns = {"hidden": config.hidden_size, "width": config.num_heads * config.head_dim}
     us = [
-        model.collective(kind, p.rows * columns.get(p.op.partition(".")[0], config.hidden_size) * width, devices).us
-        for kind, p in layer
+        model.collective(op.collective, p.rows * columns[op.columns] * width, devices).us
+        for p in pieces
+        if (op := OPS[p.op]).kind == COLLECTIVE
     ] * config.num_layers
     us += [
         model.collective("all-reduce", p.rows * config.hidden_size * width, devices).us for p in pieces if p.op == "O"

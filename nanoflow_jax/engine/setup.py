@@ -35,6 +35,7 @@ from nanoflow_jax.platform import warn_without_ptxas
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.attention import KernelBackends, choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.schedule.ops import ATTENTION, OPS
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.schedule.step import StepSpec
@@ -232,7 +233,7 @@ def _decode_slots(options: EngineOptions, devices: int, on_cpu: bool) -> int:
 def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int) -> None:
     """Raises ConfigError unless every row of a step goes through the same GEMMs and sums, wherever it stands."""
     pieces = plan.pieces(decode, rows - decode, quantum=row_quantum(devices))
-    sizes = {(p.op, p.rows) for p in pieces if p.op not in ("GEMV", "PF")}
+    sizes = {(p.op, p.rows) for p in pieces if OPS[p.op].kind != ATTENTION}
     ops = {op for op, _ in sizes}
     if len(sizes) > len(ops) or len(plan.strategies) > 1 or "scatter" in plan.strategies:
         raise ConfigError(

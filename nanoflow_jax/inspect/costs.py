@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from kernels_pallas.expected import LATENCY
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
+from nanoflow_jax.schedule.ops import APPEND, ATTENTION, of_kind
 from nanoflow_jax.search.latency import LatencyModel, Prediction
 
 FREE = frozenset(
@@ -19,8 +20,6 @@ FREE = frozenset(
 )
 READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
-ATTENTION_OPS = frozenset(["GEMV", "PF"])
-KERNEL_OPS = ATTENTION_OPS | {"KV.APPEND"}  # whose time the latency model knows
 CONTROL = frozenset(["while", "conditional", "call"])
 Costs = Mapping[tuple[str, int], Prediction | tuple[float, float]]
 
@@ -214,7 +213,7 @@ class CostModel:
         else:
             flops, moved = (value / parts for value in given)
             prediction = replace(self.latency.kernel(flops, moved), source="roofline of the caller's cost")
-        return Cost("attention" if piece.op in ATTENTION_OPS else "kernel", prediction, flops, moved, "", (piece,))
+        return Cost("attention" if piece.op in of_kind(ATTENTION) else "kernel", prediction, flops, moved, "", (piece,))
 
     def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
         """Cost of one instruction, an async start counting for the whole pair. Control flow is not costed here."""
@@ -250,9 +249,12 @@ class CostModel:
         else:
             moved = operand_bytes(computation, instruction) + (0 if _aliased(call) else instruction.bytes)
         found = self.latency.kernel(0.0, moved)
-        if piece and piece.op not in KERNEL_OPS:  # the residual's addition and norm: timed as XLA's kernels are
+        if piece and piece.op not in (
+            *of_kind(ATTENTION),
+            APPEND,
+        ):  # the residual's addition and norm: timed as XLA's kernels are
             return Cost("elementwise", found, 0.0, moved, "", pieces)
-        kind = "attention" if piece and piece.op in ATTENTION_OPS else "kernel"
+        kind = "attention" if piece and piece.op in of_kind(ATTENTION) else "kernel"
         prediction = Prediction(found.us, found.bound, "roofline of operand bytes", 0.0, moved)
         if (us := expected_us(call)) is not None:
             prediction = replace(prediction, us=us, source="tuning table of the kernel (targets, not measured)")
@@ -277,7 +279,7 @@ class CostModel:
             moved = operand_bytes(computation, instruction) + instruction.bytes
         if flops:
             pieces = gemm_pieces(self.module, instruction)
-            kind = "attention" if pieces and pieces[0].op in ATTENTION_OPS else "gemm"
+            kind = "attention" if pieces and pieces[0].op in of_kind(ATTENTION) else "gemm"
         else:
             kind, pieces = "elementwise", kernel_pieces(self.module, computation, instruction)
         prediction = self.latency.kernel(flops, moved, dtype)

@@ -22,10 +22,9 @@ from nanoflow_jax.inspect.costs import (
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.overlap import is_sync
+from nanoflow_jax.schedule.ops import GEMM, OPS, of_kind
 from nanoflow_jax.search.timeline import Timeline
 
-GEMM_OPS = frozenset(["KQV", "O", "UG", "D"])
-NANO_BATCH_OPS = frozenset(["O", "O.AG", "O.AR", "O.RS", "UG", "D", "D.AR", "D.RS", "D.AG", "GEMV.AG"])
 MOVES = frozenset(
     """copy transpose slice dynamic-slice convert reshape bitcast concatenate pad reverse parameter constant tuple
     broadcast get-tuple-element""".split()  # noqa: SIM905
@@ -142,9 +141,9 @@ def expected_pieces(module: Module) -> dict[str, set[int]]:
     for computation in module.computations.values():
         for piece in {piece for instruction in computation.instructions for piece in instruction.pieces}:
             seen.setdefault(piece.op, set()).add(piece.piece)
-            if piece.op in NANO_BATCH_OPS:
+            if piece.op in OPS and not OPS[piece.op].splittable:
                 nano_batches.add(piece.piece)
-    return {op: (nano_batches if op in NANO_BATCH_OPS else seen[op]) for op in GEMM_OPS if op in seen}
+    return {op: seen[op] if OPS[op].splittable else nano_batches for op in of_kind(GEMM) if op in seen}
 
 
 def merged_gemms(program: _Program) -> Iterator[Finding]:
@@ -161,7 +160,7 @@ def merged_gemms(program: _Program) -> Iterator[Finding]:
             if not pieces:
                 yield Finding("untraced_gemm", None, None, f"{instruction.name}: op_name {instruction.op_name!r}")
                 continue
-            if pieces[0].op not in GEMM_OPS:
+            if pieces[0].op not in of_kind(GEMM):
                 continue
             names = sorted({str(piece) for piece in pieces})
             joined = _joined(program, computation, instruction)
@@ -177,7 +176,7 @@ def merged_gemms(program: _Program) -> Iterator[Finding]:
             for piece in pieces:
                 found.setdefault((piece.layer, piece.op), {})[piece.piece] = instruction
     layers = {
-        piece.layer for c in program.running for i in c.instructions for piece in i.pieces if piece.op in GEMM_OPS
+        piece.layer for c in program.running for i in c.instructions for piece in i.pieces if piece.op in of_kind(GEMM)
     }
     for layer, op in sorted(((layer, op) for layer in layers for op in expected), key=str):
         if (layer, op) not in found and (layer, op) not in merged:

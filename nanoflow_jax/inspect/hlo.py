@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nanoflow_jax.inspect.hlo_words import ATTRIBUTES, CALLED, KERNELS, LAYER_OPS, OPCODES, OUTER_OPS
+from nanoflow_jax.inspect.hlo_words import ATTRIBUTES, CALLED, KERNELS, OPCODES
+from nanoflow_jax.schedule.ops import APPEND, OPS, OUTER
 from nanoflow_jax.search.timeline import Piece
 
 BITS = {
@@ -177,7 +178,7 @@ def parse_pieces(op_name: str) -> tuple[Piece, ...]:
         for match in _PIECE.finditer(path):
             layer = int(match.group(1)) if match.group(1) else layer
             op = match.group(2)
-            if op in (OUTER_OPS if layer is None else LAYER_OPS):
+            if op in OUTER if layer is None else op in OPS or op == APPEND:
                 inner = Piece(layer, op, int(match.group(3)))
         if inner is not None:
             found[inner] = None

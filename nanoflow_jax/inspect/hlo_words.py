@@ -1,7 +1,5 @@
-"""The words that the HLO reader knows: op pieces of the step, opcodes, attributes, custom calls."""
+"""The words that the HLO reader knows: opcodes, attributes, custom calls."""
 
-_LAYER_OPS = "KQV GEMV PF GEMV.AG O O.AG O.AR O.RS UG D D.AR D.RS D.AG KV.APPEND"
-_OUTER_OPS = "EMBED EMBED.AR HEAD HEAD.AG SAMPLE SCORE"
 _COLLECTIVES = """all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute
 collective-broadcast collective-reduce"""
 
@@ -30,8 +28,6 @@ scatter_indices_batching_dims schedule select sharding slice slice_sizes source_
 start_index_map start_indices_batching_dims statistics to_apply true_computation type unique_indices
 update_window_dims use_global_device_ids window left_side unit_diagonal transpose_a"""
 
-LAYER_OPS = frozenset(_LAYER_OPS.split())
-OUTER_OPS = frozenset(_OUTER_OPS.split())
 COLLECTIVES = frozenset(_COLLECTIVES.split())
 OPCODES = COLLECTIVES | frozenset(_OPCODES.split())
 ATTRIBUTES = frozenset(_ATTRIBUTES.split())

@@ -13,6 +13,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.inspect.step import StepInspection
+from nanoflow_jax.schedule.ops import APPEND, APPENDED
 from nanoflow_jax.search.simulate import Simulation
 from nanoflow_jax.search.timeline import Event, Timed
 
@@ -86,7 +87,7 @@ def draw_timeline(
         inside = bool(piece and piece.layer is not None and first <= piece.layer <= last)
         color = PLAIN
         if piece:
-            op = "KQV" if piece.op == "KV.APPEND" else piece.op  # appended by the piece that made them
+            op = APPENDED if piece.op == APPEND else piece.op  # appended by the piece that made them
             batch = (nano_batches or {}).get((op, piece.piece), piece.piece)
             color = COLORS[(batch - 1) % len(COLORS)]
             used.add(batch)

@@ -26,6 +26,7 @@ from nanoflow_jax.platform import without_compile_cache
 from nanoflow_jax.schedule.attention import choose_backend, page_dtype
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
+from nanoflow_jax.schedule.ops import APPEND
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.schedule.step import StepSpec
@@ -355,7 +356,7 @@ def attention_costs(
     found = {}
     for piece in pieces:
         if piece.op == "KQV":
-            found["KV.APPEND", piece.piece] = costs.append(piece.rows)
+            found[APPEND, piece.piece] = costs.append(piece.rows)
         elif piece.op == "GEMV":
             found["GEMV", piece.piece] = costs.decode_attention(piece.rows, sms)
         elif piece.op == "PF":

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.schedule.ops import APPEND
 from nanoflow_jax.schedule.plan import OpPiece, deferred_gathers
 from nanoflow_jax.schedule.rows import Rows, RowSpan
 
@@ -167,7 +168,7 @@ class StepProgram[V]:
             s.attention.put(piece.start, piece.stop, self.machine.wait(out))
         s.in_flight.clear()
         for piece, kqv in s.unwritten:
-            with self.machine.scope(s.index, "KV.APPEND", piece.piece):
+            with self.machine.scope(s.index, APPEND, piece.piece):
                 self.machine.append(piece, kqv)
         s.unwritten.clear()
 

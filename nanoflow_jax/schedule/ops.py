@@ -1,4 +1,7 @@
-"""The op graph of one layer, in the paper's names, and the resource that each op is bound by.
+"""The table of ops: one layer's, in the paper's names, with all that others ask of an op.
+
+A new op is added here, as a method of the layer program (`schedule.layer`) under its name, and where its machines say
+what it computes (`schedule.step`) and costs (`search.jobs`); plans, search, simulator and inspector read the rest here.
 
 KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the
 product. How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden
@@ -11,34 +14,77 @@ H, head width w = heads * d):
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
+GEMM, ATTENTION, COLLECTIVE = "gemm", "attention", "collective"
+ALL, DECODE, PREFILL, NANO_BATCH = "all", "decode", "prefill", "nano-batch"
+
+
+@dataclass(frozen=True)
+class Op:
+    """bound   the resource that limits it
+    kind    what its kernel is
+    rows    which rows of the step it is done on; other than those of a nano-batch, a plan may cut them finer
+    reads   what it reads the result of, besides the op before it in its nano-batch's strategy; `causal`: of all rows of
+            its own kind up to its last
+    lane    it may run on a stream of its own: bound by memory, with a kernel that can leave SMs to a GEMM
+    columns of what a collective gives: "hidden", or "width" of all heads together
+    """
+
+    name: str
+    bound: str
+    kind: str
+    rows: str = NANO_BATCH
+    reads: str | None = None
+    causal: bool = False
+    lane: bool = False
+    columns: str = "hidden"
+
+    @property
+    def splittable(self) -> bool:
+        return self.rows != NANO_BATCH
+
+    @property
+    def collective(self) -> str:
+        """As XLA names it."""
+        return {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}[self.name.rpartition(".")[2]]
+
 
 # In dependency order, which is also the issue order of a plan that names none: op by op, each over all its pieces.
-RESOURCE = {
-    "KQV": COMPUTE,
-    "GEMV": MEMORY,
-    "PF": COMPUTE,
-    "GEMV.AG": NETWORK,
-    "O": COMPUTE,
-    "O.RS": NETWORK,
-    "O.AG": NETWORK,
-    "O.AR": NETWORK,
-    "UG": COMPUTE,
-    "D": COMPUTE,
-    "D.AR": NETWORK,
-    "D.RS": NETWORK,
-    "D.AG": NETWORK,
+OPS: dict[str, Op] = {
+    op.name: op
+    for op in (
+        Op("KQV", COMPUTE, GEMM, ALL),
+        Op("GEMV", MEMORY, ATTENTION, DECODE, reads="KQV", lane=True),
+        Op("PF", COMPUTE, ATTENTION, PREFILL, reads="KQV", causal=True),
+        Op("GEMV.AG", NETWORK, COLLECTIVE, columns="width"),
+        Op("O", COMPUTE, GEMM),
+        Op("O.RS", NETWORK, COLLECTIVE),
+        Op("O.AG", NETWORK, COLLECTIVE),
+        Op("O.AR", NETWORK, COLLECTIVE),
+        Op("UG", COMPUTE, GEMM),
+        Op("D", COMPUTE, GEMM),
+        Op("D.AR", NETWORK, COLLECTIVE),
+        Op("D.RS", NETWORK, COLLECTIVE),
+        Op("D.AG", NETWORK, COLLECTIVE),
+    )
 }
 
 # Ops over the rows of a nano-batch, after attention, in dependency order.
-STRATEGIES = {
+STRATEGIES: dict[str, tuple[str, ...]] = {
     "gather": ("GEMV.AG", "O", "O.AG", "UG", "D", "D.AR"),
     "reduce": ("O", "O.AR", "UG", "D", "D.AR"),
     "scatter": ("O", "O.RS", "O.AG", "UG", "D", "D.RS", "D.AG"),
 }
 
-# Ops that may run on a stream of their own: bound by memory, with a kernel that can leave SMs to a GEMM.
-LANE_OPS = ("GEMV",)
+# What the layer program does without a plan's word: keys and values of a KQV piece go to the pages.
+APPEND, APPENDED = "KV.APPEND", "KQV"
 
-# Ops whose rows a plan may cut finer than the nano-batches.
-SPLITTABLE = ("KQV", "GEMV", "PF")
+# Before the first layer and after the last.
+OUTER = frozenset(["EMBED", "EMBED.AR", "HEAD", "HEAD.AG", "SAMPLE", "SCORE"])
+
+
+def of_kind(kind: str) -> tuple[str, ...]:
+    """Names of the ops of a kind."""
+    return tuple(name for name, op in OPS.items() if op.kind == kind)

@@ -46,7 +46,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
-from nanoflow_jax.schedule.ops import LANE_OPS, RESOURCE, SPLITTABLE, STRATEGIES
+from nanoflow_jax.schedule.ops import ALL, ATTENTION, DECODE, OPS, PREFILL, STRATEGIES, of_kind
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
 SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
@@ -178,19 +178,19 @@ class SchedulePlan:
 
         batches = [place(row) for row in self._cuts("O", planned_total, planned_decode)]
         found: dict[str, OpPiece] = {}
-        for op in RESOURCE:
+        for op in OPS:
             cuts = [place(row) for row in self._cuts(op, planned_total, planned_decode)]
             for i, (start, stop) in enumerate(pairwise(cuts), start=1):
-                used = op in SPLITTABLE or op in STRATEGIES[self.nano_batches[i - 1].attention_output]
+                used = OPS[op].splittable or op in STRATEGIES[self.nano_batches[i - 1].attention_output]
                 if used and start < stop:
                     batch = max(j for j, edge in enumerate(batches[:-1], start=1) if edge <= start)
                     found[f"{op}.{i}"] = OpPiece(op, i, start, stop, batch)
-        order = self.order or tuple(f"{op}.{i}" for op in RESOURCE for i in range(1, len(self._cuts(op, 2, 1))))
+        order = self.order or tuple(f"{op}.{i}" for op in OPS for i in range(1, len(self._cuts(op, 2, 1))))
         return tuple(found[name] for name in order if name in found)
 
     def _cuts(self, op: str, total: int, decode: int) -> list[int]:
         """Rows at which `op` is cut in a step of the plan's own size, both ends included."""
-        first, last = {"GEMV": (0, decode), "PF": (decode, total)}.get(op, (0, total))
+        first, last = {DECODE: (0, decode), PREFILL: (decode, total)}.get(OPS[op].rows, (0, total))
         if op in self.splits:
             return [first, *(first + rows for rows in accumulate(self.splits[op]))]
         batches = [0, *accumulate(total if nb.rows is None else nb.rows for nb in self.nano_batches)]
@@ -301,11 +301,12 @@ def _check(plan: SchedulePlan) -> None:
         if decode is None or not 0 <= decode <= total:
             raise ConfigError(f"decode_tokens: {decode} must be between 0 and tokens_per_step = {total}")
         _check_sum("nano_batches", [nb.rows for nb in plan.nano_batches], total, "tokens_per_step")
-        sums = {
-            "KQV": (total, "tokens_per_step"),
-            "GEMV": (decode, "decode_tokens"),
-            "PF": (total - decode, "tokens_per_step - decode_tokens"),
+        rows = {
+            ALL: (total, "tokens_per_step"),
+            DECODE: (decode, "decode_tokens"),
+            PREFILL: (total - decode, "tokens_per_step - decode_tokens"),
         }
+        sums = {name: rows[op.rows] for name, op in OPS.items() if op.splittable}
         for op, sizes in plan.splits.items():
             if op not in sums:
                 raise ConfigError(f"splits.{op}: op {op!r} is not one that can be split; accepted: {', '.join(sums)}")
@@ -314,8 +315,9 @@ def _check(plan: SchedulePlan) -> None:
         if missing:
             raise ConfigError(f"splits.KQV: pieces must end where nano-batches end, at row {min(missing)}")
     for op in plan.lanes:
-        if op not in LANE_OPS:
-            raise ConfigError(f"lanes.{op}: op {op!r} cannot leave the main stream; accepted: {', '.join(LANE_OPS)}")
+        able = [name for name, known in OPS.items() if known.lane]
+        if op not in able:
+            raise ConfigError(f"lanes.{op}: op {op!r} cannot leave the main stream; accepted: {', '.join(able)}")
     if plan.order:
         _check_order(plan)
 
@@ -342,9 +344,9 @@ def _check_order(plan: SchedulePlan) -> None:
             )
     seen: set[str] = set()
     for name in plan.order:
-        if name.rsplit(".", 1)[0] not in RESOURCE:
+        if name.rsplit(".", 1)[0] not in OPS:
             raise ConfigError(
-                f"order: {name!r} is not a known op; accepted: {', '.join(RESOURCE)}, each with its piece, as 'KQV.1'"
+                f"order: {name!r} is not a known op; accepted: {', '.join(OPS)}, each with its piece, as 'KQV.1'"
             )
         if name not in pieces:
             raise ConfigError(f"order: {name!r} is not a piece of this plan; its pieces: {', '.join(pieces)}")
@@ -371,17 +373,16 @@ def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:
     def overlapping(op: str, start: int, stop: int) -> list[str]:
         return [p.name for p in pieces.values() if p.op == op and p.start < stop and start < p.stop]
 
-    match piece.op:
-        case "KQV":
-            return []
-        case "GEMV":
-            return overlapping("KQV", piece.start, piece.stop)
-        case "PF":  # a chunk's later rows see its earlier ones
-            return overlapping("KQV", min(p.start for p in pieces.values() if p.op == "PF"), piece.stop)
+    op = OPS[piece.op]
+    if op.reads is not None:  # causal: a chunk's later rows see its earlier ones
+        first = min(p.start for p in pieces.values() if p.op == piece.op) if op.causal else piece.start
+        return overlapping(op.reads, first, piece.stop)
+    if op.splittable:
+        return []
     chain = next(
         ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops)
     )
     at = chain.index(piece.op)
     if at == 0:
-        return overlapping("GEMV", piece.start, piece.stop) + overlapping("PF", piece.start, piece.stop)
+        return [name for other in of_kind(ATTENTION) for name in overlapping(other, piece.start, piece.stop)]
     return [f"{chain[at - 1]}.{piece.piece}"]

@@ -165,7 +165,7 @@ def _logits_step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: Ste
 
 def _layers(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
-    machine = _Tracer(spec, params, cache, batch)
+    machine = Tracer(spec, params, cache, batch)
     parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()
     return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
@@ -179,7 +179,7 @@ def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[
     return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
 
-class _Tracer:
+class Tracer:
     """Runs the layer program on arrays, under `shard_map`: a `schedule.layer.Machine`."""
 
     appends_at_once = False

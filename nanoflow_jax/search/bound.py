@@ -17,10 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linprog
 
+from nanoflow_jax.schedule.ops import APPEND, APPENDED, OPS
 from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, Job
 from nanoflow_jax.search.play import Speeds
-
-BEFORE = ("KQV", "KV.APPEND", "GEMV", "PF")  # the rest of the compute stream needs all of a nano-batch's attention
 
 
 class Work(NamedTuple):
@@ -60,9 +59,11 @@ def least_period(
 
 
 def _work(job: Job, nano_batches: Mapping[tuple[str, int], int]) -> Work:
-    op, writes = job.piece.op, job.piece.op == "KV.APPEND"
-    batch = nano_batches["KQV" if writes else op, job.piece.piece]
-    late = job.stream == COMPUTE and op not in BEFORE
+    writes = job.piece.op == APPEND
+    op = APPENDED if writes else job.piece.op
+    batch = nano_batches[op, job.piece.piece]
+    # What is done on a whole nano-batch needs all of its attention.
+    late = job.stream == COMPUTE and not OPS[op].splittable
     return Work(job.stream, batch, (job.prediction.bound, job.share, job.capped), late, writes)
 
 

@@ -90,12 +90,12 @@ def build_jobs(
     lanes = runtime == "nanoflow"
     load, devices = costs.load, costs.shapes.devices
     pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
-    machine = _Simulated(plan, pieces, costs, shares, lanes, one_in_flight and not lanes)
+    machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes)
     machine.head(StepProgram(machine, pieces, layers, devices).run())
     return tuple(machine.jobs)
 
 
-class _Simulated:
+class JobMaker:
     """Runs the layer program on jobs: a `schedule.layer.Machine`. Each op becomes the kernels that XLA makes of it."""
 
     def __init__(
@@ -125,7 +125,7 @@ class _Simulated:
 
     # -- kinds of jobs
 
-    def _run(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
+    def run(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
         """A kernel of the compute stream."""
         wanted = tuple(sorted({*self.behind}.union(*needs)))
         self.behind = ()
@@ -167,19 +167,19 @@ class _Simulated:
     # -- ends of a step
 
     def embed(self, piece: OpPiece) -> Jobs:
-        return self._run("elementwise", self.costs.embed(piece.rows))
+        return self.run("elementwise", self.costs.embed(piece.rows))
 
     def shard(self, piece: OpPiece, x: Jobs) -> tuple[Jobs, Jobs]:
-        return x, self._run("elementwise", self.costs.norm(piece.rows), x)
+        return x, self.run("elementwise", self.costs.norm(piece.rows), x)
 
     def gather_last(self, rows: int, x: Jobs) -> Jobs:
         return self.start(GATHER_ROWS, rows, HIDDEN, x)
 
     def head(self, residuals: Sequence[Jobs]) -> None:
         self.name = Piece(None, "HEAD", 1)
-        ready = self._run("gemm", self.costs.head(), *residuals)
+        ready = self.run("gemm", self.costs.gemm("HEAD", self.costs.sampled_rows), *residuals)
         self.name = Piece(None, "SAMPLE", 1)
-        ready = self._run("elementwise", self.costs.sampling(), ready)
+        ready = self.run("elementwise", self.costs.sampling(), ready)
         for _ in range(SAMPLER_REDUCTIONS if self.devices > 1 else 0):
             ready = self._start(
                 Job(
@@ -193,11 +193,11 @@ class _Simulated:
     def add_and_norm(
         self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None
     ) -> tuple[Jobs, Jobs]:
-        done = self._run("elementwise", self.costs.norm(rows), x if update is None else update[0])
+        done = self.run("elementwise", self.costs.norm(rows), x if update is None else update[0])
         return done, done
 
     def add(self, rows: int, x: Jobs, update: Update[Jobs]) -> Jobs:
-        return self._run("elementwise", self.costs.norm(rows), update[0])
+        return self.run("elementwise", self.costs.norm(rows), update[0])
 
     def bias(self, op: str) -> None:
         return None
@@ -205,8 +205,8 @@ class _Simulated:
     # -- attention
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._run("gemm", self.costs.kqv(piece.rows), *normed)
-        made = self._run("elementwise", self.costs.rope(piece.rows))
+        self.run("gemm", self.costs.gemm("KQV", piece.rows), *normed)
+        made = self.run("elementwise", self.costs.rope(piece.rows))
         self.made.append((piece.start, piece.stop, made))
         return made
 
@@ -214,7 +214,7 @@ class _Simulated:
         return kqv
 
     def append(self, piece: OpPiece, kqv: Jobs) -> None:
-        written = self._run("kernel", self.costs.append(piece.rows), self.awaited)
+        written = self.run("kernel", self.costs.append(piece.rows), self.awaited)
         self.made.append((piece.start, piece.stop, written))
 
     def _reads(self, start: int, stop: int) -> Jobs:
@@ -226,7 +226,7 @@ class _Simulated:
         needs = self._reads(piece.start, piece.stop)
         prediction = self.costs.decode_attention(piece.rows, self.sms)
         if not self.lane:
-            return self._run("attention", prediction, needs)
+            return self.run("attention", prediction, needs)
         share, capped = self.shares.attention, self.sms is not None
         if self.sms is not None:
             share = min(1.0, self.sms / self.costs.model.hardware.sm_count)
@@ -237,24 +237,24 @@ class _Simulated:
     def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
         """A chunk's later rows see its earlier ones."""
         needs = self._reads(self.first_prefill, piece.stop)
-        return self._run("attention", self.costs.prefill_attention(piece.rows), needs)
+        return self.run("attention", self.costs.prefill_attention(piece.rows), needs)
 
     # -- GEMMs after attention
 
     def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
         if self.lanes:
             return tuple(sorted(set().union(*attention)))
-        return self._run("elementwise", self.costs.transpose(piece.rows), *attention)
+        return self.run("elementwise", self.costs.transpose(piece.rows), *attention)
 
     def o_over_n(self, piece: OpPiece, gathered: Jobs) -> Jobs:
-        return self._run("gemm", self.costs.o(piece.rows, True), gathered)
+        return self.run("gemm", self.costs.gemm("O over N", piece.rows), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
-        return self._run("gemm", self.costs.o(piece.rows, False), *attention)
+        return self.run("gemm", self.costs.gemm("O over K", piece.rows), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._run("gemm", self.costs.up_gate(piece.rows), *normed)
-        return self._run("elementwise", self.costs.silu(piece.rows))
+        self.run("gemm", self.costs.gemm("UG", piece.rows), *normed)
+        return self.run("elementwise", self.costs.silu(piece.rows))
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
-        return self._run("gemm", self.costs.down(piece.rows), activated)
+        return self.run("gemm", self.costs.gemm("D", piece.rows), activated)

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.schedule.ops import NETWORK, RESOURCE, STRATEGIES
+from nanoflow_jax.schedule.ops import COLLECTIVE, OPS, STRATEGIES
 from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
 from nanoflow_jax.search.jobs import Job, Shares, build_jobs
@@ -32,7 +32,6 @@ from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import ATTENTION_SHARE
 from nanoflow_jax.search.steps import Order, Steps
 
-CHAIN = ("KQV", "GEMV", "PF", "GEMV.AG", "O", "O.RS", "O.AR", "O.AG", "UG", "D", "D.RS", "D.AR")
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
 ALIKE = "reduce"  # the strategy of one device, where all are alike: the one with the fewest pieces
@@ -276,7 +275,7 @@ class Finder:
 
     def chains(self, s: Structure, plan: SchedulePlan) -> list[Chain]:
         """What there is to order: on one device all but the collectives."""
-        pieces = {p.name: p for p in self._pieces(plan) if self.devices > 1 or RESOURCE[p.op] != NETWORK}
+        pieces = {p.name: p for p in self._pieces(plan) if self.devices > 1 or OPS[p.op].kind != COLLECTIVE}
         return [_chain(i + 1, deferred, pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:
@@ -295,7 +294,7 @@ class Finder:
         """What `best_order` needs."""
         plan = self.plan(s)
         pieces = {p.name: p for p in self._pieces(plan)}
-        after = {name: tuple(needs(piece, pieces)) for name, piece in pieces.items() if piece.op == "PF"}
+        after = {name: tuple(needs(piece, pieces)) for name, piece in pieces.items() if OPS[piece.op].causal}
         return Steps.read(self.jobs(plan), self.model), self.chains(s, plan), after
 
     def _pieces(self, plan: SchedulePlan) -> tuple[OpPiece, ...]:
@@ -304,6 +303,6 @@ class Finder:
 
 def _chain(number: int, deferred: bool, pieces: dict[str, OpPiece]) -> Chain:
     """A nano-batch's pieces in dependency order."""
-    ops = (*(("D.AG",) if deferred else ()), *CHAIN, *(() if deferred else ("D.AG",)))
+    ops = sorted(OPS, key=lambda op: op != "D.AG") if deferred else OPS
     own = [piece for piece in pieces.values() if piece.nano_batch == number]
     return tuple(piece.name for op in ops for piece in own if piece.op == op)

@@ -47,6 +47,18 @@ class Shapes:
             dtype=HLO_NAMES[config.dtype],
         )
 
+    @property
+    def gemms(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others."""
+        return {
+            "KQV": ((self.q_heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
+            "O over N": (self.hidden // self.devices, self.width),
+            "O over K": (self.hidden, self.width // self.devices),
+            "UG": (2 * self.ffn, self.hidden),
+            "D": (self.hidden, self.ffn),
+            "HEAD": (self.vocab, self.hidden),
+        }
+
 
 @dataclass(frozen=True)
 class OpCosts:
@@ -56,9 +68,9 @@ class OpCosts:
     shapes: Shapes
     load: StepLoad
 
-    def kqv(self, rows: int) -> Prediction:
-        s = self.shapes
-        return self.model.gemm(rows, (s.q_heads + 2 * s.kv_heads) * s.head_dim, s.hidden, s.dtype)
+    def gemm(self, name: str, rows: int) -> Prediction:
+        """name: of `Shapes.gemms`."""
+        return self.model.gemm(rows, *self.shapes.gemms[name], self.shapes.dtype)
 
     def rope(self, rows: int) -> Prediction:
         """Queries and keys are read and written."""
@@ -85,21 +97,9 @@ class OpCosts:
         """Attention output is turned before GEMV.AG."""
         return self._elementwise(2 * rows * self.shapes.q_heads * self.shapes.head_dim)
 
-    def o(self, rows: int, over_n: bool) -> Prediction:
-        """over_n: the weight is split over N (gather), else over K."""
-        s = self.shapes
-        n, k = (s.hidden // s.devices, s.width) if over_n else (s.hidden, s.width // s.devices)
-        return self.model.gemm(rows, n, k, s.dtype)
-
-    def up_gate(self, rows: int) -> Prediction:
-        return self.model.gemm(rows, 2 * self.shapes.ffn, self.shapes.hidden, self.shapes.dtype)
-
     def silu(self, rows: int) -> Prediction:
         """Two halves are read, their product is written."""
         return self._elementwise(3 * rows * self.shapes.ffn)
-
-    def down(self, rows: int) -> Prediction:
-        return self.model.gemm(rows, self.shapes.hidden, self.shapes.ffn, self.shapes.dtype)
 
     def norm(self, rows: int) -> Prediction:
         return self.model.norm(rows, self.shapes.hidden, element_bytes=self.shapes.element_bytes)
@@ -107,9 +107,6 @@ class OpCosts:
     def embed(self, rows: int) -> Prediction:
         """Rows of the table are read, and written."""
         return self._elementwise(2 * rows * self.shapes.hidden)
-
-    def head(self) -> Prediction:
-        return self.model.gemm(self.sampled_rows, self.shapes.vocab, self.shapes.hidden, self.shapes.dtype)
 
     def sampling(self) -> Prediction:
         return self.model.sampling(self.sampled_rows, self.shapes.vocab)

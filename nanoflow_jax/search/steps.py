@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from nanoflow_jax.schedule.ops import APPEND, APPENDED, ATTENTION, OPS
 from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, Job
 from nanoflow_jax.search.latency import LatencyModel
 from nanoflow_jax.search.play import Speeds
@@ -86,7 +87,7 @@ class Steps:
         done = {name: tuple(_merged(steps)) for name, steps in found.items()}
         # In the library, keys and values are written once attention in flight, which reads the same pages, is done.
         first: tuple[Step, ...] = ((WAIT_ALL_SIDE, 0.0, 0),) if SIDE in beside else ()
-        appends = {n.replace("KV.APPEND", "KQV"): first + done.pop(n) for n in list(done) if n.startswith("KV.")}
+        appends = {n.replace(APPEND, APPENDED): first + done.pop(n) for n in list(done) if n.startswith(APPEND)}
         losses = [(alone[0] - other[0]) / other[1] for kind in rows.values() for alone, other in kind]
         return Steps(
             of=done,
@@ -156,7 +157,7 @@ class Steps:
         """The steps of pieces in order, and the KQV pieces whose keys and values are not written after them."""
         steps: list[Step] = []
         for name in names:
-            if name.startswith(("GEMV.", "PF.")) and not name.startswith("GEMV.AG"):
+            if OPS[name.rpartition(".")[0]].kind == ATTENTION:
                 for other in unwritten:
                     steps += self.appends[other]
                 unwritten = ()

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.schedule.ops import COLLECTIVE
+from nanoflow_jax.schedule.ops import OPS as PLAN_OPS
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.search.shapes import Shapes
 
 BYTES = {"f32": 4, "bf16": 2}
-KINDS = {"AG": "all-gather", "AR": "all-reduce", "RS": "reduce-scatter"}
 
 # The sizes of each op that a table interpolates over, beside those that name a shape.
 AXES: Mapping[str, tuple[str, ...]] = {
@@ -164,13 +165,11 @@ def points(scope: Scope, grid: Grid, ops: Iterable[str] = OPS) -> list[Point | P
 
 def gemm_shapes(scope: Scope) -> dict[str, tuple[int, int]]:
     """(n, k) of the GEMMs on one device: the weights `[n, k]` that the plans use."""
-    s = scope.shapes
-    shapes = {"KQV": ((s.q_heads + 2 * s.kv_heads) * s.head_dim, s.hidden)}
-    if any(plan.needs_o_rows for plan in scope.plans):
-        shapes["O over N"] = s.hidden // s.devices, s.width
-    if any(plan.needs_o_columns for plan in scope.plans):
-        shapes["O over K"] = s.hidden, s.width // s.devices
-    return shapes | {"UG": (2 * s.ffn, s.hidden), "D": (s.hidden, s.ffn), "HEAD": (s.vocab, s.hidden)}
+    needed = {
+        "O over N": any(plan.needs_o_rows for plan in scope.plans),
+        "O over K": any(plan.needs_o_columns for plan in scope.plans),
+    }
+    return {name: shape for name, shape in scope.shapes.gemms.items() if needed.get(name, True)}
 
 
 def _rows(scope: Scope, grid: Grid) -> list[int]:
@@ -193,10 +192,10 @@ def _collectives(scope: Scope) -> dict[str, int]:
     """Kinds that the plans use, and bytes per row of the widest of each."""
     s, found = scope.shapes, dict[str, int]()
     for plan in scope.plans if scope.network else ():
-        for op in dict.fromkeys(piece.op for piece in _pieces(scope, plan)):
-            if (kind := op.rpartition(".")[2]) in KINDS:
-                columns = s.width if op == "GEMV.AG" else s.hidden
-                found[KINDS[kind]] = max(found.get(KINDS[kind], 0), columns * s.element_bytes)
+        for op in dict.fromkeys(PLAN_OPS[piece.op] for piece in _pieces(scope, plan)):
+            if op.kind == COLLECTIVE:
+                columns = s.width if op.columns == "width" else s.hidden
+                found[op.collective] = max(found.get(op.collective, 0), columns * s.element_bytes)
     return found
 
 
