@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -15,6 +15,7 @@ from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.distributed import lead
+from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
@@ -74,6 +75,9 @@ class LLM:
     deterministic         tokens and logprobs are bitwise the same alone, in a crowd, in another order, with prefix
                           hits, after preemption. One step shape, and sums over devices in a fixed order
     seed                  of requests that bring none
+
+    Several threads may call its methods at once: their requests share the steps, and each call gets what it gets alone.
+    A request without a seed has one by its order of arrival; give seeds where threads must repeat what they sampled.
 
     Options of the interface that are not there yet are accepted only at the value that leaves them off.
     Raises ConfigError (a ValueError), one line, for anything that cannot be used.
@@ -177,9 +181,10 @@ class LLM:
             progress=progress,
         )
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
+        self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
-        self.last_outputs: list[RequestOutput | None] = []  # of the latest `generate` or `chat`, interrupted or not
-        self.last_scores: list[tuple[float, bool] | None] = []  # of the latest `score`
+        self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
+        self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
@@ -213,26 +218,23 @@ class LLM:
         return self._stream(self._checked([self._tokens(p, True) for p in _as_list(prompts)], sampling_params))
 
     def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
+        call = Call(self._calls)
         group_of: dict[Request, list[Request]] = {}
         try:
-            for group in self._add(checked, watched=True):
+            for group in self._add(call, checked, watched=True):
                 group_of |= dict.fromkeys(group, group)
-            running = list(group_of)
-            while running:
-                self.engine.step()
-                # Requests may also have ended, and all tokens be booked, in another call of this LLM.
-                changed = [r for r in running if r.finish_reason]
-                changed += [r for r in self.engine.updated if r in group_of and not r.finish_reason]
-                running = [r for r in running if not r.finish_reason]
-                for group in {id(group_of[r]): group_of[r] for r in changed}.values():
-                    yield request_output(group, self.tokenizer, self.engine.running)
-        except (Exception, KeyboardInterrupt):
-            self.engine.abort_all()
-            raise
+            while call.unfinished or call.ended:
+                with held_interrupts():
+                    call.step()
+                    with self._calls.alone():
+                        changed = [*call.ended, *call.grown]
+                        call.ended.clear()
+                        call.grown.clear()
+                        groups = {id(group_of[r]): group_of[r] for r in changed}.values()
+                        outputs = [request_output(group, self.tokenizer, self.engine.running) for group in groups]
+                yield from outputs
         finally:
-            for request in group_of:
-                if not request.finish_reason:
-                    self.engine.abort(request)
+            call.close()
 
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability after the context, and whether it is
@@ -247,18 +249,19 @@ class LLM:
         encoded = [self._pair(context, continuation) for context, continuation in pairs]
         for tokens, _ in encoded:
             self.engine.check(tokens, params)
-        with self._empty_after_errors():
-            requests = [
-                self.engine.add(None, tokens, params, max_tokens=0, scored_from=border - 1)
-                for tokens, border in encoded
-            ]
-            self._until_done(requests, "scoring", use_tqdm)
+        with self._call() as (call, check_interrupt):
+            with self._calls.alone():
+                requests = [
+                    call.add(None, tokens, params, max_tokens=0, scored_from=border - 1) for tokens, border in encoded
+                ]
+            self._until_done(call, "scoring", use_tqdm, check_interrupt)
         scores = [score_of(r) for r in requests]
-        self.last_scores = [(s.logprob, s.is_greedy) if s.error is None else None for s in scores]
+        done = [(s.logprob, s.is_greedy) if s.error is None else None for s in scores]
+        self.last_scores = done
         for number, score in enumerate(scores):
             if score.error is not None:
                 raise RuntimeError(f"pair {number}: {score.error}")
-        return [score for score in self.last_scores if score is not None]
+        return [score for score in done if score is not None]
 
     def prepare(self, prompt: Prompt, params: SamplingParams, key: Any = None) -> Work:
         """A prompt for `run_stream`. Raises ValueError when it cannot be served."""
@@ -286,8 +289,8 @@ class LLM:
         """Runs prepared prompts from an iterator of any length, keeping the engine full without a pause between them;
         yields each with its output (a Score for a pair) as it ends, in no order. The iterator is asked for more between
         two steps, and may give None for "nothing this time". Closing it ends what is still running."""
-        with self._empty_after_errors(), held_interrupts() as check_interrupt:
-            for item, group in feed(self.engine, work, check_interrupt):
+        with held_interrupts() as check_interrupt:
+            for item, group in feed(self._calls, work, check_interrupt):
                 scored = item.scored_from is not None
                 yield item, score_of(group[0]) if scored else request_output(group, self.tokenizer)
 
@@ -337,44 +340,53 @@ class LLM:
             self.engine.check(tokens, p)
         return [(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
 
-    def _add(self, checked: list[Checked], watched: bool = False) -> list[list[Request]]:
+    def _add(self, call: Call, checked: list[Checked], watched: bool = False) -> list[list[Request]]:
         """Queues the completions of each prompt."""
-        return [
-            [self.engine.add(text, tokens, p, index=i, watched=watched) for i in range(p.n)]
-            for text, tokens, p in checked
-        ]
+        with self._calls.alone():
+            return [
+                [call.add(text, tokens, p, index=i, watched=watched) for i in range(p.n)] for text, tokens, p in checked
+            ]
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, use_tqdm: bool
     ) -> list[RequestOutput]:
         checked = self._checked(prompts, sampling_params)
-        self.last_outputs = [None] * len(checked)
+        outputs: list[RequestOutput | None] = [None] * len(checked)
+        self.last_outputs = outputs
         groups: list[list[Request]] = []
         try:
-            with self._empty_after_errors():
-                groups = self._add(checked)
-                self._until_done([request for group in groups for request in group], "generating", use_tqdm)
+            with self._call() as (call, check_interrupt):
+                groups = self._add(call, checked)
+                self._until_done(call, "generating", use_tqdm, check_interrupt)
         finally:
             for place, group in enumerate(groups):
                 if all(r.finish_reason not in (None, "abort") for r in group):
-                    self.last_outputs[place] = request_output(group, self.tokenizer)
-        return [output for output in self.last_outputs if output is not None]
+                    outputs[place] = request_output(group, self.tokenizer)
+        return [output for output in outputs if output is not None]
 
     @contextmanager
-    def _empty_after_errors(self) -> Iterator[None]:
-        """After an exception or an interruption, the engine is empty and usable."""
-        try:
-            yield
-        except BaseException:
-            self.engine.abort_all()
-            raise
+    def _call(self) -> Iterator[tuple[Call, Callable[[], None]]]:
+        """A call on the engine, and what raises its Ctrl-C. What it leaves unfinished, after an exception or an
+        interruption, is ended."""
+        call = Call(self._calls)
+        with held_interrupts() as check_interrupt:
+            try:
+                yield call, check_interrupt
+            finally:
+                if call.unfinished:
+                    call.close()
+                    with self._calls.alone():
+                        pass  # it is done with
 
-    def _until_done(self, requests: Sequence[Request], what: str, use_tqdm: bool) -> None:
+    def _until_done(self, call: Call, what: str, use_tqdm: bool, check_interrupt: Callable[[], None]) -> None:
         start, produced = time.monotonic(), 0
-        with Progress(len(requests), what, "requests", use_tqdm) as bar, held_interrupts() as check_interrupt:
-            while self.engine.has_work:
+        with Progress(len(call.unfinished) + len(call.ended), what, "requests", use_tqdm) as bar:
+            going = True
+            while going:
                 check_interrupt()
-                for request in self.engine.step():
+                going = call.step()
+                while call.ended:
+                    request = call.ended.popleft()
                     produced += len(request.tokens) - request.prompt_length
                     bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
 

@@ -302,9 +302,12 @@ def _add_convert(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from nanoflow_jax.progress import Progress
-    from nanoflow_jax.weights.checkpoint import convert
-    from nanoflow_jax.weights.hub import resolve_model
+    from nanoflow_jax.interrupts import held_interrupts
+
+    with held_interrupts():  # which some libraries would lose while they are imported
+        from nanoflow_jax.progress import Progress
+        from nanoflow_jax.weights.checkpoint import convert
+        from nanoflow_jax.weights.hub import resolve_model
 
     bar: Progress | None = None
     seen = 0

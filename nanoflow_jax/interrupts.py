@@ -11,7 +11,8 @@ from types import FrameType
 
 @contextmanager
 def held_interrupts() -> Iterator[Callable[[], None]]:
-    """Within, a Ctrl-C waits for the next call of the function given, which raises its KeyboardInterrupt.
+    """Within, a Ctrl-C waits for the next call of the function given, which raises its KeyboardInterrupt; at the
+    latest for the end.
 
     Python raises it wherever the main thread happens to be, and loses it when that is a garbage collector's callback
     (JAX has one) or a destructor. A second Ctrl-C is raised at once, for a step that never returns. Off the main
@@ -36,5 +37,10 @@ def held_interrupts() -> Iterator[Callable[[], None]]:
     signal.signal(signal.SIGINT, press)
     try:
         yield check
+    except GeneratorExit:  # of the generator around it, which is closed early
+        signal.signal(signal.SIGINT, before)
+        check()
+        raise
     finally:
         signal.signal(signal.SIGINT, before)
+    check()

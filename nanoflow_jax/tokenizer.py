@@ -165,7 +165,11 @@ class Tokenizer:
                 conversation, tokenize=False, add_generation_prompt=True, **fixed
             )
         except TemplateError as error:  # how a template refuses a role, or an order of roles
-            raise ValueError(f"messages: the model's chat template refuses them ({error})") from None
+            told = " ".join(str(error).split())
+            raise ValueError(f"messages: the model's chat template refuses them ({told})") from None
+        except Exception as error:  # whatever the template's expressions lead to
+            told = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"messages: the model's chat template fails on them ({told})") from None
 
 
 # Takes the place of the library's strftime_now, which reads the clock; a template is given plain data, no functions.

@@ -65,10 +65,11 @@ def run_batch(llm: Any, source: Path, output: Path) -> None:
     """The batch, or what is left of it."""
     from nanoflow_jax.evaluate.batch import Settings, run_batch
     from nanoflow_jax.evaluate.journal import Journal
+    from nanoflow_jax.evaluate.lines import identify
     from nanoflow_jax.evaluate.manifest import Manifest
 
     with Journal.open(output, Manifest("batch", {})) as journal:
-        run_batch(llm, source, NUM_REQUESTS, journal, Settings("tiny"), progress=False)
+        run_batch(llm, source, identify(source), journal, Settings("tiny"), progress=False)
 
 
 def main(port: str, rank: int, peer_timeout: float, out: Path, what: str) -> int:

@@ -375,6 +375,11 @@ def test_a_model_without_template_and_a_template_that_refuses(
     with pytest.raises(ValueError) as error:
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, use_tqdm=False)
     one_line(error, "messages", "roles must alternate")
+    (bare / "chat_template.jinja").write_text("{{ messages[0].content + 1 }}")
+    monkeypatch.setattr(llm, "tokenizer", Tokenizer(bare))
+    with pytest.raises(ValueError) as error:
+        llm.chat([{"role": "user", "content": "Hi"}], GREEDY, use_tqdm=False)
+    one_line(error, "messages", "chat template fails", "TypeError")
 
 
 # -- defaults

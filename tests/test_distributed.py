@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import json
 import os
 import signal
@@ -12,12 +14,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
 import pytest
 from replica_process import NUM_REQUESTS, OPTIONS, answers, run_batch, write_batch
 
 from nanoflow_jax import LLM
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.distributed import options_for, options_from
 from nanoflow_jax.parallel import last_words
+from nanoflow_jax.parallel.processes import _check_host, join
 from nanoflow_jax.schedule.plan import load_plan
 
 Start = Callable[[str], "Replica"]
@@ -109,14 +114,64 @@ def test_two_processes_give_what_one_gives_and_a_batch_goes_on_after_a_kill(star
     assert sorted(results.read_bytes().splitlines()) == sorted((tmp_path / "alone.jsonl").read_bytes().splitlines())
 
 
+def listening(pid: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses at which a process listens for TCP connections."""
+    sockets = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(fd))
+    found = []
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            fields = row.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
+                words = bytes.fromhex(fields[1].partition(":")[0])  # each of four bytes, the last one first
+                found.append(ipaddress.ip_address(b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))))
+    return found
+
+
 def test_an_interruption_of_process_0_ends_both_with_a_line(start: Start) -> None:
+    """And before: with a coordinator at 127.0.0.1 no port is open to other machines."""
     replica = start("wait")
     replica.until_ready(60)
+    addresses = listening(replica.members[0].pid)
+    assert addresses, "the coordination service listens"
+    mapped = [getattr(address, "ipv4_mapped", None) or address for address in addresses]
+    assert all(address.is_loopback for address in mapped), addresses
     replica.members[1].send_signal(signal.SIGINT)  # a terminal sends it to all
     replica.members[0].send_signal(signal.SIGINT)
     assert replica.wait(0, 30) == 1 and replica.wait(1, 30) == 1
     assert replica.told(0) == "process 0: KeyboardInterrupt: \n"
     assert "nanoflow: process 0 of 2 has ended: interrupted;" in replica.told(1)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "words"),
+    [
+        ("203.0.113.77:4000", ["process 0 cannot listen at '203.0.113.77'", "JAX_COORDINATOR_BIND_ADDRESS"]),
+        ("no-such-host.invalid:4000", ["process 0 cannot listen at 'no-such-host.invalid'"]),
+        (":4000", ["':4000' is not accepted", "HOST:PORT"]),
+    ],
+)
+def test_a_coordinator_that_is_not_here(monkeypatch: pytest.MonkeyPatch, coordinator: str, words: list[str]) -> None:
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: pytest.fail("it was tried"))
+    with pytest.raises(ConfigError) as error:
+        join(coordinator, 2, 0)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_a_name_that_other_machines_do_not_find_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some systems give a host's own name an address of its loopback interface."""
+    own = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [own])
+    _check_host("node-17")
+    assert "node-17 is 127.0.0.1 on this machine" in caplog.text
+    caplog.clear()
+    _check_host("localhost")
+    _check_host("127.0.0.1")
+    assert not caplog.text
 
 
 def test_what_cannot_be_is_told_in_both(start: Start) -> None:

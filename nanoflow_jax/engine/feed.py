@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanoflow_jax.engine.engine import Engine
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,22 +52,26 @@ def score_of(request: Request) -> Score:
 
 
 def feed(
-    engine: Engine, work: Iterable[Work | None], check_interrupt: Callable[[], None] = lambda: None
+    calls: Calls, work: Iterable[Work | None], check_interrupt: Callable[[], None] = lambda: None
 ) -> Generator[tuple[Work, list[Request]]]:
     """Runs `work` to its end; yields each with its completions, in the order in which they end.
 
     The iterator is asked between two steps, for as much as admission may take in the next ones: what it does there
     (reading, tokenizing) costs time only where it takes longer than a step. None means "nothing this time, ask
-    again". Requests that others have added to the engine go on, and are not reported.
+    again".
     """
-    ahead = 2 * max(shape.prefill_segments for shape in engine.scheduler.shapes)
-    capacity = engine.running.count + ahead  # also where failed requests wait apart from the queue
+    scheduler = calls.engine.scheduler
+    ahead = 2 * max(shape.prefill_segments for shape in scheduler.shapes)
+    capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
     source, more = iter(work), True
     group_of: dict[Request, tuple[Work, list[Request]]] = {}
+    call = Call(calls)
     try:
         while more or group_of:
+            new: list[Work] = []
+            room = min(ahead - len(scheduler.waiting), capacity - len(group_of))
             for _ in range(4 * ahead):
-                if not more or len(engine.scheduler.waiting) >= ahead or len(group_of) >= capacity:
+                if not more or room <= 0:
                     break
                 try:
                     item = next(source)
@@ -77,26 +79,25 @@ def feed(
                     more = False
                     break
                 if item is not None:
-                    group = _add(engine, item)
-                    group_of |= dict.fromkeys(group, (item, group))
+                    new.append(item)
+                    room -= 1 if item.scored_from is not None else item.params.n
+            if new:
+                with calls.alone():
+                    for item in new:
+                        group = _add(call, item)
+                        group_of |= dict.fromkeys(group, (item, group))
             check_interrupt()
-            if not engine.has_work and not any(r.finish_reason for r in group_of):
-                continue
-            ended = engine.step()
-            # Requests may also have ended in another call on this engine.
-            ended += [r for r in group_of if r.finish_reason and r not in ended] if not engine.has_work else []
-            for request in ended:
-                item, group = group_of.pop(request, (None, []))
-                if item is not None and not any(r in group_of for r in group):
+            call.step()
+            while call.ended:
+                item, group = group_of.pop(call.ended.popleft())
+                if not any(r in group_of for r in group):
                     yield item, group
     finally:
-        for request in group_of:
-            if not request.finish_reason:
-                engine.abort(request)
+        call.close()
 
 
-def _add(engine: Engine, work: Work) -> list[Request]:
+def _add(call: Call, work: Work) -> list[Request]:
     text, tokens, params = work.prompt, work.prompt_token_ids, work.params
     if work.scored_from is not None:
-        return [engine.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)]
-    return [engine.add(text, tokens, params, index=i) for i in range(params.n)]
+        return [call.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)]
+    return [call.add(text, tokens, params, index=i) for i in range(params.n)]

@@ -6,6 +6,7 @@ of the contents, which follow. Only the process that wrote a file reads it, so i
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from nanoflow_jax.engine.pages import Key
 
 PAGES_TO_WRITE = 16  # that wait in memory; the next ones are refused
 READERS = 4  # threads that read and check files at the same time
+
+PREFIX = "nanoflow-kv-"  # of the folders' names
 
 _MAGIC = b"nanoflow_jax KV page\n"
 _VERSION = 1
@@ -72,7 +76,8 @@ class PageFiles:
     """Pages by key, in at most `max_bytes` of files (0: it takes none); the one not written or read for longest goes
     first.
 
-    folder       where the private folder is made; None: among the system's temporary files
+    folder       where the private folder is made, and those of killed processes are removed; None: among the system's
+                 temporary files
     fingerprint  written into each file
     lock         must be held by callers, except of `flush` and `close`; its thread waits on it too
     on_evict     called, with the lock held, for a page that goes for lack of room
@@ -102,7 +107,8 @@ class PageFiles:
         try:
             if folder is not None:
                 Path(folder).mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f"nanoflow-kv-{os.getpid()}-", dir=folder))
+            remove_leftovers(Path(folder or tempfile.gettempdir()))
+            self._folder, self._owned = _make_folder(folder)
         except OSError as error:
             raise ValueError(f"folder: {str(folder)!r} cannot be used ({error}); accepted: one to write in") from error
         self._readers = ThreadPoolExecutor(READERS, "kv-page-reader")
@@ -169,6 +175,7 @@ class PageFiles:
         self._writer.join()
         self._readers.shutdown()
         shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._owned)
 
     def flush(self) -> None:
         """Waits until nothing is left to write. Raises TimeoutError after a minute."""
@@ -266,6 +273,32 @@ class PageFiles:
                 self._folder,
                 error,
             )
+
+
+def _make_folder(parent: str | Path | None) -> tuple[Path, int]:
+    """A new private folder, and the descriptor that holds its lock: the system frees it when this process ends, however
+    it ends."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: nobody can take it for a leftover there
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if folder.exists():
+            return folder, descriptor
+        os.close(descriptor)  # another process has removed it before it was locked
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Removes the folders of processes that were killed. Those of living ones are locked."""
+    for folder in parent.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(descriptor).st_uid == os.getuid():
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(descriptor)
 
 
 def _unlink(path: Path) -> None:

@@ -140,7 +140,7 @@ class Request:
         self.metrics.finished_time = time.monotonic()
 
 
-def error_line(error: Exception) -> str:
+def error_line(error: BaseException) -> str:
     """What is told of an error that ended a request: its type, and the first line of its message."""
     lines = str(error).strip().splitlines()
     return ": ".join([type(error).__name__, *lines[:1]])

@@ -19,7 +19,7 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput, error_line
 from nanoflow_jax.evaluate.journal import Journal, record_number
-from nanoflow_jax.evaluate.lines import Line, NumberSet, TextSet, read_lines
+from nanoflow_jax.evaluate.lines import FileIdentity, Line, NumberSet, TextSet, read_lines
 from nanoflow_jax.evaluate.manifest import sync_folder
 from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_line, problem
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
@@ -64,10 +64,10 @@ class Requests:
     """The requests of a file, to which the results of a changed run are given: by custom_id and digest of the content,
     where there is no custom_id by the digest alone. About 300 bytes of memory per line."""
 
-    def __init__(self, source: Path, models: Iterable[str]):
+    def __init__(self, source: Path, models: Iterable[str], found: FileIdentity):
         self._numbers: dict[tuple[str | None, str], list[int]] = {}
         self._ids: set[str] = set()
-        for item in parse_lines(read_lines(source), models):
+        for item in parse_lines(read_lines(source, identity=found), models):
             assert item is not None
             self._numbers.setdefault((item.custom_id, item.digest), []).append(item.line)
             if item.custom_id is not None:
@@ -167,13 +167,15 @@ class BatchReport:
 
 
 def run_batch(
-    llm: LLM, source: Path, num_lines: int, journal: Journal, settings: Settings, progress: bool = True
+    llm: LLM, source: Path, found: FileIdentity, journal: Journal, settings: Settings, progress: bool = True
 ) -> BatchReport:
-    """Answers every line of `source` (it has `num_lines`) that has no record in the journal yet.
+    """Answers every line of `source` that has no record in the journal yet.
 
+    found  what `source` was when the journal's manifest was made: no line of another content is answered
     Results are durable when this returns or raises. Raises JournalError when they cannot be written, and ConfigError
     when the input was changed meanwhile.
     """
+    num_lines = found.lines
     before, started = len(journal.done), time.monotonic()
     prompt_tokens = completion_tokens = 0
     with Progress(num_lines - before, "answering", "requests", progress) as bar:
@@ -199,12 +201,12 @@ def run_batch(
             bar.advance(now - shown, note)
             shown = now
 
-        answer(llm, parse_lines(read_lines(source), (settings.model,), journal.done), settings, emit)
-        journal.close()
+        lines = read_lines(source, identity=found)
+        answer(llm, parse_lines(lines, (settings.model,), journal.done), settings, emit)
+        journal.finish()
         if journal.synced > shown:
             show()
-    if len(journal.done) != num_lines:
-        raise ConfigError(f"--input: {source} was changed during the run: {num_lines} lines, then {len(journal.done)}")
+    assert len(journal.done) == num_lines, (len(journal.done), num_lines)
     seconds = time.monotonic() - started
     return BatchReport(num_lines, journal.errors, before, prompt_tokens, completion_tokens, seconds)
 

@@ -191,7 +191,7 @@ def llm_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.engine.sampling_params import SamplingParams
-    from nanoflow_jax.evaluate.batch import Requests, Settings
+    from nanoflow_jax.evaluate.batch import Requests, Settings, write_in_order
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import identify
 
@@ -215,17 +215,16 @@ def _run(args: argparse.Namespace) -> int:
         manifest,
         restart=args.restart,
         allow_changed=args.allow_changed,
-        pairing=lambda: Requests(source, (served,)),
+        pairing=lambda: Requests(source, (served,), found),
     ) as journal:
         if journal.told:
             print(f"--allow-changed: {journal.told}", file=sys.stderr)
         if journal.done and not args.quiet:
             print(f"continuing: {len(journal.done)} of {found.lines} lines have a result", file=sys.stderr)
         report = _answer(args, source, found, journal, settings, manifest, ray)
-    if args.ordered:
-        from nanoflow_jax.evaluate.batch import write_in_order
-
-        write_in_order(output)
+        if args.ordered:
+            journal.finish()
+            write_in_order(output)
     print(json.dumps(_json(report)) if args.json else _text(report, output))
     return 0
 
@@ -269,11 +268,11 @@ def _answer(
 
             model = manifest.identity["model"]
             return run_batch_on_ray(
-                llm_options(args), model, source, found.lines, journal, settings, ray, progress=not args.quiet
+                llm_options(args), model, source, found, journal, settings, ray, progress=not args.quiet
             )
-        return run_batch(make_llm(args), source, found.lines, journal, settings, progress=not args.quiet)
+        return run_batch(make_llm(args), source, found, journal, settings, progress=not args.quiet)
     except KeyboardInterrupt:
-        journal.close()
+        journal.finish()
         print(f"{journal.synced} of {found.lines} results are safe; the same command continues", file=sys.stderr)
         raise
 

@@ -70,43 +70,45 @@ def _run(args: argparse.Namespace) -> int:
     if other is not None and not other.is_dir():
         raise ValueError(f"--compare: {other} is not a folder of an earlier run")
     folder.mkdir(parents=True, exist_ok=True)
-    _ask(args, tasks, asked, folder)
-    return _report(args, tasks, folder, other)
+    with ExitStack() as locked:
+        _ask(args, tasks, asked, folder, locked)
+        return _report(args, tasks, folder, other)
 
 
-def _ask(args: argparse.Namespace, tasks: Sequence[Task], asked: Sequence[list[Sample]], folder: Path) -> None:
-    """All tasks' records into the folder; the model is loaded when one is missing."""
+def _ask(
+    args: argparse.Namespace, tasks: Sequence[Task], asked: Sequence[list[Sample]], folder: Path, locked: ExitStack
+) -> None:
+    """All tasks' records into the folder, whose files then are `locked`; the model is loaded when one is missing."""
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.prompts import Questions
     from nanoflow_jax.evaluate.report import samples_path
     from nanoflow_jax.evaluate.run_task import run_task
 
-    with ExitStack() as stack:
-        journals, times = [], []
-        for task, questions in zip(tasks, asked, strict=True):
-            rendered = json.dumps([asdict(q) for q in questions], sort_keys=True)
-            identity = {"task": task.to_json(), "questions": hashlib.sha256(rendered.encode()).hexdigest()}
-            path = samples_path(folder, task.name)
-            manifest = run_manifest(args, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
-            times.append(chat_time(manifest))
-            opened = Journal.open(
-                path,
-                manifest,
-                restart=args.restart,
-                allow_changed=args.allow_changed,
-                pairing=partial(Questions, questions),
-            )
-            journals.append(stack.enter_context(opened))
-            if opened.told:
-                print(f"--allow-changed: {task.name}: {opened.told}", file=sys.stderr)
-        left = [len(q) - len(j.done) for q, j in zip(asked, journals, strict=True)]
-        if any(j.done for j in journals) and any(left) and not args.quiet:
-            print(f"continuing: {sum(left)} of {sum(map(len, asked))} questions are left", file=sys.stderr)
-        if not any(left):
-            return
-        llm = make_llm(args)
-        for task, questions, journal, now in zip(tasks, asked, journals, times, strict=True):
-            run_task(llm, task, questions, journal, progress=not args.quiet, now=now)
+    journals, times = [], []
+    for task, questions in zip(tasks, asked, strict=True):
+        rendered = json.dumps([asdict(q) for q in questions], sort_keys=True)
+        identity = {"task": task.to_json(), "questions": hashlib.sha256(rendered.encode()).hexdigest()}
+        path = samples_path(folder, task.name)
+        manifest = run_manifest(args, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
+        times.append(chat_time(manifest))
+        opened = Journal.open(
+            path,
+            manifest,
+            restart=args.restart,
+            allow_changed=args.allow_changed,
+            pairing=partial(Questions, questions),
+        )
+        journals.append(locked.enter_context(opened))
+        if opened.told:
+            print(f"--allow-changed: {task.name}: {opened.told}", file=sys.stderr)
+    left = [len(q) - len(j.done) for q, j in zip(asked, journals, strict=True)]
+    if any(j.done for j in journals) and any(left) and not args.quiet:
+        print(f"continuing: {sum(left)} of {sum(map(len, asked))} questions are left", file=sys.stderr)
+    if not any(left):
+        return
+    llm = make_llm(args)
+    for task, questions, journal, now in zip(tasks, asked, journals, times, strict=True):
+        run_task(llm, task, questions, journal, progress=not args.quiet, now=now)
 
 
 def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other: Path | None) -> int:

@@ -18,6 +18,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -68,7 +69,7 @@ class Journal:
         self._queue: queue.Queue[bytes | None] = queue.Queue(QUEUE_RECORDS)
         self._given = self._written = 0  # bytes; each has one thread that adds to it
         self._error: OSError | None = None
-        self._closed = False
+        self._finished = False
         self._thread = threading.Thread(target=self._write_all, name="journal", daemon=True)
         self._thread.start()
 
@@ -117,7 +118,7 @@ class Journal:
             raise
 
     def write(self, record: bytes) -> None:
-        """Takes one encoded record; it is durable within SYNC_SECONDS, or when `close` returns. Raises JournalError
+        """Takes one encoded record; it is durable within SYNC_SECONDS, or when `finish` returns. Raises JournalError
         when an earlier one could not be written."""
         number = record_number(record)
         assert number is not None, record[:80]
@@ -135,10 +136,10 @@ class Journal:
             except queue.Full:
                 continue
 
-    def close(self) -> None:
-        """Writes what is left. Raises JournalError when that fails."""
-        if not self._closed:
-            self._closed = True
+    def finish(self) -> None:
+        """Writes what is left; the file stays locked. Raises JournalError when that fails."""
+        if not self._finished:
+            self._finished = True
             while self._thread.is_alive():
                 try:
                     self._queue.put(None, timeout=1.0)
@@ -146,8 +147,14 @@ class Journal:
                 except queue.Full:
                     continue
             self._thread.join()
-            self._file.close()
         self._raise_error()
+
+    def close(self) -> None:
+        """Writes what is left, and lets go of the file. Raises JournalError when the former fails."""
+        try:
+            self.finish()
+        finally:
+            self._file.close()
 
     def __enter__(self) -> Journal:
         return self
@@ -211,13 +218,17 @@ class Journal:
 
 def _locked(path: Path) -> Any:
     """The file, open to append; no other process has it."""
-    file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise ConfigError(f"--output: {path} is being written by another process") from None
-    return file
+    while True:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise ConfigError(f"--output: {path} is being written by another process") from None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # between the two lines another process has put a new file there, or none
 
 
 def _check_manifest(path: Path, manifest: Manifest, allow_changed: bool) -> bool | None:

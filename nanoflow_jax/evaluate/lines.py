@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from nanoflow_jax.config import ConfigError
+
 MAX_LINE_BYTES = 4 * 2**20  # a prompt of 131,072 tokens, written as ids or as escaped text, takes less
 _CHUNK = 2**20
+_DIGEST = 16  # bytes kept of each chunk's
 
 
 @dataclass(frozen=True)
@@ -23,13 +27,20 @@ class Line:
     start: int = 0  # byte of the file
 
 
-def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, start: int = 0, number: int = 1) -> Iterator[Line]:
+def read_lines(
+    path: Path,
+    max_bytes: int = MAX_LINE_BYTES,
+    start: int = 0,
+    number: int = 1,
+    identity: FileIdentity | None = None,
+) -> Iterator[Line]:
     """The lines of a file; "\\n" or "\\r\\n" end one, the last needs none. A byte order mark at the beginning is left
     out. A line longer than `max_bytes` is passed over and told as a problem.
 
     start, number  where to begin: the first byte of a line, and the line's number
+    identity       of the file when it was identified: no line of another content is given. Raises ConfigError
     """
-    with open(path, "rb") as file:
+    with open(path, "rb") if identity is None else io.BufferedReader(_Checked(path, identity), _CHUNK) as file:
         if not start and file.read(3) == b"\xef\xbb\xbf":
             start = 3
         file.seek(start)
@@ -50,24 +61,78 @@ def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, start: int = 0, numb
 
 @dataclass(frozen=True)
 class FileIdentity:
-    """size in bytes, lines, and sha256 of the contents."""
+    """size in bytes, lines, and sha256 of the contents. chunks: digests of their MiBs, one after another."""
 
     size: int
     lines: int
     sha256: str
+    chunks: bytes = field(default=b"", repr=False, compare=False)
 
 
 def identify(path: Path) -> FileIdentity:
     """Reads the file once. Raises OSError."""
-    digest, size, lines, last = hashlib.sha256(), 0, 0, b"\n"
+    digest, size, lines, last, chunks = hashlib.sha256(), 0, 0, b"\n", bytearray()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            chunks += _digest(chunk)
             size += len(chunk)
             lines += chunk.count(b"\n")
             last = chunk[-1:]
     bom_only = size == 3 and digest.digest() == hashlib.sha256(b"\xef\xbb\xbf").digest()
-    return FileIdentity(size, lines + (last != b"\n" and not bom_only), digest.hexdigest())
+    return FileIdentity(size, lines + (last != b"\n" and not bom_only), digest.hexdigest(), bytes(chunks))
+
+
+def _digest(chunk: bytes) -> bytes:
+    return hashlib.blake2b(chunk, digest_size=_DIGEST).digest()
+
+
+class _Checked(io.RawIOBase):
+    """A file that gives no byte which it did not have when it was identified. Raises ConfigError."""
+
+    def __init__(self, path: Path, identity: FileIdentity):
+        self._path, self._identity, self._file = path, identity, open(path, "rb", buffering=0)  # noqa: SIM115
+        self._position, self._index, self._chunk = 0, -1, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        assert whence == io.SEEK_SET
+        self._position = offset
+        return offset
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        index, at = divmod(self._position, _CHUNK)
+        if index != self._index:
+            self._index, self._chunk = index, self._read(index)
+        part = self._chunk[at : at + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _read(self, index: int) -> bytes:
+        self._file.seek(index * _CHUNK)
+        chunk = b""
+        while len(chunk) < _CHUNK and (more := self._file.read(_CHUNK - len(chunk))):
+            chunk += more
+        known = self._identity.chunks[index * _DIGEST : (index + 1) * _DIGEST]
+        if (_digest(chunk) if chunk else b"") != known:
+            raise ConfigError(
+                f"--input: {self._path} was changed during the run, after byte {index * _CHUNK}; the results so far "
+                "are kept: put the file back and start again, or go on with the changed one by --allow-changed"
+            )
+        return chunk
 
 
 class NumberSet:

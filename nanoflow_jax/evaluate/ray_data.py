@@ -22,7 +22,7 @@ from typing import Any, cast
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.batch import BatchReport, Settings, answer, parse_lines
 from nanoflow_jax.evaluate.journal import Journal, record_number
-from nanoflow_jax.evaluate.lines import Line, read_lines
+from nanoflow_jax.evaluate.lines import FileIdentity, Line, read_lines
 from nanoflow_jax.evaluate.records import Problem, parse_line
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record
 from nanoflow_jax.progress import Progress
@@ -60,14 +60,16 @@ class Block:
     skip: list[int]
 
 
-def blocks(source: Path, journal: Journal, settings: Settings, block_lines: int) -> Iterator[Block]:
+def blocks(
+    source: Path, found: FileIdentity, journal: Journal, settings: Settings, block_lines: int
+) -> Iterator[Block]:
     """The blocks in which something is to be done. Writes the error records of lines that cannot be served."""
     start = first = count = size = 0
     skip: list[int] = []
     shown: list[Line] = []
 
     def watched() -> Iterator[Line]:
-        for line in read_lines(source):
+        for line in read_lines(source, identity=found):
             shown[:] = [line]
             yield line
 
@@ -91,11 +93,11 @@ def blocks(source: Path, journal: Journal, settings: Settings, block_lines: int)
 class Replica:
     """An LLM in an actor of Ray; answers blocks."""
 
-    def __init__(self, source: str, llm: Mapping[str, Any], settings: Settings, fingerprint: str):
+    def __init__(self, source: str, found: FileIdentity, llm: Mapping[str, Any], settings: Settings, fingerprint: str):
         from nanoflow_jax.api import LLM
         from nanoflow_jax.evaluate.manifest import model_fingerprint
 
-        self._source, self._settings = Path(source), settings
+        self._source, self._found, self._settings = Path(source), found, settings
         if not self._source.is_file():
             raise ConfigError(f"--input: {source} is not on every node; accepted: a file on a shared file system")
         self._llm = LLM(**llm, progress=False)
@@ -115,7 +117,8 @@ class Replica:
         for text in batch["block"]:
             block = Block(**json.loads(str(text)))
             skip = set(block.skip)
-            lines = islice(read_lines(self._source, start=block.start, number=block.first), block.count)
+            lines = read_lines(self._source, start=block.start, number=block.first, identity=self._found)
+            lines = islice(lines, block.count)
             items = [parse_line(line, (self._settings.model,)) for line in lines]
             answer(self._llm, (item for item in items if item.line not in skip), self._settings, emit)
         return found
@@ -125,7 +128,7 @@ def run_batch_on_ray(
     llm: Mapping[str, Any],
     fingerprint: str,
     source: Path,
-    num_lines: int,
+    found: FileIdentity,
     journal: Journal,
     settings: Settings,
     options: RayOptions,
@@ -136,13 +139,16 @@ def run_batch_on_ray(
     Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Raises RayError, one line, when replicas
     cannot be made, or a block fails again and again.
     """
-    before = len(journal.done)
-    todo = [{"block": json.dumps(asdict(block))} for block in blocks(source, journal, settings, options.block_lines)]
+    before, num_lines = len(journal.done), found.lines
+    todo = [
+        {"block": json.dumps(asdict(block))} for block in blocks(source, found, journal, settings, options.block_lines)
+    ]
+    arguments = (str(source.absolute()), found, dict(llm), settings, fingerprint)
     prompt_tokens = completion_tokens = 0
     started = time.monotonic()
     with Progress(num_lines - before, "answering", "requests", progress) as bar:
         bar.advance(len(journal.done) - before)
-        for results in _answered(todo, (str(source.absolute()), dict(llm), settings, fingerprint), options):
+        for results in _answered(todo, arguments, options):
             prompt_tokens += int(results["prompt_tokens"].sum())
             completion_tokens += int(results["completion_tokens"].sum())
             written = 0
@@ -153,9 +159,8 @@ def run_batch_on_ray(
                     written += 1
             seconds = time.monotonic() - started
             bar.advance(written, f"{(prompt_tokens + completion_tokens) / seconds:.0f} tokens/s")
-    journal.close()
-    if len(journal.done) != num_lines:
-        raise ConfigError(f"--input: {source} was changed during the run: {num_lines} lines, then {len(journal.done)}")
+    journal.finish()
+    assert len(journal.done) == num_lines, (len(journal.done), num_lines)
     seconds = time.monotonic() - started
     return BatchReport(num_lines, journal.errors, before, prompt_tokens, completion_tokens, seconds)
 

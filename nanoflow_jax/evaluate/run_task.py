@@ -37,8 +37,9 @@ def run_task(
     progress: bool = True,
     now: datetime | None = None,
 ) -> None:
-    """Asks what has no record in the journal yet, which is closed when this returns. A question that cannot be served,
-    or that the engine fails on, scores 0 and keeps its error. `now`: the time for chat templates that write it."""
+    """Asks what has no record in the journal yet, which is complete and durable when this returns. A question that
+    cannot be served, or that the engine fails on, scores 0 and keeps its error. `now`: the time for chat templates that
+    write it."""
     left = [sample for sample in asked if sample.number not in journal.done]
     scores: dict[int, list[Score | None]] = {}
     started = time.monotonic()
@@ -70,7 +71,7 @@ def run_task(
             if len(known) == len(of_sample):
                 del scores[sample.number]
                 emit(sample, *judge_choices(task, sample, known))
-        journal.close()
+        journal.finish()
 
 
 def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None) -> list[Work]:

@@ -1,13 +1,17 @@
 """Several processes, one per host or per GPU, as one replica: joining them, the messages from process 0 to the others,
 and noticing that one is gone.
 
-All of it goes through the coordination service of `jax.distributed`, which runs in process 0: no port of our own.
+All of it goes through the coordination service of `jax.distributed`, which runs in process 0: no port of our own. Who
+reaches its port can read and write all of that, so process 0 listens at the address it was given and nowhere else.
 """
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import logging
 import os
+import socket
 import sys
 import threading
 import time
@@ -26,6 +30,8 @@ PART = 1 << 20  # characters of a message that go into one entry of the service
 POLL_MS = 500  # between two of them a signal is seen
 JOIN_TIMEOUT = 300  # seconds that processes wait for each other at the start
 BACKSTOP = 5  # JAX ends a process by itself after so many times the peer timeout: never before our own message
+
+logger = logging.getLogger("nanoflow_jax")
 
 _JOINED: Processes | None = None  # like jax.distributed itself, one per process
 
@@ -48,7 +54,9 @@ def join(
 ) -> Processes:
     """Makes this process one of a replica, before anything else uses JAX. Waits until all are there.
 
-    coordinator    HOST:PORT of process 0. With all three left out they are what JAX finds: SLURM, Kubernetes, Open MPI
+    coordinator    HOST:PORT of process 0, which listens there alone; JAX_COORDINATOR_BIND_ADDRESS names another place,
+                   for a host whose own addresses are not those that the others know. With all three left out they are
+                   what JAX finds: SLURM, Kubernetes, Open MPI
     peer_timeout   seconds
 
     Raises ConfigError, one line, when that cannot be.
@@ -59,12 +67,15 @@ def join(
     given = (coordinator, num_processes, process_id)
     if None in given and given != (None, None, None):
         raise ConfigError("distributed: --coordinator, --num-processes and --process-id go together, or none of them")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    host, _, port = (coordinator or "").rpartition(":")
+    if coordinator is not None and not (host and port.isdecimal()):
         raise ConfigError(f"coordinator: {coordinator!r} is not accepted; it must be HOST:PORT of process 0")
     if num_processes is not None and process_id is not None and not 0 <= process_id < num_processes:
         raise ConfigError(f"process_id: {process_id} of {num_processes} processes; accepted: 0 to {num_processes - 1}")
     if not peer_timeout >= 1:
         raise ConfigError(f"peer_timeout: {peer_timeout!r} is not accepted; it must be at least 1 second")
+    if coordinator is not None and process_id == 0 and "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+        _check_host(host.strip("[]"))
     claim_gpu_memory()
     try:
         jax.distributed.initialize(
@@ -72,6 +83,7 @@ def join(
             num_processes,
             process_id,
             initialization_timeout=JOIN_TIMEOUT,
+            coordinator_bind_address=os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator),
             heartbeat_timeout_seconds=max(100, int(BACKSTOP * peer_timeout)),
             shutdown_timeout_seconds=max(10, int(peer_timeout)),
         )
@@ -86,6 +98,25 @@ def join(
     _JOINED = Processes(peer_timeout)
     jax.devices()  # all find each other's devices now; later one could ask while the others wait for its messages
     return _JOINED
+
+
+def _check_host(host: str) -> None:
+    """Raises ConfigError when process 0 cannot listen at `host`; tells when other machines will not find it there."""
+    try:
+        family, kind, _, _, (address, *_) = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            tried.bind((address, 0))
+    except OSError as error:
+        raise ConfigError(
+            f"coordinator: process 0 cannot listen at {host!r} ({error.strerror or error}); accepted: an address of "
+            "its host, or JAX_COORDINATOR_BIND_ADDRESS=HOST:PORT beside it"
+        ) from None
+    if ipaddress.ip_address(str(address)).is_loopback and host != "localhost" and host != address:
+        logger.warning(
+            "coordinator: %s is %s on this machine, where no other machine reaches it; give the address that they know",
+            host,
+            address,
+        )
 
 
 class Processes:

@@ -10,15 +10,17 @@ import math
 import os
 import re
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.weights import orbax_files
@@ -32,6 +34,9 @@ from nanoflow_jax.weights.source import (
     expected_shapes,
     one_line,
 )
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 _SAMPLE_ROWS = 16  # rows of each tensor that enter the fingerprint
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "LICENSE*", "USE_POLICY*")
@@ -47,9 +52,16 @@ def convert(
     the config.json written says so too.
     `output` appears only when it is complete: it is written beside its final place and renamed last; what an
     interrupted conversion to the same `output` left is removed. Host memory stays at about one block.
-    Raises ConfigError for a bad config.json, WeightsError for bad weights or an `output` that is not new or empty.
+    Ctrl-C is seen between two blocks. Raises ConfigError for a bad config.json, WeightsError for bad weights or an
+    `output` that is not new or empty.
     """
-    model_folder, output = Path(model_folder), Path(os.path.abspath(output))
+    with held_interrupts() as check_interrupt:
+        return _convert(Path(model_folder), Path(os.path.abspath(output)), dtype, progress, check_interrupt)
+
+
+def _convert(
+    model_folder: Path, output: Path, dtype: str, progress: OnProgress | None, check_interrupt: Callable[[], None]
+) -> Path:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
     config = ModelConfig.from_file(model_folder / "config.json")
@@ -63,7 +75,7 @@ def convert(
 
     try:
         with _workspace(output) as folder:
-            tensors = _write_blocks(source, folder, blocks, dtype, progress)
+            tensors = _write_blocks(source, folder, blocks, dtype, progress, check_interrupt)
             config_json = _copy_side_files(model_folder, folder, dtype)
             manifest = {
                 "format": orbax_files.FORMAT,
@@ -77,6 +89,7 @@ def convert(
             (folder / orbax_files.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
             _sync_path(folder / orbax_files.MANIFEST)
             _sync_path(folder)
+            check_interrupt()
             os.rename(folder, output)  # refuses a folder that is no longer empty
             _sync_path(output.parent)
     except OSError as error:
@@ -91,7 +104,12 @@ def _block(name: str) -> str:
 
 
 def _write_blocks(
-    source: WeightSource, folder: Path, blocks: dict[str, list[str]], dtype: str, progress: OnProgress | None
+    source: WeightSource,
+    folder: Path,
+    blocks: dict[str, list[str]],
+    dtype: str,
+    progress: OnProgress | None,
+    check_interrupt: Callable[[], None],
 ) -> dict[str, Any]:
     """Writes every block below `folder`; returns the manifest's entry per tensor."""
     import orbax.checkpoint as ocp  # here: its import takes seconds, and reading does not need it
@@ -104,6 +122,7 @@ def _write_blocks(
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
         for block, names in blocks.items():
             stored = {}  # of the last block, freed before the next is read
+            check_interrupt()
             for name in names:
                 stored[name], sample = _read_whole(source, name, dtypes[name])
                 shape = list(source.table[name].shape)
@@ -113,7 +132,9 @@ def _write_blocks(
             try:
                 checkpointer.save(path, args=ocp.args.PyTreeSave(stored, save_args=options))
             except ValueError as error:  # how tensorstore reports a full disk, among others
-                raise WeightsError(f"{path}: could not be written ({one_line(error)})") from None
+                code = re.search(r"os_error_code='(\d+)'", str(error))
+                what = os.strerror(int(code[1])) if code else one_line(error)
+                raise WeightsError(f"{path}: could not be written ({what})") from None
             done += sum(sizes[name] for name in names)
             if progress is not None:
                 progress(block, done, total)
@@ -225,11 +246,19 @@ def _sync_path(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps orbax's notes to its developers (absl log) off the user's stderr; errors still show."""
-    logger = logging.getLogger("absl")
+    """Keeps orbax's log (absl) off the user's stderr: its errors are raised as well. And what its other writers print
+    when one has failed: each that ends later finds its event loop closed, and prints a trace."""
+    logger, print_unraisable = logging.getLogger("absl"), sys.unraisablehook
     level = logger.level
-    logger.setLevel(logging.ERROR)
+
+    def printed(found: UnraisableHookArgs) -> None:
+        if not (isinstance(found.exc_value, RuntimeError) and str(found.exc_value) == "Event loop is closed"):
+            print_unraisable(found)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = printed
     try:
         yield
+        sys.unraisablehook = print_unraisable  # after a failure it stays: nobody knows when the last write ends
     finally:
         logger.setLevel(level)

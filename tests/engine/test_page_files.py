@@ -232,6 +232,36 @@ def test_close_removes_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         put(store, [0])
 
 
+KILLED = """
+import os, sys
+from nanoflow_jax.engine.offload import OffloadStore
+store = OffloadStore(1, 2**20, sys.argv[1], fingerprint=b"f")
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_next_start_removes_what_a_killed_process_left(tmp_path: Path) -> None:
+    """And nothing of a living one, nor what others have put there."""
+    (tmp_path / "nanoflow-kv-notes.txt").touch()
+    (tmp_path / "nanoflow-kv-elsewhere").symlink_to(tmp_path.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with child:
+        assert child.stdout is not None and child.stdout.readline() == "ready\n"
+        (private,) = (path for path in tmp_path.iterdir() if path.is_dir() and not path.is_symlink())
+        (private / "page").touch()
+        with OffloadStore(1, PLENTY, tmp_path, fingerprint=FINGERPRINT) as alive:
+            assert (private / "page").exists()
+            child.kill()
+            child.wait()
+            with OffloadStore(1, PLENTY, tmp_path, fingerprint=FINGERPRINT):
+                assert not private.exists() and alive._files._folder.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"nanoflow-kv-notes.txt", "nanoflow-kv-elsewhere"}
+    assert tmp_path.parent.exists()
+
+
 def test_two_stores_in_one_folder(tmp_path: Path) -> None:
     folder = tmp_path / "made when missing"
     with OffloadStore(1, PLENTY, folder, fingerprint=FINGERPRINT) as one:

@@ -71,7 +71,7 @@ def answer_file(source: Path, output: Path, pause: float = 0.0) -> None:
     found = identify(source)
     with Journal.open(output, Manifest("batch", {"input": found.sha256})) as journal:
         llm: Any = StandIn(pause=pause)
-        run_batch(llm, source, found.lines, journal, Settings("tiny", window=64), progress=False)
+        run_batch(llm, source, found, journal, Settings("tiny", window=64), progress=False)
 
 
 def tear(write_number: int) -> None:

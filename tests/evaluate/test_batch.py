@@ -13,10 +13,12 @@ import pytest
 from conftest import Cli
 from stand_in import StandIn
 
-from nanoflow_jax import LLM, SamplingParams
+from nanoflow_jax import LLM, SamplingParams, api
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.evaluate import batch, journal
 from nanoflow_jax.evaluate.batch import Settings, answer, parse_lines, write_in_order
 from nanoflow_jax.evaluate.lines import Line, NumberSet, read_lines
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, Record
@@ -206,6 +208,51 @@ def test_a_changed_run_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert "1 were there before" in printed
     assert [r["response"]["body"]["choices"][0]["text"] for r in records] == ["42", "50"]
     assert output.read_bytes().startswith(before)
+
+
+def test_input_that_changes_while_it_is_read(
+    cli: Cli, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many lines, other bytes: none of them is answered under the old digest; one line says so, the records stay,
+    and with the file as it was the run goes on."""
+    lines = [b"{broken", *({"prompt": f"{i}+30=", "max_tokens": 3} for i in range(10, 30))]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    monkeypatch.setattr("nanoflow_jax.evaluate.lines._CHUNK", 128)
+    run(cli, tmp_path, lines, "--json")
+    whole = output.read_bytes().splitlines()
+    output.unlink()
+    make, before = api.LLM, source.read_bytes()
+
+    def change(*arguments: Any, **options: Any) -> LLM:  # the file has been identified by now
+        source.write_bytes(before.replace(b'"29+30="', b'"92+30="'))
+        return make(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "LLM", change)
+        status, printed, err = cli("batch", "-i", str(source), "-o", str(output))
+    assert (status, printed, err.count("\n")) == (1, "", 1)
+    assert f"{source} was changed during the run, after byte" in err
+    kept = output.read_bytes().splitlines()
+    assert set() < set(kept) < set(whole)
+    assert cli("batch", "-i", str(source), "-o", str(output))[0] == 1, "another input than the manifest's"
+    source.write_bytes(before)
+    assert cli("batch", "-i", str(source), "-o", str(output))[0] == 0
+    assert sorted(output.read_bytes().splitlines()) == sorted(whole)
+
+
+def test_the_file_is_locked_while_it_is_ordered(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the records of a run that begins then would be lost with the file that takes its place."""
+    order, tried = batch.write_in_order, []
+
+    def ordered(path: Path) -> None:
+        with pytest.raises(ConfigError, match="is being written by another process"):
+            journal._locked(path)
+        order(path)
+        tried.append(path)
+
+    monkeypatch.setattr(batch, "write_in_order", ordered)
+    run(cli, tmp_path, [{"prompt": "12+30="}], "--ordered")
+    assert tried == [tmp_path / "out.jsonl"]
 
 
 # -- the stream into the engine

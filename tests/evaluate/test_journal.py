@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -129,6 +130,24 @@ def test_two_processes_do_not_share_a_file(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match="being written by another process"):
                 Journal.open(path, MANIFEST, restart=restart)
     run(path, 1)
+
+
+def test_a_file_that_is_replaced_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another process, which puts it in order or aside: the lock is one of the file that has the name then, and no
+    record goes to one that has none."""
+    path, lock, replaced = tmp_path / "out.jsonl", fcntl.flock, []
+    run(path, 1)
+
+    def late(*arguments: Any) -> None:
+        if not replaced:
+            replaced.append(path.with_name("other"))
+            replaced[0].write_bytes(record(1) + record(3))
+            replaced[0].replace(path)
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert run(path, 2) == [1, 3]
+    assert path.read_bytes() == record(1) + record(3) + record(2)
 
 
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

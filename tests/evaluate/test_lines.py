@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.evaluate import lines as lines_module
 from nanoflow_jax.evaluate.lines import FileIdentity, NumberSet, TextSet, identify, read_lines
 
 pieces = st.lists(st.sampled_from([b"a", b"\n", b"\r\n", b"\r", b"\0", b"\xff", b"bcdefgh" * 3, b"\xef\xbb\xbf"]))
@@ -35,6 +39,49 @@ def test_lines_are_those_of_the_file(tmp_path_factory, parts: list[bytes], limit
         line.problem is not None for line, w in zip(found, expected, strict=True) if len(w.rstrip(b"\r\n")) > limit
     )
     assert identify(path) == FileIdentity(len(data), len(expected), hashlib.sha256(data).hexdigest())
+
+
+@given(pieces, st.integers(1, 30), st.integers(1, 9))
+def test_an_identified_file_is_read_the_same(tmp_path_factory, parts: list[bytes], limit: int, chunk: int) -> None:
+    """From the beginning and from each line on, however lines lie over chunks."""
+    path = tmp_path_factory.mktemp("lines") / "file"
+    path.write_bytes(b"".join(parts))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines_module, "_CHUNK", chunk)
+        found, plain = identify(path), list(read_lines(path, limit))
+        assert list(read_lines(path, limit, identity=found)) == plain
+        for line in plain[:: max(1, len(plain) // 3)]:
+            some = read_lines(path, limit, line.start, line.number, found)
+            assert list(some) == plain[line.number - 1 :]
+
+
+def grown(data: bytes) -> bytes:
+    return data + b"x"
+
+
+def shortened(data: bytes) -> bytes:
+    return data[:-1]
+
+
+def other_bytes(data: bytes) -> bytes:
+    return data[:45] + b"?" + data[46:]
+
+
+@pytest.mark.parametrize("change", [grown, shortened, other_bytes])
+def test_no_changed_line_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
+    """Whatever has been done to the file since: the lines before may be given, then one line says it."""
+    path, data = tmp_path / "file", b"".join(b"%04d\n" % i for i in range(10))
+    monkeypatch.setattr(lines_module, "_CHUNK", 8)
+    path.write_bytes(data)
+    found = identify(path)
+    path.write_bytes(change(data))
+    read: list[bytes] = []
+    with pytest.raises(ConfigError, match=r"file was changed during the run, after byte \d+; the results so") as error:
+        for line in read_lines(path, identity=found):
+            read += [line.data]
+    assert "\n" not in str(error.value)
+    assert len(read) >= 7
+    assert read == data.split()[: len(read)]
 
 
 def test_a_line_of_100_mb_costs_no_memory(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from nanoflow_jax import LLM
 from nanoflow_jax.cli import main
 from nanoflow_jax.evaluate.batch import Settings, run_batch
 from nanoflow_jax.evaluate.journal import Journal
+from nanoflow_jax.evaluate.lines import identify
 from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
 from nanoflow_jax.evaluate.ray_data import BLOCK_BYTES, Block, Replica, blocks
 
@@ -59,14 +60,14 @@ def plain(llm: LLM, source: Path) -> list[bytes]:
     """The lines of a plain run, sorted."""
     out = source.with_name("plain.jsonl")
     with journal(out) as results:
-        run_batch(llm, source, LINES, results, SETTINGS, progress=False)
+        run_batch(llm, source, identify(source), results, SETTINGS, progress=False)
     return sorted(out.read_bytes().splitlines())
 
 
 def replica(llm: LLM, source: Path) -> Replica:
     """An actor's object, here, with an LLM that is there already."""
     found = Replica.__new__(Replica)
-    found._source, found._settings, found._llm = source, SETTINGS, llm
+    found._source, found._found, found._settings, found._llm = source, identify(source), SETTINGS, llm
     return found
 
 
@@ -79,15 +80,17 @@ def test_blocks_answered_one_by_one_make_the_plain_file(
 ) -> None:
     actor, size = replica(llm, source), 4
     with journal(tmp_path / "first.jsonl") as results:  # stopped in the middle
-        found = list(blocks(source, results, SETTINGS, size))
+        found = list(blocks(source, identify(source), results, SETTINGS, size))
         for block in found[: len(found) // 2]:
             for record in actor(encoded(block))["record"]:
                 results.write(record)
     with journal(tmp_path / "first.jsonl") as results:
-        for block in blocks(source, results, SETTINGS, size + 3):  # other blocks, of the lines that are left
+        for block in blocks(
+            source, identify(source), results, SETTINGS, size + 3
+        ):  # other blocks, of the lines that are left
             for record in actor(encoded(block))["record"]:
                 results.write(record)
-        assert not list(blocks(source, results, SETTINGS, size))
+        assert not list(blocks(source, identify(source), results, SETTINGS, size))
     assert sorted((tmp_path / "first.jsonl").read_bytes().splitlines()) == plain
 
 
@@ -96,7 +99,7 @@ def test_a_block_ends_before_it_has_too_many_bytes(
 ) -> None:
     monkeypatch.setattr("nanoflow_jax.evaluate.ray_data.BLOCK_BYTES", 500)
     with journal(tmp_path / "out.jsonl") as results:
-        counts = [block.count for block in blocks(source, results, SETTINGS, 1000)]
+        counts = [block.count for block in blocks(source, identify(source), results, SETTINGS, 1000)]
     assert max(counts) < 10 and BLOCK_BYTES > 2**20
 
 
@@ -163,8 +166,8 @@ def test_the_fingerprint_is_checked_where_the_replica_is(
     source: Path, monkeypatch: pytest.MonkeyPatch, llm: LLM
 ) -> None:
     monkeypatch.setattr("nanoflow_jax.api.LLM", lambda **_: llm)
-    Replica(str(source), LLM_OPTIONS, SETTINGS, model_fingerprint(llm.folder))
+    Replica(str(source), identify(source), LLM_OPTIONS, SETTINGS, model_fingerprint(llm.folder))
     with pytest.raises(ValueError, match="--model: tiny is another model on node"):
-        Replica(str(source), LLM_OPTIONS, SETTINGS, "0" * 64)
+        Replica(str(source), identify(source), LLM_OPTIONS, SETTINGS, "0" * 64)
     with pytest.raises(ValueError, match="is not on every node"):
-        Replica(str(source) + "x", LLM_OPTIONS, SETTINGS, "")
+        Replica(str(source) + "x", identify(source), LLM_OPTIONS, SETTINGS, "")

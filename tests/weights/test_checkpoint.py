@@ -313,3 +313,60 @@ def test_killed_conversions_leave_nothing_that_loads(tmp_path: Path) -> None:
     assert [path.name for path in parent.iterdir()] == ["converted"]
     config, _, params = load(output, 8)
     assert_same_tensors(hugging_face_tensors(params, config), hugging_face_tensors(load(model, 1)[2], config))
+
+
+def in_a_process(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120)
+
+
+FULL = """
+import resource, signal, sys
+from nanoflow_jax.cli import main
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+raise SystemExit(main(["convert", "tiny", sys.argv[1], "--quiet"]))
+"""
+
+
+def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
+    """All of orbax's writers fail, and most of them after the first has been told."""
+    done = in_a_process(FULL, str(tmp_path / "out"))
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("nanoflow convert: ") and "could not be written (File too large)" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+# Ctrl-C comes while a garbage collector's callback runs (JAX has one), in which Python drops a KeyboardInterrupt.
+PRESSED = """
+import gc, os, signal, sys
+from pathlib import Path
+from nanoflow_jax.cli import main
+from nanoflow_jax.weights import checkpoint
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def press(phase, info):
+    gc.callbacks.remove(press)
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(1000):
+        pass
+def pressing(name):
+    call = getattr(checkpoint, name)
+    def wrapped(*arguments):
+        gc.callbacks.append(press)
+        gc.collect()
+        setattr(checkpoint, name, call)
+        return call(*arguments)
+    setattr(checkpoint, name, wrapped)
+for name in ("check_tensors", "_read_whole", "_sample", "_copy_side_files", "_sync"):
+    out = Path(sys.argv[1]) / name
+    pressing(name)
+    print(name, main(["convert", "tiny", str(out), "--quiet"]), out.exists(), file=sys.stderr)
+"""
+
+
+def test_no_interrupt_is_lost(tmp_path: Path) -> None:
+    """A real SIGINT, from the first look at the weights to just before the folder gets its name."""
+    done = in_a_process(PRESSED, str(tmp_path))
+    names = ("check_tensors", "_read_whole", "_sample", "_copy_side_files", "_sync")
+    assert done.stderr == "".join(f"nanoflow convert: interrupted\n{name} 1 False\n" for name in names)
+    assert not list(tmp_path.iterdir())
