@@ -5,15 +5,17 @@ Every problem is a `ConfigError` whose one line names the field and what would b
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax.reading import ConfigError, Malformed, parse_json, read_text
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is one line naming the field and the fix."""
+__all__ = [
+    "EMBEDDED", "ConfigError", "ModelConfig", "RopeConfig", "config_path", "configs_root", "model_config", "model_file",
+    "token_id_tuple",
+]  # fmt: skip
 
 
 def configs_root() -> Path:
@@ -29,15 +31,15 @@ def config_path(kind: str, name: str) -> Path:
     """Path of a named configuration: `kind` is a folder of `configs/`, `name` a file stem there or a path of the
     user's."""
     if os.sep in name or name.endswith((".toml", ".json")):
-        if Path(name).is_file():
+        if os.path.isfile(name):
             return Path(name)
         raise ConfigError(f"{kind}: no file {name!r}")
     folder = configs_root() / kind
     for suffix in (".toml", ".json"):
-        if (folder / (name + suffix)).is_file():
+        if os.path.isfile(folder / (name + suffix)):
             return folder / (name + suffix)
     known = ", ".join(sorted(p.stem for p in folder.iterdir() if p.suffix in (".toml", ".json")))
-    raise ConfigError(f"{kind}: unknown name {name!r}; accepted: {known}, or a path to a file")
+    raise ConfigError(f"{kind}: unknown name {name!r}; accepted: {known}, or a path to a file", most=4000)
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,9 @@ class ModelConfig:
     def from_file(path: str | Path) -> ModelConfig:
         """Reads a `config.json`. Raises ConfigError naming the file."""
         path = Path(path)
-        try:
-            fields = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; a model folder needs a config.json")
+        fields = read_json_object(path)
         try:
             return ModelConfig.from_hf(fields)
         except ConfigError as error:
@@ -124,7 +121,7 @@ class ModelConfig:
         read = _Fields(fields)
         architectures = read.take("architectures", list, [])
         architecture = architectures[0] if architectures else "LlamaForCausalLM"
-        if architecture not in _ARCHITECTURES or len(architectures) > 1:
+        if not isinstance(architecture, str) or architecture not in _ARCHITECTURES or len(architectures) > 1:
             raise ConfigError(f"architectures: {architectures} is not supported; accepted: {sorted(_ARCHITECTURES)}")
         if (model_type := read.take("model_type", str, "llama")) != "llama":
             raise ConfigError(f"model_type: {model_type!r} is not supported; accepted: 'llama'")
@@ -181,10 +178,22 @@ def model_config(model: str) -> tuple[str, ModelConfig]:
     return Path(model).name if named_by_folder else path.stem, ModelConfig.from_file(path)
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ConfigError naming the file."""
+    try:
+        fields = parse_json(read_text(path))
+    except Malformed as error:
+        wrong = f"{error.field}: {error}" if error.field else f"not valid JSON ({error})"
+        raise ConfigError(f"{path}: {wrong}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
+    return fields
+
+
 def token_id_tuple(name: str, value: Any) -> tuple[int, ...]:
     """Normalises Hugging Face's `eos_token_id` (absent, one id, or a list) to a tuple of ids."""
     values = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
+    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**31 for v in values):
         raise ConfigError(f"{name}: {value!r} must be a token id or a list of token ids")
     return tuple(values)
 
@@ -241,6 +250,13 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Far above any model's: what is larger is a mistake, and must be told before memory is taken for it.
+_LARGEST = {
+    "num_hidden_layers": 2**12, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
+    "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
+}  # fmt: skip
+
+
 class _Fields:
     """A dict of fields that remembers which were read, so that the rest can be reported."""
 
@@ -262,14 +278,15 @@ class _Fields:
         value = self.take(name, int, default)
         if value is None:
             raise ConfigError(f"{name}: missing; a positive integer is needed")
-        if value <= 0:
-            raise ConfigError(f"{name}: {value} must be a positive integer")
+        most = _LARGEST.get(name, 2**31 - 1)
+        if not 0 < value <= most:
+            raise ConfigError(f"{name}: {value} must be a positive integer, at most {most}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.take(name, (int, float), default)
-        if value is None or not value > 0:
-            raise ConfigError(f"{name}: {value!r} must be a positive number")
+        if value is None or not 0 < value <= 1e30:
+            raise ConfigError(f"{name}: {value!r} must be a positive number, at most 1e30")
         return float(value)
 
     def finish(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
+from nanoflow_jax.config import ConfigError, ModelConfig, read_json_object, token_id_tuple
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.tokenizer import Tokenizer
 
@@ -76,10 +75,4 @@ def _changes_nothing(name: str, value: Any) -> bool:
 
 def _read(folder: Path) -> Mapping[str, Any]:
     path = folder / FILE
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
-    return fields
+    return read_json_object(path) if path.is_file() else {}

@@ -5,12 +5,12 @@ The files in `configs/hardware/*.toml` carry the source of each figure. A user's
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, config_path, configs_root
+from nanoflow_jax.reading import Malformed, parse_toml, read_text
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """
     path = config_path("hardware", str(name_or_path))
     try:
-        table = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(read_text(path))
+    except Malformed as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     inner = table.pop("calibration", None)
     if not isinstance(inner, dict):

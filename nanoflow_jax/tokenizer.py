@@ -40,9 +40,10 @@ class Tokenizer:
             self._ids.no_truncation()
             self._ids.no_padding()
             self._added = self._ids.get_added_tokens_decoder()
-        except (
-            Exception
-        ) as error:  # the library raises whatever a malformed file leads to: KeyError, TypeError, Exception itself
+            self._ids.encode("a", add_special_tokens=True)  # what is wrong with the special tokens is told here
+        except BaseException as error:  # the library raises whatever a malformed file leads to, and Rust's panics
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             first = (str(error).strip().splitlines() or [""])[0]
             first = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
             raise ConfigError(

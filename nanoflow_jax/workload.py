@@ -10,8 +10,6 @@ with their source), or a JSONL file with one request per line:
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.reading import Malformed, parse_json, parse_toml, read_text
 
 ROOM = 1.5  # a length limit below so many mean lengths would change the shape of the distribution
 LONGEST = 4096  # tokens of prompt and output together where nothing says otherwise
@@ -178,8 +177,8 @@ def _shared(text: str) -> Workload:
 
 def _from_toml(path: Path) -> Workload:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = parse_toml(read_text(path))
+    except Malformed as error:
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     kinds = ("prompt_tokens", "output_tokens")
     if unknown := set(table) - {"description", *kinds}:
@@ -199,11 +198,9 @@ def _from_toml(path: Path) -> Workload:
 
 def _from_lines(path: Path, encode: Callable[[str], list[int]] | None) -> Workload:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"workload: {path} cannot be read ({error.strerror}); expected a JSONL file") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"workload: {path} is not UTF-8 text; expected a JSONL file") from None
+        lines = read_text(path).splitlines()
+    except ConfigError as error:
+        raise ConfigError(f"workload: {error}; expected a JSONL file") from None
     entries = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -220,8 +217,8 @@ def _from_lines(path: Path, encode: Callable[[str], list[int]] | None) -> Worklo
 
 def _entry(line: str, encode: Callable[[str], list[int]] | None) -> Entry:
     try:
-        fields = json.loads(line)
-    except json.JSONDecodeError as error:
+        fields = parse_json(line)
+    except Malformed as error:
         raise ConfigError(f"not JSON ({error})") from None
     if isinstance(fields, dict) and set(fields) == {"prompt_tokens", "output_tokens"}:
         return Entry(_count("prompt_tokens", fields["prompt_tokens"]), _count("output_tokens", fields["output_tokens"]))
@@ -238,6 +235,6 @@ def _entry(line: str, encode: Callable[[str], list[int]] | None) -> Entry:
 
 
 def _count(name: str, value: Any) -> int:
-    if type(value) is not int or value < 1:
-        raise ConfigError(f"{name!r}: {value!r} is not accepted; expected a whole number of at least 1")
+    if type(value) is not int or not 1 <= value < 10**9:
+        raise ConfigError(f"{name!r}: {value!r} is not accepted; expected a whole number of at least 1, below 1e9")
     return value

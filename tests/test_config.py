@@ -309,7 +309,7 @@ def test_errors_name_the_field(fields: dict[str, Any], field: str, says: str, tm
     ("content", "says"),
     [
         (b'{"vocab_size": 96,', "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8 text (byte 0)"),
         (b"[1]", "must hold a JSON object, not list"),
     ],
 )

@@ -98,7 +98,7 @@ def test_lines_of_a_file(tmp_path: Path):
         ("constant:5:0", "expected constant:PROMPT:OUTPUT"),
         ("constant:-5:5", "expected constant:PROMPT:OUTPUT"),
         ("sharegtp", "unknown name 'sharegtp'; accepted: constant, lmsys, sharegpt, splitwise"),
-        ("missing.jsonl", "missing.jsonl cannot be read"),
+        ("missing.jsonl", "missing.jsonl: cannot be read"),
     ],
 )
 def test_names_that_are_not_accepted(name: str, message: str):

@@ -163,7 +163,12 @@ def _begun(output: Path, restart: bool) -> str:
 def chat_time(manifest: Manifest) -> datetime | None:
     """The time for chat templates that write it; None: they do not."""
     begun = manifest.identity.get("chat_time")
-    return None if begun is None else datetime.fromisoformat(begun)
+    try:
+        return None if begun is None else datetime.fromisoformat(begun)
+    except (TypeError, ValueError):
+        from nanoflow_jax.config import ConfigError
+
+        raise ConfigError(f"--output: chat_time {begun!r} of its manifest is no time; --restart begins anew") from None
 
 
 def _devices(args: argparse.Namespace) -> int:

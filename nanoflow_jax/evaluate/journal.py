@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.lines import NumberSet
 from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
+from nanoflow_jax.reading import parse_json
 
 SYNC_SECONDS = 1.0
 QUEUE_RECORDS = 4096  # given and not yet written: then the caller waits
@@ -269,15 +270,22 @@ def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
     """
     temporary, kept, changed, gone = path.with_name(path.name + ".part"), 0, 0, 0
     with open(path, "rb") as file, open(temporary, "wb") as out:
-        for line in file:
-            record = json.loads(line)
-            number = requests.number(record)
-            if number is None:
-                known = requests.is_known(record)
+        for count, line in enumerate(file, start=1):
+            try:
+                record = parse_json(line.decode("utf-8"))
+                number = requests.number(record)
+                known = number is None and requests.is_known(record)
+                renumbered = None if number is None else requests.renumbered(record, number)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ConfigError(
+                    f"--output: line {count} of {path} is damaged; "
+                    "repair it, or use --restart, which puts the file aside"
+                ) from None
+            if renumbered is None:
                 changed, gone = changed + known, gone + (not known)
             else:
                 kept += 1
-                out.write(json.dumps(requests.renumbered(record, number), ensure_ascii=False).encode(*UTF8) + b"\n")
+                out.write(json.dumps(renumbered, ensure_ascii=False).encode(*UTF8) + b"\n")
         out.flush()
         os.fsync(out.fileno())
     unfinished = {**manifest.identity, "results": "of another run; --allow-changed was interrupted"}

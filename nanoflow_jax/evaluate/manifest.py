@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, read_json_object
 
 FORMAT = 1
 _WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size
@@ -44,14 +44,15 @@ class Manifest:
     def read(cls, path: Path) -> Manifest:
         """Raises ConfigError, one line."""
         try:
-            fields = json.loads(path.read_text(encoding="utf-8"))
-            if fields.pop("format") != FORMAT:
-                raise ConfigError(f"{path}: written by another version of nanoflow; use --restart, or that version")
-            return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"{path}: not the manifest of a run ({error})") from None
+            fields = read_json_object(path)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: not the manifest of a run ({str(error).removeprefix(f'{path}: ')})") from None
+        if fields.get("format", FORMAT) != FORMAT:
+            raise ConfigError(f"{path}: written by another version of nanoflow; use --restart, or that version")
+        wanted = {"format": int, "kind": str, "identity": dict, "about": dict}
+        if set(fields) != set(wanted) or not all(isinstance(fields[name], kind) for name, kind in wanted.items()):
+            raise ConfigError(f"{path}: not the manifest of a run (which holds {', '.join(wanted)})")
+        return cls(fields["kind"], fields["identity"], fields["about"])
 
 
 def write_durably(path: Path, data: bytes) -> None:

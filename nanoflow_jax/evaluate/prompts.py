@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.tasks import Document, Task
+from nanoflow_jax.reading import Malformed, parse_json
 
 _TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
@@ -74,7 +75,7 @@ def _sample(task: Task, number: int, document: Document, examples: list[Document
     def render(template: str, of: Document = document) -> str:
         try:
             return _compiled(template).render(**of)
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError) as error:
             raise ConfigError(f"{task.name}: document {number}: {template!r} cannot be rendered: {error}") from None
 
     def answer(of: Document) -> str:
@@ -154,6 +155,23 @@ def read_samples(path: Any) -> Iterator[dict[str, Any]]:
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield json.loads(line)
-            except ValueError:
-                raise ConfigError(f"{path}: line {number} is damaged") from None
+                record = parse_json(line.decode("utf-8"))
+            except (Malformed, UnicodeDecodeError):
+                record = {}
+            if not _is_record(record):
+                raise ConfigError(f"{path}: line {number} is damaged")
+            yield record
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has what a report is made of."""
+    if not isinstance(record, dict) or not re.fullmatch(r"sample_\d{1,15}", str(record.get("id"))):
+        return False
+    scores, error = record.get("scores"), record.get("error", False)
+    return (
+        isinstance(record.get("sample"), str)
+        and "target" in record
+        and (error is None or (isinstance(error, dict) and isinstance(error.get("message"), str)))
+        and isinstance(scores, dict)
+        and all(type(score) in (int, float) and 0 <= score <= 1 for score in scores.values())
+    )

@@ -17,11 +17,11 @@ import numpy as np
 
 from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
 from nanoflow_jax.evaluate.lines import Line
+from nanoflow_jax.reading import Malformed, one_line, parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_ID = 512  # characters
 MAX_N = 128  # completions of one prompt, as in the OpenAI interface
-_MESSAGE = 500  # characters of an error message; values of any size may be quoted in it
 
 # Fields of a body that are fields of SamplingParams, under the same name and with the same meaning.
 SAMPLING = (
@@ -96,10 +96,7 @@ class _Refused(Exception):
 
 def problem(line: int, custom_id: str | None, message: str, param: str | None = None) -> Problem:
     """A refused request; the message becomes one line of bounded length."""
-    text = " ".join(message.split())
-    if len(text) > _MESSAGE:  # the value stands in the middle, what is accepted at the end
-        text = f"{text[: _MESSAGE // 2]} ... {text[-_MESSAGE // 2 :]}"
-    return Problem(line, custom_id, "invalid_request", text, param)
+    return Problem(line, custom_id, "invalid_request", one_line(" ".join(message.split())), param)
 
 
 def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
@@ -128,27 +125,14 @@ def _wrong(name: str, value: Any, accepted: str) -> NoReturn:
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
-    def no_constant(name: str) -> NoReturn:
-        _refuse(None, f"not JSON ({name} is no JSON number)")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            seen: set[str] = set()
-            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-            _refuse(twice if twice.isidentifier() else None, f"{twice!r} is there twice in one object")
-        return found
-
     if not data.strip():
         _refuse(None, "the line is empty; a JSON object is needed")
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=no_constant, object_pairs_hook=unique)
+        value = parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         _refuse(None, f"not UTF-8 text (byte {error.start} of the line)")
-    except RecursionError:
-        _refuse(None, "not accepted: the JSON is nested too deeply")
-    except ValueError as error:  # JSONDecodeError, and integers of thousands of digits
-        _refuse(None, f"not JSON ({error})")
+    except Malformed as error:
+        _refuse(error.field, str(error) if error.field else f"not JSON ({error})")
     if not isinstance(value, dict):
         _refuse(None, f"not a JSON object but {type(value).__name__}")
     return value

@@ -60,6 +60,8 @@ def samples_path(folder: Path, task: str) -> Path:
 def summarize(task: Task, path: Path) -> TaskResult:
     """From a complete per-sample log."""
     records = sorted(read_samples(path), key=lambda r: int(r["id"].rpartition("_")[2]))
+    if not records or any(m not in r["scores"] for r in records for m in task.metrics):
+        raise ConfigError(f"{path}: not a complete log of task {task.name!r}, judged by {', '.join(task.metrics)}")
     return TaskResult(
         name=task.name,
         version=task.version,

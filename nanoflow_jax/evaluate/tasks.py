@@ -17,20 +17,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
+from nanoflow_jax.reading import Malformed, parse_json, parse_yaml, read_text
 
 Document = dict[str, Any]
+MOST_BYTES = 2**20  # of a task's YAML
+MOST_FEWSHOT = 1000
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ class Data:
             return
         assert self.file is not None
         found = 0
-        with open(self.file, encoding="utf-8-sig", newline="\n") as file:
+        with open(self.file, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
                 try:
-                    document = json.loads(line)
-                except ValueError as error:
+                    document = parse_json(line.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    raise ConfigError(f"{self.file}:{number}: not UTF-8 text (byte {error.start})") from None
+                except Malformed as error:
                     raise ConfigError(f"{self.file}:{number}: not JSON ({error})") from None
                 if not isinstance(document, dict):
                     raise ConfigError(f"{self.file}:{number}: must be a JSON object, not {type(document).__name__}")
@@ -130,14 +134,14 @@ def load_task(name: str) -> Task:
             raise ConfigError(
                 f"task: {name!r} is not known; accepted: {', '.join(task_names())}, or a path ending in .yaml or .jsonl"
             )
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ConfigError(f"task: {path} is not a file")
     if path.suffix == ".jsonl":
         return _from_lines(path)
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+        fields = parse_yaml(read_text(path, MOST_BYTES))
+    except Malformed as error:
+        raise ConfigError(f"{path}: not YAML ({error})") from None
     try:
         return _task(fields, path)
     except ConfigError as error:
@@ -199,7 +203,8 @@ def _checked(task: Task) -> Task:
             if given:
                 raise ConfigError(f"{name}: it does not go together with choices, which are scored as continuations")
     accepted = TEXT_METRICS if task.choices is None else CHOICE_METRICS
-    if not isinstance(task.metrics, tuple) or not task.metrics or not all(m in accepted for m in task.metrics):
+    known = isinstance(task.metrics, tuple) and all(isinstance(m, str) and m in accepted for m in task.metrics)
+    if not known or not task.metrics:
         kind = "generated text" if task.choices is None else "choices"
         raise ConfigError(f"metrics: {task.metrics!r} is not accepted; for {kind}: a list of {', '.join(accepted)}")
     if not isinstance(task.generate, Mapping):
@@ -226,10 +231,12 @@ def _data(where: str, fields: Any, path: Path) -> Data:
     _known(where, fields, Data.__dataclass_fields__)
     for name in ("seed", "count"):
         value = fields.get(name)
-        if value is not None and (type(value) is not int or value < (name == "count")):
-            raise ConfigError(f"{where}.{name}: {value!r} is not accepted; it must be a whole number")
+        if value is not None and (type(value) is not int or not (name == "count") <= value < 2**31):
+            raise ConfigError(f"{where}.{name}: {value!r} is not accepted; it must be a whole number below 2**31")
+    if fields.get("seed", 0) is None:
+        raise ConfigError(f"{where}.seed: null is not accepted; it must be a whole number, or be left out")
     if "problems" in fields:
-        if fields["problems"] not in builtin.TASKS:
+        if not isinstance(fields["problems"], str) or fields["problems"] not in builtin.TASKS:
             raise ConfigError(f"{where}.problems: {fields['problems']!r}; accepted: {', '.join(builtin.TASKS)}")
         if fields.get("split", "test") not in ("train", "test"):
             raise ConfigError(f"{where}.split: {fields['split']!r}; accepted: train, test")
@@ -237,7 +244,7 @@ def _data(where: str, fields: Any, path: Path) -> Data:
             raise ConfigError(f"{where}.count: it is missing; the problems have no end")
         return Data(**fields)
     file = path.parent / str(fields["file"])
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise ConfigError(f"{where}.file: {file} is not a file")
     return Data(**{**fields, "file": str(file)})
 
@@ -247,8 +254,11 @@ def _fewshot(fields: Any, path: Path) -> FewShot:
         raise ConfigError(f"fewshot: {fields!r} is not accepted; a mapping with count, seed, separator, data")
     _known("fewshot", fields, FewShot.__dataclass_fields__)
     for name in ("count", "seed"):
-        if type(fields.get(name, 0)) is not int or fields.get(name, 0) < 0:
-            raise ConfigError(f"fewshot.{name}: {fields[name]!r} is not accepted; it must be a whole number")
+        most = MOST_FEWSHOT if name == "count" else 2**31 - 1
+        if type(fields.get(name, 0)) is not int or not 0 <= fields.get(name, 0) <= most:
+            raise ConfigError(
+                f"fewshot.{name}: {fields[name]!r} is not accepted; it must be a whole number up to {most}"
+            )
     if not isinstance(fields.get("separator", ""), str):
         raise ConfigError(f"fewshot.separator: {fields['separator']!r} is not accepted; it must be a text")
     data = fields.get("data")
@@ -261,7 +271,7 @@ def _extract(fields: Any) -> Extract:
     _known("extract", fields, Extract.__dataclass_fields__)
     try:
         groups = re.compile(fields["regex"]).groups
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(f"extract.regex: {fields['regex']!r} is no regular expression ({error})") from None
     group = fields.get("group", 1 if groups else 0)
     if type(group) is not int or not 0 <= group <= groups:

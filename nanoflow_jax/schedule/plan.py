@@ -38,7 +38,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
@@ -46,9 +45,11 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.reading import Malformed, parse_toml, read_text
 from nanoflow_jax.schedule.ops import ALL, ATTENTION, DECODE, OPS, PREFILL, STRATEGIES, of_kind
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
+MOST_BYTES = 2**20  # of a plan's file
 SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
 
 
@@ -201,13 +202,10 @@ def load_plan(name: str) -> SchedulePlan:
     """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and the
     fix."""
     path = config_path("plans", name)
+    text = read_text(path, MOST_BYTES)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: not a text file; a plan is a TOML file") from None
-    try:
-        return parse_plan(path.stem, tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        return parse_plan(path.stem, parse_toml(text))
+    except Malformed as error:
         line = re.search(r"at line (\d+)", str(error))
         raise ConfigError(f"{path}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
     except ConfigError as error:

@@ -20,6 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from nanoflow_jax.models.params import Index
+from nanoflow_jax.reading import is_plain_name, parse_json, read_text
 from nanoflow_jax.weights.source import TensorInfo, WeightsError, one_line, some
 
 MANIFEST = "nanoflow_checkpoint.json"
@@ -84,14 +85,10 @@ class OrbaxFiles:
             raise WeightsError(
                 f"{path}: format {kind[0]!r} version {kind[1]!r}; accepted: {FORMAT!r} version {VERSION}"
             )
-        try:
-            tensors, files = dict(manifest["tensors"]), dict(manifest["files"])
-            self.table = {
-                name: TensorInfo(tuple(entry["shape"]), entry["dtype"], self.folder / WEIGHTS / entry["block"])
-                for name, entry in tensors.items()
-            }
-        except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(f"{path}: damaged ({one_line(error)}){_AGAIN}") from None
+        tensors, files = manifest.get("tensors"), manifest.get("files")
+        if not isinstance(tensors, dict) or not isinstance(files, dict):
+            raise WeightsError(f"{path}: damaged (it must hold the objects tensors and files){_AGAIN}")
+        self.table = {name: self._tensor(path, name, entry) for name, entry in tensors.items()}
         if fingerprint(_read_object(self.folder / "config.json"), tensors) != manifest.get("fingerprint"):
             raise WeightsError(f"{path}: fingerprint is not that of config.json and the tensors listed{_AGAIN}")
         self._check_files(files)
@@ -104,6 +101,17 @@ class OrbaxFiles:
             return np.asarray(self._stores[name][inside].read().result())
         except (ValueError, OSError) as error:
             raise WeightsError(f"{self.table[name].file}: {name} cannot be read ({_cause(error)}){_AGAIN}") from None
+
+    def _tensor(self, path: Path, name: str, entry: Any) -> TensorInfo:
+        fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+        shape, dtype, block = fields.get("shape"), fields.get("dtype"), fields.get("block")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            raise WeightsError(f"{path}: damaged (shape {shape!r} of {name}){_AGAIN}")
+        if not isinstance(dtype, str) or not is_plain_name(name):
+            raise WeightsError(f"{path}: damaged (tensor {name!r} has dtype {dtype!r}){_AGAIN}")
+        if not isinstance(block, str) or not is_plain_name(block):
+            raise WeightsError(f"{path}: block {block!r} of {name}; the name of a folder in {WEIGHTS} is accepted")
+        return TensorInfo(tuple(shape), dtype, self.folder / WEIGHTS / block)
 
     def _check_files(self, files: dict[str, int]) -> None:
         found = weight_files(self.folder)
@@ -157,9 +165,9 @@ class OrbaxFiles:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not readable as JSON ({one_line(error)}){_AGAIN}") from None
+        value = parse_json(read_text(path))
+    except ValueError as error:
+        raise WeightsError(f"{path}: not readable as JSON ({error}){_AGAIN}") from None
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: must hold a JSON object{_AGAIN}")
     return value

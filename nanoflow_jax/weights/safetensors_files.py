@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nanoflow_jax.models.params import Index
+from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, read_text
 from nanoflow_jax.weights.source import DTYPES, TIED_HEAD, TensorInfo, WeightsError, is_rotary_buffer, one_line, some
 
 SINGLE_FILE = "model.safetensors"
@@ -58,7 +58,10 @@ class SafetensorsFiles:
                 f"{path}: truncated, corrupt or not a safetensors file ({one_line(error)}); copy or download it again"
             ) from None
         length = int.from_bytes(data[:8].tobytes(), "little")
-        header: dict[str, Any] = json.loads(data[8 : 8 + length].tobytes())
+        try:
+            header: dict[str, Any] = parse_json(data[8 : 8 + length].tobytes().decode())
+        except Malformed as error:
+            raise WeightsError(f"{path}: its header is not valid JSON ({error}); copy or download it again") from None
         self._bytes[path] = data
         for name, entry in header.items():
             if name == "__metadata__":
@@ -98,15 +101,16 @@ class SafetensorsFiles:
 def _read_index(path: Path) -> dict[str, str]:
     """The index's tensor name -> file name."""
     try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: not valid JSON ({one_line(error)})") from None
-    except (KeyError, TypeError):
-        raise WeightsError(f"{path}: has no weight_map; an object from tensor names to file names is needed") from None
+        fields = parse_json(read_text(path))
+    except Malformed as error:
+        raise WeightsError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(fields, dict) or "weight_map" not in fields:
+        raise WeightsError(f"{path}: has no weight_map; an object from tensor names to file names is needed")
+    weight_map = fields["weight_map"]
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path}: weight_map must be an object from tensor names to file names, and not empty")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not is_plain_name(file):
             raise WeightsError(
                 f"{path}: weight_map has {file!r} for {name}; the name of a file in the folder is accepted"
             )

@@ -332,7 +332,10 @@ def test_pictures_show_the_figures() -> None:
 def test_comparisons_that_pair_nothing(tmp_path: Path) -> None:
     def write(folder: str, ids: list[str], target: str = "y") -> Path:
         (tmp_path / folder).mkdir()
-        lines = [{"id": f"sample_{i}", "sample": s, "target": target, "scores": {"f1": 1.0}} for i, s in enumerate(ids)]
+        lines = [
+            {"id": f"sample_{i}", "error": None, "sample": s, "target": target, "scores": {"f1": 1.0}}
+            for i, s in enumerate(ids)
+        ]
         (tmp_path / folder / "t.samples.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
         return tmp_path / folder
 

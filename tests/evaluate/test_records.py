@@ -73,7 +73,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     (b"[1, 2]", None, "not a JSON object but list"),
     (b"9" * 5000, None, "not JSON"),
     (b"[" * 100_000, None, "nested too deeply"),
-    (b'{"prompt": "x", "temperature": NaN}', None, "NaN"),
+    (b'{"prompt": "x", "temperature": NaN}', "temperature", "finite number"),
     (b'{"prompt": "x", "prompt": "y"}', "prompt", "there twice"),
     ({}, "prompt", "missing"),
     ({"prompt": None}, "prompt", "None"),

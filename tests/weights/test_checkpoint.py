@@ -166,7 +166,10 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda f: (f / MANIFEST).unlink(), f"not a finished checkpoint .no {MANIFEST}"),
     "manifest cut short": (lambda f: (f / MANIFEST).write_text("{"), f"{MANIFEST}: not readable as JSON"),
     "another version": (_edit_json(MANIFEST, lambda m: m.update(version=9)), "version 9; accepted: .* version 1"),
-    "manifest without tensors": (_edit_json(MANIFEST, lambda m: m.pop("tensors")), "damaged .'tensors'"),
+    "manifest without tensors": (
+        _edit_json(MANIFEST, lambda m: m.pop("tensors")),
+        "damaged .it must hold",
+    ),
     "another config": (_edit_json("config.json", lambda c: c.update(rms_norm_eps=0.1)), "fingerprint is not that of"),
     "manifest edited": (_edit_json(MANIFEST, lambda m: m["tensors"].pop(NORM)), "fingerprint is not that of"),
     "block absent": (lambda f: shutil.rmtree(f / "weights" / "head"), "files are absent: weights/head/"),

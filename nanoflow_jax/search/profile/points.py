@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,20 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "sampling": ("rows",),
 }
 OPS = (*AXES, "pair")
+_HEADS = ("q_heads", "kv_heads", "head_dim", "dtype")
+# What names a shape.
+SHAPE: Mapping[str, tuple[str, ...]] = {
+    "copy": (),
+    "gemm": ("n", "k", "dtype"),
+    "decode_attention": _HEADS,
+    "prefill_attention": _HEADS,
+    "collective": ("kind", "devices", "dtype"),
+    "append": ("kv_heads", "head_dim", "dtype"),
+    "norm": ("hidden", "dtype"),
+    "sampling": ("vocab",),
+}
+_TEXTS: Mapping[str, Collection[str]] = {"dtype": tuple(BYTES), "kind": tuple(KINDS.values())}
+LARGEST_SIZE = 2**48
 SMALL_BYTES = 1024  # per device, of the smallest collective: what it takes to start one
 PAIR_CONTEXT = 1024  # of decode attention in a pair, at most
 
@@ -66,10 +80,14 @@ class Point:
         """Raises ValueError naming what is wrong."""
         sizes = {name: value for name, value in fields.items() if name != "op"}
         op = str(fields.get("op"))
-        if op not in AXES or not set(AXES[op]) <= set(sizes):
+        if op not in AXES or set(sizes) != {*AXES[op], *SHAPE[op]}:
             raise ValueError(f"{dict(fields)} is not a point; op must be one of {', '.join(AXES)}, with its sizes")
-        if wrong := [n for n, v in sizes.items() if isinstance(v, bool) or not isinstance(v, int | str)]:
-            raise ValueError(f"{op}: size {wrong[0]} = {sizes[wrong[0]]!r} must be an integer or a text")
+        for name, value in sizes.items():
+            if name in _TEXTS:
+                if not isinstance(value, str) or value not in _TEXTS[name]:
+                    raise ValueError(f"{op}: {name} = {value!r} must be one of {', '.join(_TEXTS[name])}")
+            elif type(value) is not int or not (name != "sms") <= value <= LARGEST_SIZE:
+                raise ValueError(f"{op}: size {name} = {value!r} must be a whole number above 0")
         return Point.of(op, **sizes)
 
 

@@ -24,7 +24,8 @@ import jax
 
 from nanoflow_jax import __version__
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.search.profile.points import Pair, Point
+from nanoflow_jax.reading import Malformed, parse_json, read_text
+from nanoflow_jax.search.profile.points import LARGEST_SIZE, Pair, Point
 from nanoflow_jax.search.profile.timing import PairTiming, Timing
 
 FORMAT = 1
@@ -89,10 +90,9 @@ def read_table(path: str | Path) -> Table:
     Raises ConfigError naming the file and the line that is not one of a table's.
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; nanoflow profile --output {path} makes it") from None
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; nanoflow profile --output {path} makes it")
+    data = read_text(path).encode()
     whole, newline, torn = data.rpartition(b"\n")
     lines = whole.split(b"\n") if newline else []
     if not lines:
@@ -100,6 +100,7 @@ def read_table(path: str | Path) -> Table:
     header = _parsed(path, 1, lines[0])
     if header.get("format") != FORMAT:
         raise ConfigError(f"{path}:1: not the header of a profile of format {FORMAT}")
+    _check_header(path, header)
     times: dict[Point, Timing] = {}
     pairs: dict[Pair, PairTiming] = {}
     failed: dict[Point | Pair, str] = {}
@@ -112,10 +113,24 @@ def read_table(path: str | Path) -> Table:
     return Table(str(path), header, times, pairs, failed, len(torn))
 
 
+def _check_header(path: Path, header: Mapping[str, Any]) -> None:
+    """Raises ConfigError unless it has what `search.measured` reads."""
+    machine, versions = header.get("machine"), header.get("versions")
+    if not isinstance(machine, dict) or not isinstance(versions, dict):
+        raise ConfigError(f"{path}:1: a profile's header holds the objects machine and versions")
+    if not isinstance(machine.get("device"), str):
+        raise ConfigError(f"{path}:1: machine.device: {machine.get('device')!r} must be a text")
+    sizes = {"machine.devices": machine.get("devices"), "memory_bytes": header.get("memory_bytes")}
+    sizes |= {"machine.cpus": machine.get("cpus") or 1, "sms": header.get("sms") or 1}
+    for name, value in sizes.items():
+        if type(value) is not int or not 1 <= value <= LARGEST_SIZE:
+            raise ConfigError(f"{path}:1: {name}: {value!r} must be a whole number above 0")
+
+
 def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = parse_json(line.decode())
+    except Malformed as error:
         raise ConfigError(f"{path}:{number}: not a line of a profile: {error}") from None
     if not isinstance(record, dict):
         raise ConfigError(f"{path}:{number}: not a line of a profile: {line[:40]!r}")
@@ -137,19 +152,27 @@ def _add(
     if "failed" in figures:
         failed[point] = str(figures["failed"])
     elif isinstance(point, Pair):
-        rounds = tuple((int(a), int(b), _above_zero("rounds", us)) for a, b, us in figures.pop("rounds"))
+        rounds = tuple((_count(a), _count(b), _above_zero("rounds", us)) for a, b, us in figures.pop("rounds"))
+        if len(rounds) != 2:
+            raise ValueError("rounds must be two")
         alone = {name: _above_zero(name, figures[name]) for name in ("first_us", "second_us")}
-        kept = {name: float(figures[name]) for name in ("first_speed", "second_speed")}
-        if bad := [name for name, speed in kept.items() if not 0 <= speed <= 1]:
+        kept = {name: figures[name] for name in ("first_speed", "second_speed")}
+        if bad := [n for n, speed in kept.items() if type(speed) not in (int, float) or not 0 <= speed <= 1]:
             raise ValueError(f"{bad[0]} must be from 0 to 1")
-        pairs[point] = PairTiming(rounds=rounds[:2], **alone, **kept)  # pyright: ignore[reportArgumentType]
+        pairs[point] = PairTiming(rounds=rounds, **alone, **kept)  # pyright: ignore[reportArgumentType]
     else:
         us, low, high = (_above_zero(name, figures[name]) for name in TIMES[:3])
-        times[point] = Timing(us, low, high, int(figures["runs"]))
+        times[point] = Timing(us, low, high, _count(figures["runs"]))
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 < value < 2**31:
+        raise ValueError(f"runs and rounds: {value!r} must be a whole number above 0")
+    return value
 
 
 def _above_zero(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-9 < value < 1e15:
         raise ValueError(f"{name} = {value!r} must be a number above 0")
     return float(value)
 
