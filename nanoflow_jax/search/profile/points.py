@@ -38,7 +38,10 @@ SHAPE: Mapping[str, tuple[str, ...]] = {
     "norm": ("hidden", "dtype"),
     "sampling": ("vocab",),
 }
-_TEXTS: Mapping[str, Collection[str]] = {"dtype": tuple(BYTES), "kind": tuple({op.collective for op in PLAN_OPS.values() if op.kind == COLLECTIVE})}
+_TEXTS: Mapping[str, Collection[str]] = {
+    "dtype": tuple(BYTES),
+    "kind": tuple({op.collective for op in PLAN_OPS.values() if op.kind == COLLECTIVE}),
+}
 LARGEST_SIZE = 2**48
 SMALL_BYTES = 1024  # per device, of the smallest collective: what it takes to start one
 PAIR_CONTEXT = 1024  # of decode attention in a pair, at most
