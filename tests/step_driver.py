@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.kv_scales import find_kv_scales
-from nanoflow_jax.models.llama import LlamaParams, param_infos
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
 from nanoflow_jax.schedule.batch import StepBatch, StepShape, abstract_batch, empty_batch
@@ -61,7 +62,7 @@ class Driver:
         return make_mesh(self.config, self.devices)
 
     @cached_property
-    def infos(self) -> LlamaParams:
+    def infos(self) -> ModelParams:
         plan, scales = self.plan, None
         if self.kv_cache_dtype != "auto":
             table = open_weights(self.folder).table
@@ -72,7 +73,7 @@ class Driver:
         )  # fmt: skip
 
     @cached_property
-    def params(self) -> LlamaParams:
+    def params(self) -> ModelParams:
         return load_params(self.folder, self.config, self.mesh, self.infos)
 
     @cached_property
@@ -98,7 +99,7 @@ class Driver:
 
         return jax.tree.map(pages, self._abstract_cache)
 
-    def run(self, cache: KVCache, batch: StepBatch, params: LlamaParams | None = None) -> tuple[KVCache, np.ndarray]:
+    def run(self, cache: KVCache, batch: StepBatch, params: ModelParams | None = None) -> tuple[KVCache, np.ndarray]:
         """The next cache, and logits [T, vocabulary]."""
         batch = jax.device_put(batch, replicated(self.mesh))
         cache, out = self.step(self.params if params is None else params, cache, batch)
@@ -156,7 +157,7 @@ class Packer:
 Steps = list[tuple[StepBatch, list[RowOf]]]
 
 
-def logits_of(driver: Driver, steps: Steps, params: LlamaParams | None = None) -> dict[tuple[int, int], np.ndarray]:
+def logits_of(driver: Driver, steps: Steps, params: ModelParams | None = None) -> dict[tuple[int, int], np.ndarray]:
     """Runs the steps on empty pages: (sequence, position) -> logits."""
     cache, found = driver.new_cache(), {}
     for batch, rows in steps:

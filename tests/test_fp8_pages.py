@@ -23,7 +23,8 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.memory import page_bytes, plan_pages
 from nanoflow_jax.engine.setup import prefix_root
 from nanoflow_jax.models.kv_scales import NAMES, find_kv_scales, is_kv_scale
-from nanoflow_jax.models.llama import LlamaParams, param_infos
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.schedule.attention import page_dtype
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import load_plan
@@ -110,7 +111,7 @@ def wanted() -> np.ndarray:
     return np.concatenate([forward(p, SCALES) for p in PROMPTS])
 
 
-def logits(driver: Driver, params: LlamaParams | None = None) -> np.ndarray:
+def logits(driver: Driver, params: ModelParams | None = None) -> np.ndarray:
     """All but the last token of each prompt through prefill rows, the last through a decode row."""
     packer = Packer(PROMPTS, SHAPE, driver.num_pages)
     steps = [

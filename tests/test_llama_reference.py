@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import CASES, GREEDY_TOKENS, PROMPT_LENGTHS, Reference, load_reference, write_checkpoint
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import LayerParams, LlamaParams
+from nanoflow_jax.models.layout import LayerParams, ModelParams
+from nanoflow_jax.models.llama import forward
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.schedule.step import KVCache
 from nanoflow_jax.weights.hub import resolve_model
-from tests.step_driver import Driver, Packer, Steps, against_reference, logits_of
+from tests.step_driver import FAST_COMPILE, Driver, Packer, Steps, against_reference, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
 COUNT = len(PROMPT_LENGTHS)
@@ -60,6 +63,23 @@ def test_logits(case: str, dtype: str, driver_of: GetDriver) -> None:
     got, want = against_reference(logits_of(driver, whole_prompts(reference, driver)), reference, dtype)
     assert got.shape == (sum(PROMPT_LENGTHS), driver.config.vocab_size)
     assert_rows_close(got, want, dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_forward(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What steps are compared with where `transformers` has no answer. As exact as a step; one that sees later
+    tokens is not."""
+    reference, folder = load_reference(case), write_checkpoint(case, tmp_path)
+    driver = Driver(folder, load_plan("two_all_reduce"), SHAPE)
+    run = jax.jit(partial(forward, driver.config), compiler_options=FAST_COMPILE)
+    prompt = max(reference.prompts, key=len)
+    place = reference.prompts.index(prompt)
+    got, want = np.asarray(run(driver.params, np.array(prompt))), reference.logits["float32"][place]
+    assert_rows_close(got, want, "float32")
+    monkeypatch.setattr(jnp, "tril", lambda x: x)
+    blind = jax.jit(partial(forward, driver.config), compiler_options=FAST_COMPILE)
+    foreseen = np.asarray(blind(driver.params, np.array(prompt)))[:-1]
+    assert (row_errors(foreseen, want[:-1]) > TOLERANCES["float32"]).all()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -169,7 +189,7 @@ def test_broken_models_fail(driver_of: GetDriver) -> None:
     no_bias = replace(layers[1], o_bias=layers[1].o_bias * 0)
     lost_row = layers[1].down.at[5].set(0.0)
 
-    def with_layers(*new: LayerParams) -> LlamaParams:
+    def with_layers(*new: LayerParams) -> ModelParams:
         return jax.device_put(replace(driver.params, layers=new), jax.tree.map(lambda x: x.sharding, driver.params))
 
     twins = {

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import LlamaParams, kv_groups, padded_vocab, param_infos
+from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import ParamInfo, abstract_params, is_info, random_params
 from nanoflow_jax.parallel.mesh import make_mesh
 
@@ -31,18 +32,18 @@ CONFIG = ModelConfig.from_hf(
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Mesh, LlamaParams, LlamaParams]:
+def made() -> tuple[Mesh, ModelParams, ModelParams]:
     """(mesh of 8, declarations, random weights)"""
     mesh = make_mesh(CONFIG, 8)
     infos = param_infos(CONFIG, 8)
     return mesh, infos, random_params(infos, mesh)
 
 
-def pairs(infos: LlamaParams, params: LlamaParams) -> list[tuple[ParamInfo, jax.Array]]:
+def pairs(infos: ModelParams, params: ModelParams) -> list[tuple[ParamInfo, jax.Array]]:
     return list(zip(jax.tree.leaves(infos, is_leaf=is_info), jax.tree.leaves(params), strict=True))
 
 
-def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
     """Each device holds its shard and nothing else; KV heads are replicated to 8 groups, the vocabulary is padded."""
     mesh, infos, params = made
     split = 0
@@ -60,7 +61,7 @@ def test_shapes_and_shardings_are_those_declared(made: tuple[Mesh, LlamaParams, 
     assert jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding), params) == abstract
 
 
-def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+def test_scale(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
     """Normal with a variance of 1 / fan-in, norms one, biases zero; no weight or shard is a copy of another, but
     for the two layouts of O, which are one matrix."""
     _, infos, params = made
@@ -85,7 +86,7 @@ def test_scale(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
                     seen.add(start)
 
 
-def test_deterministic(made: tuple[Mesh, LlamaParams, LlamaParams]) -> None:
+def test_deterministic(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
     """The seed decides: the same again, the same on 4 devices where the shape is; other with another seed."""
     mesh, infos, _ = made
     some = (infos.layers[0].down, infos.layers[1].down)

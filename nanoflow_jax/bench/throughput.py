@@ -34,7 +34,7 @@ from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.hardware import hardware_of
-from nanoflow_jax.models.llama import LlamaParams
+from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
 from nanoflow_jax.platform import claim_gpu_memory
@@ -147,7 +147,7 @@ def build_random(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, lim
     """An engine with random weights, and the seconds that weights and the rest, mostly compiling, took."""
     weights_seconds = 0.0
 
-    def make_params(infos: LlamaParams, mesh: Mesh) -> LlamaParams:
+    def make_params(infos: ModelParams, mesh: Mesh) -> ModelParams:
         nonlocal weights_seconds
         began = time.perf_counter()
         params = jax.block_until_ready(random_params(infos, mesh, options.seed))

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jax
 
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
+from nanoflow_jax.models.layout import ModelParams, kv_groups
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
 from nanoflow_jax.platform import MOST, SPARE, memory_fraction
@@ -61,7 +62,7 @@ def usable_memory(stats: Mapping[str, int] | None, utilization: float) -> int | 
     return int(min(wanted, reach))
 
 
-def local_bytes(infos: LlamaParams, devices: int) -> int:
+def local_bytes(infos: ModelParams, devices: int) -> int:
     """Bytes of the weights on one device."""
     leaves = jax.tree.leaves(infos, is_leaf=is_info)
     return sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
@@ -73,7 +74,7 @@ def page_bytes(config: ModelConfig, devices: int, page_size: int, kv_cache_dtype
     return 2 * config.num_layers * groups * page_size * config.head_dim * page_dtype(config, kv_cache_dtype).itemsize
 
 
-def check_weights(config: ModelConfig, infos: LlamaParams, devices: int, limit: int) -> None:
+def check_weights(config: ModelConfig, infos: ModelParams, devices: int, limit: int) -> None:
     """Raises ConfigError, saying what would fit, when the weights alone are too many."""
     weights = local_bytes(infos, devices)
     if weights < limit:

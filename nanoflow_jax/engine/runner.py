@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.engine.sampler import StepOutput
-from nanoflow_jax.models.llama import LlamaParams
+from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.progress import Progress
 from nanoflow_jax.schedule.batch import StepShape
@@ -47,8 +47,8 @@ class Runner:
         self,
         spec: StepSpec,
         mesh: Mesh,
-        infos: LlamaParams,
-        params: LlamaParams,
+        infos: ModelParams,
+        params: ModelParams,
         shapes: Sequence[StepShape],
         sizes: SlotSizes,
         *,
@@ -122,7 +122,7 @@ class Runner:
 def compile_steps(
     spec: StepSpec,
     mesh: Mesh,
-    infos: LlamaParams,
+    infos: ModelParams,
     shapes: Sequence[StepShape],
     sizes: SlotSizes,
     *,

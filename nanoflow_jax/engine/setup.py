@@ -27,7 +27,8 @@ from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
 from nanoflow_jax.engine.sampler_tables import SamplerTables
 from nanoflow_jax.models.kv_scales import find_kv_scales
-from nanoflow_jax.models.llama import LlamaParams, kv_groups, param_infos
+from nanoflow_jax.models.layout import ModelParams, kv_groups
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
@@ -79,7 +80,7 @@ def build_engine(
     tokenizer: Tokenizer | None,
     eos_token_ids: tuple[int, ...],
     options: EngineOptions,
-    make_params: Callable[[LlamaParams, Mesh], LlamaParams] | None = None,
+    make_params: Callable[[ModelParams, Mesh], ModelParams] | None = None,
 ) -> Engine:
     """Loads the weights of `folder`, compiles the steps and allocates the pages. Raises ConfigError, one line.
 
@@ -269,7 +270,7 @@ def _kv_scales(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: LlamaParams, progress: bool) -> LlamaParams:
+def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: ModelParams, progress: bool) -> ModelParams:
     total = sum(info.nbytes for info in jax.tree.leaves(infos, is_leaf=is_info))
     seen = 0
     with Progress(total, "loading weights", "B", progress) as bar:

@@ -19,7 +19,8 @@ from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
 from nanoflow_jax.inspect.small import text as small_text
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
-from nanoflow_jax.models.llama import kv_groups, param_infos
+from nanoflow_jax.models.layout import kv_groups
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.platform import without_compile_cache

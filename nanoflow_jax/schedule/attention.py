@@ -11,7 +11,7 @@ from kernels_pallas.checks import FP8
 from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.models.llama import kv_groups
+from nanoflow_jax.models.layout import kv_groups
 
 KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm")
 HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept

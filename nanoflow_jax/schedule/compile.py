@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kernels_pallas.expected import LATENCY
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import LlamaParams
+from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import abstract_params, is_info
 from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.schedule.plan import SchedulePlan
@@ -71,7 +71,7 @@ def abstract_cache(
 
 
 def abstract_state(
-    spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, num_pages: int, page_size: int
+    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, num_pages: int, page_size: int
 ) -> StepState:
     """Cache and slots as abstract arrays on `mesh`."""
     config = spec.config
@@ -83,7 +83,7 @@ def abstract_state(
 
 
 def lower_step(
-    spec: StepSpec, mesh: Mesh, infos: LlamaParams, sizes: SlotSizes, *, num_pages: int, page_size: int
+    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, *, num_pages: int, page_size: int
 ) -> jax.stages.Lowered:
     """Traces the engine's step for `mesh`, whose devices may be compile-only."""
     return build_step(spec, mesh, infos, page_size).lower(

@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import padded_vocab
+from nanoflow_jax.models.layout import padded_vocab
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.batch import SamplingArrays, StepBatch, StepShape
 

@@ -27,8 +27,8 @@ from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.logprobs import score_rows
 from nanoflow_jax.engine.sampler import StepOutput, sample
-from nanoflow_jax.models import llama
-from nanoflow_jax.models.llama import LlamaParams
+from nanoflow_jax.models import parts
+from nanoflow_jax.models.layout import ModelParams, kv_groups
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
@@ -44,7 +44,7 @@ from nanoflow_jax.schedule.slots import SLOT_SPECS, SlotState, resolve, unpack
 @struct.dataclass
 class KVCache:
     """Pages of all layers, `[num_layers * num_pages, KV groups, page_size, d]`, split over the groups; layer l's begin
-    at l * num_pages. Donated to each step. Pages of fp8 hold K and V over `LlamaParams.kv_scales`.
+    at l * num_pages. Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
 
     One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
     """
@@ -68,7 +68,7 @@ NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first pag
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
     """Global shape of the K (or V) pages."""
-    return config.num_layers * num_pages, llama.kv_groups(config, devices), page_size, config.head_dim
+    return config.num_layers * num_pages, kv_groups(config, devices), page_size, config.head_dim
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,10 @@ class StepState:
     slots: SlotState
 
 
-def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -> jax.stages.Wrapped:
+def build_step(spec: StepSpec, mesh: Mesh, infos: ModelParams, page_size: int) -> jax.stages.Wrapped:
     """The engine's step as a jitted function `(leaves, state, packed) -> (state, output)`, state donated.
 
-    leaves  those of LlamaParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
+    leaves  those of ModelParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
     packed  int32 vector, a packed `StepInputs` of `spec.shape`
     output  a `StepOutput`, the same on every device
     """
@@ -124,7 +124,7 @@ def build_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams, page_size: int) -
     return jax.jit(sharded, donate_argnums=(1,))
 
 
-def build_logits_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.stages.Wrapped:
+def build_logits_step(spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.stages.Wrapped:
     """The layers alone: a jitted `(params, cache, batch) -> (cache, logits [T, vocabulary] float32)`, cache
     donated."""
     sharded = jax.shard_map(
@@ -138,7 +138,7 @@ def build_logits_step(spec: StepSpec, mesh: Mesh, infos: LlamaParams) -> jax.sta
 
 
 def _step(
-    spec: StepSpec, page_size: int, params: LlamaParams, state: StepState, packed: jax.Array
+    spec: StepSpec, page_size: int, params: ModelParams, state: StepState, packed: jax.Array
 ) -> tuple[StepState, StepOutput]:
     shape = spec.shape
     inputs = unpack(packed, shape)
@@ -156,25 +156,25 @@ def _step(
     return StepState(cache, slots), StepOutput(sampled, scores)
 
 
-def _logits_step(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+def _logits_step(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     cache, hidden = _layers(spec, params, cache, batch)
     local, _ = _head(spec.config, params, hidden)
     gathered = collectives.all_gather(local)  # [p, T, V/p]
     return cache, gathered.transpose(1, 0, 2).reshape(hidden.shape[0], -1)[:, : spec.config.vocab_size]
 
 
-def _layers(spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
     machine = Tracer(spec, params, cache, batch)
     parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()
     return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-def _head(config: ModelConfig, params: LlamaParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _head(config: ModelConfig, params: ModelParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
     """hidden [n, H] -> this device's logits [n, V/p] float32 (padding -inf), and the vocabulary index of its first."""
     head = params.embedding if params.head is None else params.head
-    normed = llama.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
-    local = llama.contract(normed, head, 1, out_dtype=jnp.float32)
+    normed = parts.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
+    local = parts.contract(normed, head, 1, out_dtype=jnp.float32)
     first = collectives.device_index() * head.shape[0]
     return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
@@ -184,7 +184,7 @@ class Tracer:
 
     appends_at_once = False
 
-    def __init__(self, spec: StepSpec, params: LlamaParams, cache: KVCache, batch: StepBatch):
+    def __init__(self, spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch):
         self.config, self.shape = spec.config, spec.shape
         self.params, self.batch = params, batch
         self.k_pages, self.v_pages = cache.k, cache.v
@@ -208,7 +208,7 @@ class Tracer:
             REDUCE: collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce,
             SCATTER: collectives.reduce_scatter_rows,
         }
-        self.cos, self.sin = llama.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
+        self.cos, self.sin = parts.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
 
     def scope(self, layer: int | None, op: str, number: int) -> AbstractContextManager[Any]:
         return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
@@ -231,7 +231,7 @@ class Tracer:
     def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = piece.rows // self.devices
         mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-        return mine, llama.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
+        return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
     def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
         return collectives.all_gather_rows(x)
@@ -249,7 +249,7 @@ class Tracer:
         """In one ordered op."""
         weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
         if update is None:
-            return x, self.order.run(lambda x: llama.rms_norm(x, weight, eps), x)
+            return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
 
         def both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             return _add_rms_norm(x, update, weight, bias=bias, eps=eps, **self.options.norm)
@@ -268,10 +268,10 @@ class Tracer:
         rows, layer = slice(piece.start, piece.stop), self.layer
 
         def project(*inputs: jax.Array) -> jax.Array:
-            q, k, v = llama.kqv_projection(span(*inputs), layer)
+            q, k, v = parts.kqv_projection(span(*inputs), layer)
             cos, sin = self.cos[rows], self.sin[rows]
-            q = llama.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
-            return pack_kqv(q, llama.apply_rope(k, cos, sin), v)
+            q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
+            return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
 
         return self.order.run(project, *normed)
 
@@ -336,20 +336,20 @@ class Tracer:
     def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
         """[w, n] x [H/p, w] -> [n, H/p]."""
         weight = self.layer.o_rows
-        return self.order.run(lambda x: llama.contract(x, weight, 0), gathered)
+        return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
         weight = self.layer.o_columns
-        return self.order.run(lambda *parts: llama.contract(span(*parts), weight, 1), *attention)
+        return self.order.run(lambda *parts: parts.contract(span(*parts), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
         layer = self.layer
-        return self.order.run(lambda *x: llama.gated_mlp_up(span(*x), layer), *normed)
+        return self.order.run(lambda *x: parts.gated_mlp_up(span(*x), layer), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
-        return self.order.run(lambda x: llama.contract(x, weight, 1), activated)
+        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
 
     # -- collectives and streams
 

@@ -11,7 +11,8 @@ import jax
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.models.llama import kv_groups, param_infos
+from nanoflow_jax.models.layout import kv_groups
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.schedule.plan import NanoBatch, SchedulePlan, row_quantum

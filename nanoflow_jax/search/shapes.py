@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import kv_groups, padded_vocab
+from nanoflow_jax.models.layout import kv_groups, padded_vocab
 from nanoflow_jax.search.latency import LatencyModel, Prediction
 from nanoflow_jax.search.load import StepLoad
 

@@ -23,7 +23,7 @@ from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import ADD_NORM, BLOCK_LIMIT, AddNormTuning
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
-from nanoflow_jax.models.llama import rms_norm
+from nanoflow_jax.models.parts import rms_norm
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
 EPS = 1e-5

@@ -9,20 +9,21 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import LlamaParams, param_infos
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.weights import load_params
 
 MESH_SIZES = (1, 2, 4, 8)
 
 
-def load(folder: Path, devices: int, dtype: str = "float32", **options: Any) -> tuple[ModelConfig, Mesh, LlamaParams]:
+def load(folder: Path, devices: int, dtype: str = "float32", **options: Any) -> tuple[ModelConfig, Mesh, ModelParams]:
     config = ModelConfig.from_file(folder / "config.json")
     mesh = make_mesh(config, devices)
     return config, mesh, load_params(folder, config, mesh, param_infos(config, devices, dtype=dtype), **options)
 
 
-def hugging_face_tensors(params: LlamaParams, config: ModelConfig) -> dict[str, np.ndarray]:
+def hugging_face_tensors(params: ModelParams, config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors in float32; checks that padding is zero, and that KV replicas and both layouts of O are equal."""
 
     def host(array: Any) -> np.ndarray:

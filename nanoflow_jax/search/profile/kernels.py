@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
 from nanoflow_jax.engine.sampler import sample
-from nanoflow_jax.models import llama
+from nanoflow_jax.models import parts
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.schedule.attention import norm_fits
 from nanoflow_jax.schedule.batch import SamplingArrays
@@ -71,7 +71,7 @@ def _gemm(point: Point) -> Kernel:
     def make(sets: int) -> tuple[Any, list[Any]]:
         return (), [(_random(2 * i, (m, k), dtype), _random(2 * i + 1, (n, k), dtype)) for i in range(sets)]
 
-    return Kernel(make, lambda _, own: llama.contract(own[0], own[1], 1), (m * k + n * k) * BYTES[point["dtype"]])
+    return Kernel(make, lambda _, own: parts.contract(own[0], own[1], 1), (m * k + n * k) * BYTES[point["dtype"]])
 
 
 def _page_sets(sets: int, rows: int, pages: int) -> list[jax.Array]:

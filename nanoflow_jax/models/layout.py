@@ -1,0 +1,61 @@
+"""The weights of a model as the step takes them, and what a mesh makes of its sizes.
+
+Weights keep Hugging Face's [out, in] order, so that every GEMM contracts the last dimension of both operands and
+loading never transposes. Fused weights are laid out so that a contiguous shard is what one device needs, whatever
+the mesh size: KQV groups each KV head with the query heads it serves; UG keeps gate and up on a leading axis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import struct
+
+from nanoflow_jax.config import ModelConfig
+
+VOCAB_MULTIPLE = 8  # a device's share of the vocabulary is a multiple of this, for aligned GEMMs
+
+
+@struct.dataclass
+class LayerParams:
+    """One decoder layer. G: KV groups (KV heads, replicated up to the mesh size); r: query heads per group; d: head
+    size.
+
+    `o_rows` and `o_columns` are the same matrix split over its outputs (N) and over its inputs (K); a plan that
+    needs one layout only has None for the other.
+    """
+
+    kqv: Any  # [G, r + 2, d, H]: per group the query heads, then K, then V
+    kqv_bias: Any  # [G, r + 2, d] or None
+    o_rows: Any  # [H, heads * d] split over H, for O split over N
+    o_columns: Any  # [H, heads * d] split over heads, for O split over K
+    o_bias: Any  # [H] or None
+    ug: Any  # [2, F, H]: gate, up
+    ug_bias: Any  # [2, F] or None
+    down: Any  # [H, F]
+    down_bias: Any  # [H] or None
+
+
+@struct.dataclass
+class ModelParams:
+    """All weights. L: layers; V: vocabulary padded to the mesh.
+
+    The layers' norms are one array: a step's start costs the host time for every argument.
+    """
+
+    embedding: Any  # [V, H] split over V
+    norms: Any  # [L, 2, H]: ahead of attention, ahead of the MLP
+    layers: tuple[LayerParams, ...]
+    final_norm: Any  # [H]
+    head: Any  # [V, H] split over V; None when tied to the embedding
+    kv_scales: Any = None  # [2 (K, V), layers, G] float32 split over G, of fp8 pages; None without
+
+
+def kv_groups(config: ModelConfig, devices: int) -> int:
+    """Number of KV groups: the KV heads, or the mesh size when there are fewer of them (each is then replicated)."""
+    return max(config.num_kv_heads, devices)
+
+
+def padded_vocab(config: ModelConfig, devices: int) -> int:
+    multiple = VOCAB_MULTIPLE * devices
+    return -(-config.vocab_size // multiple) * multiple

@@ -1,0 +1,86 @@
+"""The maths of a layer, on whole weights or on a device's shards of them: norm, GEMMs, KQV, gated MLP, rotary
+embedding."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nanoflow_jax.config import RopeConfig
+from nanoflow_jax.models.layout import LayerParams
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x [n, H] -> [n, H]; statistics in float32, as Hugging Face does."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight[None, :]
+
+
+def contract(x: jax.Array, weight: jax.Array, axis: int, out_dtype: Any = None) -> jax.Array:
+    """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [N, K] -> [n, N]. float32 is computed in full
+    precision everywhere."""
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return lax.dot_general(
+        x, weight, (((axis,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype
+    )
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x [n, K], weight [N, K], bias [N] or None -> [n, N]."""
+    out = contract(x, weight, 1)
+    return out if bias is None else out + bias[None, :]
+
+
+def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """KQV: x [n, H] -> q [n, g, r, d], k [n, g, d], v [n, g, d] of this device's g groups."""
+    groups, rows, d, hidden = layer.kqv.shape
+    bias = None if layer.kqv_bias is None else layer.kqv_bias.reshape(-1)
+    fused = linear(x, layer.kqv.reshape(groups * rows * d, hidden), bias).reshape(-1, groups, rows, d)
+    return fused[:, :, : rows - 2], fused[:, :, rows - 2], fused[:, :, rows - 1]
+
+
+def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
+    """UG: x [n, H] -> SiLU(gate) * up, [n, f] of this device's f columns."""
+    _, f, hidden = layer.ug.shape
+    bias = None if layer.ug_bias is None else layer.ug_bias.reshape(-1)
+    both = linear(x, layer.ug.reshape(2 * f, hidden), bias)
+    return jax.nn.silu(both[:, :f]) * both[:, f:]
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
+    """Inverse frequencies [head_dim / 2], float32.
+
+    llama3: long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 model
+    card).
+    """
+    inv = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
+    if rope.kind == "linear":
+        inv = inv / rope.factor
+    elif rope.kind == "llama3":
+        wavelength = 2 * math.pi / inv
+        ratio = rope.original_max_position_embeddings / wavelength
+        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = np.clip(smooth, 0.0, 1.0)
+        inv = (1 - smooth) * inv / rope.factor + smooth * inv
+    return inv.astype(np.float32)
+
+
+def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos, sin [n, head_dim / 2] float32 for positions [n]."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turns pairs (i, i + d/2) of x [n, ..., d] by tables [n, d/2]; computed in float32, returned in x's dtype."""
+    half = x.shape[-1] // 2
+    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (half,)
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    a, b = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
