@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ CASE = "biases"
 
 
 def doubled(program: StepProgram[Any], piece: OpPiece, s: Any) -> None:
-    s.projected[piece.piece] = program.machine.double(piece, s.projected[piece.piece])
+    s.projected[piece.piece] = cast(Any, program.machine).double(piece, s.projected[piece.piece])
 
 
 def double_arrays(tracer: Tracer, piece: OpPiece, x: jax.Array) -> jax.Array:

@@ -195,7 +195,8 @@ def command(
 
     def run(name: str, *arguments: str) -> tuple[int, str, str]:
         status = main([name, *arguments, "--model", str(folder), "--quiet"])
-        return status, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return status, out, err
 
     return run
 

@@ -331,7 +331,7 @@ class Tracer:
     def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """On the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it
         is."""
-        return self.order.run(lambda *parts: span(*parts).T, *attention)
+        return self.order.run(lambda *x: span(*x).T, *attention)
 
     def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
         """[w, n] x [H/p, w] -> [n, H/p]."""
@@ -341,7 +341,7 @@ class Tracer:
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
         weight = self.layer.o_columns
-        return self.order.run(lambda *parts: parts.contract(span(*parts), weight, 1), *attention)
+        return self.order.run(lambda *x: parts.contract(span(*x), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
         layer = self.layer
