@@ -294,6 +294,11 @@ class LLM:
                 scored = item.scored_from is not None
                 yield item, score_of(group[0]) if scored else request_output(group, self.tokenizer)
 
+    @property
+    def default_max_tokens(self) -> int | None:
+        """`max_new_tokens` of generation_config.json; None: it says nothing."""
+        return self._defaults.get("max_tokens")
+
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
         """The model's own defaults (generation_config.json), with fields replaced."""
         return SamplingParams(**{**self._defaults, **overrides})

@@ -34,9 +34,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def generation_defaults(folder: Path) -> dict[str, Any]:
-    """Fields of SamplingParams that the model's makers have set; greedy unless they say do_sample. What cannot be
-    applied is told in one warning. Raises ConfigError for a value that SamplingParams does not take."""
-    fields = _read(folder)
+    """Fields of SamplingParams that the model's makers have set; greedy unless they say do_sample. As in vLLM,
+    `max_new_tokens` is the `max_tokens` of requests that leave it open. What cannot be applied is told in one warning.
+    Raises ConfigError for a value that SamplingParams does not take."""
+    fields = dict(_read(folder))
+    if "max_new_tokens" in fields:
+        fields["max_tokens"] = fields.pop("max_new_tokens")
     known = {name: value for name, value in fields.items() if name in SamplingParams.__dataclass_fields__}
     defaults = {name: value for name, value in known.items() if value is not None}
     if not fields.get("do_sample"):

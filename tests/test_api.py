@@ -294,6 +294,7 @@ def copy_of_tiny(folder: Path, without: str = "", **files: str) -> Path:
         ({"generation_config": "[]"}, ["generation_config.json", "object"]),
         ({"generation_config": '{"eos_token_id": "</s>"}'}, ["eos_token_id", "</s>"]),
         ({"generation_config": '{"do_sample": true, "top_p": 2.0}'}, ["generation_config.json", "top_p", "2.0"]),
+        ({"generation_config": '{"max_new_tokens": -3}'}, ["generation_config.json", "max_tokens", "-3"]),
     ],
     ids=str,
 )
@@ -405,6 +406,7 @@ def test_defaults_of_tiny_are_greedy(llm: LLM) -> None:
             (5, 6, 257),
         ),
         ({"do_sample": True, "top_p": None}, {}, (257, 261)),
+        ({"max_new_tokens": 5}, {"temperature": 0.0, "max_tokens": 5}, (257, 261)),
     ],
     ids=str,
 )

@@ -182,10 +182,10 @@ def test_every_field_of_generation_config_is_applied_or_told(tmp_path: Path, cap
     assert caplog.records == []
     path.write_text(json.dumps({**fields, "do_sample": False}))
     assert generation_defaults(tmp_path) == {**{name: fields[name] for name in wanted}, "temperature": 0.0}
-    path.write_text(json.dumps({**fields, "num_beams": 4, "max_new_tokens": 99, "suppress_tokens": [5]}))
+    path.write_text(json.dumps({**fields, "num_beams": 4, "stop_strings": ["x"], "suppress_tokens": [5]}))
     generation_defaults(tmp_path)
     (record,) = caplog.records
-    assert record.getMessage() == f"{path}: not applied: max_new_tokens=99, num_beams=4, suppress_tokens=[5]"
+    assert record.getMessage() == f"{path}: not applied: num_beams=4, stop_strings=['x'], suppress_tokens=[5]"
     path.write_text(json.dumps({**fields, "min_p": 5}))
     with pytest.raises(ConfigError, match=r"generation_config\.json: min_p: 5 is not accepted"):
         generation_defaults(tmp_path)

@@ -95,7 +95,7 @@ class Requests:
 def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
     """A record's tokens and sampling params. Never raises for what a record holds."""
     wanted = {**settings.sampling, **record.sampling}
-    wanted.setdefault("max_tokens", COMPLETION_TOKENS if record.endpoint == COMPLETIONS else None)
+    wanted.setdefault("max_tokens", COMPLETION_TOKENS if record.endpoint == COMPLETIONS else llm.default_max_tokens)
     if "seed" not in wanted:
         wanted["seed"] = int(np.random.SeedSequence([settings.seed, record.line]).generate_state(1, np.uint32)[0])
     try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +27,7 @@ SAMPLING_OPTIONS = (
     ("top-p", float, "keep the likeliest tokens that reach this probability together"),
     ("top-k", int, "keep this many likeliest tokens; 0 keeps all"),
 )
+UNKNOWN = "auto"  # in a manifest: the plan of replicas that have not told it yet
 # Options that can change a bit of a result, and so belong to what a run is.
 IDENTITY_OPTIONS = (
     "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
@@ -122,42 +122,75 @@ def run_manifest(
     if chats and (not templates.is_dir() or writes_the_time(templates)):
         identity = {**identity, "chat_time": _begun(output, args.restart)}
     devices = args.tensor_parallel_size or _devices(args)
-    options |= {"plan": _plan(args, folder, devices), "devices": devices}
+    options |= {"plan": _plan(args, folder, devices, output), "devices": devices}
     del options["tensor_parallel_size"]
     versions = {"nanoflow_jax": __version__, "jax": version("jax")}
     told = {"model": args.model, "command": shlex.join(["nanoflow", *args.arguments]), "versions": versions, **about}
     return Manifest(kind, {"model": model, **options, **identity}, told)
 
 
-def _plan(args: argparse.Namespace, folder: Path, devices: int) -> str:
-    """Name and digest of the plan that the LLM takes."""
+def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) -> str:
+    """Name and digest of the plan that the LLM takes. Where only replicas on Ray can tell: what they took when the run
+    of `output` began, or UNKNOWN."""
     from nanoflow_jax.api import auto_plan
     from nanoflow_jax.config import ModelConfig
+    from nanoflow_jax.evaluate.manifest import plan_identity
     from nanoflow_jax.schedule.plan import load_plan
 
     if args.plan != "auto":
-        plan = load_plan(args.plan)
-    elif getattr(args, "ray", False) and not args.deterministic and not args.cpu_devices:
-        return "auto"  # which GPUs the replicas have is not known here
-    else:
-        import jax
+        return plan_identity(load_plan(args.plan))
+    if getattr(args, "ray", False) and not args.deterministic and not args.cpu_devices:
+        return str(_kept(output, args.restart).get("plan", UNKNOWN))
+    import jax
 
-        config = ModelConfig.from_file(folder / "config.json")
-        rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
-        plan = auto_plan(config, jax.devices()[0], devices, *rows)
-    return f"{plan.name} {hashlib.sha256(repr(plan).encode()).hexdigest()[:16]}"
+    config = ModelConfig.from_file(folder / "config.json")
+    rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
+    return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
+
+
+class ReplicaPlan:
+    """What replicas on Ray have resolved `--plan` to: into the manifest, before a record of theirs is written. Called
+    with the plan and the kind of device of each. Raises ConfigError where it is not the manifest's, or not the same for
+    all."""
+
+    def __init__(self, output: Path, manifest: Manifest, allow_changed: bool):
+        self._output, self._manifest, self._may_change = output, manifest, allow_changed
+        self._first: tuple[str, str] | None = None
+
+    def __call__(self, plan: str, device: str) -> None:
+        from nanoflow_jax.config import ConfigError
+        from nanoflow_jax.evaluate.journal import manifest_path
+
+        first, known = self._first, str(self._manifest.identity["plan"])
+        if first is not None and plan != first[0]:
+            raise ConfigError(
+                f"--plan: replicas would mix plans: {first[0]} on {first[1]}, {plan} on {device}; accepted: the name "
+                "of one plan for all; the results so far are kept"
+            )
+        if first is None and plan != known:
+            if known != UNKNOWN and not self._may_change:
+                raise ConfigError(
+                    f"--output: {self._output} holds results of another run: plan was {known} and is {plan} on "
+                    f"{device}; accepted: the same again by --plan, or --allow-changed"
+                )
+            self._manifest = replace(self._manifest, identity={**self._manifest.identity, "plan": plan})
+            self._manifest.write(manifest_path(self._output))
+        self._first = first or (plan, device)
 
 
 def _begun(output: Path, restart: bool) -> str:
     """When the run of `output` began: now, unless its manifest says."""
+    kept = _kept(output, restart).get("chat_time")
+    return datetime.now().isoformat(timespec="seconds") if kept is None else str(kept)
+
+
+def _kept(output: Path, restart: bool) -> Mapping[str, Any]:
+    """The identity of the run that is there and may be continued; empty when there is none."""
     from nanoflow_jax.evaluate.journal import manifest_path
     from nanoflow_jax.evaluate.manifest import Manifest
 
-    if not restart and manifest_path(output).exists():
-        kept = Manifest.read(manifest_path(output)).identity.get("chat_time")
-        if kept is not None:
-            return str(kept)
-    return datetime.now().isoformat(timespec="seconds")
+    beside = manifest_path(output)
+    return Manifest.read(beside).identity if not restart and beside.exists() else {}
 
 
 def chat_time(manifest: Manifest) -> datetime | None:
@@ -273,8 +306,9 @@ def _answer(
 
             model = manifest.identity["model"]
             return run_batch_on_ray(
-                llm_options(args), model, source, found, journal, settings, ray, progress=not args.quiet
-            )
+                llm_options(args), model, source, found, journal, settings, ray,
+                ReplicaPlan(journal.path, manifest, args.allow_changed), progress=not args.quiet,
+            )  # fmt: skip
         return run_batch(make_llm(args), source, found, journal, settings, progress=not args.quiet)
     except KeyboardInterrupt:
         journal.finish()

@@ -8,9 +8,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.config import ConfigError, read_json_object
+
+if TYPE_CHECKING:
+    from nanoflow_jax.schedule.plan import SchedulePlan
 
 FORMAT = 1
 _WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size
@@ -94,6 +97,11 @@ def model_fingerprint(folder: Path) -> str:
                 file.seek(-_WHOLE, os.SEEK_END)
                 digest.update(file.read(_WHOLE))
     return digest.hexdigest()
+
+
+def plan_identity(plan: SchedulePlan) -> str:
+    """Name and digest."""
+    return f"{plan.name} {hashlib.sha256(repr(plan).encode()).hexdigest()[:16]}"
 
 
 def _short(value: Any) -> str:

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -95,7 +95,7 @@ class Replica:
 
     def __init__(self, source: str, found: FileIdentity, llm: Mapping[str, Any], settings: Settings, fingerprint: str):
         from nanoflow_jax.api import LLM
-        from nanoflow_jax.evaluate.manifest import model_fingerprint
+        from nanoflow_jax.evaluate.manifest import model_fingerprint, plan_identity
 
         self._source, self._found, self._settings = Path(source), found, settings
         if not self._source.is_file():
@@ -103,14 +103,21 @@ class Replica:
         self._llm = LLM(**llm, progress=False)
         if model_fingerprint(self._llm.folder) != fingerprint:
             raise ConfigError(f"--model: {llm['model']} is another model on node {os.uname().nodename}")
+        self._plan = plan_identity(self._llm.plan)
+        self._device = self._llm.mesh.devices.flat[0].device_kind
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Rows of `block` (JSON) to rows of `record` (encoded), with their tokens."""
-        found: dict[str, list[Any]] = {"record": [], "prompt_tokens": [], "completion_tokens": []}
+        """Rows of `block` (JSON) to rows of `record` (encoded), with their tokens, and the plan and the kind of device
+        that have made them."""
+        found: dict[str, list[Any]] = {
+            name: [] for name in ("record", "prompt_tokens", "completion_tokens", "plan", "device")
+        }
 
         def emit(record: Json) -> None:
             usage = record["response"]["body"]["usage"] if record["response"] is not None else {}
             found["record"].append(encode_record(record))
+            found["plan"].append(self._plan)
+            found["device"].append(self._device)
             for name in ("prompt_tokens", "completion_tokens"):
                 found[name].append(usage.get(name, 0))
 
@@ -132,9 +139,12 @@ def run_batch_on_ray(
     journal: Journal,
     settings: Settings,
     options: RayOptions,
+    on_plan: Callable[[str, str], None],
     progress: bool = True,
 ) -> BatchReport:
     """As `run_batch`, with replicas of LLM(**llm) on Ray; `fingerprint` is the model's, and checked on each node.
+
+    on_plan  called with the plan and the kind of device of each block's replica, before a record of it is written
 
     Starts Ray on this machine, or joins the cluster that RAY_ADDRESS names. Raises RayError, one line, when replicas
     cannot be made, or a block fails again and again.
@@ -149,6 +159,8 @@ def run_batch_on_ray(
     with Progress(num_lines - before, "answering", "requests", progress) as bar:
         bar.advance(len(journal.done) - before)
         for results in _answered(todo, arguments, options):
+            for plan, device in sorted(set(zip(results["plan"], results["device"], strict=True))):
+                on_plan(str(plan), str(device))
             prompt_tokens += int(results["prompt_tokens"].sum())
             completion_tokens += int(results["completion_tokens"].sum())
             written = 0

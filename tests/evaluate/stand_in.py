@@ -31,6 +31,7 @@ class StandIn:
     an order of their own; `most` is how many were held."""
 
     max_model_len = 512
+    default_max_tokens = None
 
     def __init__(self, slots: int = 8, pause: float = 0.0):
         shape = SimpleNamespace(prefill_rows=64, prefill_segments=4)

@@ -168,6 +168,22 @@ def test_a_fuzzed_file_is_accounted_for(cli: Cli, tmp_path: Path) -> None:
     assert written == [r["id"] for r in records], "--ordered"
 
 
+def test_the_models_own_limit_is_that_of_chats(
+    cli: Cli, llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """max_new_tokens of generation_config.json, where the request leaves it open; a completion has its 16."""
+    monkeypatch.setitem(llm._defaults, "max_tokens", 3)
+    messages = [{"role": "user", "content": "What is 25+17?"}]
+    plain = {"ignore_eos": True}
+    lines = [
+        request(CHAT, "open", messages=messages, **plain),
+        request(CHAT, "own", messages=messages, max_tokens=5, **plain),
+        request(COMPLETIONS, "completion", prompt="12+30=", **plain),
+    ]
+    records, _ = run(cli, tmp_path, lines)
+    assert [r["response"]["body"]["usage"]["completion_tokens"] for r in records] == [3, 5, 16]
+
+
 @pytest.mark.parametrize("data", [b"", b"\xef\xbb\xbf"])
 def test_an_empty_file(cli: Cli, tmp_path: Path, data: bytes) -> None:
     records, printed = run(cli, tmp_path, [data], "--ordered")

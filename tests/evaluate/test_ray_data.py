@@ -16,16 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import FLAGS, OPTIONS
 
 from nanoflow_jax import LLM
 from nanoflow_jax.cli import main
 from nanoflow_jax.evaluate.batch import Settings, run_batch
-from nanoflow_jax.evaluate.journal import Journal
+from nanoflow_jax.evaluate.journal import Journal, manifest_path
 from nanoflow_jax.evaluate.lines import identify
-from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
+from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint, plan_identity
 from nanoflow_jax.evaluate.ray_data import BLOCK_BYTES, Block, Replica, blocks
+from nanoflow_jax.schedule.plan import load_plan
 
 ROOT = Path(__file__).parents[2]
 LINES = 45
@@ -67,6 +69,7 @@ def plain(llm: LLM, source: Path) -> list[bytes]:
 def replica(llm: LLM, source: Path) -> Replica:
     """An actor's object, here, with an LLM that is there already."""
     found = Replica.__new__(Replica)
+    found._plan, found._device = "a plan", "a device"
     found._source, found._found, found._settings, found._llm = source, identify(source), SETTINGS, llm
     return found
 
@@ -110,6 +113,53 @@ def test_options_that_cannot_be_are_one_line(source: Path, tmp_path: Path, capsy
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "nanoflow batch: --ray-block: 0 is not accepted; it must be at least 1"
     assert "go together" in told[1] and len(told) == 2
+
+
+class Told:
+    """In the place of Ray: blocks' results as replicas on these devices give them."""
+
+    def __init__(self, *reports: tuple[str, str]):
+        self.reports = list(reports)
+
+    def __call__(self, todo: list[dict[str, str]], *_: Any) -> Iterator[dict[str, Any]]:
+        for item in todo:
+            block = Block(**json.loads(item["block"]))
+            plan, device = self.reports.pop(0)
+            count = block.count
+            numbers = range(block.first, block.first + count)
+            records = [json.dumps({"id": f"batch_req_{n}", "error": None}).encode() + b"\n" for n in numbers]
+            yield {
+                "record": records, "plan": [plan] * count, "device": [device] * count,
+                "prompt_tokens": np.ones(count, int), "completion_tokens": np.ones(count, int),
+            }  # fmt: skip
+
+
+def test_the_manifest_names_the_plan_that_the_replicas_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a run that is continued; another plan is refused before a record of it is written, and told."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(4)))
+    command = ["batch", "-i", str(source), "-o", str(out), "--ray", "--ray-block=1", "--ray-devices=1", "--quiet"]
+
+    def run(*reports: tuple[str, str], options: tuple[str, ...] = ()) -> tuple[int, str, int]:
+        monkeypatch.setattr("nanoflow_jax.evaluate.ray_data._answered", Told(*reports))
+        status = main([*command, *options])
+        return status, capsys.readouterr().err, out.read_bytes().count(b"\n")
+
+    def plan() -> str:
+        return json.loads(manifest_path(out).read_text())["identity"]["plan"]
+
+    status, err, lines = run(("one 11", "H100"), ("two 22", "A100"))
+    assert (status, lines, plan()) == (1, 1, "one 11")
+    assert "replicas would mix plans: one 11 on H100, two 22 on A100" in err and err.count("\n") == 1
+    status, err, lines = run(("two 22", "A100"))
+    assert (status, lines, plan()) == (1, 1, "one 11")
+    assert "plan was one 11 and is two 22 on A100" in err and err.count("\n") == 1
+    status, err, lines = run(("one 11", "H100"), ("one 11", "H100"), ("two 22", "A100"))
+    assert (status, lines, plan()) == (1, 3, "one 11")
+    status, err, lines = run(("two 22", "A100"), options=("--allow-changed",))
+    assert (status, lines, plan()) == (0, 4, "two 22"), err
 
 
 # -- the real Ray, in a process of its own
@@ -160,6 +210,8 @@ def test_one_of_two_replicas_killed(source: Path, plain: list[bytes], tmp_path: 
     assert run.returncode == 0, told
     assert sorted(out.read_bytes().splitlines()) == plain
     assert f"{LINES} lines: " in printed
+    plan = json.loads(manifest_path(out).read_text())["identity"]["plan"]
+    assert plan == plan_identity(load_plan("two_gather_one_reduce"))
 
 
 def test_the_fingerprint_is_checked_where_the_replica_is(
