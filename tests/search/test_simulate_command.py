@@ -107,7 +107,7 @@ def table_of_this_machine(path: Path, **versions: str) -> Path:
     with TableWriter(path, header, 0) as writer:
         writer.add(Point.of("copy", bytes=2**20), Timing(100.0, 100.0, 100.0, 5))
         for moved in (2**12, 2**20):
-            point = Point.of("collective", kind="all-reduce", devices=8, bytes=moved)
+            point = Point.of("collective", kind="all-reduce", devices=8, dtype="f32", bytes=moved)
             writer.add(point, Timing(50.0 + moved / 1e4, 50.0, 500.0, 5))
         for m in (8, 256):
             for n, k in ((48, 128), (128, 16), (96, 128), (128, 48)):
