@@ -116,10 +116,8 @@ class LLM:
         _only("quantization", quantization, None)
         _only("kv_cache_dtype", kv_cache_dtype, *KV_CACHE_DTYPES)
         _only("dtype", dtype, "auto", "bfloat16", "float32")
-        for name, value, most in (("page_size", page_size, 2**16), ("tokens_per_step", tokens_per_step, 2**18)):
+        for name, value in (("page_size", page_size), ("tokens_per_step", tokens_per_step)):
             _at_least(name, value, 1)
-            if value > most:
-                raise ConfigError(f"{name}: {value} is not accepted; it must be at most {most}")
         for name, value in (
             ("tensor_parallel_size", tensor_parallel_size),
             ("max_model_len", max_model_len),

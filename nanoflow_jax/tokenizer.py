@@ -19,7 +19,6 @@ from typing import Any
 from jinja2 import TemplateError
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.time_limit import time_limit
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -35,7 +34,6 @@ class Tokenizer:
         try:
             self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
                 str(source),
-                trust_remote_code=False,
                 clean_up_tokenization_spaces=False,  # which would take spaces from the text before "!" and the like
             )
             self._ids = self._tokenizer.backend_tokenizer
@@ -164,10 +162,9 @@ class Tokenizer:
             template = self._tokenizer.get_chat_template()
             fixed = {"chat_template": _FIXED_TIME + template, "time_directives": _directives(now)}
         try:
-            with time_limit():
-                return self._tokenizer.apply_chat_template(
-                    conversation, tokenize=False, add_generation_prompt=True, **fixed
-                )
+            return self._tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **fixed
+            )
         except TemplateError as error:  # how a template refuses a role, or an order of roles
             told = " ".join(str(error).split())
             raise ValueError(f"messages: the model's chat template refuses them ({told})") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +19,6 @@ from nanoflow_jax.schedule.attention import page_dtype
 logger = logging.getLogger("nanoflow_jax")
 
 GIB = 2**30
-MOST_PAGES = 2**30 - 1  # of all layers together: they are counted in 32 bits
 FIRST_GUESS = 0.05  # share of the memory for temporaries, before a step has been compiled
 CLOSE = 0.02  # a pool that is smaller than could be by this share is not worth another compilation
 
@@ -89,18 +87,6 @@ def check_weights(config: ModelConfig, infos: ModelParams, devices: int, limit: 
         f"model: its weights take {weights / GIB:.2f} GiB on each of {devices} device{'s' * (devices != 1)}, "
         f"of which {limit / GIB:.2f} GiB may be used; {would}"
     )
-
-
-def check_pool(tokens: int, page_size: int, page: int, devices: int, left: int | None, layers: int) -> None:
-    """Raises ConfigError for a pool of so many tokens that cannot be there. page: bytes on each device; left: of a
-    device's memory, None: all devices share the host's."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // devices if left is None else left
-    most = min(max(memory, 0) // page, MOST_PAGES // layers)
-    if tokens // page_size > most:
-        raise ConfigError(
-            f"kv_cache_tokens: {tokens} take {tokens // page_size * page / GIB:.1f} GiB on each device, which has "
-            f"{memory / GIB:.1f} GiB for them; accepted: at most {most * page_size}"
-        )
 
 
 def plan_pages(

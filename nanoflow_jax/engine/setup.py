@@ -21,7 +21,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
-from nanoflow_jax.engine.memory import check_pool, check_weights, local_bytes, page_bytes, plan_pages, usable_memory
+from nanoflow_jax.engine.memory import check_weights, local_bytes, page_bytes, plan_pages, usable_memory
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
@@ -134,11 +134,6 @@ def build_engine(
     )  # fmt: skip
     most_pages = -(-decode_slots * (limit + page_size) // page_size)  # more could not be used at once
     if options.kv_cache_tokens is not None:
-        left = usable
-        if left is not None:
-            left -= local_bytes(infos, mesh.size) + _slot_bytes(config, devices, sizes_for(limit))
-        page = page_bytes(config, devices, page_size, options.kv_cache_dtype)
-        check_pool(options.kv_cache_tokens, page_size, page, mesh.size, left, config.num_layers)
         num_pages = options.kv_cache_tokens // page_size
     elif usable is None:
         num_pages = min(CPU_CACHE_TOKENS // page_size, most_pages)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from array import array
@@ -19,7 +20,7 @@ from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput, error_line
 from nanoflow_jax.evaluate.journal import Journal, record_number
 from nanoflow_jax.evaluate.lines import FileIdentity, Line, NumberSet, TextSet, read_lines
-from nanoflow_jax.evaluate.manifest import replacing
+from nanoflow_jax.evaluate.manifest import sync_folder
 from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_line, problem
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
 from nanoflow_jax.evaluate.windows import WINDOW, longest_first
@@ -228,10 +229,15 @@ def write_in_order(path: Path) -> None:
             offsets.append(at)
             at += len(line)
         starts = np.asarray(offsets)[np.argsort(np.asarray(numbers))]
-        with replacing(path) as out:
+        temporary = path.with_name(path.name + ".part")
+        with open(temporary, "wb") as out:
             for start in starts:
                 file.seek(int(start))
                 out.write(file.readline())
+            out.flush()
+            os.fsync(out.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.absolute().parent)
 
 
 def first_errors(path: Path, count: int = 3) -> list[str]:

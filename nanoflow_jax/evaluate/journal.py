@@ -9,7 +9,6 @@ and no power cut can take.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -26,7 +25,7 @@ from typing import Any, Protocol
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.lines import NumberSet
-from nanoflow_jax.evaluate.manifest import Manifest, replacing, sync_folder
+from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
 from nanoflow_jax.reading import parse_json
 
 SYNC_SECONDS = 1.0
@@ -94,8 +93,7 @@ class Journal:
         Raises ConfigError, one line: the file is not of such a run, the manifest is another one's, another process is
         writing, or a record in the middle is damaged.
         """
-        path = Path(os.path.realpath(path))  # what a link of the user's names is what is written, and replaced
-        if not path.parent.is_dir():
+        if not path.absolute().parent.is_dir():
             raise ConfigError(f"--output: {path}: its folder does not exist")
         if path.is_dir():
             raise ConfigError(f"--output: {path} is a folder; a file is needed")
@@ -114,7 +112,7 @@ class Journal:
                 done, errors = _scan(path, file)
             if changed is not False:
                 manifest.write(manifest_path(path))
-            sync_folder(path.parent)
+            sync_folder(path.absolute().parent)
             return cls(path, file, done, errors, told)
         except BaseException:
             file.close()
@@ -222,13 +220,7 @@ class Journal:
 def _locked(path: Path) -> Any:
     """The file, open to append; no other process has it."""
     while True:
-        try:
-            opened = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-        except OSError as error:
-            if error.errno != errno.ELOOP:
-                raise
-            raise ConfigError(f"--output: {path} has just become a link") from None
-        file = open(opened, "a+b", buffering=0)  # noqa: SIM115
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -276,9 +268,8 @@ def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
 
     A kill at any moment leaves a manifest that is no run's, so that only --allow-changed goes on, and pairs again.
     """
-    kept = changed = gone = 0
-    old: Path | None = None
-    with open(path, "rb") as file, replacing(path) as out:
+    temporary, kept, changed, gone = path.with_name(path.name + ".part"), 0, 0, 0
+    with open(path, "rb") as file, open(temporary, "wb") as out:
         for count, line in enumerate(file, start=1):
             try:
                 record = parse_json(line.decode("utf-8"))
@@ -295,12 +286,16 @@ def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
             else:
                 kept += 1
                 out.write(json.dumps(renumbered, ensure_ascii=False).encode(*UTF8) + b"\n")
-        unfinished = {**manifest.identity, "results": "of another run; --allow-changed was interrupted"}
-        if changed or gone:
-            old = _old_name(path)
-            shutil.copyfile(path, old)
-            shutil.copyfile(manifest_path(path), manifest_path(old))
-        Manifest(manifest.kind, unfinished).write(manifest_path(path))
+        out.flush()
+        os.fsync(out.fileno())
+    unfinished = {**manifest.identity, "results": "of another run; --allow-changed was interrupted"}
+    old = None
+    if changed or gone:
+        old = _old_name(path)
+        shutil.copyfile(path, old)
+        shutil.copyfile(manifest_path(path), manifest_path(old))
+    Manifest(manifest.kind, unfinished).write(manifest_path(path))
+    os.replace(temporary, path)
     if old is None:
         return None
     return (
@@ -352,6 +347,6 @@ def _put_aside(path: Path) -> None:
 def _old_name(path: Path) -> Path:
     """The first free name for a file that is put aside with its manifest."""
     number = 1
-    while any(map(os.path.lexists, (old := path.with_name(f"{path.name}.old-{number}"), manifest_path(old)))):
+    while (old := path.with_name(f"{path.name}.old-{number}")).exists() or manifest_path(old).exists():
         number += 1
     return old

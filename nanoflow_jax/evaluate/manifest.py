@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.config import ConfigError, read_json_object
 
@@ -61,23 +60,13 @@ class Manifest:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces a file in one step; it is on the disk when this returns."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write, which takes the place of `path` in one step when all is written, and is then on the disk. It is
-    a new one: nothing is written through a link that somebody has put at its name."""
     temporary = path.with_name(path.name + ".part")
-    with suppress(FileNotFoundError):
-        os.unlink(temporary)  # of a run that was killed
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb") as file:
-        yield file
+    with open(temporary, "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.absolute().parent)
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,7 +18,6 @@ from nanoflow_jax.evaluate.response import encode_record
 from nanoflow_jax.evaluate.tasks import Task
 from nanoflow_jax.evaluate.windows import longest_first
 from nanoflow_jax.progress import Progress
-from nanoflow_jax.time_limit import TooLong
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM
@@ -93,10 +92,7 @@ def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
     done = output.outputs[0]
     if done.finish_reason == "error":
         return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
-    try:
-        answer = done.text if task.extract is None else task.extract(done.text)
-    except TooLong as error:
-        return {"output": done.text}, dict.fromkeys(task.metrics, 0.0), f"extract.regex: {error}"
+    answer = done.text if task.extract is None else task.extract(done.text)
     fields = {"output": done.text, "answer": answer, "finish_reason": done.finish_reason}
     if answer is None:
         return fields, dict.fromkeys(task.metrics, 0.0), None
