@@ -34,6 +34,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
                 str(source),
+                trust_remote_code=False,  # and no question whether it may be
                 clean_up_tokenization_spaces=False,  # which would take spaces from the text before "!" and the like
             )
             self._ids = self._tokenizer.backend_tokenizer
@@ -49,6 +50,8 @@ class Tokenizer:
             raise ConfigError(
                 f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed"
             ) from None
+        if self._tokenizer.init_kwargs.get("auto_map"):
+            logger.warning("tokenizer: %s names code of its own (auto_map), which is not run", source)
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
         self._told_of_borders = False
