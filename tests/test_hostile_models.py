@@ -15,6 +15,9 @@ import pytest
 import nanoflow_jax
 from nanoflow_jax.config import EMBEDDED
 from nanoflow_jax.tokenizer import Tokenizer
+from nanoflow_jax.weights import orbax_files
+from nanoflow_jax.weights.orbax_files import OrbaxFiles
+from nanoflow_jax.weights.source import WeightsError
 
 TINY = EMBEDDED["tiny"]
 
@@ -60,3 +63,16 @@ def test_transformers_is_never_left_to_ask():
                 assert isinstance(trusted, ast.Constant) and trusted.value is False, f"{path.name}:{node.lineno}"
                 found.append(path.name)
     assert sorted(found) == ["tokenizer.py", "transformers_worker.py"]
+
+
+@pytest.mark.parametrize("block", ["/etc", "../weights/a", "..", "", "a/../../b", None, ["a"]])
+def test_a_checkpoint_reads_nothing_outside_its_folder(block: Any, tmp_path: Path):
+    tensors = {"a": {"shape": [2], "dtype": "float32", "block": block, "sample_sha256": ""}}
+    manifest = {
+        "format": orbax_files.FORMAT, "version": orbax_files.VERSION, "tensors": tensors, "files": {},
+        "fingerprint": orbax_files.fingerprint({}, tensors),
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / orbax_files.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(WeightsError, match=r"block .* of a; the name of a folder in weights is accepted"):
+        OrbaxFiles(tmp_path)

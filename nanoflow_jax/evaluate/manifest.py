@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, read_json_object
+from nanoflow_jax.output_files import create
 
 FORMAT = 1
 _WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size
@@ -58,7 +59,7 @@ class Manifest:
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces a file in one step; it is on the disk when this returns."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with create(temporary) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

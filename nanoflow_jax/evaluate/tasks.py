@@ -28,7 +28,7 @@ from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
-from nanoflow_jax.reading import Malformed, parse_json, parse_yaml, read_text
+from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
 
 Document = dict[str, Any]
 MOST_BYTES = 2**20  # of a task's YAML
@@ -156,14 +156,16 @@ def _from_lines(path: Path) -> Task:
     if missing := [name for name in ("prompt", "target") if name not in first]:
         raise ConfigError(f"{path}:1: {missing[0]!r} is missing; each line has prompt and target, and may have choices")
     chosen = "choices" in first
-    return Task(
-        name=path.stem,
-        data=data,
-        prompt="{{ prompt }}",
-        target="{{ target }}",
-        choices="choices" if chosen else None,
-        generate={} if chosen else {"max_tokens": 64, "temperature": 0.0},
-        metrics=("accuracy", "accuracy_norm") if chosen else ("exact_match",),
+    return _checked(
+        Task(
+            name=path.stem,
+            data=data,
+            prompt="{{ prompt }}",
+            target="{{ target }}",
+            choices="choices" if chosen else None,
+            generate={} if chosen else {"max_tokens": 64, "temperature": 0.0},
+            metrics=("accuracy", "accuracy_norm") if chosen else ("exact_match",),
+        )
     )
 
 
@@ -197,7 +199,9 @@ def _task(fields: Any, path: Path) -> Task:
 
 
 def _checked(task: Task) -> Task:
-    """Raises ConfigError for parts that do not go together."""
+    """Raises ConfigError for parts that do not go together, and a name that names no file of an output folder."""
+    if not is_plain_name(task.name) or not task.name.isprintable() or task.name.startswith("."):
+        raise ConfigError(f"name: {task.name!r} is not accepted; it names files: at most 200 bytes, without / and \\")
     if task.choices is not None:
         for name, given in (("generate", task.generate), ("extract", task.extract), ("chat", task.chat)):
             if given:
