@@ -16,8 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
 
 logger = logging.getLogger("nanoflow_jax")
@@ -159,16 +158,21 @@ class Tokenizer:
                 )
         if self._tokenizer.chat_template is None:
             raise ValueError("messages: this model has no chat template; use generate")
-        conversation = [dict(m) for m in messages]
-        fixed: dict[str, Any] = {}
+        settings: dict[str, Any] = {"add_generation_prompt": True}
+        template = self._tokenizer.get_chat_template()
         if now is not None:
-            template = self._tokenizer.get_chat_template()
-            fixed = {"chat_template": _FIXED_TIME + template, "time_directives": _directives(now)}
+            template = _FIXED_TIME + template
+            settings["time_directives"] = _directives(now)
+        return self.render([dict(m) for m in messages], settings, template)
+
+    def render(self, messages: list[dict[str, Any]], settings: dict[str, Any], template: str | None = None) -> str:
+        """What the library's `apply_chat_template` makes of them, in a process with limits: templates are programs.
+        Raises ValueError, one line."""
+        template = self._tokenizer.get_chat_template() if template is None else template
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
         try:
-            return self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **fixed
-            )
-        except TemplateError as error:  # how a template refuses a role, or an order of roles
+            return limited.ask("chat", template=template, messages=messages, settings={**special, **settings})
+        except limited.LimitedError as error:  # also how a template refuses a role, or an order of roles
             raise ValueError(f"messages: the model's chat template refuses them ({error})") from None
 
 

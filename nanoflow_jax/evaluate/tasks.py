@@ -18,12 +18,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax import limited
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
 from nanoflow_jax.engine.sampling_params import SamplingParams
@@ -31,7 +31,7 @@ from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
 from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
 
 Document = dict[str, Any]
-MOST_BYTES = 2**20  # of a task's YAML
+MOST_BYTES = 2**18  # of a task's YAML
 MOST_FEWSHOT = 1000
 
 
@@ -85,15 +85,14 @@ class FewShot:
 @dataclass(frozen=True)
 class Extract:
     """The answer in an output: the last (or first) match of a regular expression, or its group. No match: no
-    answer."""
+    answer. Raises ValueError when it takes too long."""
 
     regex: str
     group: int = 0
     match: str = "first"
 
     def __call__(self, text: str) -> str | None:
-        found = list(re.finditer(self.regex, text))
-        return found[-1 if self.match == "last" else 0][self.group] if found else None
+        return limited.ask("find", regex=self.regex, text=text, group=self.group, last=self.match == "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,8 +273,8 @@ def _extract(fields: Any) -> Extract:
         raise ConfigError(f"extract: {fields!r} is not accepted; a mapping with regex, group, match")
     _known("extract", fields, Extract.__dataclass_fields__)
     try:
-        groups = re.compile(fields["regex"]).groups
-    except (re.error, OverflowError, RecursionError) as error:
+        groups = limited.ask("groups", regex=fields["regex"])
+    except limited.LimitedError as error:
         raise ConfigError(f"extract.regex: {fields['regex']!r} is no regular expression ({error})") from None
     group = fields.get("group", 1 if groups else 0)
     if type(group) is not int or not 0 <= group <= groups:
