@@ -18,6 +18,7 @@ from typing import Any
 
 from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.reading import one_line
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -42,7 +43,7 @@ class Tokenizer:
             self._added = self._ids.get_added_tokens_decoder()
             self._ids.encode("a", add_special_tokens=True)  # what is wrong with the special tokens is told here
         except BaseException as error:  # the library raises whatever a malformed file leads to, and Rust's panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and not _is_panic(error):
                 raise
             first = (str(error).strip().splitlines() or [""])[0]
             first = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
@@ -76,7 +77,12 @@ class Tokenizer:
             raise ValueError(
                 f"prompt: character {error.start} is half of a surrogate pair; accepted: text that UTF-8 can hold"
             ) from None
-        return self._ids.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self._ids.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise ValueError(f"prompt: the tokenizer fails on it ({one_line(str(error), 200)})") from None
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both together, and where the continuation begins, as lm-evaluation-harness has it
@@ -174,6 +180,11 @@ class Tokenizer:
             return limited.ask("chat", template=template, messages=messages, settings={**special, **settings})
         except limited.LimitedError as error:  # also how a template refuses a role, or an order of roles
             raise ValueError(f"messages: the model's chat template refuses them ({error})") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Of a library in Rust; such as at the limit of a regular expression's steps."""
+    return type(error).__name__ == "PanicException"
 
 
 # Takes the place of the library's strftime_now, which reads the clock; a template is given plain data, no functions.

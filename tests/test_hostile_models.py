@@ -7,13 +7,16 @@ import builtins
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nanoflow_jax
-from nanoflow_jax.config import EMBEDDED
+from nanoflow_jax import LLM
+from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig
+from nanoflow_jax.engine.memory import check_requested, page_bytes
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.orbax_files import OrbaxFiles
@@ -76,3 +79,64 @@ def test_a_checkpoint_reads_nothing_outside_its_folder(block: Any, tmp_path: Pat
     (tmp_path / orbax_files.MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(WeightsError, match=r"block .* of a; the name of a folder in weights is accepted"):
         OrbaxFiles(tmp_path)
+
+
+def test_a_tokenizers_regular_expression_that_never_ends(tmp_path: Path):
+    """It has a limit of its own, which it reports by a panic: no Exception, and so past what a run survives."""
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    folder = model_folder(tmp_path / "model", tokenizer={"pre_tokenizer": split})
+    with pytest.raises(ValueError, match=r"^prompt: the tokenizer fails on it \(.*limit"):
+        Tokenizer(folder).encode("a" * 40 + "b", True)
+
+
+@pytest.mark.parametrize(
+    "name", ["num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "intermediate_size", "head_dim"]
+)
+def test_an_absurd_size_is_refused_at_once(name: str, tmp_path: Path):
+    folder = model_folder(tmp_path / "model", config={name: 10**9})
+    with pytest.raises(ConfigError, match=rf"config.json: {name}: 1000000000 must be a positive integer, at most"):
+        LLM(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_hidden_layers": 4000}, "num_hidden_layers is 4000 in config.json; the checkpoint has"),
+        ({"num_hidden_layers": 1}, "num_hidden_layers is 1 in config.json; the checkpoint has"),
+        ({"intermediate_size": 2**24}, r"mlp.* has shape .*; config.json asks for \(16777216, "),
+        ({"vocab_size": 2**24}, r"embed_tokens.weight has shape .*; config.json asks for \(16777216, "),
+    ],
+)
+def test_a_size_that_the_checkpoint_has_not_is_told_as_such(changed: dict[str, int], message: str, tmp_path: Path):
+    folder = model_folder(tmp_path / "model", config=changed)
+    with pytest.raises(WeightsError, match=message):
+        LLM(folder, tensor_parallel_size=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"kv_cache_tokens": 10**12}, "kv_cache_tokens"),
+        ({"tokens_per_step": 8 * 10**9}, "tokens_per_step"),
+        ({"tokens_per_step": 8 * 10**8, "decode_slots": 4 * 10**8}, "tokens_per_step|decode_slots"),
+        ({"kv_cache_tokens": 10**4000}, "kv_cache_tokens"),
+    ],
+)
+def test_sizes_beyond_all_memory_are_refused_at_once(options: dict[str, Any], name: str):
+    with pytest.raises(ConfigError, match=rf"^({name}): .* accepted: |^{name}: .* below 2\*\*62") as found:
+        LLM("tiny", tensor_parallel_size=1, progress=False, **options)
+    assert len(str(found.value)) <= 500
+
+
+def test_sizes_on_a_device_are_counted():
+    """What just fits is accepted: page bytes of a device, rows of the residual, counts of tokens."""
+    config = ModelConfig.from_file(TINY / "config.json")
+    page = page_bytes(config, 2, 16)
+    row, counts = 2 * config.hidden_size * 4, 4 + config.vocab_size
+    sizes: dict[str, int] = {"kv_cache_tokens": 1600, "tokens_per_step": 1000, "decode_slots": 500}
+    limit = {"kv_cache_tokens": 100 * page, "tokens_per_step": 1000 * row, "decode_slots": 500 * counts}
+    for name, enough in limit.items():
+        wanted: dict[str, Any] = {**dict.fromkeys(sizes, 0), name: sizes[name]}
+        check_requested(replace(config, dtype="float32"), 2, enough, page=page, page_size=16, **wanted)
+        with pytest.raises(ConfigError, match=rf"^{name}: {sizes[name]} take 0 GiB at least on each device"):
+            check_requested(replace(config, dtype="float32"), 2, enough - 1, page=page, page_size=16, **wanted)
