@@ -73,7 +73,8 @@ def expected_shapes(infos: Any) -> dict[str, tuple[int, ...]]:
 def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None:
     """Accounts for every tensor. Raises WeightsError for a missing or unknown one, or a wrong shape or dtype."""
     expected = expected_shapes(infos)
-    layers = {int(found[1]) for name in source.table if (found := _LAYER.match(name))}
+    used = (name for name in source.table if not _ignored(name, config))
+    layers = {int(found[1]) for name in used if (found := _LAYER.match(name))}
     if layers and len(layers) == max(layers) + 1 != config.num_layers:
         raise WeightsError(
             f"{source.folder}: num_hidden_layers is {config.num_layers} in config.json; "
