@@ -436,8 +436,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigError(f"{name}: {value!r} is not accepted; it must be an integer of at least {low}")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
+        raise ConfigError(f"{name}: {value!r} is not accepted; it must be an integer of at least {low}, below 2**62")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

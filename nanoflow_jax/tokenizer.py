@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-
+from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.reading import one_line
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -34,6 +34,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
                 str(source),
+                trust_remote_code=False,  # and no question whether it may be
                 clean_up_tokenization_spaces=False,  # which would take spaces from the text before "!" and the like
             )
             self._ids = self._tokenizer.backend_tokenizer
@@ -42,13 +43,15 @@ class Tokenizer:
             self._added = self._ids.get_added_tokens_decoder()
             self._ids.encode("a", add_special_tokens=True)  # what is wrong with the special tokens is told here
         except BaseException as error:  # the library raises whatever a malformed file leads to, and Rust's panics
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not isinstance(error, Exception) and not _is_panic(error):
                 raise
             first = (str(error).strip().splitlines() or [""])[0]
             first = first if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {first}"
             raise ConfigError(
                 f"tokenizer: {source} has none that loads ({first}); a tokenizer.json is needed"
             ) from None
+        if self._tokenizer.init_kwargs.get("auto_map"):
+            logger.warning("tokenizer: %s names code of its own (auto_map), which is not run", source)
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
         self._told_of_borders = False
@@ -74,7 +77,12 @@ class Tokenizer:
             raise ValueError(
                 f"prompt: character {error.start} is half of a surrogate pair; accepted: text that UTF-8 can hold"
             ) from None
-        return self._ids.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self._ids.encode(text, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not _is_panic(error):
+                raise
+            raise ValueError(f"prompt: the tokenizer fails on it ({one_line(str(error), 200)})") from None
 
     def encode_pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """Tokens of both together, and where the continuation begins, as lm-evaluation-harness has it
@@ -156,21 +164,27 @@ class Tokenizer:
                 )
         if self._tokenizer.chat_template is None:
             raise ValueError("messages: this model has no chat template; use generate")
-        conversation = [dict(m) for m in messages]
-        fixed: dict[str, Any] = {}
+        settings: dict[str, Any] = {"add_generation_prompt": True}
+        template = self._tokenizer.get_chat_template()
         if now is not None:
-            template = self._tokenizer.get_chat_template()
-            fixed = {"chat_template": _FIXED_TIME + template, "time_directives": _directives(now)}
+            template = _FIXED_TIME + template
+            settings["time_directives"] = _directives(now)
+        return self.render([dict(m) for m in messages], settings, template)
+
+    def render(self, messages: list[dict[str, Any]], settings: dict[str, Any], template: str | None = None) -> str:
+        """What the library's `apply_chat_template` makes of them, in a process with limits: templates are programs.
+        Raises ValueError, one line."""
+        template = self._tokenizer.get_chat_template() if template is None else template
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
         try:
-            return self._tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **fixed
-            )
-        except TemplateError as error:  # how a template refuses a role, or an order of roles
-            told = " ".join(str(error).split())
-            raise ValueError(f"messages: the model's chat template refuses them ({told})") from None
-        except Exception as error:  # whatever the template's expressions lead to
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"messages: the model's chat template fails on them ({told})") from None
+            return limited.ask("chat", template=template, messages=messages, settings={**special, **settings})
+        except limited.LimitedError as error:  # also how a template refuses a role, or an order of roles
+            raise ValueError(f"messages: the model's chat template refuses them ({error})") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Of a library in Rust; such as at the limit of a regular expression's steps."""
+    return type(error).__name__ == "PanicException"
 
 
 # Takes the place of the library's strftime_now, which reads the clock; a template is given plain data, no functions.

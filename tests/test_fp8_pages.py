@@ -30,7 +30,7 @@ from nanoflow_jax.schedule.batch import StepShape
 from nanoflow_jax.schedule.plan import load_plan
 from nanoflow_jax.weights.checkpoint import convert
 from nanoflow_jax.weights.hub import resolve_model
-from nanoflow_jax.weights.load import load_params
+from nanoflow_jax.weights.load import load_params, open_weights
 from tests.engine_driver import assert_idle, greedy, small_pool, tokens
 from tests.step_driver import Driver, Packer, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
@@ -275,7 +275,7 @@ def test_without_scales_they_are_one_and_it_is_logged(
 
     caplog.set_level(logging.INFO, "nanoflow_jax")
     plain = write_checkpoint(CASE, tmp_path)
-    assert setup._kv_scales(plain, config()) == {}
+    assert setup._kv_scales(open_weights(plain), config()) == {}
     assert "scales of the fp8 KV pages: 1, the checkpoint has none" in caplog.text
     scales = driver(plain, 2).params.kv_scales
     np.testing.assert_array_equal(scales, np.ones((2, LAYERS, KV_HEADS), np.float32))

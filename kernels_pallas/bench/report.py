@@ -71,7 +71,9 @@ def save(report: dict[str, Any], out: Path | None, tables: Path | None) -> None:
     for path, make in ((out, lambda: json.dumps(report, indent=2) + "\n"), (tables, lambda: markdown(report))):
         if path is not None:
             draft = path.with_name(path.name + ".part")
-            draft.write_text(make())
+            draft.unlink(missing_ok=True)  # of a run that was stopped, or a link of someone else's
+            with open(draft, "x") as file:  # which follows none
+                file.write(make())
             os.replace(draft, path)
 
 

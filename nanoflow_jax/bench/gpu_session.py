@@ -33,6 +33,7 @@ from nanoflow_jax.bench.session_parts import SECONDS, TINY_SLOWER, Part, call_a,
 from nanoflow_jax.bench.session_report import summary
 from nanoflow_jax.bench.session_run import Session, result
 from nanoflow_jax.config import configs_root
+from nanoflow_jax.output_files import create
 from nanoflow_jax.platform import CUDA, has_gpu
 
 PROGRAM = "nanoflow_jax.bench.gpu_session"
@@ -162,10 +163,12 @@ def _run(
 
     def save() -> None:
         draft = folder / "session.json.part"
-        draft.write_text(json.dumps({"headers": headers, "parts": state}, indent=1) + "\n")
+        with create(draft) as file:
+            file.write((json.dumps({"headers": headers, "parts": state}, indent=1) + "\n").encode())
         os.replace(draft, folder / "session.json")
         table = {name: {**one, "result": result(folder / f"{name}.json")} for name, one in state.items()}
-        (folder / "summary.md").write_text(summary(headers, table))
+        with create(folder / "summary.md") as file:
+            file.write(summary(headers, table).encode())
         renewed.now()
 
     def renew() -> None:

@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from nanoflow_jax.output_files import create
+
 PART_BYTES = 15 * 10**6
 EVERY = 15.0  # seconds
 
@@ -49,7 +51,8 @@ def write(data: bytes, folder: Path, name: str) -> None:
         new = [folder / f"{name}.{last + 1}.{k}-of-{count}" for k in range(1, count + 1)]
     for k, path in enumerate(new):
         draft = path.with_name(path.name + ".part")
-        draft.write_bytes(data[k * PART_BYTES : (k + 1) * PART_BYTES])
+        with create(draft) as file:
+            file.write(data[k * PART_BYTES : (k + 1) * PART_BYTES])
         os.replace(draft, path)
     for path in set(old) - set(new):
         path.unlink()

@@ -12,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+from nanoflow_jax.output_files import create
 from nanoflow_jax.platform import use_compile_cache
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # reading a program from the cache counts too
@@ -29,7 +30,8 @@ def watch(path: Path) -> None:
 
     def save() -> None:
         draft = path.with_name(path.name + ".part")
-        draft.write_text(json.dumps(found))
+        with create(draft) as file:
+            file.write(json.dumps(found).encode())
         os.replace(draft, path)
 
     def lasted(event: str, duration_secs: float, **_: str | int) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.bench.session_parts import SANITIZER, SANITIZER_SECONDS, Part, grouped
+from nanoflow_jax.output_files import create
 
 CHILD = "nanoflow_jax.bench.session_child"
 LEAST_SECONDS = 5  # of time left: less is not worth beginning a part
@@ -101,8 +102,8 @@ class Session:
         # A group of its own, to be ended with all that it has started, but no session: what is left over when this
         # process is killed ends with its terminal or machine.
         with (
-            (self.folder / f"{part.name}{suffix}.json").open("wb") as out,
-            (self.folder / f"{part.name}{suffix}.log").open("wb") as err,
+            create(self.folder / f"{part.name}{suffix}.json") as out,
+            create(self.folder / f"{part.name}{suffix}.log") as err,
         ):
             process = subprocess.Popen(
                 [*part.prefix, sys.executable, *arguments],

@@ -83,10 +83,12 @@ def run(job: dict[str, Any], tell: Callable[[dict[str, Any]], None]) -> dict[str
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"torch {torch.__version__} of {sys.executable} finds no GPU")
     torch.manual_seed(job["seed"])
-    fields = {k: v for k, v in job["config"].items() if k not in ("model_type", "dtype", "torch_dtype")}
+    fields = {k: v for k, v in job["config"].items() if k not in ("model_type", "dtype", "torch_dtype", "auto_map")}
     config = transformers.AutoConfig.for_model(job["config"]["model_type"], **fields)
     with torch.device(device):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, job["dtype"])).eval()
+        model = transformers.AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, job["dtype"]), trust_remote_code=False
+        ).eval()
     weights = time.perf_counter() - began
     began = time.perf_counter()
     requests = job["requests"]

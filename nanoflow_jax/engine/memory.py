@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.layout import ModelParams, kv_groups
@@ -87,6 +90,48 @@ def check_weights(config: ModelConfig, infos: ModelParams, devices: int, limit: 
         f"model: its weights take {weights / GIB:.2f} GiB on each of {devices} device{'s' * (devices != 1)}, "
         f"of which {limit / GIB:.2f} GiB may be used; {would}"
     )
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process may have: the machine's, or its control group's."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return min(found)
+
+
+def check_requested(
+    config: ModelConfig,
+    devices: int,
+    limit: int,
+    *,
+    page: int,
+    page_size: int,
+    tokens_per_step: int,
+    decode_slots: int,
+    kv_cache_tokens: int | None,
+) -> None:
+    """Raises ConfigError for a size of which the least that it takes is more than a device has: at once, where
+    compiling or allocating would take all memory first.
+
+    limit  bytes of one device
+    page   bytes of one page on one device
+    """
+    residual = 2 * config.hidden_size * jnp.dtype(config.dtype).itemsize  # of a row, and what is added to it
+    counts = 4 + 2 * config.vocab_size // devices
+    for name, value, unit, size in (
+        ("kv_cache_tokens", kv_cache_tokens or 0, page_size, page),
+        ("tokens_per_step", tokens_per_step, 1, residual),
+        ("decode_slots", decode_slots, 1, counts),
+    ):
+        if (needed := value // unit * size) > limit:
+            raise ConfigError(
+                f"{name}: {value} take {needed // GIB} GiB at least on each device, of which {limit / GIB:.2f} GiB may "
+                f"be used; accepted: fewer than {max(1, limit // size) * unit}"
+            )
 
 
 def plan_pages(

@@ -21,7 +21,15 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
-from nanoflow_jax.engine.memory import check_weights, local_bytes, page_bytes, plan_pages, usable_memory
+from nanoflow_jax.engine.memory import (
+    check_requested,
+    check_weights,
+    host_memory,
+    local_bytes,
+    page_bytes,
+    plan_pages,
+    usable_memory,
+)
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
@@ -42,6 +50,7 @@ from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.schedule.step import StepSpec
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.load import load_params, model_digest, open_weights
+from nanoflow_jax.weights.source import WeightSource, check_tensors
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -104,8 +113,11 @@ def build_engine(
     limit = config.max_length if options.max_model_len is None else options.max_model_len
     if not 1 < limit <= config.max_length:
         raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
-    kv_scales = None if pages != FP8 else {} if make_params else _kv_scales(folder, config)
+    source = None if make_params else open_weights(folder)
+    kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
+    if source is not None:
+        check_tensors(source, config, infos)  # before sizes of config.json that are wrong are told as too large
     if options.rank_of is not None:
         infos = rank_infos(infos, options.rank_of)
     usable = usable_memory(mesh.local_devices[0].memory_stats(), options.memory_utilization)
@@ -113,6 +125,11 @@ def build_engine(
         warn_without_ptxas()
     if usable is not None:
         check_weights(config, infos, mesh.size, usable)
+    check_requested(
+        config, devices, usable or host_memory() // len(mesh.local_devices),
+        page=page_bytes(config, devices, page_size, options.kv_cache_dtype), page_size=page_size,
+        tokens_per_step=options.tokens_per_step, decode_slots=decode_slots, kv_cache_tokens=options.kv_cache_tokens,
+    )  # fmt: skip
     if backend == "mosaic":  # what takes seconds comes after what can be refused at once
         heads = Heads(
             q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8,
@@ -169,7 +186,11 @@ def build_engine(
     if options.enable_prefix_caching:
         root = prefix_root(folder, config, plan, f"{backends.text()} {pages}", options.deterministic)
     offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
-    params = make_params(infos, mesh) if make_params else _load(folder, config, mesh, infos, options.progress)
+    if make_params is not None:
+        params = make_params(infos, mesh)
+    else:
+        assert source is not None
+        params = _load(source, config, mesh, infos, options.progress)
     shapes, sizes = shapes_for(limit), sizes_for(limit)
     runner = Runner(
         spec, mesh, infos, params, shapes, sizes,
@@ -262,15 +283,14 @@ def capability(device: Any) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _kv_scales(folder: Path, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _kv_scales(source: WeightSource, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The checkpoint's scales of fp8 pages, as `param_infos` takes them. Logs whether there are any."""
-    table = open_weights(folder).table
-    found = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, config)
+    found = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
     logger.info("scales of the fp8 KV pages: %s", "the checkpoint's" if found else "1, the checkpoint has none")
     return found
 
 
-def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: ModelParams, progress: bool) -> ModelParams:
+def _load(source: WeightSource, config: ModelConfig, mesh: Mesh, infos: ModelParams, progress: bool) -> ModelParams:
     total = sum(info.nbytes for info in jax.tree.leaves(infos, is_leaf=is_info))
     seen = 0
     with Progress(total, "loading weights", "B", progress) as bar:
@@ -280,4 +300,4 @@ def _load(folder: Path, config: ModelConfig, mesh: Mesh, infos: ModelParams, pro
             bar.advance(done - seen)
             seen = done
 
-        return load_params(folder, config, mesh, infos, report)
+        return load_params(source, config, mesh, infos, report)

@@ -24,6 +24,7 @@ from nanoflow_jax.evaluate.manifest import sync_folder
 from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_line, problem
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
 from nanoflow_jax.evaluate.windows import WINDOW, longest_first
+from nanoflow_jax.output_files import create
 from nanoflow_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -230,7 +231,7 @@ def write_in_order(path: Path) -> None:
             at += len(line)
         starts = np.asarray(offsets)[np.argsort(np.asarray(numbers))]
         temporary = path.with_name(path.name + ".part")
-        with open(temporary, "wb") as out:
+        with create(temporary) as out:
             for start in starts:
                 file.seek(int(start))
                 out.write(file.readline())

@@ -232,8 +232,9 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.evaluate.batch import Requests, Settings, write_in_order
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import identify
+    from nanoflow_jax.output_files import followed
 
-    source, output = Path(args.input), Path(args.output)
+    source, output = Path(args.input), followed(args.output)
     if not source.is_file():
         raise ValueError(f"--input: {source} is not a file; requests are read from one, so that a run can continue")
     if output.exists() and output.samefile(source):

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.lines import NumberSet
 from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
+from nanoflow_jax.output_files import create, open_to_append
 from nanoflow_jax.reading import parse_json
 
 SYNC_SECONDS = 1.0
@@ -220,7 +221,7 @@ class Journal:
 def _locked(path: Path) -> Any:
     """The file, open to append; no other process has it."""
     while True:
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        file = open_to_append(path)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -269,7 +270,7 @@ def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
     A kill at any moment leaves a manifest that is no run's, so that only --allow-changed goes on, and pairs again.
     """
     temporary, kept, changed, gone = path.with_name(path.name + ".part"), 0, 0, 0
-    with open(path, "rb") as file, open(temporary, "wb") as out:
+    with open(path, "rb") as file, create(temporary) as out:
         for count, line in enumerate(file, start=1):
             try:
                 record = parse_json(line.decode("utf-8"))
@@ -292,8 +293,9 @@ def _pair(path: Path, manifest: Manifest, requests: Pairing) -> str | None:
     old = None
     if changed or gone:
         old = _old_name(path)
-        shutil.copyfile(path, old)
-        shutil.copyfile(manifest_path(path), manifest_path(old))
+        for source, copy in ((path, old), (manifest_path(path), manifest_path(old))):
+            with open(source, "rb") as file, create(copy) as out:
+                shutil.copyfileobj(file, out)
     Manifest(manifest.kind, unfinished).write(manifest_path(path))
     os.replace(temporary, path)
     if old is None:
@@ -347,6 +349,6 @@ def _put_aside(path: Path) -> None:
 def _old_name(path: Path) -> Path:
     """The first free name for a file that is put aside with its manifest."""
     number = 1
-    while (old := path.with_name(f"{path.name}.old-{number}")).exists() or manifest_path(old).exists():
+    while any(map(os.path.lexists, (old := path.with_name(f"{path.name}.old-{number}"), manifest_path(old)))):
         number += 1
     return old

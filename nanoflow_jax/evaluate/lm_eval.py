@@ -94,12 +94,11 @@ class NanoflowLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.tokenizer.chat_template is None:
             raise ConfigError(f"apply_chat_template: {self._name!r} has no chat template; leave the option out")
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        settings = {
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": not add_generation_prompt,
+        }
+        return self.llm.tokenizer.render(chat_history, settings)
 
     # -- requests
 

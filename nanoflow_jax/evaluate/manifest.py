@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.config import ConfigError, read_json_object
+from nanoflow_jax.output_files import create
 
 if TYPE_CHECKING:
     from nanoflow_jax.schedule.plan import SchedulePlan
@@ -61,7 +62,7 @@ class Manifest:
 def write_durably(path: Path, data: bytes) -> None:
     """Replaces a file in one step; it is on the disk when this returns."""
     temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with create(temporary) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from nanoflow_jax.evaluate.metrics import Mean
 from nanoflow_jax.evaluate.report import Comparison, TaskResult
+from nanoflow_jax.output_files import create
 
 THIS, OTHER, INK = "#2b6cb0", "#dd7a1f", "#1d2430"
 
@@ -52,5 +53,6 @@ def plot_results(
     if title:
         figure.suptitle(title, x=0.01, ha="left", color=INK)
     if path is not None:
-        figure.savefig(path, dpi=120, format="png")
+        with create(path) as file:
+            figure.savefig(file, dpi=120, format="png")
     return figure

@@ -6,22 +6,12 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateError
-from jinja2.sandbox import SandboxedEnvironment
-
+from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.tasks import Document, Task
 from nanoflow_jax.reading import Malformed, parse_json
-
-_TEMPLATES = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
-
-
-@cache
-def _compiled(template: str) -> Template:
-    return _TEMPLATES.from_string(template)
 
 
 @dataclass(frozen=True)
@@ -74,8 +64,8 @@ def samples(task: Task, limit: int | None = None) -> list[Sample]:
 def _sample(task: Task, number: int, document: Document, examples: list[Document]) -> Sample:
     def render(template: str, of: Document = document) -> str:
         try:
-            return _compiled(template).render(**of)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError, AttributeError) as error:
+            return limited.ask("render", template=template, fields=of)
+        except limited.LimitedError as error:
             raise ConfigError(f"{task.name}: document {number}: {template!r} cannot be rendered: {error}") from None
 
     def answer(of: Document) -> str:

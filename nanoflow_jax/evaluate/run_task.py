@@ -92,7 +92,11 @@ def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
     done = output.outputs[0]
     if done.finish_reason == "error":
         return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
-    answer = done.text if task.extract is None else task.extract(done.text)
+    try:
+        answer = done.text if task.extract is None else task.extract(done.text)
+    except ValueError as error:
+        fields = {"output": done.text, "finish_reason": done.finish_reason}
+        return fields, dict.fromkeys(task.metrics, 0.0), f"extract.regex: {error}"
     fields = {"output": done.text, "answer": answer, "finish_reason": done.finish_reason}
     if answer is None:
         return fields, dict.fromkeys(task.metrics, 0.0), None

@@ -18,20 +18,20 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax import limited
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
 from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
-from nanoflow_jax.reading import Malformed, parse_json, parse_yaml, read_text
+from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
 
 Document = dict[str, Any]
-MOST_BYTES = 2**20  # of a task's YAML
+MOST_BYTES = 2**18  # of a task's YAML
 MOST_FEWSHOT = 1000
 
 
@@ -85,15 +85,14 @@ class FewShot:
 @dataclass(frozen=True)
 class Extract:
     """The answer in an output: the last (or first) match of a regular expression, or its group. No match: no
-    answer."""
+    answer. Raises ValueError when it takes too long."""
 
     regex: str
     group: int = 0
     match: str = "first"
 
     def __call__(self, text: str) -> str | None:
-        found = list(re.finditer(self.regex, text))
-        return found[-1 if self.match == "last" else 0][self.group] if found else None
+        return limited.ask("find", regex=self.regex, text=text, group=self.group, last=self.match == "last")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +155,16 @@ def _from_lines(path: Path) -> Task:
     if missing := [name for name in ("prompt", "target") if name not in first]:
         raise ConfigError(f"{path}:1: {missing[0]!r} is missing; each line has prompt and target, and may have choices")
     chosen = "choices" in first
-    return Task(
-        name=path.stem,
-        data=data,
-        prompt="{{ prompt }}",
-        target="{{ target }}",
-        choices="choices" if chosen else None,
-        generate={} if chosen else {"max_tokens": 64, "temperature": 0.0},
-        metrics=("accuracy", "accuracy_norm") if chosen else ("exact_match",),
+    return _checked(
+        Task(
+            name=path.stem,
+            data=data,
+            prompt="{{ prompt }}",
+            target="{{ target }}",
+            choices="choices" if chosen else None,
+            generate={} if chosen else {"max_tokens": 64, "temperature": 0.0},
+            metrics=("accuracy", "accuracy_norm") if chosen else ("exact_match",),
+        )
     )
 
 
@@ -197,7 +198,9 @@ def _task(fields: Any, path: Path) -> Task:
 
 
 def _checked(task: Task) -> Task:
-    """Raises ConfigError for parts that do not go together."""
+    """Raises ConfigError for parts that do not go together, and a name that names no file of an output folder."""
+    if not is_plain_name(task.name) or not task.name.isprintable() or task.name.startswith("."):
+        raise ConfigError(f"name: {task.name!r} is not accepted; it names files: at most 200 bytes, without / and \\")
     if task.choices is not None:
         for name, given in (("generate", task.generate), ("extract", task.extract), ("chat", task.chat)):
             if given:
@@ -270,8 +273,8 @@ def _extract(fields: Any) -> Extract:
         raise ConfigError(f"extract: {fields!r} is not accepted; a mapping with regex, group, match")
     _known("extract", fields, Extract.__dataclass_fields__)
     try:
-        groups = re.compile(fields["regex"]).groups
-    except (re.error, OverflowError, RecursionError) as error:
+        groups = limited.ask("groups", regex=fields["regex"])
+    except limited.LimitedError as error:
         raise ConfigError(f"extract.regex: {fields['regex']!r} is no regular expression ({error})") from None
     group = fields.get("group", 1 if groups else 0)
     if type(group) is not int or not 0 <= group <= groups:

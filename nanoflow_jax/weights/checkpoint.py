@@ -23,6 +23,7 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
 from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.output_files import no_link
 from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.load import open_weights
 from nanoflow_jax.weights.source import (
@@ -218,7 +219,7 @@ def _remove_leftovers(parent: Path, prefix: str) -> None:
 def _lock(folder: Path) -> Iterator[bool]:
     """Takes the lock file beside `folder`, which the system frees when the process ends; yields whether it was free."""
     path = folder.with_name(folder.name + ".lock")
-    with path.open("w") as file:
+    with open(path, "w", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -42,15 +42,16 @@ def model_digest(folder: str | Path) -> str:
 
 
 def load_params(
-    folder: str | Path, config: ModelConfig, mesh: Mesh, infos: Any, progress: OnProgress | None = None
+    folder: str | Path | WeightSource, config: ModelConfig, mesh: Mesh, infos: Any, progress: OnProgress | None = None
 ) -> Any:
-    """The weights of a model folder on `mesh`: a tree like `infos` (made for `mesh.size` devices) of jax.Arrays.
+    """The weights of a model folder (or of one that is open) on `mesh`: a tree like `infos` (made for `mesh.size`
+    devices) of jax.Arrays.
 
     Everything that can be checked from the headers is checked before anything is allocated. Host memory at any moment
     is one weight (this process's shards of it) and a few CHUNK_BYTES. `progress` is called after each weight.
     Raises WeightsError for files that are absent, damaged, or not those of `config`.
     """
-    source = open_weights(folder)
+    source = open_weights(folder) if isinstance(folder, str | Path) else folder
     check_tensors(source, config, infos)
     leaves, tree = jax.tree.flatten(infos, is_leaf=is_info)
     done, total = 0, sum(info.nbytes for info in leaves)

@@ -22,6 +22,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 # Buffers that old checkpoints hold; they follow from config.json.
 _ROTARY = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_LAYER = re.compile(r"model\.layers\.(\d{1,6})\.")
 TIED_HEAD = "lm_head.weight"
 
 
@@ -72,6 +73,13 @@ def expected_shapes(infos: Any) -> dict[str, tuple[int, ...]]:
 def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None:
     """Accounts for every tensor. Raises WeightsError for a missing or unknown one, or a wrong shape or dtype."""
     expected = expected_shapes(infos)
+    used = (name for name in source.table if not _ignored(name, config))
+    layers = {int(found[1]) for name in used if (found := _LAYER.match(name))}
+    if layers and len(layers) == max(layers) + 1 != config.num_layers:
+        raise WeightsError(
+            f"{source.folder}: num_hidden_layers is {config.num_layers} in config.json; "
+            f"the checkpoint has {len(layers)}"
+        )
     missing = [name for name in expected if name not in source.table]
     unknown = [name for name in source.table if name not in expected and not _ignored(name, config)]
     if missing or unknown:
