@@ -380,7 +380,7 @@ def test_a_model_without_template_and_a_template_that_refuses(
     monkeypatch.setattr(llm, "tokenizer", Tokenizer(bare))
     with pytest.raises(ValueError) as error:
         llm.chat([{"role": "user", "content": "Hi"}], GREEDY, use_tqdm=False)
-    one_line(error, "messages", "chat template fails", "TypeError")
+    one_line(error, "messages", "chat template refuses", "TypeError")
 
 
 # -- defaults
