@@ -32,6 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (item.path.name != "test_notebooks.py", -tests[item.path], str(item.path)))
 
 
+@pytest.fixture
+def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After the test the engine of the module's `llm` is idle, and every page is available."""
+    from tests.engine_driver import assert_idle
+
+    llm = request.getfixturevalue("llm")
+    yield
+    assert_idle(llm)
+
+
 @pytest.fixture(autouse=True)
 def no_compile_cache_for_gpus(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tests that compile for a GPU that is not there; others of the same process may have put the cache on."""

@@ -6,7 +6,6 @@ are committed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +28,8 @@ from tests.engine_driver import (
     tokens,
 )
 
+pytestmark = pytest.mark.usefixtures("no_leak")
+
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.95, top_k=40, seed=1234, max_tokens=40, ignore_eos=True)
 
 
@@ -40,13 +41,6 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return load_reference(CASE)
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    """After each test the engine is idle and every page is available."""
-    yield
-    assert_idle(llm)
 
 
 # -- neighbours

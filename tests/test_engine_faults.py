@@ -7,7 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import FrameType
 from typing import Any
@@ -19,18 +19,14 @@ from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine.request import RequestOutput
 from tests.engine_driver import assert_idle, crowd, greedy, shared_llm, small_pool, tokens
 
+pytestmark = pytest.mark.usefixtures("no_leak")
+
 Load = tuple[list[list[int]], list[SamplingParams]]
 
 
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return shared_llm()
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm)
 
 
 @pytest.fixture(scope="module")

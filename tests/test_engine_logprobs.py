@@ -3,7 +3,6 @@ are none of those, against a step of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,8 @@ from tests.engine_driver import (
 )
 from tests.tolerances import TOLERANCES
 
+pytestmark = pytest.mark.usefixtures("no_leak")
+
 Entry = dict[int, Logprob]
 
 
@@ -40,12 +41,6 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def reference() -> Reference:
     return load_reference(CASE)
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm)
 
 
 def assert_entries(llm: LLM, entries: list[Entry], logits: np.ndarray, ids: list[int], top: int) -> None:

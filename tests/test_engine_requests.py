@@ -4,7 +4,6 @@ raw logits, computed by a step of their own, say."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tests.engine_driver import (
     CASE,
     EOS,
     VOCAB,
-    assert_idle,
     greedy,
     oracle,
     shared_llm,
@@ -27,6 +25,8 @@ from tests.engine_driver import (
     tokens,
     write_tokenizer,
 )
+
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +42,6 @@ def reference() -> Reference:
 @pytest.fixture(scope="module")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
     return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))[1]
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm)
 
 
 # -- completions

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,9 @@ from nanoflow_jax.evaluate.report import summarize
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.weights.hub import resolve_model
-from tests.engine_driver import assert_idle, tokens
+from tests.engine_driver import tokens
+
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 BAD = ord("~")
 OPTIONS: dict[str, Any] = {
@@ -50,12 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llm(folder: Path) -> LLM:
     return LLM(folder, **OPTIONS)
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm)
 
 
 def load() -> tuple[list[str], list[SamplingParams]]:

@@ -6,7 +6,7 @@ import gc
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ import pytest
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine.request import RequestOutput
-from tests.engine_driver import assert_idle, crowd, greedy, shared_llm, tokens
+from tests.engine_driver import crowd, greedy, shared_llm, tokens
+
+pytestmark = pytest.mark.usefixtures("no_leak")
 
 LIMIT = 120.0  # seconds after which a thread counts as stuck
 
@@ -22,12 +24,6 @@ LIMIT = 120.0  # seconds after which a thread counts as stuck
 @pytest.fixture(scope="module")
 def llm() -> LLM:
     return shared_llm()
-
-
-@pytest.fixture(autouse=True)
-def no_leak(llm: LLM) -> Iterator[None]:
-    yield
-    assert_idle(llm)
 
 
 def start(work: Callable[[], Any]) -> Callable[[], Any]:

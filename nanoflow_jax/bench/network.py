@@ -17,11 +17,10 @@ from nanoflow_jax.bench.timeline import Window
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.ops import COLLECTIVE, OPS
+from nanoflow_jax.schedule.ops import COLLECTIVE, HIDDEN, OPS, WIDTH
 from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
+from nanoflow_jax.search.jobs import SAMPLER_REDUCTIONS
 from nanoflow_jax.search.latency import US, RooflineModel
-
-SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def network_step(
     those of the embedding and of greedy sampling."""
     model, width = RooflineModel(hardware), jnp.dtype(config.dtype).itemsize
     pieces = plan.pieces(shape.decode_rows, shape.prefill_rows, row_quantum(devices))
-    columns = {"hidden": config.hidden_size, "width": config.num_heads * config.head_dim}
+    columns = {HIDDEN: config.hidden_size, WIDTH: config.num_heads * config.head_dim}
     us = [
         model.collective(op.collective, p.rows * columns[op.columns] * width, devices).us
         for p in pieces

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.schedule.ops import APPEND
+from nanoflow_jax.schedule.ops import APPEND, HIDDEN, OPS
 from nanoflow_jax.schedule.plan import OpPiece, deferred_gathers
 from nanoflow_jax.schedule.rows import Rows, RowSpan
 
@@ -23,7 +23,6 @@ type Update[V] = tuple[V, V | None]  # what is added to a residual: a collective
 
 ATTENTION, MLP = 0, 1  # the norms of a layer
 GATHER, GATHER_ROWS, REDUCE, SCATTER = "gather", "gather_rows", "reduce", "scatter"  # collectives
-HIDDEN, WIDTH = "hidden", "width"  # columns of what they give: of the residual, of all heads
 
 
 class Machine[V](Protocol):
@@ -188,7 +187,7 @@ class StepProgram[V]:
 
     def gemv_ag(self, piece: OpPiece, s: _Layer[V]) -> None:
         local = self.machine.transpose(piece, *s.attention.get(piece.start, piece.stop))
-        s.gathered[piece.piece] = self.machine.start(GATHER_ROWS, piece.rows, WIDTH, local)
+        s.gathered[piece.piece] = self.machine.start(GATHER_ROWS, piece.rows, OPS[piece.op].columns, local)
 
     def o(self, piece: OpPiece, s: _Layer[V]) -> None:
         if piece.piece in s.gathered:
@@ -235,7 +234,7 @@ class StepProgram[V]:
 
     def _collect(self, collective: str, piece: OpPiece, s: _Layer[V]) -> None:
         """Starts the collective of O or D; its result is added when it is read."""
-        started = self.machine.start(collective, piece.rows, HIDDEN, s.projected.pop(piece.piece))
+        started = self.machine.start(collective, piece.rows, OPS[piece.op].columns, s.projected.pop(piece.piece))
         self.pending[piece.piece] = started, self.machine.bias(piece.op.partition(".")[0])
 
     def _add_and_norm(self, number: int, layer: int, which: int) -> V:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
 GEMM, ATTENTION, COLLECTIVE = "gemm", "attention", "collective"
 ALL, DECODE, PREFILL, NANO_BATCH = "all", "decode", "prefill", "nano-batch"
+HIDDEN, WIDTH = "hidden", "width"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Op:
     reads   what it reads the result of, besides the op before it in its nano-batch's strategy; `causal`: of all rows of
             its own kind up to its last
     lane    it may run on a stream of its own: bound by memory, with a kernel that can leave SMs to a GEMM
-    columns of what a collective gives: "hidden", or "width" of all heads together
+    columns of what a collective gives: HIDDEN, as the residual, or WIDTH, all heads together
     """
 
     name: str
@@ -39,7 +40,7 @@ class Op:
     reads: str | None = None
     causal: bool = False
     lane: bool = False
-    columns: str = "hidden"
+    columns: str = HIDDEN
 
     @property
     def splittable(self) -> bool:
@@ -58,7 +59,7 @@ OPS: dict[str, Op] = {
         Op("KQV", COMPUTE, GEMM, ALL),
         Op("GEMV", MEMORY, ATTENTION, DECODE, reads="KQV", lane=True),
         Op("PF", COMPUTE, ATTENTION, PREFILL, reads="KQV", causal=True),
-        Op("GEMV.AG", NETWORK, COLLECTIVE, columns="width"),
+        Op("GEMV.AG", NETWORK, COLLECTIVE, columns=WIDTH),
         Op("O", COMPUTE, GEMM),
         Op("O.RS", NETWORK, COLLECTIVE),
         Op("O.AG", NETWORK, COLLECTIVE),

@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.schedule.layer import GATHER, GATHER_ROWS, HIDDEN, REDUCE, SCATTER, WIDTH, StepProgram, Update
+from nanoflow_jax.schedule.layer import GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.schedule.ops import HIDDEN, WIDTH
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.schedule.rows import RowSpan
 from nanoflow_jax.search.latency import Prediction
@@ -25,7 +26,7 @@ from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
 
 SIDE = "stream 1"
 RUNTIMES = ("library", "nanoflow")
-SAMPLER_REDUCTIONS = 2
+SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
 COLLECTIVES = {GATHER: "all-gather", GATHER_ROWS: "all-gather", REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
 
 

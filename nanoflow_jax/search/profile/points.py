@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.schedule.ops import COLLECTIVE
+from nanoflow_jax.schedule.ops import COLLECTIVE, WIDTH
 from nanoflow_jax.schedule.ops import OPS as PLAN_OPS
 from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.search.shapes import Shapes
@@ -215,7 +215,7 @@ def _collectives(scope: Scope) -> dict[str, int]:
     for plan in scope.plans if scope.network else ():
         for op in dict.fromkeys(PLAN_OPS[piece.op] for piece in _pieces(scope, plan)):
             if op.kind == COLLECTIVE:
-                columns = s.width if op.columns == "width" else s.hidden
+                columns = s.width if op.columns == WIDTH else s.hidden
                 found[op.collective] = max(found.get(op.collective, 0), columns * s.element_bytes)
     return found
 
