@@ -73,6 +73,16 @@ def test_named_plans() -> None:
     assert [p.op for p in scatter.pieces(8, 8)] == ["KQV", "GEMV", "PF", *STRATEGIES["scatter"]]
 
 
+def test_what_attention_reads() -> None:
+    """Decode rows their own keys; a prompt's later rows those of its earlier ones too."""
+    plan = parse_plan("p", fields(splits={"KQV": [32, 16, 16], "GEMV": [24, 16], "PF": [8, 16]}))
+    pieces = {p.name: p for p in plan.pieces(40, 24)}
+    read = {name: needs(pieces[name], pieces) for name in ("KQV.3", "GEMV.1", "GEMV.2", "PF.1", "PF.2")}
+    assert read == {
+        "KQV.3": [], "GEMV.1": ["KQV.1"], "GEMV.2": ["KQV.1", "KQV.2"], "PF.1": ["KQV.2"], "PF.2": ["KQV.2", "KQV.3"],
+    }  # fmt: skip
+
+
 def swapped(order: list[str], a: str, b: str) -> list[str]:
     return [{a: b, b: a}.get(name, name) for name in order]
 

@@ -179,6 +179,16 @@ def plans(draw: st.DrawFn) -> SchedulePlan:
     return replace(plan, order=tuple(order))
 
 
+def test_a_collective_moves_the_columns_of_its_op() -> None:
+    """GEMV.AG all heads, which a model may have more or fewer of than its residual has columns; the others that."""
+    shapes = replace(Shapes.of(SMALL, 8), width=3 * SMALL.hidden_size)
+    plan = SchedulePlan("one", (NanoBatch(None, "gather"),))
+    jobs = build_jobs(plan, OpCosts(H200, shapes, StepLoad(64, 0, 100, 0)), 1, SHARES)
+    moved = {job.piece.op: job.bytes for job in jobs if job.collective and job.piece.layer == 0}
+    row = SMALL.hidden_size * shapes.element_bytes
+    assert moved == {"GEMV.AG": 64 * 3 * row, "O.AG": 64 * row, "D.AR": 64 * row}
+
+
 @settings(max_examples=60, deadline=None)
 @given(plans(), st.sampled_from(["library", "nanoflow"]))
 def test_timelines_obey_dependencies_and_resources(plan: SchedulePlan, runtime: str) -> None:
