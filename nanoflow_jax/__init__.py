@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.platform import prefer_cpu_without_gpu, use_cuda_toolkit
+from nanoflow_jax.system.platform import prefer_cpu_without_gpu, use_cuda_toolkit
+from nanoflow_jax.version import __version__
 
 prefer_cpu_without_gpu()
 use_cuda_toolkit()
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM, generate
-    from nanoflow_jax.engine.sampling_params import SamplingParams
+    from nanoflow_jax.sampling_params import SamplingParams
 
-__version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "generate"]
+__all__ = ["LLM", "SamplingParams", "__version__", "generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -28,7 +28,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(api, name)
     if name == "SamplingParams":
-        from nanoflow_jax.engine.sampling_params import SamplingParams
+        from nanoflow_jax.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

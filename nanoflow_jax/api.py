@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.distributed import lead
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
+from nanoflow_jax.engine.multiprocess import lead
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
-from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.platform import claim_gpu_memory, use_compile_cache
-from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.attention import KV_CACHE_DTYPES
-from nanoflow_jax.schedule.plan import SchedulePlan, load_plan
-from nanoflow_jax.search.known import DEFAULT, known_plan
+from nanoflow_jax.plan.known import DEFAULT, known_plan
+from nanoflow_jax.plan.plan import SchedulePlan, load_plan
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.attention import KV_CACHE_DTYPES
+from nanoflow_jax.system.interrupts import held_interrupts
+from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
+from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 

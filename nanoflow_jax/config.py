@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.reading import ConfigError, Malformed, parse_json, read_text
+from nanoflow_jax.system.reading import ConfigError, Malformed, parse_json, read_text
 
 __all__ = [
     "EMBEDDED", "ConfigError", "ModelConfig", "RopeConfig", "config_path", "configs_root", "model_config", "model_file",

@@ -18,20 +18,13 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import jax
-
-from nanoflow_jax.config import ConfigError
-from nanoflow_jax.engine.joined import FollowingEngine
+from nanoflow_jax.engine.multiprocess import FollowingEngine, options_from
 from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import PEER_TIMEOUT, PeerError, Processes, join, joined
-from nanoflow_jax.schedule.plan import SchedulePlan, parse_plan
 
-__all__ = ["PEER_TIMEOUT", "PeerError", "Processes", "follow", "join", "joined", "lead", "leave", "run"]
+__all__ = ["PEER_TIMEOUT", "PeerError", "Processes", "follow", "join", "joined", "leave", "run"]
 
 
 def run(work: Callable[[], int], report: Callable[[BaseException], int]) -> int:
@@ -81,21 +74,6 @@ def follow() -> int:
             return 0
 
 
-def lead(options: dict[str, Any]) -> None:
-    """Makes the processes that follow this one make an LLM with the same options. Does nothing when there are none.
-
-    Raises ConfigError when there are other processes that cannot be led.
-    """
-    processes = joined()
-    if processes is not None and processes.leads:
-        processes.send({"llm": options_for(options)})
-    elif processes is None and jax.process_count() > 1:
-        raise ConfigError(
-            f"distributed: jax.distributed has {jax.process_count()} processes; join them with "
-            "nanoflow_jax.distributed.join() in its place"
-        )
-
-
 def leave(status: int = 0, reason: str = "") -> None:
     """Process 0: ends the others too. With another status than 0 they end with `reason`, and this call ends the
     process. Does nothing when no processes have been joined."""
@@ -105,43 +83,6 @@ def leave(status: int = 0, reason: str = "") -> None:
     if status == 0 and processes.leads:
         processes.send({"end": 0})
     processes.leave(status, reason)
-
-
-def options_for(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an LLM, for JSON."""
-
-    def simple(value: Any) -> Any:
-        if isinstance(value, SchedulePlan):
-            return asdict(value)
-        return str(value) if isinstance(value, Path) else value
-
-    return {name: simple(value) for name, value in options.items()}
-
-
-def options_from(found: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `options_for`."""
-    plan = found["plan"]
-    if isinstance(plan, dict):
-        found = {**found, "plan": parse_plan(plan["name"], _without_none(plan))}
-    return found
-
-
-def _without_none(plan: dict[str, Any]) -> dict[str, Any]:
-    """As a plan's file would have it: no name, and no fields that say nothing."""
-    found: dict[str, Any] = {}
-    for name, value in plan.items():
-        if name == "name" or value is None:
-            continue
-        if name == "nano_batches":
-            value = [{k: v for k, v in batch.items() if v is not None} for batch in value]
-        elif name == "lanes":
-            value = {op: {k: v for k, v in lane.items() if v is not None} for op, lane in value.items()}
-        elif name == "splits":
-            value = {op: list(sizes) for op, sizes in value.items()}
-        elif name == "order":
-            value = list(value)
-        found[name] = value
-    return found
 
 
 def _keep_stdout_clean() -> None:

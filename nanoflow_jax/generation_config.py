@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig, read_json_object, token_id_tuple
-from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger("nanoflow_jax")

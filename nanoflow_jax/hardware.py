@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, config_path, configs_root
-from nanoflow_jax.reading import Malformed, parse_toml, read_text
+from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.reading import one_line
+from nanoflow_jax.system import limited
+from nanoflow_jax.system.reading import one_line
 
 logger = logging.getLogger("nanoflow_jax")
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, config_path
-from nanoflow_jax.reading import Malformed, parse_json, parse_toml, read_text
+from nanoflow_jax.system.reading import Malformed, parse_json, parse_toml, read_text
 
 ROOM = 1.5  # a length limit below so many mean lengths would change the shape of the distribution
 LONGEST = 4096  # tokens of prompt and output together where nothing says otherwise

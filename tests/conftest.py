@@ -13,7 +13,7 @@ import hypothesis
 import jax
 import pytest
 
-from nanoflow_jax.platform import without_compile_cache
+from nanoflow_jax.system.platform import without_compile_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def no_leak(request: pytest.FixtureRequest) -> Iterator[None]:
     """After the test the engine of the module's `llm` is idle, and every page is available."""
-    from tests.engine_driver import assert_idle
+    from tests.engine.engine_driver import assert_idle
 
     llm = request.getfixturevalue("llm")
     yield

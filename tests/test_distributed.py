@@ -16,14 +16,14 @@ from pathlib import Path
 
 import jax
 import pytest
-from replica_process import NUM_REQUESTS, OPTIONS, answers, run_batch, write_batch
 
 from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.distributed import options_for, options_from
+from nanoflow_jax.engine.multiprocess import options_for, options_from
 from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import _check_host, join
-from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.plan.plan import load_plan
+from tests.replica_process import NUM_REQUESTS, OPTIONS, answers, run_batch, write_batch
 
 Start = Callable[[str], "Replica"]
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nanoflow_jax import SamplingParams
-from nanoflow_jax.engine.sampling_params import check_vocabulary
+from nanoflow_jax.sampling_params import check_vocabulary
 
 ACCEPTED: dict[str, list[Any]] = {
     "n": [1, 2, 64],

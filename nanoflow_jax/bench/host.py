@@ -16,15 +16,15 @@ import numpy as np
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
-from nanoflow_jax.engine.logprobs import no_logprobs
 from nanoflow_jax.engine.pages import root_key
-from nanoflow_jax.engine.sampler import Sampled, StepOutput
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, StepInputs, pack, packed_length, unpack
-from nanoflow_jax.schedule.step import CACHE_SPECS, StepState
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.logprobs import no_logprobs
+from nanoflow_jax.step.sampler import Sampled, StepOutput
+from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, StepInputs, pack, packed_length, unpack
+from nanoflow_jax.step.trace import CACHE_SPECS, StepState
 
 PAGE_SIZE = 64
 PROMPT, OUTPUT = 614, 1024  # tokens of a request: 768 prefill rows then feed 1280 decode rows

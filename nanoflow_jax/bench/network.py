@@ -15,12 +15,12 @@ import numpy as np
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.timeline import Window
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.cost.latency import US, RooflineModel
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.ops import COLLECTIVE, HIDDEN, OPS, WIDTH
-from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-from nanoflow_jax.search.jobs import SAMPLER_REDUCTIONS
-from nanoflow_jax.search.latency import US, RooflineModel
+from nanoflow_jax.plan.ops import COLLECTIVE, HIDDEN, OPS, WIDTH
+from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.timeline.jobs import SAMPLER_REDUCTIONS
 
 
 @dataclass(frozen=True)

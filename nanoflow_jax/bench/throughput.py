@@ -29,20 +29,20 @@ from nanoflow_jax.bench.timeline import (
     time_lost,
 )
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.latency import optimal_tokens_per_second
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
-from nanoflow_jax.platform import claim_gpu_memory
-from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.plan import SchedulePlan
-from nanoflow_jax.schedule.slots import empty_inputs
-from nanoflow_jax.search.known import AUTO, DEFAULT, named_plan
-from nanoflow_jax.search.latency import optimal_tokens_per_second
+from nanoflow_jax.plan.known import AUTO, DEFAULT, named_plan
+from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.slots import empty_inputs
+from nanoflow_jax.system.platform import claim_gpu_memory
+from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.workload import BenchRequest, Workload
 
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one

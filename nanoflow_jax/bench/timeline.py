@@ -19,9 +19,9 @@ import numpy as np
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import Engine
-from nanoflow_jax.engine.sampler import StepOutput
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import StepInputs
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.sampler import StepOutput
+from nanoflow_jax.step.slots import StepInputs
 
 PLATEAU = 0.95  # of the usual number of running requests: the ramp is over
 SWITCH_SECONDS = 2e-4  # a thread that has seen the device finish must not wait long for the interpreter

@@ -18,7 +18,7 @@ from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.throughput import LIFETIMES, expected_running
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.setup import CPU_CACHE_TOKENS, CPU_DECODE_SLOTS
-from nanoflow_jax.progress import Progress
+from nanoflow_jax.system.progress import Progress
 
 START_SECONDS = 900  # for importing, weights and warm-up
 WORKER = Path(__file__).with_name("transformers_worker.py")

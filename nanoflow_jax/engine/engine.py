@@ -15,20 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from nanoflow_jax.engine.logprobs import TokenLogprobs
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, PagePool
 from nanoflow_jax.engine.quarantine import Quarantine
 from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.runner import Runner
-from nanoflow_jax.engine.running import Running
-from nanoflow_jax.engine.sampler import StepOutput
-from nanoflow_jax.engine.sampler_tables import SamplerTables
-from nanoflow_jax.engine.sampling_params import SamplingParams, check_vocabulary
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
+from nanoflow_jax.engine.slot_table import Running
 from nanoflow_jax.engine.step_batch import build_inputs
 from nanoflow_jax.engine.text import WatchedText
-from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.logprobs import TokenLogprobs
+from nanoflow_jax.step.sampler import StepOutput
+from nanoflow_jax.step.sampler_tables import SamplerTables
 from nanoflow_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger("nanoflow_jax")

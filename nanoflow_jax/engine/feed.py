@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, eq=False)

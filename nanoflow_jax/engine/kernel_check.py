@@ -13,7 +13,7 @@ import jax
 from kernels_pallas.self_check import Heads, KernelError, check_kernel
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL, tuned_gpu
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.schedule.attention import KernelBackends
+from nanoflow_jax.step.attention import KernelBackends
 
 logger = logging.getLogger("nanoflow_jax")
 

@@ -16,8 +16,8 @@ from nanoflow_jax.models.layout import ModelParams, kv_groups
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
-from nanoflow_jax.platform import MOST, SPARE, memory_fraction
-from nanoflow_jax.schedule.attention import page_dtype
+from nanoflow_jax.step.attention import page_dtype
+from nanoflow_jax.system.platform import MOST, SPARE, memory_fraction
 
 logger = logging.getLogger("nanoflow_jax")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
-from nanoflow_jax.engine.running import Running
+from nanoflow_jax.engine.slot_table import Running
 from nanoflow_jax.engine.text import output_text, text_offsets
 from nanoflow_jax.tokenizer import Tokenizer
 

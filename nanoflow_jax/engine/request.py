@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow_jax.engine.pages import Key
-from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams
 
 
 @dataclass

@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.engine.sampler import StepOutput
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.parallel.mesh import AXIS, replicated
-from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.compile import abstract_state, compile_step, lower_step
-from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, pack
-from nanoflow_jax.schedule.step import NO_PAGE, KVCache, StepSpec, StepState
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.compile import abstract_state, compile_step, lower_step
+from nanoflow_jax.step.sampler import StepOutput
+from nanoflow_jax.step.slots import SlotSizes, StepInputs, pack
+from nanoflow_jax.step.trace import NO_PAGE, KVCache, StepSpec, StepState
+from nanoflow_jax.system.progress import Progress
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
 PAGES_PER_COPY = 8  # pages that one call of the copy programs moves

@@ -18,8 +18,8 @@ import numpy as np
 from nanoflow_jax.engine.admission import Expectation, peak_pages
 from nanoflow_jax.engine.pages import Key, PagePool, next_keys
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.running import Running
-from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.step.batch import StepShape
 
 
 @dataclass(frozen=True)

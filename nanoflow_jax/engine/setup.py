@@ -16,10 +16,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas.checks import FP8
 from kernels_pallas.self_check import Heads
-from nanoflow_jax import __version__
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.engine import Engine, step_shapes
-from nanoflow_jax.engine.joined import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.engine.memory import (
     check_requested,
@@ -30,25 +28,27 @@ from nanoflow_jax.engine.memory import (
     plan_pages,
     usable_memory,
 )
+from nanoflow_jax.engine.multiprocess import FollowingEngine, LeadingEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
-from nanoflow_jax.engine.sampler_tables import SamplerTables
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, kv_groups
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
-from nanoflow_jax.platform import warn_without_ptxas
-from nanoflow_jax.progress import Progress
-from nanoflow_jax.schedule.attention import KernelBackends, choose_backend, page_dtype
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.ops import ATTENTION, OPS
-from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes, abstract_slots
-from nanoflow_jax.schedule.step import StepSpec
+from nanoflow_jax.plan.ops import ATTENTION, OPS
+from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
+from nanoflow_jax.step.attention import KernelBackends, choose_backend, page_dtype
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.sampler_tables import SamplerTables
+from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes, abstract_slots
+from nanoflow_jax.step.trace import StepSpec
+from nanoflow_jax.system.platform import warn_without_ptxas
+from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.tokenizer import Tokenizer
+from nanoflow_jax.version import __version__
 from nanoflow_jax.weights.load import load_params, model_digest, open_weights
 from nanoflow_jax.weights.source import WeightSource, check_tensors
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from nanoflow_jax.engine.running import Running
 from nanoflow_jax.engine.scheduler import ScheduledStep
-from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs, sampling_settings
+from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.step.slots import SlotSizes, StepInputs, empty_inputs, sampling_settings
 
 IN_FLIGHT = -1  # a decode row's token that only the device knows
 

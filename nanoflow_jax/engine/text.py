@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
-from nanoflow_jax.engine.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what stands for bytes that are no character

@@ -24,8 +24,8 @@ from nanoflow_jax.evaluate.manifest import sync_folder
 from nanoflow_jax.evaluate.records import COMPLETIONS, Problem, Record, parse_line, problem
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record, response_record
 from nanoflow_jax.evaluate.windows import WINDOW, longest_first
-from nanoflow_jax.output_files import create
-from nanoflow_jax.progress import Progress
+from nanoflow_jax.system.output_files import create
+from nanoflow_jax.system.progress import Progress
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM

@@ -26,8 +26,8 @@ from typing import Any, Protocol
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.lines import NumberSet
 from nanoflow_jax.evaluate.manifest import Manifest, sync_folder
-from nanoflow_jax.output_files import create, open_to_append
-from nanoflow_jax.reading import parse_json
+from nanoflow_jax.system.output_files import create, open_to_append
+from nanoflow_jax.system.reading import parse_json
 
 SYNC_SECONDS = 1.0
 QUEUE_RECORDS = 4096  # given and not yet written: then the caller waits

@@ -18,8 +18,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nanoflow_jax.api import LLM
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate.records import is_off
+from nanoflow_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoflow_jax")
 

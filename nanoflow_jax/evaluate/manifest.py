@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.config import ConfigError, read_json_object
-from nanoflow_jax.output_files import create
+from nanoflow_jax.system.output_files import create
 
 if TYPE_CHECKING:
-    from nanoflow_jax.schedule.plan import SchedulePlan
+    from nanoflow_jax.plan.plan import SchedulePlan
 
 FORMAT = 1
 _WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size

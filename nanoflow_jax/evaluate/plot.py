@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from nanoflow_jax.evaluate.metrics import Mean
 from nanoflow_jax.evaluate.report import Comparison, TaskResult
-from nanoflow_jax.output_files import create
+from nanoflow_jax.system.output_files import create
 
 THIS, OTHER, INK = "#2b6cb0", "#dd7a1f", "#1d2430"
 

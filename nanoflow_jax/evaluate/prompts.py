@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nanoflow_jax import limited
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.tasks import Document, Task
-from nanoflow_jax.reading import Malformed, parse_json
+from nanoflow_jax.system import limited
+from nanoflow_jax.system.reading import Malformed, parse_json
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from nanoflow_jax.evaluate.journal import Journal, record_number
 from nanoflow_jax.evaluate.lines import FileIdentity, Line, read_lines
 from nanoflow_jax.evaluate.records import Problem, parse_line
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record
-from nanoflow_jax.progress import Progress
+from nanoflow_jax.system.progress import Progress
 
 BLOCK_LINES = 2048
 BLOCK_BYTES = 16 * 2**20

@@ -15,9 +15,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS
 from nanoflow_jax.evaluate.lines import Line
-from nanoflow_jax.reading import Malformed, one_line, parse_json
+from nanoflow_jax.sampling_params import MAX_LOGPROBS
+from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_ID = 512  # characters

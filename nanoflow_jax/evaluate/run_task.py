@@ -17,7 +17,7 @@ from nanoflow_jax.evaluate.prompts import Sample, sample_record
 from nanoflow_jax.evaluate.response import encode_record
 from nanoflow_jax.evaluate.tasks import Task
 from nanoflow_jax.evaluate.windows import longest_first
-from nanoflow_jax.progress import Progress
+from nanoflow_jax.system.progress import Progress
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM

@@ -23,12 +23,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax import limited
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
-from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.system import limited
+from nanoflow_jax.system.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
 
 Document = dict[str, Any]
 MOST_BYTES = 2**18  # of a task's YAML

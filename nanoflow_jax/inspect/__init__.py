@@ -2,5 +2,5 @@
 what is wrong.
 
 gpu_target (figures → compile-only mesh) → hlo (text → Module) → costs (each instruction) → overlap (timeline) →
-findings → report; trace and plot draw a report. Start at `report.inspect_compiled`.
+findings → report. Start at `report.inspect_compiled`.
 """

@@ -9,10 +9,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from kernels_pallas.expected import LATENCY
+from nanoflow_jax.cost.latency import LatencyModel, Prediction
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
-from nanoflow_jax.schedule.ops import APPEND, ATTENTION, of_kind
-from nanoflow_jax.search.latency import LatencyModel, Prediction
+from nanoflow_jax.plan.ops import APPEND, ATTENTION, of_kind
 
 FREE = frozenset(
     """parameter constant bitcast tuple get-tuple-element after-all opt-barrier partition-id replica-id add-dependency

@@ -22,8 +22,8 @@ from nanoflow_jax.inspect.costs import (
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.overlap import is_sync
-from nanoflow_jax.schedule.ops import GEMM, OPS, of_kind
-from nanoflow_jax.search.timeline import Timeline
+from nanoflow_jax.plan.ops import GEMM, OPS, of_kind
+from nanoflow_jax.timeline.timeline import Timeline
 
 MOVES = frozenset(
     """copy transpose slice dynamic-slice convert reshape bitcast concatenate pad reverse parameter constant tuple

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.schedule.compile import Option
+from nanoflow_jax.step.compile import Option
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 MISSING = 'compiling for a GPU needs the CUDA plugin: pip install "nanoflow_jax[inspect]"'

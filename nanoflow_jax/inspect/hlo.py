@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nanoflow_jax.inspect.hlo_words import ATTRIBUTES, CALLED, KERNELS, OPCODES
-from nanoflow_jax.schedule.ops import APPEND, OPS, OUTER
-from nanoflow_jax.search.timeline import Piece
+from nanoflow_jax.plan.ops import APPEND, OPS, OUTER
+from nanoflow_jax.timeline.timeline import Piece
 
 BITS = {
     "pred": 8,

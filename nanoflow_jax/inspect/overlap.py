@@ -12,11 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nanoflow_jax.cost.latency import Prediction
 from nanoflow_jax.inspect.costs import CONTROL, Cost, CostModel
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module
-from nanoflow_jax.search.latency import Prediction
-from nanoflow_jax.search.played import timeline
-from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Event, Piece, Timeline
+from nanoflow_jax.timeline.played import timeline
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Event, Piece, Timeline
 
 HOST, SIDE = "host", "side"
 OWN_STREAMS = {"collective": NETWORK, "host_copy": HOST}

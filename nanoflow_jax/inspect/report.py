@@ -6,14 +6,14 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nanoflow_jax.cost.latency import LatencyModel, RooflineModel
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.costs import CostModel, Costs
 from nanoflow_jax.inspect.findings import Finding, find
 from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.overlap import Budgets, simulate
-from nanoflow_jax.search.latency import LatencyModel, RooflineModel
-from nanoflow_jax.search.timeline import Collective, Timeline
-from nanoflow_jax.search.totals import Times, Totals, add_up
+from nanoflow_jax.timeline.timeline import Collective, Timeline
+from nanoflow_jax.timeline.totals import Times, Totals, add_up
 
 GIB = 2**30
 

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nanoflow_jax.search.timeline import Timeline
+from nanoflow_jax.timeline.timeline import Timeline
 
 SMALL = ("elementwise", "kernel")
 

@@ -13,6 +13,9 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import ConfigError, ModelConfig, model_config
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
@@ -23,18 +26,15 @@ from nanoflow_jax.models.layout import kv_groups
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import check_divides
-from nanoflow_jax.platform import without_compile_cache
-from nanoflow_jax.schedule.attention import choose_backend, page_dtype
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
-from nanoflow_jax.schedule.ops import APPEND
-from nanoflow_jax.schedule.plan import OpPiece, SchedulePlan, load_plan, row_quantum
-from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
-from nanoflow_jax.schedule.step import StepSpec
-from nanoflow_jax.search.latency import LatencyModel, Prediction, RooflineModel
-from nanoflow_jax.search.load import StepLoad
-from nanoflow_jax.search.shapes import OpCosts, Shapes
-from nanoflow_jax.search.totals import InnerLayer, of_all_layers
+from nanoflow_jax.plan.ops import APPEND
+from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.step.attention import choose_backend, page_dtype
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.compile import Option, compile_step, lower_step
+from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
+from nanoflow_jax.step.trace import StepSpec
+from nanoflow_jax.system.platform import without_compile_cache
+from nanoflow_jax.timeline.totals import InnerLayer, of_all_layers
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9

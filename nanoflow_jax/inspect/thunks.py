@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanoflow_jax.schedule.compile import Option
+from nanoflow_jax.step.compile import Option
 
 WAITING = ("Conditional", "While")
 _DUMPED = "*thunk_sequence_after_thunk_passes.txt"

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.platform import claim_gpu_memory
+from nanoflow_jax.system.platform import claim_gpu_memory
 
 PEER_TIMEOUT = 60  # seconds without a sign of life after which a process counts as gone
 GRACE = 5.0  # seconds in which the watchdogs of others see what a process has told them

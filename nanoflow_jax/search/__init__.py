@@ -1,1 +1,1 @@
-"""Choosing a plan: how long ops take (latency), and what follows from it."""
+"""Choosing a plan: what one gives on a workload (`simulate`, `predict`), and the best of all (`search`)."""

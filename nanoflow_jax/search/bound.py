@@ -17,9 +17,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linprog
 
-from nanoflow_jax.schedule.ops import APPEND, APPENDED, OPS
-from nanoflow_jax.search.jobs import COMPUTE, NETWORK, SIDE, Job
-from nanoflow_jax.search.play import Speeds
+from nanoflow_jax.plan.ops import APPEND, APPENDED, OPS
+from nanoflow_jax.timeline.jobs import COMPUTE, NETWORK, SIDE, Job
+from nanoflow_jax.timeline.play import Speeds
 
 
 class Work(NamedTuple):

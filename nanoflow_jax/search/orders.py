@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from nanoflow_jax.search.steps import (
+from nanoflow_jax.search.closed_form import (
     NOTHING,
     RUN,
     START,

@@ -10,15 +10,15 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.cost.demand import Demand, StepLoad
+from nanoflow_jax.cost.latency import LatencyModel, optimal_tokens_per_second
+from nanoflow_jax.cost.shapes import BYTES
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.layout import kv_groups
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.schedule.plan import NanoBatch, SchedulePlan, row_quantum
-from nanoflow_jax.search.latency import LatencyModel, optimal_tokens_per_second
-from nanoflow_jax.search.load import Demand, StepLoad
-from nanoflow_jax.search.shapes import BYTES
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum
 from nanoflow_jax.search.simulate import Simulation, simulate_step
 
 MEMORY_UTILIZATION = 0.9

@@ -20,17 +20,17 @@ from multiprocessing import get_context
 
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.schedule.ops import COLLECTIVE, OPS, STRATEGIES
-from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import LatencyModel
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.plan.ops import COLLECTIVE, OPS, STRATEGIES
+from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
-from nanoflow_jax.search.jobs import Job, Shares, build_jobs
-from nanoflow_jax.search.latency import LatencyModel
-from nanoflow_jax.search.load import StepLoad
+from nanoflow_jax.search.closed_form import Order, Steps
 from nanoflow_jax.search.orders import LESS, Chain, Ordered, best_order
-from nanoflow_jax.search.play import Speeds
-from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import ATTENTION_SHARE
-from nanoflow_jax.search.steps import Order, Steps
+from nanoflow_jax.timeline.jobs import Job, Shares, build_jobs
+from nanoflow_jax.timeline.play import Speeds
 
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.schedule.plan import SchedulePlan, row_quantum
-from nanoflow_jax.search.jobs import Shares, build_jobs
-from nanoflow_jax.search.latency import LatencyModel
-from nanoflow_jax.search.load import StepLoad
-from nanoflow_jax.search.played import timeline
-from nanoflow_jax.search.shapes import OpCosts, Shapes
-from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Collective, Event, Timeline
-from nanoflow_jax.search.totals import InnerLayer, Totals, add_up, of_all_layers
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import LatencyModel
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
+from nanoflow_jax.timeline.jobs import Shares, build_jobs
+from nanoflow_jax.timeline.played import timeline
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Collective, Event, Timed, Timeline
+from nanoflow_jax.timeline.totals import InnerLayer, Totals, add_up, of_all_layers
 
 LAYERS = 6  # enough for inner ones that neither end of the step touches
 ATTENTION_SHARE = 0.4  # of the SMs, for decode attention on NanoFlow's memory lane where the plan does not say
@@ -63,6 +63,10 @@ class Simulation:
         beside = [e for e in self.timeline.events if e.stream not in (COMPUTE, NETWORK)]
         inner = self.inner.layers
         return sum(e.us for e in beside if e.piece and e.piece.layer in inner) / len(inner)
+
+    @property
+    def report(self) -> Timed:
+        return self
 
     @property
     def nano_batches(self) -> dict[tuple[str, int], int]:

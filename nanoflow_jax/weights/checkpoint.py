@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.interrupts import held_interrupts
 from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
 from nanoflow_jax.models.llama import param_infos
-from nanoflow_jax.output_files import no_link
+from nanoflow_jax.system.interrupts import held_interrupts
+from nanoflow_jax.system.output_files import no_link
 from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.load import open_weights
 from nanoflow_jax.weights.source import (

@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from nanoflow_jax.models.params import Index
-from nanoflow_jax.reading import is_plain_name, parse_json, read_text
+from nanoflow_jax.system.reading import is_plain_name, parse_json, read_text
 from nanoflow_jax.weights.source import TensorInfo, WeightsError, one_line, some
 
 MANIFEST = "nanoflow_checkpoint.json"

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nanoflow_jax.models.params import Index
-from nanoflow_jax.reading import Malformed, is_plain_name, parse_json, read_text
+from nanoflow_jax.system.reading import Malformed, is_plain_name, parse_json, read_text
 from nanoflow_jax.weights.source import DTYPES, TIED_HEAD, TensorInfo, WeightsError, is_rotary_buffer, one_line, some
 
 SINGLE_FILE = "model.safetensors"

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow_jax.engine.logprobs import TokenLogprobs
-from nanoflow_jax.engine.sampler import Sampled, StepOutput
-from nanoflow_jax.engine.sampling_params import MAX_LOGPROBS, SamplingParams
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import SlotSizes, StepInputs, empty_inputs
+from nanoflow_jax.sampling_params import MAX_LOGPROBS, SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.logprobs import TokenLogprobs
+from nanoflow_jax.step.sampler import Sampled, StepOutput
+from nanoflow_jax.step.slots import SlotSizes, StepInputs, empty_inputs
 
 VOCAB = 40
 EOS = 7

@@ -9,15 +9,15 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-from fake_device import EOS, VOCAB, FakeRunner, FakeStore, FakeTables, Letters, alone
 
 from nanoflow_jax.engine.engine import Engine, StepRecord
 from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.scheduler import ScheduledStep
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import SlotSizes
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.slots import SlotSizes
+from tests.engine.fake_device import EOS, VOCAB, FakeRunner, FakeStore, FakeTables, Letters, alone
 
 
 @dataclass(frozen=True)

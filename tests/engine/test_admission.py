@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fake_device import VOCAB
-from fake_engine import Drive, Job, Load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_jax.engine import scheduler
 from nanoflow_jax.engine.admission import Expectation, peak_pages
-from nanoflow_jax.engine.sampling_params import SamplingParams
-from nanoflow_jax.schedule.batch import StepShape
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from tests.engine.fake_device import VOCAB
+from tests.engine.fake_engine import Drive, Job, Load
 
 
 @st.composite

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from checkpoints import CASES
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import decode_attention_mosaic
@@ -18,8 +17,9 @@ from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import kernel_check, setup
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
-from nanoflow_jax.schedule.attention import KernelBackends, choose_backend
+from nanoflow_jax.step.attention import KernelBackends, choose_backend
 from nanoflow_jax.weights.hub import resolve_model
+from tests.reference.checkpoints import CASES
 
 FIELDS = {**CASES["bare_config"].config, "head_dim": 64, "torch_dtype": "bfloat16"}
 CONFIG = ModelConfig.from_hf(FIELDS)

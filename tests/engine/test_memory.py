@@ -19,7 +19,7 @@ from nanoflow_jax.engine.memory import CLOSE, MemoryPlan, check_weights, local_b
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import make_mesh, valid_sizes
-from nanoflow_jax.schedule.step import CACHE_SPEC, cache_shape
+from nanoflow_jax.step.trace import CACHE_SPEC, cache_shape
 from nanoflow_jax.weights.hub import resolve_model
 
 TINY = ModelConfig.from_file(resolve_model("tiny") / "config.json")

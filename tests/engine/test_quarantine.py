@@ -6,16 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
-from fake_device import VOCAB
-from fake_engine import Drive, Job, Load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_jax.engine.quarantine import GIVE_UP, Quarantine
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.sampling_params import SamplingParams
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import StepInputs
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.slots import StepInputs
+from tests.engine.fake_device import VOCAB
+from tests.engine.fake_engine import Drive, Job, Load
 
 JOBS = 9  # each has its number as the seed, by which the device knows it
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_device import VOCAB, FakeRunner, alone, letters
-from fake_engine import Drive, Job, Load, model_len
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,11 +19,13 @@ from nanoflow_jax.engine import engine, scheduler
 from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.running import Running
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.scheduler import ScheduledStep, Scheduler
-from nanoflow_jax.schedule.batch import StepShape
-from nanoflow_jax.schedule.slots import SlotSizes, StepInputs
+from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.slots import SlotSizes, StepInputs
+from tests.engine.fake_device import VOCAB, FakeRunner, alone, letters
+from tests.engine.fake_engine import Drive, Job, Load, model_len
 
 BASES = [[(number * 13 + place * place * 7 + place * 5) % VOCAB for place in range(60)] for number in range(3)]
 

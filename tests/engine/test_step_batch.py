@@ -13,13 +13,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.running import Running
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.engine.scheduler import Chunk, ScheduledStep
+from nanoflow_jax.engine.slot_table import Running
 from nanoflow_jax.engine.step_batch import build_inputs
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.schedule.batch import StepBatch, StepShape
-from nanoflow_jax.schedule.slots import (
+from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.slots import (
     SLOT_SPECS,
     SlotSizes,
     SlotState,

@@ -18,12 +18,12 @@ from typing import Any
 
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import CompletionOutput, RequestMetrics, RequestOutput
-from nanoflow_jax.engine.sampling_params import SamplingParams
 from nanoflow_jax.evaluate import journal as journals
 from nanoflow_jax.evaluate.batch import Settings, run_batch
 from nanoflow_jax.evaluate.journal import Journal
 from nanoflow_jax.evaluate.lines import identify
 from nanoflow_jax.evaluate.manifest import Manifest
+from nanoflow_jax.sampling_params import SamplingParams
 
 
 class StandIn:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from conftest import Cli
 
-from nanoflow_jax.bench import session_archive
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.batch import write_in_order
 from nanoflow_jax.evaluate.journal import Journal, manifest_path
@@ -18,6 +17,7 @@ from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.plot import plot_results
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.weights.checkpoint import _lock
+from tools.gpu_session import archive as session_archive
 
 MANIFEST = Manifest("batch", {"model": "abc"})
 RECORD = b'{"id": "batch_req_1", "error": null, "custom_id": "a"}\n'

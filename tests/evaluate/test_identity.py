@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from conftest import FLAGS, Cli
-from stand_in import StandIn
 
 from nanoflow_jax import LLM, SamplingParams, api
 from nanoflow_jax.cli import main
@@ -23,7 +22,8 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.plan.plan import load_plan
+from tests.evaluate.stand_in import StandIn
 from tests.scripted import LLAMA3_CONFIG, llama3, write_model
 
 Json = dict[str, Any]

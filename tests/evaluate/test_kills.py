@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from conftest import FLAGS, Cli
-from stand_in import answer_file
 
 from nanoflow_jax.evaluate.journal import record_number
+from tests.evaluate.stand_in import answer_file
 
 KILLS = 20
 LINES = 700

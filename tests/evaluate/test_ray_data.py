@@ -27,7 +27,7 @@ from nanoflow_jax.evaluate.journal import Journal, manifest_path
 from nanoflow_jax.evaluate.lines import identify
 from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint, plan_identity
 from nanoflow_jax.evaluate.ray_data import BLOCK_BYTES, Block, Replica, blocks
-from nanoflow_jax.schedule.plan import load_plan
+from nanoflow_jax.plan.plan import load_plan
 
 ROOT = Path(__file__).parents[2]
 LINES = 45

@@ -19,11 +19,11 @@ from nanoflow_jax.inspect.report import Report, inspect_compiled
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks, parse_thunks
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import rank_infos
-from nanoflow_jax.platform import without_compile_cache
-from nanoflow_jax.schedule.compile import Option, compile_step, lower_step
-from nanoflow_jax.schedule.plan import load_plan, row_quantum
-from nanoflow_jax.schedule.slots import BIAS_ROWS, SlotSizes
-from nanoflow_jax.schedule.step import StepSpec
+from nanoflow_jax.plan.plan import load_plan, row_quantum
+from nanoflow_jax.step.compile import Option, compile_step, lower_step
+from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
+from nanoflow_jax.step.trace import StepSpec
+from nanoflow_jax.system.platform import without_compile_cache
 
 PAGE, PAGES = 64, 2000
 ROW_PAGES = 17  # odd, so that a row of a page table is no multiple of anything

@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ConfigError, config_path
+from nanoflow_jax.cost.latency import RooflineModel, optimal_tokens_per_second, wire_bytes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect import gpu_target
-from nanoflow_jax.search.latency import RooflineModel, optimal_tokens_per_second, wire_bytes
 
 GPUS = ("a100_sxm_80", "h100_sxm", "h200", "b200")
 MIB = 2**20

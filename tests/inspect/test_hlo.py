@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.costs import CostModel, collective_kind, group_size
 from nanoflow_jax.inspect.hlo import Module, Piece, Shape, Unknown, expand_names, parse, parse_pieces, parse_shapes
-from nanoflow_jax.search.latency import RooflineModel
 
 DATA = Path(__file__).parent / "data"
 

@@ -13,12 +13,12 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.inspect.plot import plot
 from nanoflow_jax.inspect.report import Report, inspect_compiled, render
-from nanoflow_jax.inspect.trace import trace, write_trace
-from nanoflow_jax.search.latency import Prediction, Rate, RooflineModel
-from nanoflow_jax.search.play import LEAST_SHARE
+from nanoflow_jax.timeline.chrome_trace import trace, write_trace
+from nanoflow_jax.timeline.play import LEAST_SHARE
+from nanoflow_jax.timeline.plot import plot
 
 DATA = Path(__file__).parent / "data"
 H200 = load_hardware("h200")

@@ -15,8 +15,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import saving_options
-from nanoflow_jax.inspect.plot import plot, plot_inspections
 from nanoflow_jax.inspect.step import StepInspection, compare, inspect_step
+from nanoflow_jax.timeline.plot import plot, plot_inspections
 
 pytestmark = pytest.mark.aot
 

@@ -9,17 +9,17 @@ from math import comb
 import pytest
 
 from nanoflow_jax.config import configs_root, model_config
+from nanoflow_jax.cost.demand import Demand, StepLoad
+from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.schedule.plan import NanoBatch, SchedulePlan, load_plan
-from nanoflow_jax.search.known import known_plan
-from nanoflow_jax.search.latency import Prediction, Rate, RooflineModel
-from nanoflow_jax.search.load import Demand, StepLoad
+from nanoflow_jax.plan.known import known_plan
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan
 from nanoflow_jax.search.orders import Chain, Order, best_order
-from nanoflow_jax.search.play import Speeds
 from nanoflow_jax.search.predict import average_step
 from nanoflow_jax.search.search import SHARES_OF_ONE, Finder, Space, search
 from nanoflow_jax.search.simulate import simulate_step
-from nanoflow_jax.search.timeline import COMPUTE
+from nanoflow_jax.timeline.play import Speeds
+from nanoflow_jax.timeline.timeline import COMPUTE
 from nanoflow_jax.workload import load_workload
 
 A100, H100, H200 = (RooflineModel(load_hardware(name)) for name in ("a100_sxm_80", "h100_sxm", "h200"))

@@ -13,18 +13,18 @@ import pytest
 from scipy.optimize import linprog
 
 from nanoflow_jax.config import model_config
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.schedule.plan import Lane, NanoBatch, SchedulePlan, needs
+from nanoflow_jax.plan.plan import Lane, NanoBatch, SchedulePlan, needs
 from nanoflow_jax.search.bound import least_period
-from nanoflow_jax.search.jobs import Shares, build_jobs
-from nanoflow_jax.search.latency import Prediction, Rate, RooflineModel
-from nanoflow_jax.search.load import StepLoad
+from nanoflow_jax.search.closed_form import RUN, START, WAIT, WAIT_ALL, WAIT_BEFORE, Steps
 from nanoflow_jax.search.orders import Chain, Order, best_order
-from nanoflow_jax.search.play import Speeds
 from nanoflow_jax.search.search import Finder, Space, Structure
-from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import simulate_step
-from nanoflow_jax.search.steps import RUN, START, WAIT, WAIT_ALL, WAIT_BEFORE, Steps
+from nanoflow_jax.timeline.jobs import Shares, build_jobs
+from nanoflow_jax.timeline.play import Speeds
 
 A100, H200 = (RooflineModel(load_hardware(name)) for name in ("a100_sxm_80", "h200"))
 LLAMA = model_config("llama_3_1_70b")[1]

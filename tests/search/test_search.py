@@ -12,15 +12,15 @@ import pytest
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, configs_root, model_config
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.schedule.plan import Target, load_plan
-from nanoflow_jax.search.known import known_plan
-from nanoflow_jax.search.latency import RooflineModel
-from nanoflow_jax.search.load import StepLoad
+from nanoflow_jax.plan.known import known_plan
+from nanoflow_jax.plan.plan import Target, load_plan
+from nanoflow_jax.plan.write import plan_toml
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import LANE_SHARES, Finder, Found, Space, search
 from nanoflow_jax.search.simulate import simulate_step
-from nanoflow_jax.search.write import plan_toml
 
 A100, H200 = (RooflineModel(load_hardware(name)) for name in ("a100_sxm_80", "h200"))
 LLAMA = model_config("llama_3_1_70b")[1]

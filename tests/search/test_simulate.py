@@ -11,17 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_jax.config import ConfigError, ModelConfig, model_config
+from nanoflow_jax.cost.demand import Demand, StepLoad
+from nanoflow_jax.cost.latency import Prediction, RooflineModel
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.schedule.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
-from nanoflow_jax.search.jobs import SIDE, Job, Shares, build_jobs
-from nanoflow_jax.search.latency import Prediction, RooflineModel
-from nanoflow_jax.search.load import Demand, StepLoad
-from nanoflow_jax.search.play import Run, play
-from nanoflow_jax.search.played import waits
+from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
 from nanoflow_jax.search.predict import context_grid, kv_capacity, predict
-from nanoflow_jax.search.shapes import OpCosts, Shapes
 from nanoflow_jax.search.simulate import simulate_step
-from nanoflow_jax.search.timeline import COMPUTE, NETWORK, Piece
+from nanoflow_jax.timeline.jobs import SIDE, Job, Shares, build_jobs
+from nanoflow_jax.timeline.play import Run, play
+from nanoflow_jax.timeline.played import waits
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Piece
 from nanoflow_jax.workload import load_workload
 
 H200 = RooflineModel(load_hardware("h200"))

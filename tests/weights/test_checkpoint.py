@@ -15,15 +15,15 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from checkpoints import CASES, make_weights, write_checkpoint
 from safetensors.numpy import load_file, save_file
-from unfuse import MESH_SIZES, assert_same_tensors, hugging_face_tensors, load
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.weights import WeightsError, convert, open_weights, orbax_files
 from nanoflow_jax.weights import resolve_model as resolve
 from nanoflow_jax.weights.source import check_tensors
+from tests.reference.checkpoints import CASES, make_weights, write_checkpoint
+from tests.weights.unfuse import MESH_SIZES, assert_same_tensors, hugging_face_tensors, load
 
 MANIFEST = orbax_files.MANIFEST
 

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CASES, make_weights, write_checkpoint
 from safetensors.numpy import save_file
-from unfuse import MESH_SIZES, assert_same_tensors, hugging_face_tensors, load
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.weights import convert
 from nanoflow_jax.weights import load as load_module
+from tests.reference.checkpoints import CASES, make_weights, write_checkpoint
+from tests.weights.unfuse import MESH_SIZES, assert_same_tensors, hugging_face_tensors, load
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,12 +11,12 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import CASES, make_weights, write_checkpoint
 from safetensors.numpy import load_file, save_file
-from unfuse import assert_same_tensors, hugging_face_tensors, load
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.weights import WeightsError, open_weights
+from tests.reference.checkpoints import CASES, make_weights, write_checkpoint
+from tests.weights.unfuse import assert_same_tensors, hugging_face_tensors, load
 
 SINGLE, SHARDED = "biases", "linear_new_rope_sharded"
 INDEX = "model.safetensors.index.json"

@@ -1,0 +1,197 @@
+"""`nanoflow simulate`: what a plan would give on a GPU, from a latency model alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanoflow_jax.commands.options import positive
+
+if TYPE_CHECKING:
+    from nanoflow_jax.config import ModelConfig
+    from nanoflow_jax.cost.demand import Demand
+    from nanoflow_jax.cost.latency import LatencyModel
+    from nanoflow_jax.search.predict import Throughput
+
+DEFAULT_GPU = "h200"
+
+
+def add(commands: Any) -> None:
+    """Adds the command to the parser; nothing heavy is imported before it runs."""
+    p = commands.add_parser(
+        "simulate",
+        help="predict a plan's throughput on a GPU that need not be there, without compiling",
+        description="Predicts the timeline of a step, and throughput on a workload, from a latency model.\n\n"
+        "  nanoflow simulate --model llama-3.1-70b --gpu h200 --plan nanoflow_70b --workload sharegpt\n"
+        "  nanoflow simulate --plan nanoflow_70b --compare scatter_70b sequential --plot plans.png\n\n"
+        "Times are predicted: 'latency_source' says from what.",
+    )
+    add_target(p)
+    p.add_argument(
+        "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
+    )
+    p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
+    p.add_argument("--tokens-per-step", type=positive, help="rows of the step; the plan's own, else 2048")
+    p.add_argument("--decode-slots", type=positive, help="requests that run at once; what rows and memory allow")
+    p.add_argument(
+        "--runtime",
+        default="library",
+        choices=("library", "nanoflow"),
+        help="how the plan runs: as the engine runs it, or on NanoFlow's three lanes",
+    )
+    p.add_argument("--json", action="store_true", help="print JSON; a list with --compare")
+    p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
+    p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
+    p.set_defaults(run=_run)
+
+
+def add_target(p: Any) -> None:
+    """Options of model, GPU and workload, which `simulate` and `search` share."""
+    p.add_argument(
+        "--model", default="llama-3.1-70b", help="'tiny', a name in configs/models, a config.json, or a folder with one"
+    )
+    p.add_argument(
+        "--gpu",
+        help="a name in configs/hardware, or a TOML file with the same fields; when not given, of --profile, or h200",
+    )
+    p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
+    p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
+    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
+    p.add_argument(
+        "--workload",
+        default="constant:1024:512",
+        help="constant:PROMPT:OUTPUT, a name in configs/workloads, or a JSONL",
+    )
+
+
+def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
+    """The model's name and config, the latency model of its GPU, and the workload's demand. Raises ConfigError."""
+    from nanoflow_jax.config import ConfigError, model_config
+    from nanoflow_jax.cost.demand import Demand
+    from nanoflow_jax.cost.latency import RooflineModel
+    from nanoflow_jax.hardware import load_hardware
+    from nanoflow_jax.parallel.mesh import check_divides
+    from nanoflow_jax.profile.measured import load_profile
+    from nanoflow_jax.workload import load_workload
+
+    name, config = model_config(args.model)
+    gpu = load_hardware(args.gpu) if args.gpu else None
+    model: LatencyModel
+    if args.profile:
+        model = load_profile(args.profile, gpu, args.allow_foreign)
+    elif args.allow_foreign:
+        raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
+    else:
+        model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
+    hardware = model.hardware
+    check_divides(config, args.devices)
+    if args.devices > hardware.node_size:
+        raise ConfigError(
+            f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
+        )
+    demand = Demand.of(load_workload(args.workload), config.max_position_embeddings)
+    return name, config, model, demand
+
+
+def check_outputs(*paths: str | None) -> None:
+    """Raises ValueError when a file could not be written: before the work, not after it."""
+    for path in filter(None, paths):
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: its folder does not exist")
+
+
+def _run(args: argparse.Namespace) -> int:
+    check_outputs(args.trace, args.plot)
+    if args.plot and find_spec("matplotlib") is None:
+        raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
+    from nanoflow_jax.plan.known import named_plan
+    from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, predict
+
+    name, config, model, demand = read_target(args)
+    rows = args.tokens_per_step or TOKENS_PER_STEP
+    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots)
+    plans = [
+        named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
+        for plan in (args.plan, *args.compare)
+    ]
+    results = [
+        predict(
+            name, config, plan, model, args.devices, demand,
+            tokens_per_step=args.tokens_per_step, decode_slots=args.decode_slots, runtime=args.runtime,
+        )
+        for plan in plans
+    ]  # fmt: skip
+    if args.json:
+        data = [result.to_json() for result in results]
+        print(json.dumps(data if args.compare else data[0], indent=1))
+    else:
+        print(compare(results) if args.compare else text(results[0]))
+    if args.trace:
+        from nanoflow_jax.timeline.chrome_trace import write_trace
+
+        write_trace(results[0].simulation, args.trace)
+    if args.plot:
+        from nanoflow_jax.timeline.plot import plot_inspections
+
+        plot_inspections([result.simulation for result in results], args.plot)
+    return 0
+
+
+def text(result: Throughput) -> str:
+    """For a terminal."""
+    s, inner, kv = result.simulation, result.simulation.inner, result.kv
+    rows, slots, rate = result.best
+    limit = "; memory limits the requests" if kv.limits else ""
+    return "\n".join(
+        [
+            f"{result.model}, plan {s.plan.name}, {result.demand.name}, {s.devices} x {s.hardware}, "
+            f"{s.runtime} runtime: predicted from {result.latency_source}",
+            f"{s.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
+            f"{s.tokens_per_second_per_gpu / result.optimum:.1%} of the optimum {result.optimum:,.0f}; "
+            f"bound by {inner.bound_by}",
+            f"step: {s.load.decode_rows} decode rows of context {s.load.decode_context:.0f}, "
+            f"{s.load.prefill_rows} prefill rows, {result.step_ms:.1f} ms (the time per token); "
+            f"a request takes {result.request_seconds:.1f} s",
+            inner.text(),
+            f"KV: {kv.resident:,} of {kv.capacity:,} tokens{limit}",
+            f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
+        ]
+    )
+
+
+def compare(results: Sequence[Throughput]) -> str:
+    """Plans side by side."""
+    first = results[0]
+    network = first.simulation.devices > 1
+    titles = ("lost us", "step ms", "tokens/s/GPU", "of optimum", "to first")
+    rows: list[tuple[str, ...]] = [("plan", "layer us", *(("exposed us",) if network else ()), *titles)]
+    for result in results:
+        s, rate = result.simulation, result.simulation.tokens_per_second_per_gpu
+        rows.append(
+            (
+                s.plan.name,
+                f"{s.inner.us:.0f}",
+                *((f"{s.inner.exposed_network_us:.0f}",) if network else ()),
+                f"{s.inner.interference_us:z.0f}",
+                f"{result.step_ms:.1f}",
+                f"{rate:,.0f}",
+                f"{rate / result.optimum:.1%}",
+                f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}",
+            )
+        )
+    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
+    s = first.simulation
+    return "\n".join(
+        [
+            f"{first.model}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: predicted from "
+            f"{first.latency_source}",
+            *(
+                "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
+                for row in rows
+            ),
+        ]
+    )

@@ -1,0 +1,129 @@
+"""The local shapes of a model on a mesh, and what each op of a layer costs by them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import LatencyModel, Prediction
+from nanoflow_jax.models.layout import kv_groups, padded_vocab
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16"}  # float16 checkpoints run in bfloat16
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of weights and activations, page_bytes of an
+    element of the pages."""
+
+    hidden: int
+    width: int  # of all query heads together, on all devices
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    devices: int
+    element_bytes: int
+    page_bytes: int
+    dtype: str
+
+    @staticmethod
+    def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
+        """page_bytes None: as the weights."""
+        return Shapes(
+            hidden=config.hidden_size,
+            width=config.num_heads * config.head_dim,
+            q_heads=config.num_heads // devices,
+            kv_heads=kv_groups(config, devices) // devices,
+            head_dim=config.head_dim,
+            ffn=config.intermediate_size // devices,
+            vocab=padded_vocab(config, devices) // devices,
+            devices=devices,
+            element_bytes=BYTES[config.dtype],
+            page_bytes=page_bytes or BYTES[config.dtype],
+            dtype=HLO_NAMES[config.dtype],
+        )
+
+    @property
+    def gemms(self) -> dict[str, tuple[int, int]]:
+        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others."""
+        return {
+            "KQV": ((self.q_heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
+            "O over N": (self.hidden // self.devices, self.width),
+            "O over K": (self.hidden, self.width // self.devices),
+            "UG": (2 * self.ffn, self.hidden),
+            "D": (self.hidden, self.ffn),
+            "HEAD": (self.vocab, self.hidden),
+        }
+
+
+@dataclass(frozen=True)
+class OpCosts:
+    """Each op of a step on `rows` rows, alone on the GPU, by one latency model."""
+
+    model: LatencyModel
+    shapes: Shapes
+    load: StepLoad
+
+    def gemm(self, name: str, rows: int) -> Prediction:
+        """name: of `Shapes.gemms`."""
+        return self.model.gemm(rows, *self.shapes.gemms[name], self.shapes.dtype)
+
+    def rope(self, rows: int) -> Prediction:
+        """Queries and keys are read and written."""
+        s = self.shapes
+        return self._elementwise(2 * rows * (s.q_heads + s.kv_heads) * s.head_dim)
+
+    def append(self, rows: int) -> Prediction:
+        s = self.shapes
+        return self.model.append(rows, s.kv_heads, s.head_dim, kv_bytes=(s.element_bytes + s.page_bytes) / 2)
+
+    def decode_attention(self, rows: int, sms: int | None = None) -> Prediction:
+        s = self.shapes
+        return self.model.decode_attention(
+            rows, self.load.decode_context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes, sms=sms
+        )
+
+    def prefill_attention(self, rows: int) -> Prediction:
+        s = self.shapes
+        return self.model.prefill_attention(
+            rows, self.load.prefill_context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes
+        )
+
+    def transpose(self, rows: int) -> Prediction:
+        """Attention output is turned before GEMV.AG."""
+        return self._elementwise(2 * rows * self.shapes.q_heads * self.shapes.head_dim)
+
+    def silu(self, rows: int) -> Prediction:
+        """Two halves are read, their product is written."""
+        return self._elementwise(3 * rows * self.shapes.ffn)
+
+    def norm(self, rows: int) -> Prediction:
+        return self.model.norm(rows, self.shapes.hidden, element_bytes=self.shapes.element_bytes)
+
+    def embed(self, rows: int) -> Prediction:
+        """Rows of the table are read, and written."""
+        return self._elementwise(2 * rows * self.shapes.hidden)
+
+    def sampling(self) -> Prediction:
+        return self.model.sampling(self.sampled_rows, self.shapes.vocab)
+
+    def collective(self, kind: str, rows: int, columns: int) -> Prediction:
+        return self.model.collective(kind, rows * columns * self.shapes.element_bytes, self.shapes.devices)
+
+    def reduction(self) -> Prediction:
+        """One of sampling's, of one number per sampled row."""
+        return self.model.collective("all-reduce", self.sampled_rows * 4, self.shapes.devices)
+
+    @property
+    def sampled_rows(self) -> int:
+        """One per decode row, and one per chunk of a prompt; a prompt is about twice its mean context."""
+        load = self.load
+        chunks = max(1, round(load.prefill_rows / max(2 * load.prefill_context, 1))) if load.prefill_rows else 0
+        return load.decode_rows + chunks
+
+    def _elementwise(self, elements: float) -> Prediction:
+        return self.model.kernel(0.0, elements * self.shapes.element_bytes)

@@ -1,0 +1,64 @@
+"""The best plan known for a model, a GPU and a load: what `LLM(plan="auto")` takes, and --plan auto of the commands.
+Plans name what they were made for; no solver runs here."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+
+from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
+from nanoflow_jax.plan.plan import SchedulePlan, Target, load_plan
+
+AUTO, DEFAULT = "auto", "two_gather_one_reduce"
+
+
+def known_plan(
+    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int
+) -> tuple[SchedulePlan, str]:
+    """The plan, and a line that says why it was taken.
+
+    gpu: a name of `configs/hardware`, None: a CPU, or a GPU that no file names. Of several plans made for the same
+    model and GPU, the one whose share of decode rows, then whose number of rows, is nearest.
+    """
+    if gpu is None:
+        return load_plan(DEFAULT), f"plan {DEFAULT}: no plan is known for this device"
+    wanted = Target.of(config, gpu, devices)
+    found = [plan for plan in plans_with_target() if plan.target == wanted]
+    if not found:
+        why = f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search finds one"
+        return load_plan(DEFAULT), why
+
+    def distance(plan: SchedulePlan) -> tuple[float, float]:
+        rows, decode = plan.tokens_per_step or tokens_per_step, plan.decode_tokens or 0
+        return abs(decode / rows - decode_slots / tokens_per_step), abs(rows - tokens_per_step)
+
+    best = min(found, key=lambda plan: (*distance(plan), plan.name))
+    return best, f"plan {best.name}: searched for this model on {devices} x {gpu} ({best.description})"
+
+
+def named_plan(
+    name: str, config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int | None = None
+) -> SchedulePlan:
+    """A plan by name or path; "auto" is the one that is known, and a line on standard error says which.
+
+    decode_slots: None is 5/8 of the rows, as in `LLM`. Raises ConfigError, as `load_plan` does.
+    """
+    if name != AUTO:
+        return load_plan(name)
+    slots = tokens_per_step * 5 // 8 if decode_slots is None else decode_slots
+    plan, why = known_plan(config, gpu, devices, tokens_per_step, slots)
+    print(why, file=sys.stderr)
+    return plan
+
+
+def plans_with_target() -> list[SchedulePlan]:
+    """Those of `configs/plans`, by name. A file that cannot be read is another's fault, and passed over here: naming it
+    as the plan says what is wrong."""
+    found = []
+    for path in sorted((configs_root() / "plans").glob("*.toml")):
+        try:
+            if "for" in tomllib.loads(path.read_text(encoding="utf-8")):
+                found.append(load_plan(path.stem))
+        except (ConfigError, tomllib.TOMLDecodeError, UnicodeDecodeError):
+            continue
+    return found

@@ -1,0 +1,386 @@
+"""`SchedulePlan`: how a step's rows are cut into nano-batches and op pieces, and in which order one layer issues them.
+
+A plan is a TOML file in `configs/plans` that people and the search read and write:
+
+    description = "..."
+    tokens_per_step = 2048            # the rows that the sizes below add up to, decode rows first
+    decode_tokens = 1280
+    # Optional: one layer's issue order, OP.PIECE counted from 1. A collective starts where it is listed and is
+    # waited for by the first op that reads it, in this layer or the next. D.AG ahead of its rows' KQV gathers what
+    # the layer before left.
+    order = ["KQV.1", "GEMV.1", ...]
+
+    [[nano_batches]]
+    rows = 640                        # left out when there is one nano-batch: all rows
+    attention_output = "gather"       # or "reduce", "scatter": see `ops`
+
+    # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
+    [splits]
+    KQV = [256, 384, 768, 640]
+
+    # Optional, on a GPU: decode attention on a second stream, beside GEMMs, on at most so many of the SMs.
+    [lanes.GEMV]
+    stream = 1
+    sms = 48
+
+    # optional: what the plan was made for, by which LLM(plan="auto") finds it; a GPU by its name in configs/hardware
+    [for]
+    gpu = "h200"
+    devices = 8
+    hidden_size = 8192
+    intermediate_size = 28672
+    num_layers = 80
+    num_heads = 64
+    num_kv_heads = 8
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from dataclasses import fields as fields_of
+from itertools import accumulate, pairwise
+from typing import Any
+
+from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.plan.ops import ALL, ATTENTION, DECODE, OPS, PREFILL, STRATEGIES, of_kind
+from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
+
+ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
+MOST_BYTES = 2**20  # of a plan's file
+SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
+
+
+def row_quantum(devices: int) -> int:
+    """What the rows of rescaled pieces are multiples of on a mesh of `devices`, so that a scattered nano-batch
+    divides."""
+    return math.lcm(ROW_QUANTUM, devices)
+
+
+@dataclass(frozen=True)
+class NanoBatch:
+    """Rows that go through O, UG, D and their collectives together. rows None: all of the step's."""
+
+    rows: int | None
+    attention_output: str
+
+
+@dataclass(frozen=True)
+class Lane:
+    """A stream beside the main one, and how many SMs (None: all) an op on it may use."""
+
+    stream: int
+    sms: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan was made for: a GPU and the sizes of a model."""
+
+    gpu: str
+    devices: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+
+    @staticmethod
+    def of(config: ModelConfig, gpu: str, devices: int) -> Target:
+        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in ("gpu", "devices")}
+        return Target(gpu, devices, **sizes)
+
+
+@dataclass(frozen=True)
+class OpPiece:
+    """One op on rows [start, stop) of the step."""
+
+    op: str
+    piece: int  # counted from 1
+    start: int
+    stop: int
+    nano_batch: int  # counted from 1; the one that holds `start`
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}.{self.piece}"
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class SchedulePlan:
+    """See the module's docstring for the fields and the file format."""
+
+    name: str
+    nano_batches: tuple[NanoBatch, ...]
+    description: str = ""
+    tokens_per_step: int | None = None
+    decode_tokens: int | None = None
+    splits: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    order: tuple[str, ...] = ()
+    lanes: Mapping[str, Lane] = field(default_factory=dict)
+    target: Target | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.nano_batches, self.tokens_per_step, self.decode_tokens, self.order))
+
+    @property
+    def strategies(self) -> frozenset[str]:
+        return frozenset(nb.attention_output for nb in self.nano_batches)
+
+    @property
+    def needs_o_rows(self) -> bool:
+        """O split over N is used by some nano-batch."""
+        return "gather" in self.strategies
+
+    @property
+    def needs_o_columns(self) -> bool:
+        """O split over K is used by some nano-batch."""
+        return bool(self.strategies & {"reduce", "scatter"})
+
+    def pieces(self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM) -> tuple[OpPiece, ...]:
+        """The plan on a step of `decode_rows + prefill_rows` rows, in issue order.
+
+        At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and
+        prefill rows each by their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below
+        `SPLIT_ABOVE` rows there is one nano-batch, with the last one's strategy; so there is in a step with a kind of
+        row (decode, prefill) that the plan has none of.
+        """
+        total = decode_rows + prefill_rows
+        planned_total, planned_decode = self.tokens_per_step or total, self.decode_tokens or 0
+        if self.tokens_per_step is None:
+            planned_decode = decode_rows
+        elif (total, decode_rows) != (planned_total, planned_decode) and (
+            total < SPLIT_ABOVE
+            or (decode_rows and not planned_decode)  # the plan says nothing of this kind of row
+            or (prefill_rows and planned_decode == planned_total)
+        ):
+            return SchedulePlan(self.name, (NanoBatch(None, self.nano_batches[-1].attention_output),)).pieces(
+                decode_rows, prefill_rows
+            )
+
+        def place(row: int) -> int:
+            """A row of the plan -> a row of this step; monotone, so pieces stay nested."""
+            if (total, decode_rows) == (planned_total, planned_decode):
+                return row
+            if row <= planned_decode:
+                first, last, share = 0, decode_rows, row / max(planned_decode, 1)
+            else:
+                first, last, share = decode_rows, total, (row - planned_decode) / (planned_total - planned_decode)
+            return last if share == 1 else min(last, first + round(share * (last - first) / quantum) * quantum)
+
+        batches = [place(row) for row in self._cuts("O", planned_total, planned_decode)]
+        found: dict[str, OpPiece] = {}
+        for op in OPS:
+            cuts = [place(row) for row in self._cuts(op, planned_total, planned_decode)]
+            for i, (start, stop) in enumerate(pairwise(cuts), start=1):
+                used = OPS[op].splittable or op in STRATEGIES[self.nano_batches[i - 1].attention_output]
+                if used and start < stop:
+                    batch = max(j for j, edge in enumerate(batches[:-1], start=1) if edge <= start)
+                    found[f"{op}.{i}"] = OpPiece(op, i, start, stop, batch)
+        order = self.order or tuple(f"{op}.{i}" for op in OPS for i in range(1, len(self._cuts(op, 2, 1))))
+        return tuple(found[name] for name in order if name in found)
+
+    def _cuts(self, op: str, total: int, decode: int) -> list[int]:
+        """Rows at which `op` is cut in a step of the plan's own size, both ends included."""
+        first, last = {DECODE: (0, decode), PREFILL: (decode, total)}.get(OPS[op].rows, (0, total))
+        if op in self.splits:
+            return [first, *(first + rows for rows in accumulate(self.splits[op]))]
+        batches = [0, *accumulate(total if nb.rows is None else nb.rows for nb in self.nano_batches)]
+        return [min(max(row, first), last) for row in batches]
+
+
+def load_plan(name: str) -> SchedulePlan:
+    """A plan of `configs/plans` by name, or a TOML file by path. Raises ConfigError naming the file, the line and the
+    fix."""
+    path = config_path("plans", name)
+    text = read_text(path, MOST_BYTES)
+    try:
+        return parse_plan(path.stem, parse_toml(text))
+    except Malformed as error:
+        line = re.search(r"at line (\d+)", str(error))
+        raise ConfigError(f"{path}{':' + line[1] if line else ''}: not valid TOML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}{_line_of(text, str(error))}: {error}") from None
+
+
+def _line_of(text: str, message: str) -> str:
+    """ ":N" of the line that holds the first thing the message quotes or its field, when there is one."""
+    for wanted in (*re.findall(r"'([^']+)'", message), message.split(":")[0].split("[")[0]):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if re.search(rf"(?<![\w.]){re.escape(wanted)}(?![\w.])", line.split("#")[0]):
+                return f":{number}"
+    return ""
+
+
+def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
+    """The plan in parsed TOML. Raises ConfigError naming the field."""
+    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes", "for"}
+    if unknown := sorted(set(fields) - known):
+        raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
+    batches = _typed("nano_batches", fields.get("nano_batches"), list)
+    parsed = []
+    for i, batch in enumerate(batches, start=1):
+        where = f"nano_batches[{i}]"
+        _typed(where, batch, dict)
+        if unknown := sorted(set(batch) - {"rows", "attention_output"}):
+            raise ConfigError(f"{where}.{unknown[0]}: unknown field; accepted: attention_output, rows")
+        rows = batch.get("rows")
+        parsed.append(
+            NanoBatch(None if rows is None else _typed(f"{where}.rows", rows, int), str(batch.get("attention_output")))
+        )
+    splits = {
+        op: tuple(_sizes(f"splits.{op}", s)) for op, s in _typed("splits", fields.get("splits", {}), dict).items()
+    }
+    lanes = {op: _lane(f"lanes.{op}", f) for op, f in _typed("lanes", fields.get("lanes", {}), dict).items()}
+    order = _typed("order", fields.get("order", []), list)
+    if not all(isinstance(o, str) for o in order):
+        raise ConfigError("order: must be a list of strings such as 'KQV.1'")
+    sized = {k: _typed(k, fields[k], int) for k in ("tokens_per_step", "decode_tokens") if k in fields}
+    description = _typed("description", fields.get("description", ""), str)
+    target = _target(fields["for"]) if "for" in fields else None
+    return SchedulePlan(
+        name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, target=target, **sized
+    )
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ConfigError(f"{name}: {value!r} must be {kind.__name__}")
+    return value
+
+
+def _sizes(name: str, value: Any) -> list[int]:
+    return [_typed(f"{name}[{i}]", v, int) for i, v in enumerate(_typed(name, value, list), start=1)]
+
+
+def _lane(name: str, value: Any) -> Lane:
+    fields = _typed(name, value, dict)
+    if unknown := sorted(set(fields) - {"stream", "sms"}):
+        raise ConfigError(f"{name}.{unknown[0]}: unknown field; accepted: stream, sms")
+    numbers = {key: _typed(f"{name}.{key}", number, int) for key, number in fields.items()}
+    if "stream" not in numbers or min(numbers.values()) < 1:
+        raise ConfigError(f"{name}: needs stream (1 or more), and may have sms (1 or more), not {fields}")
+    return Lane(**numbers)
+
+
+def _target(value: Any) -> Target:
+    table = _typed("for", value, dict)
+    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target)}
+    if odd := sorted(set(table) ^ set(wanted)):
+        raise ConfigError(f"for.{odd[0]}: the table [for] holds exactly {', '.join(wanted)}")
+    return Target(**{name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()})
+
+
+def _check(plan: SchedulePlan) -> None:
+    """Everything that makes a plan unable to run. Raises ConfigError."""
+    if not plan.nano_batches:
+        raise ConfigError("nano_batches: at least one is needed")
+    for i, batch in enumerate(plan.nano_batches, start=1):
+        if batch.attention_output not in STRATEGIES:
+            raise ConfigError(
+                f"nano_batches[{i}].attention_output: {batch.attention_output!r} is unknown; "
+                f"accepted: {', '.join(STRATEGIES)}"
+            )
+    if plan.tokens_per_step is None:
+        sized = any(batch.rows is not None for batch in plan.nano_batches)
+        if len(plan.nano_batches) > 1 or sized or plan.splits or plan.decode_tokens is not None:
+            raise ConfigError("tokens_per_step: needed by a plan that gives rows, splits or decode_tokens")
+    else:
+        total, decode = plan.tokens_per_step, plan.decode_tokens
+        if decode is None or not 0 <= decode <= total:
+            raise ConfigError(f"decode_tokens: {decode} must be between 0 and tokens_per_step = {total}")
+        _check_sum("nano_batches", [nb.rows for nb in plan.nano_batches], total, "tokens_per_step")
+        rows = {
+            ALL: (total, "tokens_per_step"),
+            DECODE: (decode, "decode_tokens"),
+            PREFILL: (total - decode, "tokens_per_step - decode_tokens"),
+        }
+        sums = {name: rows[op.rows] for name, op in OPS.items() if op.splittable}
+        for op, sizes in plan.splits.items():
+            if op not in sums:
+                raise ConfigError(f"splits.{op}: op {op!r} is not one that can be split; accepted: {', '.join(sums)}")
+            _check_sum(f"splits.{op}", list(sizes), *sums[op])
+        missing = set(plan._cuts("O", total, decode)) - set(plan._cuts("KQV", total, decode))
+        if missing:
+            raise ConfigError(f"splits.KQV: pieces must end where nano-batches end, at row {min(missing)}")
+    for op in plan.lanes:
+        able = [name for name, known in OPS.items() if known.lane]
+        if op not in able:
+            raise ConfigError(f"lanes.{op}: op {op!r} cannot leave the main stream; accepted: {', '.join(able)}")
+    if plan.order:
+        _check_order(plan)
+
+
+def _check_sum(name: str, sizes: list[int | None], total: int, what: str) -> None:
+    if any(s is None or s <= 0 for s in sizes):
+        raise ConfigError(f"{name}: every size must be a positive number of rows, not {sizes}")
+    if (found := sum(s or 0 for s in sizes)) != total:
+        raise ConfigError(f"{name}: sizes {sizes} add up to {found}, not to {what} = {total}")
+
+
+def _check_order(plan: SchedulePlan) -> None:
+    unordered = SchedulePlan(plan.name, plan.nano_batches, "", plan.tokens_per_step, plan.decode_tokens, plan.splits)
+    total = plan.tokens_per_step or 2 * ROW_QUANTUM
+    decode = plan.decode_tokens if plan.decode_tokens is not None else total // 2
+    pieces = {p.name: p for p in unordered.pieces(decode, total - decode)}
+    known = [pieces[name] for name in plan.order if name in pieces]
+    deferred = deferred_gathers(known)
+    for number in deferred:
+        first = next((p.name for p in known if p.op == "KQV" and p.nano_batch == number), "")
+        if first and plan.order.index(first) < plan.order.index(f"D.AG.{number}"):
+            raise ConfigError(
+                f"order: 'D.AG.{number}' must come after D.RS.{number}, or, for the layer before, ahead of {first}"
+            )
+    seen: set[str] = set()
+    for name in plan.order:
+        if name.rsplit(".", 1)[0] not in OPS:
+            raise ConfigError(
+                f"order: {name!r} is not a known op; accepted: {', '.join(OPS)}, each with its piece, as 'KQV.1'"
+            )
+        if name not in pieces:
+            raise ConfigError(f"order: {name!r} is not a piece of this plan; its pieces: {', '.join(pieces)}")
+        if name in seen:
+            raise ConfigError(f"order: {name!r} is listed twice")
+        for need in needs(pieces[name], pieces):
+            if need not in seen and not (name.startswith("D.AG.") and pieces[name].piece in deferred):
+                raise ConfigError(f"order: {name!r} needs {need}, which must come before it")
+        seen.add(name)
+    if left := [name for name in pieces if name not in seen]:
+        raise ConfigError(f"order: {left[0]!r} is missing")
+
+
+def deferred_gathers(pieces: Iterable[OpPiece]) -> set[int]:
+    """Nano-batches whose D.AG is issued before their D.RS: it then gathers what the layer before left."""
+    at = {piece.name: i for i, piece in enumerate(pieces)}
+    numbers = {int(name.rsplit(".", 1)[1]) for name in at if name.startswith("D.AG.")}
+    return {n for n in numbers if at[f"D.AG.{n}"] < at.get(f"D.RS.{n}", len(at))}
+
+
+def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:
+    """Names of the pieces of the same layer whose results `piece` reads."""
+
+    def overlapping(op: str, start: int, stop: int) -> list[str]:
+        return [p.name for p in pieces.values() if p.op == op and p.start < stop and start < p.stop]
+
+    op = OPS[piece.op]
+    if op.reads is not None:  # causal: a chunk's later rows see its earlier ones
+        first = min(p.start for p in pieces.values() if p.op == piece.op) if op.causal else piece.start
+        return overlapping(op.reads, first, piece.stop)
+    if op.splittable:
+        return []
+    chain = next(
+        ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops)
+    )
+    at = chain.index(piece.op)
+    if at == 0:
+        return [name for other in of_kind(ATTENTION) for name in overlapping(other, piece.start, piece.stop)]
+    return [f"{chain[at - 1]}.{piece.piece}"]

@@ -1,0 +1,220 @@
+"""How each point runs: a function of local arrays, and the arrays. They are those of the step: the same GEMM, kernels
+and collectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
+from nanoflow_jax.models import parts
+from nanoflow_jax.parallel import collectives
+from nanoflow_jax.profile.points import BYTES, Point
+from nanoflow_jax.step.attention import norm_fits
+from nanoflow_jax.step.batch import SamplingArrays
+from nanoflow_jax.step.sampler import sample
+from nanoflow_jax.step.slots import SlotState
+
+DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
+COLLECTIVES = {
+    "all-gather": collectives.all_gather_rows,
+    "all-reduce": collectives.all_reduce,
+    "reduce-scatter": collectives.reduce_scatter_rows,
+}
+COLUMNS = 1024  # of a collective's rows, at most; what counts is its bytes
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """make   (number of sets) -> (shared, sets): random inputs that all calls share, and what each call takes in turn
+    call      (shared, one set) -> result
+    in_place  which of its inputs the result replaces on a GPU, where they are donated: "shared", "own" (the set), or ""
+    set_bytes of one set and what it reads of the shared inputs
+    network   it is a collective, and runs on all devices of a mesh
+    """
+
+    make: Callable[[int], tuple[Any, list[Any]]]
+    call: Callable[[Any, Any], Any]
+    set_bytes: int
+    in_place: Literal["", "shared", "own"] = ""
+    network: bool = False
+
+
+def kernel(point: Point, page_size: int, backend: str) -> Kernel:
+    """The kernel of a point; `backend` of attention, append and norm: "xla" or "mosaic"."""
+    if point.op in ("decode_attention", "prefill_attention", "append", "norm"):
+        return _BUILDERS[point.op](point, page_size, backend)
+    return _BUILDERS[point.op](point)
+
+
+def _random(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+
+
+def _copy(point: Point) -> Kernel:
+    count = point["bytes"] // 4
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        return (), [jnp.full(count, i, jnp.uint32) for i in range(sets)]
+
+    return Kernel(make, lambda _, x: x ^ jnp.uint32(1), 2 * count * 4)
+
+
+def _gemm(point: Point) -> Kernel:
+    m, n, k, dtype = point["m"], point["n"], point["k"], DTYPES[point["dtype"]]
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        return (), [(_random(2 * i, (m, k), dtype), _random(2 * i + 1, (n, k), dtype)) for i in range(sets)]
+
+    return Kernel(make, lambda _, own: parts.contract(own[0], own[1], 1), (m * k + n * k) * BYTES[point["dtype"]])
+
+
+def _page_sets(sets: int, rows: int, pages: int) -> list[jax.Array]:
+    """Page tables [rows, pages], in no order, no two with a page in common."""
+    names = jax.random.permutation(jax.random.key(7), jnp.arange(sets * rows * pages, dtype=jnp.int32))
+    return list(names.reshape(sets, rows, pages))
+
+
+def _pool(point: Point, pages: int, page_size: int) -> tuple[jax.Array, jax.Array]:
+    shape, dtype = (pages, point["kv_heads"], page_size, point["head_dim"]), DTYPES[point["dtype"]]
+    return _random(1, shape, dtype), _random(2, shape, dtype)
+
+
+def _decode(point: Point, page_size: int, backend: str) -> Kernel:
+    rows, context = point["requests"], point["context"]
+    pages = -(-context // page_size)
+    # Only the Mosaic kernel takes a budget; 0 is all SMs.
+    options = {"sm_budget": point["sms"]} if backend == "mosaic" and point["sms"] else {}
+    attend = partial(decode_attention, backend=backend, **options)
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        shape = (rows, point["q_heads"], point["head_dim"])
+        lengths = jnp.full(rows, context, jnp.int32)
+        own = [
+            (_random(10 + i, shape, DTYPES[point["dtype"]]), table, lengths)
+            for i, table in enumerate(_page_sets(sets, rows, pages))
+        ]
+        return _pool(point, sets * rows * pages, page_size), own
+
+    return Kernel(make, lambda pool, own: attend(own[0], *pool, *own[1:])[0], _kv_bytes(point, rows * context))
+
+
+def _prefill(point: Point, page_size: int, backend: str) -> Kernel:
+    tokens, context = point["tokens"], point["context"]
+    # Rows see `context` tokens on average: a segment's chunk stands at the end of its context, and is cut into more
+    # segments where it is itself longer than that.
+    segments = -(-tokens // (2 * context))
+    while tokens % segments:
+        segments += 1
+    chunk = tokens // segments
+    length = context + chunk // 2
+    pages = -(-length // page_size)
+    attend = partial(prefill_attention, backend=backend)
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        shape = (tokens, point["q_heads"], point["head_dim"])
+        starts = jnp.arange(segments + 1, dtype=jnp.int32) * chunk
+        lengths = jnp.full(segments, length, jnp.int32)
+        own = [
+            (_random(10 + i, shape, DTYPES[point["dtype"]]), table, starts, lengths)
+            for i, table in enumerate(_page_sets(sets, segments, pages))
+        ]
+        return _pool(point, sets * segments * pages, page_size), own
+
+    return Kernel(make, lambda pool, own: attend(own[0], *pool, *own[1:]), _kv_bytes(point, segments * length))
+
+
+def _kv_bytes(point: Point, tokens: int) -> int:
+    return 2 * tokens * point["kv_heads"] * point["head_dim"] * BYTES[point["dtype"]]
+
+
+def _append(point: Point, page_size: int, backend: str) -> Kernel:
+    rows, dtype = point["rows"], DTYPES[point["dtype"]]
+    write = partial(append_kv, backend=backend)
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        shape = (rows, point["kv_heads"], point["head_dim"])
+        slots = jnp.arange(rows, dtype=jnp.int32) % page_size
+        own = [
+            (_random(2 * i, shape, dtype), _random(2 * i + 1, shape, dtype), table[:, 0], slots)
+            for i, table in enumerate(_page_sets(sets, rows, 1))
+        ]
+        return _pool(point, sets * rows, page_size), own
+
+    return Kernel(make, lambda pool, own: write(*pool, *own), 2 * _kv_bytes(point, rows), in_place="shared")
+
+
+def _norm(point: Point, _: int, backend: str) -> Kernel:
+    shape, dtype = (point["rows"], point["hidden"]), DTYPES[point["dtype"]]
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        weight = jnp.ones(point["hidden"], dtype)
+        return weight, [(_random(2 * i, shape, dtype), _random(2 * i + 1, shape, dtype)) for i in range(sets)]
+
+    takes = backend == "mosaic" and norm_fits(point["hidden"], 1)
+    add = partial(add_rms_norm, eps=1e-5, backend="mosaic" if takes else "xla")
+
+    def call(weight: jax.Array, own: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return add(*own, weight)
+
+    return Kernel(make, call, 4 * shape[0] * shape[1] * BYTES[point["dtype"]])
+
+
+def _sampling(point: Point) -> Kernel:
+    """Greedy: what the throughput of a plan counts on."""
+    rows, vocab = point["rows"], point["vocab"]
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        def full(value: float, dtype: Any) -> jax.Array:
+            return jnp.full(rows, value, dtype)
+
+        params = SamplingArrays(
+            temperature=full(0, jnp.float32), top_p=full(1, jnp.float32), top_k=full(0, jnp.int32),
+            min_p=full(0, jnp.float32), seed=full(0, jnp.uint32), position=full(0, jnp.int32),
+            presence_penalty=full(0, jnp.float32), frequency_penalty=full(0, jnp.float32),
+            repetition_penalty=full(1, jnp.float32), history=full(1, jnp.int32), bias=full(1, jnp.int32),
+            top_logprobs=full(-1, jnp.int32),
+        )  # fmt: skip
+        slots = SlotState(
+            tokens=jnp.zeros(1, jnp.int32), tables=jnp.zeros((1, 1), jnp.int32),
+            counts=jnp.zeros((1, vocab), jnp.uint16), biases=jnp.zeros((1, vocab), jnp.float32),
+        )  # fmt: skip
+        return (params, slots), [_random(i, (rows, vocab), jnp.float32) for i in range(sets)]
+
+    def call(shared: Any, logits: jax.Array) -> jax.Array:
+        with collectives.rank_slice(1):
+            return sample(logits, jnp.int32(0), *shared)[0].tokens
+
+    return Kernel(make, call, rows * vocab * 4)
+
+
+def _collective(point: Point) -> Kernel:
+    elements, devices = point["bytes"] // BYTES[point["dtype"]], point["devices"]
+    columns = max(c for c in range(1, COLUMNS + 1) if elements // devices % c == 0)
+    rows = elements // columns  # of the whole tensor
+    local = rows // devices if point["kind"] == "all-gather" else rows
+    move = COLLECTIVES[point["kind"]]
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        return (), [_random(i, (local, columns), DTYPES[point["dtype"]]) for i in range(sets)]
+
+    # XLA sums in place: of an input that is needed again it makes a copy first. A step's is not.
+    in_place = "own" if point["kind"] == "all-reduce" else ""
+    return Kernel(make, lambda _, x: move(x), point["bytes"], in_place=in_place, network=True)
+
+
+_BUILDERS: dict[str, Callable[..., Kernel]] = {
+    "copy": _copy,
+    "gemm": _gemm,
+    "decode_attention": _decode,
+    "prefill_attention": _prefill,
+    "append": _append,
+    "norm": _norm,
+    "sampling": _sampling,
+    "collective": _collective,
+}

@@ -1,0 +1,147 @@
+"""Compiling a step: the same way for the devices at hand and for GPUs that are not, with every compiler option in
+one place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+
+from kernels_pallas.expected import LATENCY
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.params import abstract_params, is_info
+from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
+from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.step.slots import SlotSizes, abstract_slots, packed_length
+from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, StepState, build_step, cache_shape
+
+Option = str | int | bool
+
+GPU_OPTIONS: Mapping[str, Option] = {
+    # Off by default below compute capability 9.0, where every collective would then be synchronous.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # Two nano-batches share a weight: merged, their GEMMs become one and nothing is left to overlap with.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+    # Combined, collectives of different nano-batches would wait for each other.
+    "xla_gpu_all_gather_combine_threshold_bytes": 0,
+    "xla_gpu_all_reduce_combine_threshold_bytes": 0,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
+    # XLA counts the donated pages twice: with a pool that fills the memory it would recompute, and move collectives
+    # to where nothing runs beside them.
+    "xla_disable_hlo_passes": "rematerialization",
+    # GPUs without bfloat16 addition (A100) would keep the residual's float32 sum: another rounding than elsewhere, and
+    # one more pass over memory, in float32, per norm.
+    "xla_allow_excess_precision": False,
+    # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
+    "xla_gpu_enable_triton_gemm": False,
+    # XLA's own list and the sampler's conditionals and loops: outside of a command buffer the host waits for a
+    # conditional's predicate, so that the next step could not be dispatched before this one is nearly done.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
+
+PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
+
+
+# For programs with kernels on a stream of their own: command buffers would put them back on one.
+STREAM_OPTIONS: Mapping[str, Option] = {"xla_gpu_enable_command_buffer": ""}
+
+
+def compiler_options(platform: str, plan: SchedulePlan) -> dict[str, Option]:
+    """Options for `lowered.compile(compiler_options=...)` on platform "gpu" or "cuda"; none elsewhere."""
+    if platform not in ("gpu", "cuda"):
+        return {}
+    return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan.lanes else {})}
+
+
+def abstract_cache(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Any, num_pages: int, page_size: int
+) -> KVCache:
+    """The KV cache as abstract arrays on `mesh`."""
+    shape = cache_shape(config, mesh.size, num_pages, page_size)
+    pages = jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, CACHE_SPEC))
+    return KVCache(pages, pages)
+
+
+def abstract_state(
+    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, num_pages: int, page_size: int
+) -> StepState:
+    """Cache and slots as abstract arrays on `mesh`."""
+    config = spec.config
+    fp8 = spec.kv_cache_dtype != "auto"
+    dtype = spec.page_dtype if fp8 else jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
+    whole = mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
+    state = StepState(abstract_cache(config, whole, dtype, num_pages, page_size), abstract_slots(config, whole, sizes))
+    return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, mesh), state)
+
+
+def lower_step(
+    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, *, num_pages: int, page_size: int
+) -> jax.stages.Lowered:
+    """Traces the engine's step for `mesh`, whose devices may be compile-only."""
+    return build_step(spec, mesh, infos, page_size).lower(
+        tuple(jax.tree.leaves(abstract_params(infos, mesh))),
+        abstract_state(spec, mesh, infos, sizes, num_pages, page_size),
+        jax.ShapeDtypeStruct((packed_length(spec.shape),), jnp.int32, sharding=replicated(mesh)),
+    )
+
+
+def compile_step(
+    lowered: jax.stages.Lowered,
+    platform: str,
+    plan: SchedulePlan,
+    *,
+    pin_starts: bool = False,
+    options: Mapping[str, Option] | None = None,
+) -> Any:
+    """Compiles a lowered step. `options` are added to, or replace, the project's own.
+
+    The order that `IssueOrder` names binds kernels, while a collective's start may still slide by an op or two: XLA
+    starts it when its own estimate says it must. `pin_starts` compiles a second time with a profile in which
+    collectives are dear and kernels cheap, so that each starts exactly where the plan issues it.
+    """
+    chosen = {**compiler_options(platform, plan), **(options or {})}
+    compiled = lowered.compile(compiler_options=chosen)
+    if not pin_starts or PROFILE_OPTION in chosen:
+        return compiled
+    profile = _start_early_profile(compiled.as_text() or "")
+    if not profile:
+        return compiled
+    with tempfile.TemporaryDirectory(prefix="nanoflow-profile-") as temporary:
+        # In the compile cache, named by content: the path is part of the cache's key.
+        folder = Path(jax.config.jax_compilation_cache_dir or temporary)  # pyright: ignore[reportAttributeAccessIssue]
+        path = folder / f"profile-{hashlib.sha256(profile.encode()).hexdigest()[:16]}.pbtxt"
+        path.write_text(profile)
+        return lowered.compile(compiler_options={**chosen, PROFILE_OPTION: str(path)})
+
+
+def _start_early_profile(hlo: str) -> str:
+    """XLA's text profile (instruction name, microseconds): collectives 10 ms, kernels 1 us.
+
+    Beside kernels on another stream, those count 120 us and the heavy kernels 60: less, and XLA starts them too late;
+    as much as a collective, and it would rather make some collectives synchronous.
+    """
+    lines = []
+    entry = hlo.rpartition("\nENTRY")[2].splitlines()
+    heavy_us = 60 if any(" call-start(" in line for line in entry) else 1
+    for line in entry:
+        match = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?)(?:metadata=|$)", line)
+        if match is None:
+            continue
+        name, text = match.groups()
+        if re.search(r"(all-gather|all-reduce|reduce-scatter|async)-start\(", text):
+            lines.append(f'costs {{ name: "{name}" cost_us: 10000 }}')
+        elif " get-tuple-element(" in text and LATENCY in text:  # a copy of what the kernel itself is said to take
+            lines.append(f'costs {{ name: "{name}" cost_us: 0 }}')
+        elif re.search(r" (fusion|custom-call|call-start)\(", text):
+            heavy = heavy_us if re.search(r"cublas|mosaic|dynamic_slice_fusion", text) else 1
+            us = 2 * heavy_us if " call-start(" in text else heavy
+            lines.append(f'costs {{ name: "{name}" cost_us: {us} }}')
+    return "\n".join(lines) + "\n" if any("10000" in line for line in lines) else ""

@@ -1,0 +1,226 @@
+"""Sampling on vocabulary shards: no device ever sees another's logits, only a few numbers per row.
+
+The order is vLLM's: bias, penalties (both act on greedy rows too), temperature, min-p, top-k, top-p, noise. Each part
+runs only when some row of the step wants it, and leaves the rows that do not want it bit for bit as they were; sums
+over the vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the
+neighbours or on the mesh.
+
+A row whose logits hold NaN or +inf, or leave nothing to choose from, gives token -1, whatever it wants.
+
+Greedy is an argmax of argmaxes. Sampling adds Gumbel noise that is a function of (seed, position, token) alone. top-k
+and top-p keep the tokens above a threshold that a radix search finds exactly, counting (or summing) over all shards;
+tokens that tie with the threshold are all kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from nanoflow_jax.parallel import collectives
+from nanoflow_jax.step.batch import SamplingArrays
+from nanoflow_jax.step.logprobs import MAX_LOGPROBS, TokenLogprobs, score_rows, token_logprobs
+from nanoflow_jax.step.slots import SlotState
+
+__all__ = ["MAX_LOGPROBS", "Sampled", "StepOutput", "TokenLogprobs", "sample", "score_rows"]
+
+BITS_PER_ROUND = 4
+MIN_TEMPERATURE = 1e-30  # below it a quotient could leave float32; the choice is greedy long before
+IN_PROMPT = 1 << 15  # of a token count: the token is in the prompt
+MAX_COUNT = IN_PROMPT - 1  # the bits below: times it was generated
+EVERYTHING = 2**32 - 1  # a weight that no search reaches
+
+
+@struct.dataclass
+class Sampled:
+    tokens: Any  # [B] int32; -1: none can be chosen
+    logprobs: TokenLogprobs  # [B]
+
+
+@struct.dataclass
+class StepOutput:
+    sampled: Sampled
+    scores: TokenLogprobs  # [P]: of the prefill rows that have a target
+
+
+def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> tuple[Sampled, SlotState]:
+    """One token per row, the same on all devices, and the slots with these tokens counted. -1: no token can be chosen,
+    because logits are not finite.
+
+    logits  [B, V/p] float32, this device's share; padding entries are -inf
+    first   int32 scalar: vocabulary index of the first column
+
+    No two rows may name the same row of the counts. Both tables have at least one row: XLA's partitioner crashes on a
+    split array that has none.
+    """
+    greedy = params.temperature <= 0
+    special = ~greedy | _biased(params, slots) | _penalized(params, slots)
+
+    def choose(logits: jax.Array) -> jax.Array:
+        adjusted = adjust(logits, params, slots)
+
+        def perturb(x: jax.Array) -> jax.Array:
+            return jnp.where(greedy[:, None], x, temper(x, params) + _gumbel(first, x.shape[1], params))
+
+        # What is chosen from may have lost a NaN (to top-k, say), so the raw logits are looked at.
+        return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted), first, _sound(logits))
+
+    # The predicates are the same on all devices, so all take the same branch and its collectives meet.
+    tokens = lax.cond(jnp.any(special), choose, lambda x: _argmax(x, first, _sound(x)), logits)
+    logprobs = token_logprobs(logits, first, tokens, params.top_logprobs)
+    counts = _count(slots.counts, params.history, tokens - first)
+    return Sampled(tokens, logprobs), replace(slots, counts=counts)
+
+
+def adjust(logits: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:
+    """The logits [B, V/p] after bias and penalties; what a greedy row's token is the largest of."""
+    biased, penalized = _biased(params, slots), _penalized(params, slots)
+
+    def bias(x: jax.Array) -> jax.Array:
+        return jnp.where(biased[:, None], x + slots.biases.at[params.bias].get(mode="clip"), x)
+
+    def penalize(x: jax.Array) -> jax.Array:
+        counts = slots.counts.at[params.history].get(mode="clip")
+        return jnp.where(penalized[:, None], _penalize(x, counts, params), x)
+
+    logits = lax.cond(jnp.any(biased), bias, lambda x: x, logits)
+    return lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
+
+
+def temper(logits: jax.Array, params: SamplingArrays) -> jax.Array:
+    """Logits [B, V/p] over the temperature, the largest of each row 0; -inf for what min-p, top-k or top-p leave
+    out. Rows with temperature 0 are meaningless."""
+    # Relative to the largest: nothing overflows, however low the temperature. (A row may be -inf throughout.)
+    top = jnp.maximum(collectives.all_reduce_max(logits.max(axis=1)), jnp.finfo(jnp.float32).min)
+    scaled = (logits - top[:, None]) / jnp.maximum(params.temperature, MIN_TEMPERATURE)[:, None]
+    sampled = params.temperature > 0
+    by_p = sampled & (params.top_p < 1)
+    by_k = sampled & (params.top_k > 0)
+    scaled = jnp.where(jnp.exp(scaled) >= params.min_p[:, None], scaled, -jnp.inf)
+    scaled = lax.cond(jnp.any(by_k), lambda x: _keep_top_k(x, by_k, params.top_k), lambda x: x, scaled)
+    return lax.cond(jnp.any(by_p), lambda x: _keep_top_p(x, by_p, params.top_p), lambda x: x, scaled)
+
+
+def _biased(params: SamplingArrays, slots: SlotState) -> jax.Array:
+    return params.bias < slots.biases.shape[0]
+
+
+def _penalized(params: SamplingArrays, slots: SlotState) -> jax.Array:
+    some = (params.presence_penalty != 0) | (params.frequency_penalty != 0) | (params.repetition_penalty != 1)
+    return some & (params.history < slots.counts.shape[0])
+
+
+def _penalize(logits: jax.Array, counts: jax.Array, params: SamplingArrays) -> jax.Array:
+    """Repetition: over the tokens of prompt and output; frequency and presence: of the output only."""
+    generated = (counts & MAX_COUNT).astype(jnp.float32)
+    repetition = params.repetition_penalty[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    x = jnp.where(counts > 0, repeated, logits)
+    x = x - params.frequency_penalty[:, None] * generated
+    x = x - params.presence_penalty[:, None] * (generated > 0).astype(jnp.float32)
+    return jnp.minimum(x, jnp.finfo(jnp.float32).max)  # a tiny repetition penalty could make several infinite
+
+
+def _count(counts: jax.Array, history: jax.Array, columns: jax.Array) -> jax.Array:
+    """The token counts with one more of each row's token, on the device that owns its column."""
+    width = counts.shape[1]
+    columns = jnp.where((columns >= 0) & (columns < width), columns, width)  # elsewhere: dropped
+    old = counts.at[history, columns].get(mode="fill", fill_value=0)
+    new = jnp.where(old & MAX_COUNT < MAX_COUNT, old + jnp.uint16(1), old)
+    return counts.at[history, columns].set(new, mode="drop")
+
+
+def _sound(logits: jax.Array) -> jax.Array:
+    """Which rows of logits [B, V/p] have neither NaN nor +inf. Not read off the largest: a maximum may lose NaN (XLA's
+    on a CPU does, and over devices it is up to the network's library)."""
+    return jnp.all(logits < jnp.inf, axis=1)
+
+
+def _argmax(values: jax.Array, first: jax.Array, sound: jax.Array) -> jax.Array:
+    """Vocabulary index of the largest value of each row [B, V/p]; the lowest index among equals. -1 where the largest
+    is not finite, or where a device's share of the row is not `sound` [B]."""
+    best = values.max(axis=1)
+    index = jnp.argmax(values, axis=1).astype(jnp.int32) + first
+    best = jnp.where(sound, best, jnp.inf)  # which no maximum loses
+    winner = collectives.all_reduce_max(best)
+    token = -collectives.all_reduce_max(jnp.where(best == winner, -index, jnp.iinfo(jnp.int32).min))
+    return jnp.where(jnp.isfinite(winner), token, -1)
+
+
+def _gumbel(first: jax.Array, columns: int, params: SamplingArrays) -> jax.Array:
+    """Noise [B, columns] for vocabulary indices first, first + 1, ...: one counter-based draw each."""
+    tokens = first + jnp.arange(columns, dtype=jnp.int32)
+
+    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        return jax.vmap(lambda t: jax.random.key_data(jax.random.fold_in(key, t)))(tokens)
+
+    return _gumbel_of(jax.vmap(row)(params.seed, params.position))
+
+
+def _gumbel_of(bits: jax.Array) -> jax.Array:
+    """uint32 [..., 2], 64 uniform bits each, to float32 Gumbel noise; fewer would cut off the rare large values."""
+    high, low = bits[..., 0].astype(jnp.float32), bits[..., 1].astype(jnp.float32)
+    # In (0, 1), never its ends. The largest noise comes from near 0, where float32 resolves all bits.
+    uniform = jnp.minimum((high + (low + 0.5) * 2.0**-32) * 2.0**-32, 1 - 2.0**-24)
+    return -jnp.log(-jnp.log1p(-uniform))
+
+
+def _keep_top_k(scaled: jax.Array, wanted: jax.Array, top_k: jax.Array) -> jax.Array:
+    """-inf below the top_k-th largest of the rows [B] in which it is wanted."""
+    ordered = _sortable(scaled)
+    count = jnp.where(wanted, top_k.astype(jnp.uint32), jnp.uint32(EVERYTHING))
+    threshold = _search(ordered, jnp.ones_like(ordered), count)
+    return jnp.where(ordered >= threshold[:, None], scaled, -jnp.inf)
+
+
+def _keep_top_p(scaled: jax.Array, wanted: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf for all but the likeliest tokens that together reach top_p of the row's mass, never nothing, in the rows
+    [B] in which it is wanted. The largest entry of a row is 0."""
+    ordered = _sortable(scaled)
+    mass = jnp.exp(scaled)
+    # Integer weights, so that their sums are exact. Two sums of 14 bits each give the total well enough to scale the
+    # weights so that the row adds up to about 2**31.
+    fixed = (mass * 2.0**28).astype(jnp.uint32)
+    high, low = (_sum(x).astype(jnp.float32) for x in (fixed >> 14, fixed & 0x3FFF))
+    total = jnp.maximum(high * 2.0**14 + low, 1.0)
+    weights = (mass * (2.0**59 / total)[:, None]).astype(jnp.uint32)
+    whole = _sum(weights)
+    share = jnp.ceil(top_p * whole.astype(jnp.float32)).astype(jnp.uint32)
+    enough = jnp.where(wanted, jnp.clip(share, 1, whole), jnp.uint32(EVERYTHING))
+    threshold = _search(ordered, weights, enough)
+    return jnp.where(ordered >= threshold[:, None], scaled, -jnp.inf)
+
+
+def _sum(weights: jax.Array) -> jax.Array:
+    """uint32 [B, ..., V/p] -> [B, ...], over all shards."""
+    return collectives.all_reduce(weights.sum(axis=-1, dtype=jnp.uint32))
+
+
+def _sortable(x: jax.Array) -> jax.Array:
+    """float32 -> uint32 in the same order."""
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _search(ordered: jax.Array, weights: jax.Array, wanted: jax.Array) -> jax.Array:
+    """Per row, the largest uint32 t such that the weights [B, V/p] of entries with ordered >= t add up to at least
+    `wanted` [B]; 0 when none does.
+
+    Finds the bits of t from the top, BITS_PER_ROUND at a time: one small all-reduce per round.
+    """
+    steps = jnp.arange(1, 1 << BITS_PER_ROUND, dtype=jnp.uint32)
+
+    def round_(i: jax.Array, found: jax.Array) -> jax.Array:
+        shift = jnp.uint32(32 - BITS_PER_ROUND) - i.astype(jnp.uint32) * jnp.uint32(BITS_PER_ROUND)
+        candidates = found[:, None] + (steps << shift)[None, :]  # [B, 15], ascending
+        at_or_above = ordered[:, None, :] >= candidates[:, :, None]
+        enough = _sum(jnp.where(at_or_above, weights[:, None, :], jnp.uint32(0))) >= wanted[:, None]
+        return found + (enough.sum(axis=1).astype(jnp.uint32) << shift)  # true up to some candidate, then false
+
+    return lax.fori_loop(0, 32 // BITS_PER_ROUND, round_, jnp.zeros(ordered.shape[0], jnp.uint32))

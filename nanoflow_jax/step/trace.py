@@ -1,0 +1,421 @@
+"""From a plan to one compiled step: embedding, layers of op pieces in the plan's order, head and sampling, under
+`shard_map`.
+
+Inside, shapes are local: n rows, H hidden, p devices, g KV groups and h query heads of this device, d head size, V/p
+vocabulary rows. Layers are unrolled: a scan would copy each layer's weights and could not overlap collectives across
+layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.experimental.compute_on import compute_on
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
+from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models import parts
+from nanoflow_jax.models.layout import ModelParams, kv_groups
+from nanoflow_jax.models.params import is_info, param_specs
+from nanoflow_jax.parallel import collectives
+from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
+from nanoflow_jax.step.attention import KernelBackends, page_dtype
+from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.logprobs import score_rows
+from nanoflow_jax.step.order import IssueOrder
+from nanoflow_jax.step.rows import RowSpan
+from nanoflow_jax.step.sampler import StepOutput, sample
+from nanoflow_jax.step.slots import SLOT_SPECS, SlotState, resolve, unpack
+
+
+@struct.dataclass
+class KVCache:
+    """Pages of all layers, `[num_layers * num_pages, KV groups, page_size, d]`, split over the groups; layer l's begin
+    at l * num_pages. Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
+
+    One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
+    """
+
+    k: Any
+    v: Any
+
+
+CACHE_SPEC = P(None, AXIS)
+CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
+
+# Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
+# second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
+_STATIC = ("backend", "tuning", "expected_context")
+_decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_budget"), inline=True)
+_prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
+_append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
+_add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
+NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
+
+
+def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
+    """Global shape of the K (or V) pages."""
+    return config.num_layers * num_pages, kv_groups(config, devices), page_size, config.head_dim
+
+
+@dataclass(frozen=True)
+class StepSpec:
+    """Everything that a compiled step depends on, besides the arrays."""
+
+    config: ModelConfig
+    plan: SchedulePlan
+    shape: StepShape
+    attention_backend: str = "xla"  # of decode and prefill attention, and KV append, where they have it
+    kv_cache_dtype: str = "auto"  # of the pages: `schedule.attention.KV_CACHE_DTYPES`
+    enforce_order: bool = field(default=False)
+    deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
+    rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
+    gpu: str = DEFAULT_GPU  # whose tuning the kernels take; `build_step` puts the mesh's
+    expected_context: int | None = None  # tokens of a row, for the kernels' expected times; None: the pool's share
+
+    @property
+    def page_dtype(self) -> Any:
+        return page_dtype(self.config, self.kv_cache_dtype)
+
+
+@struct.dataclass
+class StepState:
+    """All that a step takes over from the one before; donated to each step."""
+
+    cache: KVCache
+    slots: SlotState
+
+
+def build_step(spec: StepSpec, mesh: Mesh, infos: ModelParams, page_size: int) -> jax.stages.Wrapped:
+    """The engine's step as a jitted function `(leaves, state, packed) -> (state, output)`, state donated.
+
+    leaves  those of ModelParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
+    packed  int32 vector, a packed `StepInputs` of `spec.shape`
+    output  a `StepOutput`, the same on every device
+    """
+    state_specs = StepState(CACHE_SPECS, SLOT_SPECS)
+    spec = replace(spec, gpu=tuned_gpu(mesh.devices.flat[0].device_kind))
+    declared, tree = jax.tree.flatten(infos, is_leaf=is_info)
+
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+        with collectives.rank_slice(spec.rank_of):
+            return _step(spec, page_size, jax.tree.unflatten(tree, leaves), state, packed)
+
+    sharded = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=(tuple(info.spec for info in declared), state_specs, P()),
+        out_specs=(state_specs, P()),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=(1,))
+
+
+def build_logits_step(spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.stages.Wrapped:
+    """The layers alone: a jitted `(params, cache, batch) -> (cache, logits [T, vocabulary] float32)`, cache
+    donated."""
+    sharded = jax.shard_map(
+        partial(_logits_step, spec),
+        mesh=mesh,
+        in_specs=(param_specs(infos), CACHE_SPECS, P()),
+        out_specs=(CACHE_SPECS, P()),
+        check_vma=False,
+    )
+    return jax.jit(sharded, donate_argnums=(1,))
+
+
+def _step(
+    spec: StepSpec, page_size: int, params: ModelParams, state: StepState, packed: jax.Array
+) -> tuple[StepState, StepOutput]:
+    shape = spec.shape
+    inputs = unpack(packed, shape)
+    batch, slots = resolve(inputs, state.slots, shape, page_size)
+    cache, hidden = _layers(spec, params, state.cache, batch)
+    with jax.named_scope("HEAD.1"):
+        local, first = _head(spec.config, params, hidden[batch.sampled])
+    with jax.named_scope("SAMPLE.1"):
+        sampled, slots = sample(local, first, inputs.sampling, slots)
+        slots = replace(slots, tokens=slots.tokens.at[inputs.slots].set(sampled.tokens, mode="drop"))
+    with jax.named_scope("SCORE.1"):
+        scores = score_rows(
+            partial(_head, spec.config, params), hidden[shape.decode_rows :], inputs.targets, inputs.target_logprobs[0]
+        )
+    return StepState(cache, slots), StepOutput(sampled, scores)
+
+
+def _logits_step(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+    cache, hidden = _layers(spec, params, cache, batch)
+    local, _ = _head(spec.config, params, hidden)
+    gathered = collectives.all_gather(local)  # [p, T, V/p]
+    return cache, gathered.transpose(1, 0, 2).reshape(hidden.shape[0], -1)[:, : spec.config.vocab_size]
+
+
+def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+    """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
+    machine = Tracer(spec, params, cache, batch)
+    parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()
+    return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+
+
+def _head(config: ModelConfig, params: ModelParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """hidden [n, H] -> this device's logits [n, V/p] float32 (padding -inf), and the vocabulary index of its first."""
+    head = params.embedding if params.head is None else params.head
+    normed = parts.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
+    local = parts.contract(normed, head, 1, out_dtype=jnp.float32)
+    first = collectives.device_index() * head.shape[0]
+    return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
+
+
+class Tracer:
+    """Runs the layer program on arrays, under `shard_map`: a `schedule.layer.Machine`."""
+
+    appends_at_once = False
+
+    def __init__(self, spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch):
+        self.config, self.shape = spec.config, spec.shape
+        self.params, self.batch = params, batch
+        self.k_pages, self.v_pages = cache.k, cache.v
+        self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
+        self.devices = collectives.device_count()
+        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
+        self.options = backends.options(
+            spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
+        )
+        # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
+        self.decode_lane = spec.plan.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
+        self.lane = self.decode_lane is not None
+        self.pieces = spec.plan.pieces(
+            spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
+        )
+        self.writes, self.contexts = _kernel_inputs(self.pieces, batch, self.num_pages)
+        self.order = IssueOrder(spec.enforce_order)
+        self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {
+            GATHER: collectives.all_gather,  # [n, H/p] -> [p, n, H/p]
+            GATHER_ROWS: collectives.all_gather_rows,
+            REDUCE: collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce,
+            SCATTER: collectives.reduce_scatter_rows,
+        }
+        self.cos, self.sin = parts.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
+
+    def scope(self, layer: int | None, op: str, number: int) -> AbstractContextManager[Any]:
+        return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
+
+    def begin(self, layer: int) -> None:
+        self.layer = self.params.layers[layer]
+        self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
+        scales = self.params.kv_scales  # of fp8 pages, [g] float32
+        self.scales = {} if scales is None else {"k_scale": scales[0, layer], "v_scale": scales[1, layer]}
+
+    # -- ends of a step
+
+    def embed(self, piece: OpPiece) -> jax.Array:
+        """Each device looks up the tokens of its vocabulary rows; the sum over devices is the embedding."""
+        table = self.params.embedding
+        local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        return jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+
+    def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        share = piece.rows // self.devices
+        mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
+        return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
+
+    def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
+        return collectives.all_gather_rows(x)
+
+    # -- residual and norm
+
+    def _norm_weight(self, layer: int, which: int) -> jax.Array:
+        """[H], of the norm ahead of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
+        norms = self.params.norms
+        return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
+
+    def add_and_norm(
+        self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """In one ordered op."""
+        weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
+        if update is None:
+            return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
+
+        def both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            return _add_rms_norm(x, update, weight, bias=bias, eps=eps, **self.options.norm)
+
+        return self.order.run(both, x, *update)
+
+    def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        return self.order.run(_add, x, *update)
+
+    def bias(self, op: str) -> jax.Array | None:
+        return {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
+
+    # -- attention
+
+    def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
+        rows, layer = slice(piece.start, piece.stop), self.layer
+
+        def project(*inputs: jax.Array) -> jax.Array:
+            q, k, v = parts.kqv_projection(span(*inputs), layer)
+            cos, sin = self.cos[rows], self.sin[rows]
+            q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
+            return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
+
+        return self.order.run(project, *normed)
+
+    def queries(self, kqv: jax.Array) -> jax.Array:
+        return self._unpacked(kqv)[0]
+
+    def _unpacked(self, kqv: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        groups, rows_of_group, d, _ = self.layer.kqv.shape
+        return unpack_kqv(kqv, groups=groups, heads=groups * (rows_of_group - 2), d=d)
+
+    def append(self, piece: OpPiece, kqv: jax.Array) -> None:
+        def append(k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return _append_kv(
+                k_pages, v_pages, *self._unpacked(kqv)[1:], *self.writes[piece.piece],
+                first_page=self.first_page, **self.scales, **self.options.append,
+            )  # fmt: skip
+
+        self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
+
+    def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
+        lane = self.decode_lane
+        sms = lane.sms if lane else None
+
+        def attend(more: dict[str, jax.Array], k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
+            out, _ = _decode_attention(
+                span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.options.decode,
+            )  # fmt: skip
+            return out.reshape(piece.rows, -1)
+
+        table, lengths = self.contexts[piece.piece]
+        more = {"page_table": table, "lengths": lengths, "first_page": self.first_page, **self.scales}
+        if lane is None:  # what no layer changes is no input: XLA's attention computes with it, once for all layers
+            return self.order.run(partial(attend, more), self.k_pages, self.v_pages, *q)
+        # Issued like a collective: what reads the result joins the streams. All that it reads is an input: a constant
+        # that is not could be as late as what needs the result, and with it a start on another stream.
+        beside = compute_on(attend, compute_type=f"gpu_stream:{lane.stream}", out_memory_spaces=jax.memory.Space.Device)
+        return self.order.beside(beside, more, self.k_pages, self.v_pages, *q)
+
+    def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
+        first = self.shape.decode_rows
+
+        def attend(k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
+            batch = self.batch
+            starts, lengths = clip_segments(
+                batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
+            )
+            out = _prefill_attention(
+                span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths,
+                first_page=self.first_page, **self.scales, **self.options.prefill,
+            )  # fmt: skip
+            return out.reshape(piece.rows, -1)
+
+        return self.order.run(attend, self.k_pages, self.v_pages, *q)
+
+    # -- GEMMs after attention
+
+    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
+        """On the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it
+        is."""
+        return self.order.run(lambda *x: span(*x).T, *attention)
+
+    def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
+        """[w, n] x [H/p, w] -> [n, H/p]."""
+        weight = self.layer.o_rows
+        return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
+
+    def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
+        """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
+        weight = self.layer.o_columns
+        return self.order.run(lambda *x: parts.contract(span(*x), weight, 1), *attention)
+
+    def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
+        layer = self.layer
+        return self.order.run(lambda *x: parts.gated_mlp_up(span(*x), layer), *normed)
+
+    def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
+        weight = self.layer.down
+        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
+
+    # -- collectives and streams
+
+    def start(self, collective: str, rows: int, columns: str, x: jax.Array) -> jax.Array:
+        return self.order.start(self.collectives[collective], x)
+
+    def wait(self, x: jax.Array) -> jax.Array:
+        return self.order.wait(x)
+
+
+def _kernel_inputs(
+    pieces: tuple[OpPiece, ...], batch: StepBatch, num_pages: int
+) -> tuple[dict[int, tuple[jax.Array, jax.Array]], dict[int, tuple[jax.Array, jax.Array]]]:
+    """Of each KQV piece where its K and V go, pages and slots [n]; of each GEMV piece its page table [n, M] and
+    lengths [n]. No layer changes them.
+
+    Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
+    kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
+    """
+    writes, contexts = {}, {}
+    for piece in pieces:
+        rows = slice(piece.start, piece.stop)
+        if piece.op == "KQV":
+            pages = batch.write_pages[rows]
+            writes[piece.piece] = (
+                jnp.where(pages < num_pages, pages, NO_PAGE),
+                jnp.maximum(batch.write_slots[rows], 0),
+            )
+        elif piece.op == "GEMV":
+            contexts[piece.piece] = (
+                jnp.maximum(batch.decode_table[rows], 0),
+                jnp.maximum(batch.decode_lengths[rows], 0),
+            )
+    return writes, contexts
+
+
+def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
+    """Tokens of context to expect of a row: what the pool gives each decode row, at most a whole page table."""
+    shared = num_pages * page_size // max(shape.decode_rows, 1)
+    return max(1, min(shared, shape.pages_per_request * page_size))
+
+
+def pack_kqv(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """One after another in one vector, so that one kernel makes all three, and those that read them take their part in
+    place."""
+    return jnp.concatenate([x.reshape(-1) for x in (q, k, v)])
+
+
+def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [n, h, d], k and v [n, g, d]."""
+    rows = packed.size // ((heads + 2 * groups) * d)
+    first, second = rows * heads * d, rows * (heads + groups) * d
+    q, k, v = packed[:first], packed[first:second], packed[second:]
+    return q.reshape(rows, heads, d), k.reshape(rows, groups, d), v.reshape(rows, groups, d)
+
+
+def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
+    if update.ndim == 3:
+        update = update.transpose(1, 0, 2).reshape(x.shape)
+    return x + update if bias is None else x + update + bias[None, :]
+
+
+def clip_segments(starts: jax.Array, lengths: jax.Array, first: int, last: int) -> tuple[jax.Array, jax.Array]:
+    """Segments restricted to prefill rows [first, last): their row starts there, and each one's context after its
+    last row there."""
+    clipped = jnp.clip(starts, first, last)
+    cut_off = starts[1:] - clipped[1:]  # rows of the segment past `last`
+    return clipped - first, jnp.maximum(lengths - jnp.maximum(cut_off, 0), 0)

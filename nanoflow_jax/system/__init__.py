@@ -1,0 +1,1 @@
+"""Files, processes, the terminal and the machine: nothing here knows of models."""

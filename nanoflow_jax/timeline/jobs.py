@@ -1,0 +1,261 @@
+"""A plan's op pieces as jobs on streams: what runs where, and what each waits for.
+
+There are two runtimes. The library's own is what `schedule.step` compiles to and the inspector reads: one compute
+stream in the plan's order; a collective, or attention on a lane of its own, starts once everything issued before it
+on the compute stream is done, and the first op that reads its result waits for it; a collective is issued once the one
+in flight is done, which the compute stream waits for; a GPU without the Mosaic kernel ignores the lane. NanoFlow's has
+three lanes (compute, memory, network), each in the plan's order, that wait for data alone: decode attention always has
+a lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from kernels_pallas.targets import mosaic_supported
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.latency import Prediction
+from nanoflow_jax.cost.shapes import OpCosts
+from nanoflow_jax.plan.ops import HIDDEN, WIDTH
+from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
+from nanoflow_jax.step.layer import GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.rows import RowSpan
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Piece
+
+SIDE = "stream 1"
+RUNTIMES = ("library", "nanoflow")
+SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
+COLLECTIVES = {GATHER: "all-gather", GATHER_ROWS: "all-gather", REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel or collective of a plan: a `NamedOp`."""
+
+    piece: Piece
+    kind: str
+    stream: str
+    prediction: Prediction
+    needs: tuple[int, ...]
+    share: float
+    bytes: float
+    collective: str = ""
+    capped: bool = False
+
+    @property
+    def name(self) -> str:
+        return str(self.piece)
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        return (self.piece,)
+
+    @property
+    def is_async(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Shares of the SMs. network: of a collective beside other work; attention: of decode attention on its lane, where
+    the plan does not say (`sms`)."""
+
+    network: float
+    attention: float
+
+    def __post_init__(self) -> None:
+        if not (self.network > 0 and self.attention > 0 and self.network + self.attention < 1):
+            raise ConfigError(
+                f"shares: network {self.network} and attention {self.attention} must be above 0, their sum below 1"
+            )
+
+
+Jobs = tuple[int, ...]  # what stands for a value: the jobs that make it
+
+
+def build_jobs(
+    plan: SchedulePlan,
+    costs: OpCosts,
+    layers: int,
+    shares: Shares,
+    runtime: str = "library",
+    one_in_flight: bool = True,
+) -> tuple[Job, ...]:
+    """Jobs of a step of so many layers, in issue order. one_in_flight False: without what the library waits for between
+    collectives, which depends on the order. Raises ConfigError for an unknown runtime, or a scattered nano-batch that
+    does not divide."""
+    if runtime not in RUNTIMES:
+        raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
+    lanes = runtime == "nanoflow"
+    load, devices = costs.load, costs.shapes.devices
+    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
+    machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes)
+    machine.head(StepProgram(machine, pieces, layers, devices).run())
+    return tuple(machine.jobs)
+
+
+class JobMaker:
+    """Runs the layer program on jobs: a `schedule.layer.Machine`. Each op becomes the kernels that XLA makes of it."""
+
+    def __init__(
+        self,
+        plan: SchedulePlan,
+        pieces: Sequence[OpPiece],
+        costs: OpCosts,
+        shares: Shares,
+        lanes: bool,
+        one_in_flight: bool,
+    ):
+        self.costs, self.shares, self.lanes = costs, shares, lanes
+        self.devices = costs.shapes.devices
+        self.first_prefill = min((p.start for p in pieces if p.op == "PF"), default=0)
+        lane = plan.lanes.get("GEMV") if lanes or mosaic_supported(costs.model.hardware.capability) else None
+        self.lane = lanes or lane is not None
+        self.appends_at_once = lanes
+        self.sms = lane.sms if lane else None
+        self.jobs: list[Job] = []
+        self.name = Piece(None, "EMBED", 1)
+        self.issued: Jobs = ()  # the compute stream's last job
+        self.one_in_flight = one_in_flight
+        self.in_flight: Jobs = ()  # the last collective
+        self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
+        self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
+        self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
+
+    # -- kinds of jobs
+
+    def run(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
+        """A kernel of the compute stream."""
+        wanted = tuple(sorted({*self.behind}.union(*needs)))
+        self.behind = ()
+        self.jobs.append(Job(self.name, kind, COMPUTE, prediction, wanted, 0.0, prediction.bytes))
+        self.issued = (len(self.jobs) - 1,)
+        return self.issued
+
+    def _start(self, job: Job) -> Jobs:
+        needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
+        self.jobs.append(replace(job, needs=needs))
+        started = (len(self.jobs) - 1,)
+        if job.stream == NETWORK and self.one_in_flight:
+            self.in_flight, self.behind = started, (*self.behind, *self.in_flight)
+        return started
+
+    def start(self, collective: str, rows: int, columns: str, x: Jobs) -> Jobs:
+        """On one device there is none."""
+        if self.devices == 1:
+            return x
+        kind, width = COLLECTIVES[collective], {HIDDEN: self.costs.shapes.hidden, WIDTH: self.costs.shapes.width}
+        prediction = self.costs.collective(kind, rows, width[columns])
+        whole = float(rows * width[columns] * self.costs.shapes.element_bytes)
+        return self._start(Job(self.name, "collective", NETWORK, prediction, x, self.shares.network, whole, kind))
+
+    def wait(self, x: Jobs) -> Jobs:
+        if not self.lanes:
+            self.awaited += x
+        return x
+
+    @contextmanager
+    def scope(self, layer: int | None, op: str, number: int) -> Iterator[None]:
+        outer, self.name = self.name, Piece(layer, op, number)
+        yield
+        self.name = outer
+
+    def begin(self, layer: int) -> None:
+        self.made.clear()
+
+    # -- ends of a step
+
+    def embed(self, piece: OpPiece) -> Jobs:
+        return self.run("elementwise", self.costs.embed(piece.rows))
+
+    def shard(self, piece: OpPiece, x: Jobs) -> tuple[Jobs, Jobs]:
+        return x, self.run("elementwise", self.costs.norm(piece.rows), x)
+
+    def gather_last(self, rows: int, x: Jobs) -> Jobs:
+        return self.start(GATHER_ROWS, rows, HIDDEN, x)
+
+    def head(self, residuals: Sequence[Jobs]) -> None:
+        self.name = Piece(None, "HEAD", 1)
+        ready = self.run("gemm", self.costs.gemm("HEAD", self.costs.sampled_rows), *residuals)
+        self.name = Piece(None, "SAMPLE", 1)
+        ready = self.run("elementwise", self.costs.sampling(), ready)
+        for _ in range(SAMPLER_REDUCTIONS if self.devices > 1 else 0):
+            ready = self._start(
+                Job(
+                    self.name, "collective", NETWORK, self.costs.reduction(), ready, self.shares.network,
+                    self.costs.sampled_rows * 4.0, "all-reduce",
+                )
+            )  # fmt: skip
+
+    # -- residual and norm
+
+    def add_and_norm(
+        self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None
+    ) -> tuple[Jobs, Jobs]:
+        done = self.run("elementwise", self.costs.norm(rows), x if update is None else update[0])
+        return done, done
+
+    def add(self, rows: int, x: Jobs, update: Update[Jobs]) -> Jobs:
+        return self.run("elementwise", self.costs.norm(rows), update[0])
+
+    def bias(self, op: str) -> None:
+        return None
+
+    # -- attention
+
+    def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        self.run("gemm", self.costs.gemm("KQV", piece.rows), *normed)
+        made = self.run("elementwise", self.costs.rope(piece.rows))
+        self.made.append((piece.start, piece.stop, made))
+        return made
+
+    def queries(self, kqv: Jobs) -> Jobs:
+        return kqv
+
+    def append(self, piece: OpPiece, kqv: Jobs) -> None:
+        written = self.run("kernel", self.costs.append(piece.rows), self.awaited)
+        self.made.append((piece.start, piece.stop, written))
+
+    def _reads(self, start: int, stop: int) -> Jobs:
+        """What makes or writes any of rows [start, stop)."""
+        self.awaited = ()
+        return tuple(sorted({j for first, last, jobs in self.made if first < stop and start < last for j in jobs}))
+
+    def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
+        needs = self._reads(piece.start, piece.stop)
+        prediction = self.costs.decode_attention(piece.rows, self.sms)
+        if not self.lane:
+            return self.run("attention", prediction, needs)
+        share, capped = self.shares.attention, self.sms is not None
+        if self.sms is not None:
+            share = min(1.0, self.sms / self.costs.model.hardware.sm_count)
+        elif not self.lanes:
+            share = 1.0  # nothing holds the kernel back
+        return self._start(Job(self.name, "attention", SIDE, prediction, needs, share, prediction.bytes, capped=capped))
+
+    def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
+        """A chunk's later rows see its earlier ones."""
+        needs = self._reads(self.first_prefill, piece.stop)
+        return self.run("attention", self.costs.prefill_attention(piece.rows), needs)
+
+    # -- GEMMs after attention
+
+    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+        if self.lanes:
+            return tuple(sorted(set().union(*attention)))
+        return self.run("elementwise", self.costs.transpose(piece.rows), *attention)
+
+    def o_over_n(self, piece: OpPiece, gathered: Jobs) -> Jobs:
+        return self.run("gemm", self.costs.gemm("O over N", piece.rows), gathered)
+
+    def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+        return self.run("gemm", self.costs.gemm("O over K", piece.rows), *attention)
+
+    def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        self.run("gemm", self.costs.gemm("UG", piece.rows), *normed)
+        return self.run("elementwise", self.costs.silu(piece.rows))
+
+    def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
+        return self.run("gemm", self.costs.gemm("D", piece.rows), activated)

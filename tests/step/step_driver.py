@@ -1,0 +1,176 @@
+"""Compiled steps in logits mode, and the packing of sequences into their batches, with random page tables.
+
+Pages start as NaN and table entries past a sequence's end name any page, so reading what was not written shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.kv_scales import find_kv_scales
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.params import abstract_params
+from nanoflow_jax.parallel.mesh import make_mesh, replicated
+from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.step.batch import StepBatch, StepShape, abstract_batch, empty_batch
+from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
+from nanoflow_jax.weights.load import load_params, open_weights
+from tests.reference.checkpoints import Reference
+
+PAGE_SIZE = 8
+# LLVM's optimisations take half of a compilation and change no result beyond rounding.
+FAST_COMPILE: dict[str, str | int | bool] = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
+
+Chunk = tuple[int, int, int]  # sequence, first position, one past the last
+RowOf = tuple[int, int, int]  # row of the step, sequence, position
+
+
+@dataclass(frozen=True)
+class Driver:
+    """One compiled step of a checkpoint in `folder`, its weights on a mesh of `devices`."""
+
+    folder: Path
+    plan: SchedulePlan
+    shape: StepShape
+    devices: int = 1
+    dtype: str = "float32"
+    num_pages: int = 96
+    enforce_order: bool = False
+    kv_cache_dtype: str = "auto"
+    config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return replace(ModelConfig.from_file(self.folder / "config.json"), **dict(self.config_changes))
+
+    @cached_property
+    def mesh(self) -> jax.sharding.Mesh:
+        return make_mesh(self.config, self.devices)
+
+    @cached_property
+    def infos(self) -> ModelParams:
+        plan, scales = self.plan, None
+        if self.kv_cache_dtype != "auto":
+            table = open_weights(self.folder).table
+            scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
+        return param_infos(
+            self.config, self.devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, dtype=self.dtype,
+            kv_scales=scales,
+        )  # fmt: skip
+
+    @cached_property
+    def params(self) -> ModelParams:
+        return load_params(self.folder, self.config, self.mesh, self.infos)
+
+    @cached_property
+    def _abstract_cache(self) -> KVCache:
+        shape = cache_shape(self.config, self.devices, self.num_pages, PAGE_SIZE)
+        dtype = self.dtype if self.kv_cache_dtype == "auto" else "float8_e4m3fn"
+        pages = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(self.mesh, CACHE_SPEC))
+        return KVCache(pages, pages)
+
+    @cached_property
+    def step(self) -> Any:
+        spec = StepSpec(
+            self.config, self.plan, self.shape, kv_cache_dtype=self.kv_cache_dtype, enforce_order=self.enforce_order
+        )
+        batch = abstract_batch(self.shape, self.num_pages, replicated(self.mesh))
+        step: Any = build_logits_step(spec, self.mesh, self.infos)  # jitted
+        lowered = step.lower(abstract_params(self.infos, self.mesh), self._abstract_cache, batch)
+        return lowered.compile(compiler_options=FAST_COMPILE)
+
+    def new_cache(self, fill: float = float("nan")) -> KVCache:
+        def pages(like: jax.ShapeDtypeStruct) -> jax.Array:
+            return jax.device_put(np.full(like.shape, fill, like.dtype), like.sharding)
+
+        return jax.tree.map(pages, self._abstract_cache)
+
+    def run(self, cache: KVCache, batch: StepBatch, params: ModelParams | None = None) -> tuple[KVCache, np.ndarray]:
+        """The next cache, and logits [T, vocabulary]."""
+        batch = jax.device_put(batch, replicated(self.mesh))
+        cache, out = self.step(self.params if params is None else params, cache, batch)
+        return cache, np.asarray(out)
+
+
+class Packer:
+    """Sequences of tokens with pages in random order, packed into the batches of a step."""
+
+    def __init__(
+        self, sequences: Sequence[Sequence[int]], shape: StepShape, num_pages: int, *, room: int = 0, seed: int = 0
+    ):
+        self.tokens, self.shape, self.num_pages = [list(s) for s in sequences], shape, num_pages
+        rng = np.random.default_rng(seed)
+        order = rng.permutation(num_pages)
+        self.tables = rng.integers(0, num_pages, (len(self.tokens), shape.pages_per_request)).astype(np.int32)
+        for table, tokens in zip(self.tables, self.tokens, strict=True):
+            count = -(-(len(tokens) + room) // PAGE_SIZE)
+            assert count <= min(shape.pages_per_request, len(order)), "too few pages for these sequences"
+            table[:count], order = order[:count], order[count:]
+
+    def pack(
+        self, decode: Sequence[tuple[int, int] | None] = (), prefill: Sequence[Chunk] = ()
+    ) -> tuple[StepBatch, list[RowOf]]:
+        """Decode row i takes one token, (sequence, position), None leaves it empty; chunks follow each other.
+
+        Returns the batch and the (row, sequence, position) of every row in use.
+        """
+        shape, batch = self.shape, empty_batch(self.shape, self.num_pages)
+        assert len(decode) <= shape.decode_rows
+        assert len(prefill) <= shape.prefill_segments
+        rows: list[RowOf] = []
+        for row, place in enumerate(decode):
+            if place is not None:
+                batch.decode_table[row] = self.tables[place[0]]
+                batch.decode_lengths[row] = place[1] + 1
+                rows.append((row, *place))
+        row = shape.decode_rows
+        for segment, (sequence, start, stop) in enumerate(prefill):
+            batch.prefill_table[segment] = self.tables[sequence]
+            batch.prefill_lengths[segment] = stop
+            rows += [(row + i, sequence, start + i) for i in range(stop - start)]
+            row += stop - start
+            batch.prefill_starts[segment + 1 :] = row - shape.decode_rows
+            batch.sampled[shape.decode_rows + segment] = row - 1
+        assert row <= shape.rows
+        for row, sequence, position in rows:
+            batch.token_ids[row] = self.tokens[sequence][position]
+            batch.positions[row] = position
+            batch.write_pages[row] = self.tables[sequence, position // PAGE_SIZE]
+            batch.write_slots[row] = position % PAGE_SIZE
+        return batch, rows
+
+
+Steps = list[tuple[StepBatch, list[RowOf]]]
+
+
+def logits_of(driver: Driver, steps: Steps, params: ModelParams | None = None) -> dict[tuple[int, int], np.ndarray]:
+    """Runs the steps on empty pages: (sequence, position) -> logits."""
+    cache, found = driver.new_cache(), {}
+    for batch, rows in steps:
+        cache, logits = driver.run(cache, batch, params)
+        found |= {(sequence, position): logits[row] for row, sequence, position in rows}
+    return found
+
+
+def against_reference(
+    found: dict[tuple[int, int], np.ndarray], reference: Reference, dtype: str, of: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(got, want), rows in order; sequence s is the prompt of[s] (s by default)."""
+    places = sorted(found)
+    prompt = range(len(reference.prompts)) if of is None else of
+    want = np.stack([reference.logits[dtype][prompt[s]][position] for s, position in places])
+    return np.stack([found[place] for place in places]), want
