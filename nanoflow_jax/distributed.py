@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from nanoflow_jax.engine.multiprocess import FollowingEngine, options_from
+from nanoflow_jax.engine.multiprocess import FollowerEngine, options_from
 from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import PEER_TIMEOUT, PeerError, Processes, join, joined
 
@@ -67,7 +67,7 @@ def follow() -> int:
             llm = None  # its memory, before the next one's
             llm = LLM(**options_from(message["llm"]), progress=False)
         elif "step" in message:
-            assert llm is not None and isinstance(llm.engine, FollowingEngine)
+            assert llm is not None and isinstance(llm.engine, FollowerEngine)
             llm.engine.follow(message)
         else:
             processes.leave(0)

@@ -21,7 +21,7 @@ from nanoflow_jax.engine.quarantine import Quarantine
 from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.step_batch import build_inputs
 from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
@@ -85,7 +85,7 @@ class Engine:
         self.runner, self.tables, self.offload = runner, tables, offload
         self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
         self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
-        self.running = Running(runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows)
+        self.running = SlotTable(runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows)
         self.scheduler = Scheduler(
             shapes,
             PagePool(runner.num_pages, self._evicted if offload is not None else None),
@@ -208,7 +208,7 @@ class Engine:
                 asked = time.perf_counter()
                 sampled = np.asarray(flight.output.sampled.tokens)
                 waited = time.perf_counter() - asked
-                tokens = self._book(flight, sampled, finished)
+                tokens = self._process_output(flight, sampled, finished)
             self._quarantine.progressed()
             if not self.scheduler.has_work and not self._quarantine.has_work:
                 self._flight = None  # all its rows belong to requests that have ended
@@ -220,7 +220,7 @@ class Engine:
             self.on_step(StepRecord(scheduled and scheduled.shape, used, tokens, total - waited, cpu, waited))
         return finished
 
-    def _book(self, flight: _Flight, sampled: np.ndarray, finished: list[Request]) -> int:
+    def _process_output(self, flight: _Flight, sampled: np.ndarray, finished: list[Request]) -> int:
         """Takes over what a step gave. Returns how many tokens were booked."""
         step, output, run = flight.step, flight.output, self.running
         first = step.shape.decode_rows
@@ -228,7 +228,7 @@ class Engine:
         rows = np.concatenate([np.flatnonzero(step.samples), np.array([row for row, _ in chunks], np.intp)])
         slots = np.concatenate([step.decode[step.samples], np.array([slot for _, slot in chunks], np.intp)])
         if flight.scored:
-            self._book_scores(step, output, finished)
+            self._process_scores(step, output, finished)
         here = (run.epoch == step.epochs)[slots]
         all_here = here.all()
         if not all_here or (run.sampling.top_logprobs[slots] >= 0).any():
@@ -237,7 +237,7 @@ class Engine:
             for row, slot in zip(rows[~here].tolist(), slots[~here].tolist(), strict=True):
                 orphan = self.scheduler.orphans.pop((slot, int(step.epochs[slot])), None)
                 if orphan is not None and orphan.pending:
-                    self._book_orphan(orphan, int(sampled[row]), output, row, finished)
+                    self._process_orphan(orphan, int(sampled[row]), output, row, finished)
             rows, slots = rows[here], slots[here]
         ended = run.append(slots, sampled[rows])
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
@@ -245,7 +245,7 @@ class Engine:
             assert request is not None
             if sampled[rows[i]] < 0 and self._again(request):
                 continue
-            self._look(request, int(sampled[rows[i]]), int(run.known[slots[i]]), output, int(rows[i]))
+            self._process_token(request, int(sampled[rows[i]]), int(run.known[slots[i]]), output, int(rows[i]))
             if request.finish_reason:
                 self._end(request, finished)
         for chunk in step.prefill:  # of requests that only wanted their prompt computed
@@ -259,7 +259,9 @@ class Engine:
     def _is_current(self, step: ScheduledStep, slot: int) -> bool:
         return bool(self.running.epoch[slot] == step.epochs[slot])
 
-    def _book_orphan(self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]) -> None:
+    def _process_orphan(
+        self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]
+    ) -> None:
         """The token of a request that was preempted while the token was being sampled."""
         request.pending = False
         if token < 0 and self._again(request):
@@ -267,15 +269,15 @@ class Engine:
         if token >= 0:
             request.tokens = np.append(request.tokens, np.int32(token))
         request.metrics.first_token_time = request.metrics.first_token_time or time.monotonic()
-        self._look(request, token, len(request.tokens), output, row)
+        self._process_token(request, token, len(request.tokens), output, row)
         if request.finish_reason:
             self._end(request, finished)
 
-    def _look(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
+    def _process_token(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
         """What a booked token means for a request that may have ended, or whose tokens are looked at one by one. What
         goes wrong here (a tokenizer that fails) is this request's own error."""
         try:
-            self._judge(request, token, length, output, row)
+            self._finish_or_go_on(request, token, length, output, row)
         except Exception as error:
             self._fail(request, error)
 
@@ -296,7 +298,7 @@ class Engine:
         request.finish("error", error=error_line(error))
         logger.warning("request %s: %s", request.request_id, request.error)
 
-    def _judge(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
+    def _finish_or_go_on(self, request: Request, token: int, length: int, output: StepOutput, row: int) -> None:
         params = request.params
         if token < 0:
             raise NotFinite(f"after {length} tokens, the logits are not finite, or none is that of an allowed token")
@@ -324,7 +326,7 @@ class Engine:
             request.finish("stop", stop)
         return stop is not None
 
-    def _book_scores(self, step: ScheduledStep, output: StepOutput, finished: list[Request]) -> None:
+    def _process_scores(self, step: ScheduledStep, output: StepOutput, finished: list[Request]) -> None:
         """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them. Those
         that are not finite end their request."""
         run, row = self.running, 0

@@ -27,7 +27,7 @@ from nanoflow_jax.plan.plan import SchedulePlan, parse_plan
 from nanoflow_jax.sampling_params import SamplingParams
 
 
-class JoinedEngine(Engine):
+class MultiprocessEngine(Engine):
     """An engine whose steps run in several processes at once."""
 
     def __init__(self, processes: Processes, *args: Any, **options: Any):
@@ -48,7 +48,7 @@ class JoinedEngine(Engine):
         raise self.processes.explain(error) from error
 
 
-class LeadingEngine(JoinedEngine):
+class LeaderEngine(MultiprocessEngine):
     """In process 0: all that is done to it is sent to the others before the next step."""
 
     def __init__(self, *args: Any, **options: Any):
@@ -92,7 +92,7 @@ class LeadingEngine(JoinedEngine):
         return finished
 
 
-class FollowingEngine(JoinedEngine):
+class FollowerEngine(MultiprocessEngine):
     """In the other processes: does what the messages say."""
 
     def __init__(self, *args: Any, **options: Any):
@@ -100,7 +100,7 @@ class FollowingEngine(JoinedEngine):
         self._requests: dict[int, Request] = {}
 
     def follow(self, message: Mapping[str, Any]) -> None:
-        """One message of a LeadingEngine: what was done to it, and a step."""
+        """One message of a LeaderEngine: what was done to it, and a step."""
         for what, *given in message["step"]:
             if what == "add":
                 tokens, params, options = given

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.text import output_text, text_offsets
 from nanoflow_jax.tokenizer import Tokenizer
 
 
-def request_output(requests: Sequence[Request], tokenizer: Tokenizer, running: Running | None = None) -> RequestOutput:
+def request_output(
+    requests: Sequence[Request], tokenizer: Tokenizer, running: SlotTable | None = None
+) -> RequestOutput:
     """The result of one prompt: `requests` are its completions, in order.
 
     running  where requests that are not done yet have their tokens; None: all are done
@@ -25,7 +27,7 @@ def request_output(requests: Sequence[Request], tokenizer: Tokenizer, running: R
     )
 
 
-def _completion(request: Request, tokenizer: Tokenizer, running: Running | None) -> CompletionOutput:
+def _completion(request: Request, tokenizer: Tokenizer, running: SlotTable | None) -> CompletionOutput:
     tokens = request.tokens
     if request.slot is not None and running is not None:
         tokens = running.tokens[request.slot, : running.known[request.slot]]

@@ -18,7 +18,7 @@ import numpy as np
 from nanoflow_jax.engine.admission import Expectation, peak_pages
 from nanoflow_jax.engine.pages import Key, PagePool, next_keys
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.step.batch import StepShape
 
 
@@ -89,7 +89,7 @@ class Scheduler:
 
     shapes: Sequence[StepShape]
     pool: PagePool
-    running: Running
+    running: SlotTable
     hooks: Hooks
     root: Key | None = None
     by_phase: bool = False

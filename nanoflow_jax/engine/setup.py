@@ -28,7 +28,7 @@ from nanoflow_jax.engine.memory import (
     plan_pages,
     usable_memory,
 )
-from nanoflow_jax.engine.multiprocess import FollowingEngine, LeadingEngine
+from nanoflow_jax.engine.multiprocess import FollowerEngine, LeaderEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
@@ -115,7 +115,9 @@ def build_engine(
         raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
     source = None if make_params else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
+    infos = param_infos(
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
+    )
     if source is not None:
         check_tensors(source, config, infos)  # before sizes of config.json that are wrong are told as too large
     if options.rank_of is not None:
@@ -199,7 +201,7 @@ def build_engine(
     make: Callable[..., Engine] = Engine
     if processes is not None:
         processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
-        make = partial(LeadingEngine if processes.leads else FollowingEngine, processes)
+        make = partial(LeaderEngine if processes.leads else FollowerEngine, processes)
     return make(
         runner,
         shapes,

@@ -14,7 +14,7 @@ STOPS = 8  # stop tokens of a request that are compared at once; one with more i
 NEVER = np.iinfo(np.int64).max
 
 
-class Running:
+class SlotTable:
     """State per slot. The pages hold the keys and values of tokens [0, computed), as soon as the steps dispatched so
     far have run."""
 

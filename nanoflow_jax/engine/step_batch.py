@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from nanoflow_jax.engine.scheduler import ScheduledStep
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.step.slots import SlotSizes, StepInputs, empty_inputs, sampling_settings
 
 IN_FLIGHT = -1  # a decode row's token that only the device knows
 
 
-def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: SlotSizes) -> StepInputs:
+def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes: SlotSizes) -> StepInputs:
     """Fills the padded inputs of the step's shape. Sampled row i belongs to decode row i, then (from decode_rows) to
     prefill chunk i."""
     shape, page_size = step.shape, running.page_size
@@ -43,7 +43,7 @@ def build_inputs(step: ScheduledStep, running: Running, num_pages: int, sizes: S
     return inputs
 
 
-def _fill_sampling(inputs: StepInputs, step: ScheduledStep, running: Running) -> None:
+def _fill_sampling(inputs: StepInputs, step: ScheduledStep, running: SlotTable) -> None:
     """Rows that do not sample take neutral settings, which cost nothing and change no history."""
     n, first, chunks = len(step.decode), step.shape.decode_rows, step.prefill
     slots = inputs.slots.astype(np.intp)
@@ -58,7 +58,7 @@ def _fill_sampling(inputs: StepInputs, step: ScheduledStep, running: Running) ->
     inputs.sampling.bias[below] = running.bias_below[slots[below]]
 
 
-def _want_scores(inputs: StepInputs, running: Running, slot: int, start: int, row: int, count: int) -> None:
+def _want_scores(inputs: StepInputs, running: SlotTable, slot: int, start: int, row: int, count: int) -> None:
     """Targets of a chunk that starts at `row` of the prefill rows: after position i, the token at i + 1."""
     request = running.requests[slot]
     assert request is not None

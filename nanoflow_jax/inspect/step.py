@@ -219,7 +219,9 @@ def inspect_step(
     pages_dtype = page_dtype(config, kv_cache_dtype)
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
     kv_scales = None if kv_cache_dtype == "auto" else {}
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=kv_scales)
+    infos = param_infos(
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
+    )
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
     item = pages_dtype.itemsize
     per_token = _kv_bytes_per_token(config, devices, item)
@@ -333,7 +335,7 @@ def _memory(
     kv_pages: int,
     item: int,
 ) -> StepMemory:
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
     per_token = _kv_bytes_per_token(config, devices, item)
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries

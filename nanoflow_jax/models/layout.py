@@ -21,14 +21,14 @@ class LayerParams:
     """One decoder layer. G: KV groups (KV heads, replicated up to the mesh size); r: query heads per group; d: head
     size.
 
-    `o_rows` and `o_columns` are the same matrix split over its outputs (N) and over its inputs (K); a plan that
+    `o_by_output` and `o_by_input` are the same matrix split over its outputs (N) and over its inputs (K); a plan that
     needs one layout only has None for the other.
     """
 
     kqv: Any  # [G, r + 2, d, H]: per group the query heads, then K, then V
     kqv_bias: Any  # [G, r + 2, d] or None
-    o_rows: Any  # [H, heads * d] split over H, for O split over N
-    o_columns: Any  # [H, heads * d] split over heads, for O split over K
+    o_by_output: Any  # [H, heads * d] split over H, for O split over N
+    o_by_input: Any  # [H, heads * d] split over heads, for O split over K
     o_bias: Any  # [H] or None
     ug: Any  # [2, F, H]: gate, up
     ug_bias: Any  # [2, F] or None

@@ -29,7 +29,7 @@ def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.
         q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         attention = _attention(q, k, v).reshape(tokens.size, -1)
-        x = x + linear(attention, layer.o_rows if layer.o_columns is None else layer.o_columns, layer.o_bias)
+        x = x + linear(attention, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
         x = x + linear(gated_mlp_up(rms_norm(x, norms[1], eps), layer), layer.down, layer.down_bias)
     head = params.embedding if params.head is None else params.head
     return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]
@@ -48,14 +48,14 @@ def param_infos(
     config: ModelConfig,
     devices: int,
     *,
-    o_rows: bool = True,
-    o_columns: bool = True,
+    o_by_output: bool = True,
+    o_by_input: bool = True,
     dtype: Any = None,
     kv_scales: Mapping[str, tuple[int, ...]] | None = None,
 ) -> ModelParams:
     """Declares every weight for a mesh of `devices`.
 
-    o_rows, o_columns  which layouts of O the plan needs
+    o_by_output, o_by_input  which layouts of O the plan needs
     kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
     """
     dtype = jnp.dtype(dtype or config.dtype)
@@ -113,8 +113,8 @@ def param_infos(
         return LayerParams(
             kqv=kqv(prefix, "weight"),
             kqv_bias=kqv(prefix, "bias") if config.attention_bias else None,
-            o_rows=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_rows else None,
-            o_columns=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_columns else None,
+            o_by_output=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_by_output else None,
+            o_by_input=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_by_input else None,
             o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if config.attention_bias else None,
             ug=gate_up(prefix, "weight"),
             ug_bias=gate_up(prefix, "bias") if config.mlp_bias else None,

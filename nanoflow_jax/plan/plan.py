@@ -137,12 +137,12 @@ class SchedulePlan:
         return frozenset(nb.attention_output for nb in self.nano_batches)
 
     @property
-    def needs_o_rows(self) -> bool:
+    def needs_o_by_output(self) -> bool:
         """O split over N is used by some nano-batch."""
         return "gather" in self.strategies
 
     @property
-    def needs_o_columns(self) -> bool:
+    def needs_o_by_input(self) -> bool:
         """O split over K is used by some nano-batch."""
         return bool(self.strategies & {"reduce", "scatter"})
 

@@ -187,8 +187,8 @@ def points(scope: Scope, grid: Grid, ops: Iterable[str] = OPS) -> list[Point | P
 def gemm_shapes(scope: Scope) -> dict[str, tuple[int, int]]:
     """(n, k) of the GEMMs on one device: the weights `[n, k]` that the plans use."""
     needed = {
-        "O over N": any(plan.needs_o_rows for plan in scope.plans),
-        "O over K": any(plan.needs_o_columns for plan in scope.plans),
+        "O over N": any(plan.needs_o_by_output for plan in scope.plans),
+        "O over K": any(plan.needs_o_by_input for plan in scope.plans),
     }
     return {name: shape for name, shape in scope.shapes.gemms.items() if needed.get(name, True)}
 

@@ -104,7 +104,7 @@ def kv_capacity(
     utilization: float = MEMORY_UTILIZATION,
 ) -> int:  # fmt: skip
     """Tokens of KV that fit on `devices` GPUs beside weights and a step's temporaries; negative: the weights do not."""
-    infos = param_infos(config, devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns)
+    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     leaves = jax.tree.leaves(infos, is_leaf=is_info)
     weights = sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
     width = BYTES[config.dtype]

@@ -335,12 +335,12 @@ class Tracer:
 
     def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
         """[w, n] x [H/p, w] -> [n, H/p]."""
-        weight = self.layer.o_rows
+        weight = self.layer.o_by_output
         return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
-        weight = self.layer.o_columns
+        weight = self.layer.o_by_input
         return self.order.run(lambda *x: parts.contract(span(*x), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:

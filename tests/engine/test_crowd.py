@@ -13,7 +13,7 @@ import pytest
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from tests.engine.engine_driver import (
     CASE,
     EOS,
@@ -92,13 +92,13 @@ def test_keys_and_values_that_are_not_recomputed_are_noticed(
     llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken twin: a preempted request goes on from pages that are another's by now."""
-    enter = Running.enter
+    enter = SlotTable.enter
 
-    def keeps_progress(self: Running, request: Request, pages: Any, computed: int, *more: Any) -> int:
+    def keeps_progress(self: SlotTable, request: Request, pages: Any, computed: int, *more: Any) -> int:
         again = request.metrics.num_preemptions > 0
         return enter(self, request, pages, len(request.tokens) - 1 if again else computed, *more)
 
-    monkeypatch.setattr(Running, "enter", keeps_progress)
+    monkeypatch.setattr(SlotTable, "enter", keeps_progress)
     stats = small_pool(llm, monkeypatch, 16, hopeful=True)
     found = tokens(llm.generate(reference.prompts[:3], greedy(), use_tqdm=False))
     assert stats.preemptions > 0

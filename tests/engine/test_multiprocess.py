@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanoflow_jax.engine.engine import step_shapes
-from nanoflow_jax.engine.multiprocess import FollowingEngine, JoinedEngine, LeadingEngine, params_fields, params_from
+from nanoflow_jax.engine.multiprocess import (
+    FollowerEngine,
+    LeaderEngine,
+    MultiprocessEngine,
+    params_fields,
+    params_from,
+)
 from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.parallel.processes import PeerError
 from nanoflow_jax.sampling_params import SamplingParams
@@ -59,7 +65,7 @@ class Runner(FakeRunner):
         return super().dispatch(shape, inputs)
 
 
-def make(kind: type[JoinedEngine], link: Link) -> Any:
+def make(kind: type[MultiprocessEngine], link: Link) -> Any:
     runner = Runner(SlotSizes(8, 4, LONGEST // PAGE), 40, PAGE)
     fakes: list[Any] = [link, runner, FakeTables(runner), Letters()]
     return kind(
@@ -71,8 +77,8 @@ def make(kind: type[JoinedEngine], link: Link) -> Any:
 class Pair:
     def __init__(self) -> None:
         self.sent: list[str] = []
-        self.leader: LeadingEngine = make(LeadingEngine, Link(0, self.sent))
-        self.follower: FollowingEngine = make(FollowingEngine, Link(1, self.sent))
+        self.leader: LeaderEngine = make(LeaderEngine, Link(0, self.sent))
+        self.follower: FollowerEngine = make(FollowerEngine, Link(1, self.sent))
         self.followed = 0
 
     def turn(self) -> None:

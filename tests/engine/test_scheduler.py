@@ -20,7 +20,7 @@ from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import ScheduledStep, Scheduler
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.slots import SlotSizes, StepInputs
@@ -248,7 +248,7 @@ def _leaks(original: Any) -> Any:
 
 
 def _believes_in_the_table(original: Any) -> Any:
-    def enter(self: Running, *args: Any) -> int:
+    def enter(self: SlotTable, *args: Any) -> int:
         slot = original(self, *args)
         self.in_table[slot] = bool(self.computed[slot] >= self.prefill_end[slot])
         return slot
@@ -257,7 +257,7 @@ def _believes_in_the_table(original: Any) -> Any:
 
 
 def _keeps_the_epoch(original: Any) -> Any:
-    def leave(self: Running, slot: int) -> Request:
+    def leave(self: SlotTable, slot: int) -> Request:
         request = original(self, slot)
         self.epoch[slot] -= 1
         return request
@@ -300,7 +300,7 @@ def _forgets_that_it_waits(original: Any) -> Any:
 def _grows_without_saying(original: Any) -> Any:
     """A new page is in the host's table and not among the pages that the step writes to."""
 
-    def build(step: ScheduledStep, running: Running, num_pages: int, sizes: SlotSizes) -> StepInputs:
+    def build(step: ScheduledStep, running: SlotTable, num_pages: int, sizes: SlotSizes) -> StepInputs:
         inputs = original(step, running, num_pages, sizes)
         for row, (slot, position) in enumerate(zip(step.decode.tolist(), step.positions.tolist(), strict=True)):
             inputs.write_pages[row] = running.pages[slot, max(0, position // running.page_size - 1)]
@@ -373,7 +373,7 @@ def _forgets_a_row(original: Any) -> Any:
 def _books_late(original: Any) -> Any:
     """The length limit is seen one token late."""
 
-    def append(self: Running, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    def append(self: SlotTable, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         ended = original(self, slots, tokens)
         return ended & ~(self.known[slots] == self.max_length[slots])
 
@@ -390,8 +390,8 @@ TWINS: dict[str, Twin] = {
     "evicted pages are still found": (PagePool, "_evict", _evicts_without_forgetting),
     "a page is released twice": (PagePool, "release", _releases_twice),
     "a page leaks": (PagePool, "release", _leaks),
-    "tables that were not brought": (Running, "enter", _believes_in_the_table),
-    "a slot's next request is taken for its last": (Running, "leave", _keeps_the_epoch),
+    "tables that were not brought": (SlotTable, "enter", _believes_in_the_table),
+    "a slot's next request is taken for its last": (SlotTable, "leave", _keeps_the_epoch),
     "the page of the last token is found": (Scheduler, "_keys", _hits_the_last_page),
     "tokens of orphans are dropped": (Scheduler, "preempt", _drops_orphans),
     "tokens of orphans are not awaited": (Scheduler, "preempt", _forgets_that_it_waits),
@@ -404,7 +404,7 @@ TWINS: dict[str, Twin] = {
     "restored pages are empty": (FakeRunner, "insert", _restores_nothing),
     "too many rows": (Scheduler, "_chunks", _overfills),
     "a decode row is forgotten": (Scheduler, "_due", _forgets_a_row),
-    "the end is not seen": (Running, "append", _books_late),
+    "the end is not seen": (SlotTable, "append", _books_late),
     "biases are kept": (engine.Engine, "_release_biases", _keeps_biases),
 }
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanoflow_jax.engine.request import Request
-from nanoflow_jax.engine.slot_table import NEVER, STOPS, Running
+from nanoflow_jax.engine.slot_table import NEVER, STOPS, SlotTable
 from nanoflow_jax.sampling_params import SamplingParams
 
 SLOTS, LIMIT, PAGE = 4, 32, 4
@@ -21,7 +21,7 @@ def request(
     return Request(number, str(number), None, prompt, params, number + 100, stops, len(prompt) + 8)
 
 
-def enter(running: Running, r: Request, biases: tuple[int, int] = (0, 0)) -> int:
+def enter(running: SlotTable, r: Request, biases: tuple[int, int] = (0, 0)) -> int:
     pages = np.arange(-(-len(r.tokens) // PAGE), dtype=np.int32) + 10 * r.number
     return running.enter(r, pages, 0, len(r.tokens), biases)
 
@@ -31,7 +31,7 @@ def enter(running: Running, r: Request, biases: tuple[int, int] = (0, 0)) -> int
 def test_slots_keep_requests_apart(events: list[tuple[int, int, int]]) -> None:
     """Requests come, get tokens and leave, in any order; each leaves with its own, and a slot's epoch tells its
     requests apart."""
-    running, mine = Running(SLOTS, LIMIT, PAGE, 5), {}
+    running, mine = SlotTable(SLOTS, LIMIT, PAGE, 5), {}
     epochs: set[tuple[int, int]] = set()
     for number, (kind, which, token) in enumerate(events):
         if kind == 0 and not running.is_full:
@@ -67,18 +67,18 @@ def test_ends_are_seen(number_of_stops: int) -> None:
     """Every stop token among the first STOPS, and the length; a request with more of them is watched."""
     stops = list(range(20, 20 + number_of_stops))
     for token in stops[:STOPS]:
-        running = Running(SLOTS, LIMIT, PAGE, 5)
+        running = SlotTable(SLOTS, LIMIT, PAGE, 5)
         slots = np.array([enter(running, request(i, [1, 2], frozenset(stops if i else []))) for i in range(2)])
         assert running.watched[slots[1]] == (number_of_stops > STOPS)
         assert running.append(slots, np.array([token, token])).tolist() == [False, True]
-    running = Running(SLOTS, LIMIT, PAGE, 5)
+    running = SlotTable(SLOTS, LIMIT, PAGE, 5)
     slot = np.array([enter(running, request(0, [1, 2]))])
     assert [bool(running.append(slot, np.array([5]))[0]) for _ in range(8)] == [False] * 7 + [True]
 
 
 def test_a_slot_has_the_settings_of_its_request() -> None:
     """All of them, also after another had the slot."""
-    running = Running(1, LIMIT, PAGE, 5)
+    running = SlotTable(1, LIMIT, PAGE, 5)
     fancy = SamplingParams(
         temperature=0.5, top_p=0.25, top_k=3, min_p=0.125, presence_penalty=1.0, frequency_penalty=-1.0,
         repetition_penalty=2.0, logprobs=4, min_tokens=2, stop="x",

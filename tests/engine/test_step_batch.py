@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import Chunk, ScheduledStep
-from nanoflow_jax.engine.slot_table import Running
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.step_batch import build_inputs
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.sampling_params import SamplingParams
@@ -36,10 +36,10 @@ SIZES = SlotSizes(SLOTS, BIASES, LIMIT // PAGE)
 SHAPES = [StepShape(8, 0, 0, 6), StepShape(1, 8, 1, 6), StepShape(4, 24, 5, 6), StepShape(16, 40, 3, 6)]
 
 
-def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledStep, Running]:
+def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledStep, SlotTable]:
     """Decode rows (of a token in flight, of a known one that samples, of one that is computed again) and chunks
     (sampling, not sampling, empty), of requests with scattered pages and different settings."""
-    running = Running(SLOTS, LIMIT, PAGE, BIASES)
+    running = SlotTable(SLOTS, LIMIT, PAGE, BIASES)
     free = rng.permutation(NUM_PAGES).tolist()
     pick = rng.choice
 
@@ -90,7 +90,7 @@ def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledSt
     return step, running
 
 
-def slow(step: ScheduledStep, running: Running) -> tuple[dict[str, dict[Any, Any]], dict[str, dict[int, Any]]]:
+def slow(step: ScheduledStep, running: SlotTable) -> tuple[dict[str, dict[Any, Any]], dict[str, dict[int, Any]]]:
     """The inputs by their definition, one element at a time; what is not named keeps the padding."""
     names = ("token_ids", "positions", "write_pages", "slots", "prefill_table", "prefill_starts", "targets")
     wanted: dict[str, dict[Any, Any]] = {name: {} for name in (*names, "target_logprobs")}
@@ -147,7 +147,7 @@ def slow(step: ScheduledStep, running: Running) -> tuple[dict[str, dict[Any, Any
     return wanted, sampling
 
 
-def differences(inputs: StepInputs, step: ScheduledStep, running: Running) -> list[str]:
+def differences(inputs: StepInputs, step: ScheduledStep, running: SlotTable) -> list[str]:
     like = empty_inputs(step.shape, NUM_PAGES, SLOTS, BIASES)
     wanted, sampling = slow(step, running)
     pairs = [(name, getattr(like, name), getattr(inputs, name), entries) for name, entries in wanted.items()]

@@ -338,7 +338,7 @@ def test_a_failing_request_is_an_error_record(llm: LLM, monkeypatch: pytest.Monk
         json.dumps({"custom_id": str(i), "prompt": f"1{i}+30=", "stop": "x", "max_tokens": 4}).encode()
         for i in range(4)
     ]
-    encode, judge = llm.tokenizer.encode, Engine._judge
+    encode, judge = llm.tokenizer.encode, Engine._finish_or_go_on
 
     def breaks(text: str, add_special_tokens: bool) -> list[int]:
         if text.startswith("11"):
@@ -351,7 +351,7 @@ def test_a_failing_request_is_an_error_record(llm: LLM, monkeypatch: pytest.Monk
         judge(self, request, *rest)
 
     monkeypatch.setattr(llm.tokenizer, "encode", breaks)
-    monkeypatch.setattr(Engine, "_judge", fails)
+    monkeypatch.setattr(Engine, "_finish_or_go_on", fails)
     items = parse_lines([Line(i + 1, line) for i, line in enumerate(lines)], ())
     answer(llm, items, Settings("tiny"), records.append)
     by_id = {r["custom_id"]: r for r in records}

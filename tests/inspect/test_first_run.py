@@ -65,7 +65,7 @@ def compiled(case: Case, *options: tuple[str, Option]) -> tuple[Report, Thunks]:
     mesh, rank = gpu_mesh(hardware, 1), case.rank if case.rank > 1 else None
     scales = None if case.pages == "auto" else {}
     infos: Any = param_infos(
-        config, case.rank, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, kv_scales=scales
+        config, case.rank, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=scales
     )
     infos = rank_infos(infos, case.rank) if rank else infos
     shape = step_shapes(2048, case.slots, ROW_PAGES, row_quantum(case.rank))[case.shape]

@@ -66,7 +66,7 @@ def test_scale(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
     for the two layouts of O, which are one matrix."""
     _, infos, params = made
     for layer in params.layers:
-        np.testing.assert_array_equal(layer.o_rows, layer.o_columns)
+        np.testing.assert_array_equal(layer.o_by_output, layer.o_by_input)
     seen: set[bytes] = set()
     for info, array in pairs(infos, params):
         values, name = np.asarray(array), info.sources[0].name
@@ -79,7 +79,7 @@ def test_scale(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
             assert abs(unit.std() - 1) < 0.03, f"{name}: {unit.std()}"
             assert abs(unit.mean()) < 0.03, name
             assert 3 < abs(unit).max() < 7, name
-            if info.spec != P() and info not in [layer.o_columns for layer in infos.layers]:
+            if info.spec != P() and info not in [layer.o_by_input for layer in infos.layers]:
                 for shard in array.addressable_shards:
                     start = np.asarray(shard.data).ravel()[:16].tobytes()
                     assert start not in seen, f"{name}: a shard's values are seen twice"
@@ -99,11 +99,11 @@ def test_deterministic(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
 
 def test_declarations_for_a_plan() -> None:
     """Only what the plan and the model need: layouts of O, head, biases; in the dtype asked for."""
-    infos = param_infos(CONFIG, 2, o_rows=False, dtype="bfloat16")
-    assert infos.layers[0].o_rows is None
-    assert infos.layers[0].o_columns is not None
+    infos = param_infos(CONFIG, 2, o_by_output=False, dtype="bfloat16")
+    assert infos.layers[0].o_by_output is None
+    assert infos.layers[0].o_by_input is not None
     assert {info.dtype for info in jax.tree.leaves(infos, is_leaf=is_info)} == {jnp.dtype(jnp.bfloat16)}
-    assert param_infos(CONFIG, 2, o_columns=False).layers[0].o_columns is None
+    assert param_infos(CONFIG, 2, o_by_input=False).layers[0].o_by_input is None
     plain = ModelConfig.from_hf(
         {
             "vocab_size": 96,
@@ -114,7 +114,7 @@ def test_declarations_for_a_plan() -> None:
             "tie_word_embeddings": True,
         }
     )
-    tied = param_infos(plain, 8, o_columns=False)
+    tied = param_infos(plain, 8, o_by_input=False)
     assert tied.head is None
     assert (
         tied.layers[0].kqv_bias is tied.layers[0].o_bias is tied.layers[0].ug_bias is tied.layers[0].down_bias is None

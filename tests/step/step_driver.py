@@ -68,8 +68,8 @@ class Driver:
             table = open_weights(self.folder).table
             scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
-            self.config, self.devices, o_rows=plan.needs_o_rows, o_columns=plan.needs_o_columns, dtype=self.dtype,
-            kv_scales=scales,
+            self.config, self.devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input,
+            dtype=self.dtype, kv_scales=scales,
         )  # fmt: skip
 
     @cached_property

@@ -28,7 +28,7 @@ from tests.reference.checkpoints import load_reference, write_checkpoint
 from tests.step.step_driver import Driver, Packer, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
-TINY = Path(__file__).parents[1] / "nanoflow_jax" / "assets" / "tiny_llama"
+TINY = Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama"
 CASE = "biases"
 
 
@@ -94,7 +94,7 @@ def test_a_step_runs_it(new_op: None, tmp_path: Path) -> None:
     found = logits_of(Driver(tmp_path, plan(), shape, 2), packed)
     STRATEGIES["reduce"] = tuple(op for op in STRATEGIES["reduce"] if op != "O.TWICE")  # as it was
     without = Driver(tmp_path, load_plan("sequential"), shape, 2)
-    layers = tuple(replace(layer, o_columns=2 * layer.o_columns) for layer in without.params.layers)
+    layers = tuple(replace(layer, o_by_input=2 * layer.o_by_input) for layer in without.params.layers)
     wanted, plain = (logits_of(without, packed, some) for some in (replace(without.params, layers=layers), None))
     rows = sorted(found)
     got, want, other = (np.stack([x[place] for place in rows]) for x in (found, wanted, plain))

@@ -56,8 +56,8 @@ def test_parse() -> None:
         40,
         {"KQV": (16, 16, 32), "GEMV": (24, 16), "PF": (24,)},
     )
-    assert plan.needs_o_rows
-    assert plan.needs_o_columns
+    assert plan.needs_o_by_output
+    assert plan.needs_o_by_input
     assert parse_plan("mine", fields(order=default_order())).order == tuple(default_order())
 
 
@@ -66,10 +66,10 @@ def test_named_plans() -> None:
     reduce, gather = load_plan("two_all_reduce"), load_plan("two_gather_one_reduce")
     assert reduce.strategies == {"reduce"}
     assert gather.strategies == {"gather"}
-    assert (reduce.needs_o_rows, reduce.needs_o_columns) == (False, True)
-    assert (gather.needs_o_rows, gather.needs_o_columns) == (True, False)
+    assert (reduce.needs_o_by_output, reduce.needs_o_by_input) == (False, True)
+    assert (gather.needs_o_by_output, gather.needs_o_by_input) == (True, False)
     scatter = SchedulePlan("s", (NanoBatch(None, "scatter"),))
-    assert (scatter.needs_o_rows, scatter.needs_o_columns) == (False, True)
+    assert (scatter.needs_o_by_output, scatter.needs_o_by_input) == (False, True)
     assert [p.op for p in scatter.pieces(8, 8)] == ["KQV", "GEMV", "PF", *STRATEGIES["scatter"]]
 
 

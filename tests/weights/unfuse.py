@@ -44,8 +44,8 @@ def hugging_face_tensors(params: ModelParams, config: ModelConfig) -> dict[str, 
         prefix = f"model.layers.{i}"
         tensors[f"{prefix}.input_layernorm.weight"] = host(params.norms)[i, 0]
         tensors[f"{prefix}.post_attention_layernorm.weight"] = host(params.norms)[i, 1]
-        np.testing.assert_array_equal(host(layer.o_rows), host(layer.o_columns))
-        tensors[f"{prefix}.self_attn.o_proj.weight"] = host(layer.o_columns)
+        np.testing.assert_array_equal(host(layer.o_by_output), host(layer.o_by_input))
+        tensors[f"{prefix}.self_attn.o_proj.weight"] = host(layer.o_by_input)
         tensors[f"{prefix}.mlp.down_proj.weight"] = host(layer.down)
         for kind, kqv, ug in (("weight", layer.kqv, layer.ug), ("bias", layer.kqv_bias, layer.ug_bias)):
             if kqv is not None:

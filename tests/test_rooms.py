@@ -1,0 +1,86 @@
+"""Imports point one way: files have no circle, and a room knows nothing of what stands above it."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("nanoflow_jax", "kernels_pallas", "tools")
+# From the ground up: a room imports those of lines above its own, and none of its own line's neighbours.
+FLOORS = (
+    ("system",),
+    ("config", "sampling_params", "version"),
+    ("hardware", "workload", "tokenizer", "parallel"),
+    ("generation_config", "plan", "models"),
+    ("step", "weights", "cost"),
+    ("timeline", "profile", "engine"),
+    ("inspect", "search"),
+    ("api",),
+    ("evaluate", "distributed"),
+    ("bench",),
+    ("commands",),
+    ("cli",),
+)
+Graph = dict[str, set[str]]
+
+
+def _imported(path: Path, known: set[str]) -> set[str]:
+    """The modules among `known` that a file imports, at the top or where it needs them."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names & known or {node.module}
+    return found & known
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    """Module -> the modules that it imports."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
+    known = set(names.values())
+    return {name: _imported(path, known) - {name} for path, name in names.items()}
+
+
+def in_order(graph: Graph) -> list[str]:
+    return list(TopologicalSorter(graph).static_order())
+
+
+def room(module: str) -> str:
+    return ".".join(module.split(".")[:2])
+
+
+def test_no_circle_between_files(graph: Graph) -> None:
+    assert set(in_order(graph)) == set(graph)
+    with pytest.raises(CycleError, match="cycle"):
+        in_order({**graph, "nanoflow_jax.plan.ops": {"nanoflow_jax.plan.plan"}})
+
+
+def test_rooms_know_only_those_below(graph: Graph) -> None:
+    floor = {f"nanoflow_jax.{name}": number for number, names in enumerate(FLOORS) for name in names}
+    told = {"nanoflow_jax", "nanoflow_jax.__main__", "nanoflow_jax.assets"}
+    assert {room(m) for m in graph if m.startswith("nanoflow_jax")} == set(floor) | told
+    wrong = [
+        f"{module} imports {used}"
+        for module, found in graph.items()
+        if (here := floor.get(room(module))) is not None
+        for used in found
+        if room(used) != room(module) and used != "nanoflow_jax.assets.tasks" and floor.get(room(used), -1) >= here
+    ]
+    assert wrong == []
+
+
+def test_kernels_stand_alone(graph: Graph) -> None:
+    """And nothing of the package needs tools, which are not installed with it."""
+    for module, found in graph.items():
+        if module.startswith("kernels_pallas"):
+            assert not [m for m in found if not m.startswith("kernels_pallas")], module
+        elif module.startswith("nanoflow_jax"):
+            assert not [m for m in found if m.startswith("tools")], module
