@@ -22,6 +22,7 @@ from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.setup import EngineOptions, build_engine
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.plan.known import DEFAULT, known_plan
 from nanoflow_jax.plan.plan import SchedulePlan, load_plan
@@ -146,7 +147,7 @@ class LLM:
         use_compile_cache()
         lead(given)
         self.folder = folder = resolve_model(str(model), revision)
-        config = ModelConfig.from_file(folder / "config.json")
+        config = read_config(folder / "config.json")
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
         self.config = replace(config, dtype=dtype)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig, read_json_object, token_id_tuple
+from nanoflow_jax.config import ConfigError, ModelConfig, token_id_tuple
 from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.system.reading import read_json_object
 from nanoflow_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger("nanoflow_jax")

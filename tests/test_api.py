@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams, api, generate
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine import setup
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 
@@ -418,5 +419,5 @@ def test_defaults_come_from_generation_config(
     if fields is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(fields))
     assert generation_defaults(tmp_path) == defaults
-    found = end_tokens(tmp_path, ModelConfig.from_file(TINY / "config.json"), Tokenizer(TINY))
+    found = end_tokens(tmp_path, read_config(TINY / "config.json"), Tokenizer(TINY))
     assert found == eos

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from nanoflow_jax.config import ConfigError, ModelConfig, RopeConfig, config_path, configs_root
+from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig, RopeConfig, config_path, configs_root
+from nanoflow_jax.models.registry import parse_config, read_config
 
 SIZES: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,7 +30,13 @@ LLAMA3_ROPE: dict[str, Any] = {
 
 
 def parse(**fields: Any) -> ModelConfig:
-    return ModelConfig.from_hf({**SIZES, **fields})
+    return parse_config({**SIZES, **fields})
+
+
+def rope_of(config: ModelConfig) -> RopeConfig:
+    """The one kind of all its layers."""
+    (layer,) = config.pattern
+    return layer.attention.rope
 
 
 # The fields of the published files, as their config.json spells them.
@@ -119,9 +126,9 @@ LLAMA_3_3_70B = {
 )
 def test_published_files(fields: dict[str, Any], billions: float, rope: RopeConfig, dtype: str) -> None:
     """Llama 2, 3, 3.1, 3.2 and 3.3 parse, and have the published number of weights."""
-    config = ModelConfig.from_hf(fields)
+    config = parse_config(fields)
     assert config.num_params / 1e9 == pytest.approx(billions, abs=0.0006)
-    assert config.rope == rope
+    assert rope_of(config) == rope
     assert config.dtype == dtype
     assert config.head_dim == (64 if fields is LLAMA_3_2_1B else 128)
     assert config.tie_word_embeddings is (fields is LLAMA_3_2_1B)
@@ -133,7 +140,7 @@ def test_published_files(fields: dict[str, Any], billions: float, rope: RopeConf
 )
 def test_configs_of_the_repository(name: str, billions: float) -> None:
     """configs/models/*.json parse and have the published number of weights."""
-    config = ModelConfig.from_file(config_path("models", name))
+    config = read_config(config_path("models", name))
     assert config.num_params / 1e9 == pytest.approx(billions, abs=0.006)
     assert config.num_kv_heads == 8
 
@@ -141,7 +148,7 @@ def test_configs_of_the_repository(name: str, billions: float) -> None:
 def test_defaults() -> None:
     """A file with the sizes only: Hugging Face's defaults."""
     assert parse() == ModelConfig(
-        architecture="LlamaForCausalLM",
+        family="llama",
         vocab_size=96,
         hidden_size=64,
         intermediate_size=128,
@@ -151,10 +158,8 @@ def test_defaults() -> None:
         head_dim=8,
         max_position_embeddings=2048,
         rms_norm_eps=1e-6,
-        rope=RopeConfig("default", 10000.0),
+        pattern=(Layer(Attention(RopeConfig("default", 10000.0)), Mlp()),),
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
         bos_token_id=None,
         eos_token_ids=(),
         dtype="bfloat16",
@@ -206,13 +211,13 @@ def test_fields_that_count() -> None:
 )
 def test_rope_dialects(old: dict[str, Any], new: dict[str, Any], want: RopeConfig) -> None:
     """rope_scaling + rope_theta of older files, and rope_parameters of transformers 5, say the same."""
-    assert parse(**old).rope == want
-    assert parse(rope_parameters=new).rope == want
+    assert rope_of(parse(**old)) == want
+    assert rope_of(parse(rope_parameters=new)) == want
 
 
 def test_llama3_rope_falls_back_to_max_position_embeddings() -> None:
     scaling = {k: v for k, v in LLAMA3_ROPE.items() if k != "original_max_position_embeddings"}
-    assert parse(rope_scaling=scaling, max_position_embeddings=512).rope.original_max_position_embeddings == 512
+    assert rope_of(parse(rope_scaling=scaling, max_position_embeddings=512)).original_max_position_embeddings == 512
 
 
 def llama3_rope(**changes: Any) -> dict[str, Any]:
@@ -301,7 +306,7 @@ def test_errors_name_the_field(fields: dict[str, Any], field: str, says: str, tm
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**SIZES, **fields}))
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_file(path)
+        read_config(path)
     assert str(caught.value).startswith(f"{path}: {field}:")
 
 
@@ -317,14 +322,14 @@ def test_damaged_file(content: bytes, says: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_file(path)
+        read_config(path)
     assert str(caught.value).startswith(f"{path}: {says}")
     assert "\n" not in str(caught.value)
 
 
 def test_absent_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        ModelConfig.from_file(tmp_path / "config.json")
+        read_config(tmp_path / "config.json")
     assert str(caught.value) == f"{tmp_path / 'config.json'}: no such file; a model folder needs a config.json"
 
 

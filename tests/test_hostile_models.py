@@ -15,8 +15,9 @@ import pytest
 
 import nanoflow_jax
 from nanoflow_jax import LLM
-from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig
+from nanoflow_jax.config import EMBEDDED, ConfigError
 from nanoflow_jax.engine.memory import check_requested, page_bytes
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.orbax_files import OrbaxFiles
@@ -128,7 +129,7 @@ def test_sizes_beyond_all_memory_are_refused_at_once(options: dict[str, Any], na
 
 def test_sizes_on_a_device_are_counted():
     """What just fits is accepted: page bytes of a device, rows of the residual, counts of tokens."""
-    config = ModelConfig.from_file(TINY / "config.json")
+    config = read_config(TINY / "config.json")
     page = page_bytes(config, 2, 16)
     row, counts = 2 * config.hidden_size * 4, 4 + config.vocab_size
     sizes: dict[str, int] = {"kv_cache_tokens": 1600, "tokens_per_step": 1000, "decode_slots": 500}

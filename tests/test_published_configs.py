@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from nanoflow_jax import LLM
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.models.registry import parse_config
 from tests.scripted import LLAMA2_CONFIG, llama2, write_model
 
 Fields = dict[str, Any]
@@ -178,7 +179,7 @@ LOADS: dict[str, tuple[Fields, int, int]] = {
 @pytest.mark.parametrize("name", LOADS)
 def test_published_files_load(name: str) -> None:
     fields, millions, length = LOADS[name]
-    config = ModelConfig.from_hf(fields)
+    config = parse_config(fields)
     assert round(config.num_params / 1e6) == pytest.approx(millions, abs=1)
     assert config.max_length == length
     assert config.eos_token_ids and config.num_layers == fields["num_hidden_layers"]
@@ -249,7 +250,7 @@ REFUSED: dict[str, tuple[Fields, str]] = {
 def test_published_files_that_would_give_other_logits_are_refused(name: str) -> None:
     fields, told = REFUSED[name]
     with pytest.raises(ConfigError, match=told):
-        ModelConfig.from_hf(fields)
+        parse_config(fields)
 
 
 def test_linear_scaling_lengthens_the_model(tmp_path: Any) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from nanoflow_jax.models.registry import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("nanoflow_jax", "kernels_pallas", "tools")
 # From the ground up: a room imports those of lines above its own, and none of its own line's neighbours.
@@ -15,8 +17,8 @@ FLOORS = (
     ("system",),
     ("config", "sampling_params", "version"),
     ("hardware", "workload", "tokenizer", "parallel"),
-    ("generation_config", "plan", "models"),
-    ("step", "weights", "cost"),
+    ("plan", "models"),
+    ("step", "weights", "cost", "generation_config"),
     ("timeline", "profile", "engine"),
     ("inspect", "search"),
     ("api",),
@@ -84,3 +86,20 @@ def test_kernels_stand_alone(graph: Graph) -> None:
             assert not [m for m in found if not m.startswith("kernels_pallas")], module
         elif module.startswith("nanoflow_jax"):
             assert not [m for m in found if m.startswith("tools")], module
+
+
+def test_only_models_knows_families() -> None:
+    """No name of one stands elsewhere, in a string or an import. What a command loads by default does."""
+    families = {name.lower() for f in FAMILIES.values() for name in (f.name, *f.architectures)}
+    wrong = []
+    for path in (ROOT / "nanoflow_jax").rglob("*.py"):
+        if path.parent.name == "models":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            text = (
+                node.value if isinstance(node, ast.Constant) else getattr(node, "id", None) or getattr(node, "attr", "")
+            )
+            module = node.module if isinstance(node, ast.ImportFrom) and node.module else ""
+            if (isinstance(text, str) and text.lower() in families) or module.rpartition(".")[2] in families:
+                wrong.append(f"{path.name}:{getattr(node, 'lineno', 0)}")
+    assert wrong == []

@@ -17,7 +17,7 @@ import numpy as np
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
 from nanoflow_jax.engine.pages import root_key
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape

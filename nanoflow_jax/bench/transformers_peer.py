@@ -61,7 +61,7 @@ def measure_transformers(
     vocabulary, on_cpu = options.config.vocab_size, not _has_gpu()
     requests = options.workload.requests(options.requests, options.max_model_len, vocabulary, options.seed)
     job = {
-        "config": {**config, "model_type": "llama", "num_hidden_layers": options.config.num_layers},
+        "config": {**config, "model_type": options.config.family, "num_hidden_layers": options.config.num_layers},
         "dtype": options.config.dtype,
         "device": "cpu" if on_cpu else "cuda",
         "seed": options.seed,

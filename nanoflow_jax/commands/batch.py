@@ -133,8 +133,8 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
     """Name and digest of the plan that the LLM takes. Where only replicas on Ray can tell: what they took when the run
     of `output` began, or UNKNOWN."""
     from nanoflow_jax.api import auto_plan
-    from nanoflow_jax.config import ModelConfig
     from nanoflow_jax.evaluate.manifest import plan_identity
+    from nanoflow_jax.models.registry import read_config
     from nanoflow_jax.plan.plan import load_plan
 
     if args.plan != "auto":
@@ -143,7 +143,7 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
         return str(_kept(output, args.restart).get("plan", UNKNOWN))
     import jax
 
-    config = ModelConfig.from_file(folder / "config.json")
+    config = read_config(folder / "config.json")
     rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
     return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
 

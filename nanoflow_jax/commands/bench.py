@@ -63,7 +63,7 @@ def _add_host(kinds: Any) -> None:
 
 def _host(args: argparse.Namespace) -> int:
     from nanoflow_jax.bench.host import measure
-    from nanoflow_jax.config import model_config
+    from nanoflow_jax.models.registry import model_config
 
     started = time.monotonic()
     report = measure(args.requests, args.tokens, model_config(args.model)[1], args.steps)
@@ -161,7 +161,7 @@ def _throughput(args: argparse.Namespace) -> int:
     from nanoflow_jax.bench import report, transformers_peer
     from nanoflow_jax.bench.compare import TOGGLES, measure_in_turn
     from nanoflow_jax.bench.throughput import measure
-    from nanoflow_jax.config import model_file
+    from nanoflow_jax.models.registry import model_file
     from nanoflow_jax.plan.known import AUTO
     from nanoflow_jax.plan.plan import load_plan
     from nanoflow_jax.system.platform import use_compile_cache
@@ -210,8 +210,9 @@ def _usual_model(cpu_devices: int | None) -> str:
 
 def _options(args: argparse.Namespace) -> ThroughputOptions:
     from nanoflow_jax.bench.report import ThroughputOptions
-    from nanoflow_jax.config import ConfigError, model_config
+    from nanoflow_jax.config import ConfigError
     from nanoflow_jax.hardware import load_hardware
+    from nanoflow_jax.models.registry import model_config
 
     _, config = model_config(args.model)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if config.dtype == "float16" else config.dtype
@@ -240,7 +241,7 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
 
 def _workload(args: argparse.Namespace) -> Workload:
     """The workload; texts of a file are encoded by the tokenizer in the model's folder, if it has one."""
-    from nanoflow_jax.config import model_file
+    from nanoflow_jax.models.registry import model_file
     from nanoflow_jax.workload import load_workload
 
     folder = model_file(args.model).parent

@@ -43,12 +43,12 @@ def add(kinds: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.api import LLM
     from nanoflow_jax.bench.batch import measure_batch
-    from nanoflow_jax.config import ModelConfig
+    from nanoflow_jax.models.registry import read_config
     from nanoflow_jax.weights.hub import resolve_model
     from nanoflow_jax.workload import load_workload
 
     workload = load_workload(args.workload)
-    config = ModelConfig.from_file(resolve_model(args.model, None) / "config.json")
+    config = read_config(resolve_model(args.model, None) / "config.json")
     names = ("plan", "tensor_parallel_size", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens")
     llm = LLM(
         args.model,

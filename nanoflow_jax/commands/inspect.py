@@ -56,9 +56,9 @@ def _run(args: argparse.Namespace) -> int:
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"{path}: its folder does not exist")
 
-    from nanoflow_jax.config import model_config
     from nanoflow_jax.hardware import load_hardware
     from nanoflow_jax.inspect.step import compare, inspect_step
+    from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.plan.known import named_plan
 
     config, hardware = model_config(args.model)[1], load_hardware(args.gpu)

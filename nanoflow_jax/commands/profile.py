@@ -50,8 +50,9 @@ def _run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from nanoflow_jax.config import configs_root, model_config
+    from nanoflow_jax.config import configs_root
     from nanoflow_jax.hardware import hardware_of_device
+    from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.plan.known import named_plan
     from nanoflow_jax.plan.plan import load_plan
     from nanoflow_jax.profile.run import profile

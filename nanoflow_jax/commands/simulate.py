@@ -70,10 +70,11 @@ def add_target(p: Any) -> None:
 
 def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
     """The model's name and config, the latency model of its GPU, and the workload's demand. Raises ConfigError."""
-    from nanoflow_jax.config import ConfigError, model_config
+    from nanoflow_jax.config import ConfigError
     from nanoflow_jax.cost.demand import Demand
     from nanoflow_jax.cost.latency import RooflineModel
     from nanoflow_jax.hardware import load_hardware
+    from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.profile.measured import load_profile
     from nanoflow_jax.workload import load_workload

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import ModelParams, kv_groups
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
 from nanoflow_jax.step.attention import page_dtype

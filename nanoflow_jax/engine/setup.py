@@ -32,9 +32,9 @@ from nanoflow_jax.engine.multiprocess import FollowerEngine, LeaderEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, kv_groups
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.config import ConfigError, read_json_object
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.system.output_files import create
+from nanoflow_jax.system.reading import read_json_object
 
 if TYPE_CHECKING:
     from nanoflow_jax.plan.plan import SchedulePlan

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from nanoflow_jax.config import ConfigError, ModelConfig, model_config
+from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
@@ -22,9 +22,10 @@ from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
 from nanoflow_jax.inspect.small import text as small_text
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum

@@ -1,163 +1,42 @@
-"""LLaMA 2 / 3 / 3.1 / 3.2 / 3.3: its weights as `ParamInfo`, and its forward pass without plan, mesh, pages or kernels,
-which is what every step must compute."""
+"""LLaMA 2 / 3 / 3.1 / 3.2 / 3.3, and what is the same by another name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
-from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.kv_scales import kv_scales_info
-from nanoflow_jax.models.layout import LayerParams, ModelParams, kv_groups, padded_vocab
-from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
-from nanoflow_jax.models.parts import apply_rope, contract, gated_mlp_up, kqv_projection, linear, rms_norm, rope_tables
-from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
+from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder, read_rope
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.parts import (
+    apply_rope,
+    causal_attention,
+    contract,
+    gated_mlp_up,
+    kqv_projection,
+    linear,
+    rms_norm,
+    rope_tables,
+)
+
+
+def read_config(read: Fields) -> ModelConfig:
+    full_attention_only(read)
+    bias = read.take("attention_bias", bool, False)
+    attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias)
+    return read_decoder(read, "llama", (Layer(attention, Mlp(read.take("mlp_bias", bool, False))),))
 
 
 def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
     """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
     positions, eps = jnp.arange(tokens.size), config.rms_norm_eps
-    cos, sin = rope_tables(config.rope, config.head_dim, positions)
+    cos, sin = rope_tables(config.pattern[0].attention.rope, config.head_dim, positions)
     x = params.embedding[tokens]
     for norms, layer in zip(params.norms, params.layers, strict=True):
         q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attention = _attention(q, k, v).reshape(tokens.size, -1)
+        attention = causal_attention(q, k, v).reshape(tokens.size, -1)
         x = x + linear(attention, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
         x = x + linear(gated_mlp_up(rms_norm(x, norms[1], eps), layer), layer.down, layer.down_bias)
     head = params.embedding if params.head is None else params.head
     return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]
-
-
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Each row on those up to itself: q [n, g, r, d], k and v [n, g, d] -> [n, g, r, d]; softmax in float32."""
-    exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
-    return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
-
-
-def param_infos(
-    config: ModelConfig,
-    devices: int,
-    *,
-    o_by_output: bool = True,
-    o_by_input: bool = True,
-    dtype: Any = None,
-    kv_scales: Mapping[str, tuple[int, ...]] | None = None,
-) -> ModelParams:
-    """Declares every weight for a mesh of `devices`.
-
-    o_by_output, o_by_input  which layouts of O the plan needs
-    kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
-    """
-    dtype = jnp.dtype(dtype or config.dtype)
-    H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
-    width = config.num_heads * d
-    groups, vocab = kv_groups(config, devices), padded_vocab(config, devices)
-    rows = config.num_heads // groups + 2
-
-    def plain(name: str, shape: tuple[int, ...], spec: P, init: str = "normal") -> ParamInfo:
-        return ParamInfo(shape, dtype, spec, init, (Source(name, shape),), lambda read, index: read(name, index))
-
-    def vocab_rows(name: str) -> ParamInfo:
-        real = (config.vocab_size, H)
-
-        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
-            return _read_padded(read_slice, name, config.vocab_size, vocab, index)
-
-        return ParamInfo((vocab, H), dtype, P(AXIS, None), "normal", (Source(name, real),), read)
-
-    def kqv(prefix: str, kind: str) -> ParamInfo:
-        tail = (H,) if kind == "weight" else ()
-        names = [f"{prefix}.self_attn.{part}_proj.{kind}" for part in "qkv"]
-        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-        sources = tuple(Source(name, (n * d, *tail)) for name, n in zip(names, heads, strict=True))
-
-        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
-            return _read_kqv(read_slice, names, config, groups, index)
-
-        init = "normal" if kind == "weight" else "zeros"
-        return ParamInfo((groups, rows, d, *tail), dtype, P(AXIS), init, sources, read)
-
-    def gate_up(prefix: str, kind: str) -> ParamInfo:
-        tail = (H,) if kind == "weight" else ()
-        names = [f"{prefix}.mlp.{part}_proj.{kind}" for part in ("gate", "up")]
-
-        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
-            return np.stack([read_slice(name, index[1:]) for name in names[index[0]]])
-
-        init = "normal" if kind == "weight" else "zeros"
-        return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
-
-    def layer_norms() -> ParamInfo:
-        kinds = ("input_layernorm", "post_attention_layernorm")
-        names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
-
-        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
-            return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
-
-        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
-        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
-
-    def layer(i: int) -> LayerParams:
-        prefix = f"model.layers.{i}"
-        o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
-        return LayerParams(
-            kqv=kqv(prefix, "weight"),
-            kqv_bias=kqv(prefix, "bias") if config.attention_bias else None,
-            o_by_output=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_by_output else None,
-            o_by_input=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_by_input else None,
-            o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if config.attention_bias else None,
-            ug=gate_up(prefix, "weight"),
-            ug_bias=gate_up(prefix, "bias") if config.mlp_bias else None,
-            down=plain(f"{down}.weight", (H, F), P(None, AXIS)),
-            down_bias=plain(f"{down}.bias", (H,), P(), "zeros") if config.mlp_bias else None,
-        )
-
-    return ModelParams(
-        embedding=vocab_rows("model.embed_tokens.weight"),
-        norms=layer_norms(),
-        layers=tuple(layer(i) for i in range(config.num_layers)),
-        final_norm=plain("model.norm.weight", (H,), P(), "ones"),
-        head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
-        kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
-    )
-
-
-def _bounds(index: slice, size: int) -> tuple[int, int]:
-    start, stop, _ = index.indices(size)
-    return start, stop
-
-
-def _read_padded(read_slice: ReadSlice, name: str, rows: int, padded_rows: int, index: Index) -> np.ndarray:
-    """Rows past the real vocabulary are zero."""
-    start, stop = _bounds(index[0], padded_rows)
-    real = read_slice(name, (slice(min(start, rows), min(stop, rows)), *index[1:]))
-    if stop <= rows:
-        return real
-    return np.concatenate([real, np.zeros((stop - max(start, rows), *real.shape[1:]), real.dtype)])
-
-
-def _read_kqv(read_slice: ReadSlice, names: list[str], config: ModelConfig, groups: int, index: Index) -> np.ndarray:
-    """Groups [start, stop) of the fused weight, from separate q, k, v tensors; the other dimensions must be whole."""
-    d, q_heads, replicas = config.head_dim, config.num_heads // groups, groups // config.num_kv_heads
-    start, stop = _bounds(index[0], groups)
-    rest = index[3:]
-
-    def heads(name: str, first: int, last: int) -> np.ndarray:
-        part = read_slice(name, (slice(first * d, last * d), *rest))
-        return part.reshape(last - first, d, *part.shape[1:])
-
-    q = heads(names[0], start * q_heads, stop * q_heads)
-    kv_start, kv_stop = start // replicas, (stop - 1) // replicas + 1
-    owner = np.arange(start, stop) // replicas - kv_start  # group -> its KV head among those read
-    k, v = (heads(name, kv_start, kv_stop)[owner] for name in names[1:])
-    return np.concatenate([q.reshape(stop - start, q_heads, *q.shape[1:]), k[:, None], v[:, None]], axis=1)

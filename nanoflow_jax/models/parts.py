@@ -45,6 +45,15 @@ def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Arr
     return fused[:, :, : rows - 2], fused[:, :, rows - 2], fused[:, :, rows - 1]
 
 
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Each row on those up to itself: q [n, g, r, d], k and v [n, g, d] -> [n, g, r, d]; softmax in float32."""
+    exact = lax.Precision.HIGHEST
+    scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    weights = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+    return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
+
+
 def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
     """UG: x [n, H] -> SiLU(gate) * up, [n, f] of this device's f columns."""
     _, f, hidden = layer.ug.shape

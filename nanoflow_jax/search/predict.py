@@ -14,8 +14,8 @@ from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import LatencyModel, optimal_tokens_per_second
 from nanoflow_jax.cost.shapes import BYTES
 from nanoflow_jax.hardware import Hardware
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum

@@ -208,13 +208,15 @@ class Tracer:
             REDUCE: collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce,
             SCATTER: collectives.reduce_scatter_rows,
         }
-        self.cos, self.sin = parts.rope_tables(self.config.rope, self.config.head_dim, batch.positions)
+        ropes = dict.fromkeys(layer.attention.rope for layer in self.config.pattern)
+        self.rope_tables = {rope: parts.rope_tables(rope, self.config.head_dim, batch.positions) for rope in ropes}
 
     def scope(self, layer: int | None, op: str, number: int) -> AbstractContextManager[Any]:
         return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
 
     def begin(self, layer: int) -> None:
         self.layer = self.params.layers[layer]
+        self.cos, self.sin = self.rope_tables[self.config.layers[layer].attention.rope]
         self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
         self.scales = {} if scales is None else {"k_scale": scales[0, layer], "v_scale": scales[1, layer]}

@@ -149,3 +149,15 @@ def _field(name: Any) -> str | None:
 
 def _encodable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Raises ConfigError naming the file."""
+    try:
+        fields = parse_json(read_text(path))
+    except Malformed as error:
+        wrong = f"{error.field}: {error}" if error.field else f"not valid JSON ({error})"
+        raise ConfigError(f"{path}: {wrong}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not {type(fields).__name__}")
+    return fields

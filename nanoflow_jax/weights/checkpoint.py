@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.output_files import no_link
 from nanoflow_jax.weights import orbax_files
@@ -65,7 +65,7 @@ def _convert(
 ) -> Path:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
-    config = ModelConfig.from_file(model_folder / "config.json")
+    config = read_config(model_folder / "config.json")
     source = open_weights(model_folder)
     kv_scales = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
     infos = param_infos(config, devices=1, kv_scales=kv_scales)

@@ -11,14 +11,15 @@ from nanoflow_jax.bench.compare import measure_in_turn, sides
 from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport, text
 from nanoflow_jax.bench.timeline import TimedStep, Window, steady_window
 from nanoflow_jax.cli import main
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.hub import EMBEDDED
 from nanoflow_jax.workload import load_workload
 
 OPTIONS = ThroughputOptions(
     model="tiny",
-    config=ModelConfig.from_file(EMBEDDED["tiny"] / "config.json"),
+    config=read_config(EMBEDDED["tiny"] / "config.json"),
     model_layers=3,
     workload=load_workload("constant:4:4"),
 )

@@ -21,8 +21,9 @@ from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, ModelConfig, config_path
 from nanoflow_jax.engine import setup
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import random_params, rank_infos
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import load_plan
@@ -137,7 +138,7 @@ def test_a_run(bench: Callable[..., tuple[int, str, str]], tmp_path: Path):
     )
     assert status == 0, err
     found = json.loads(out)
-    config = ModelConfig.from_file(EMBEDDED["tiny"] / "config.json")
+    config = read_config(EMBEDDED["tiny"] / "config.json")
     optimum = load_hardware("h200").bf16_flops / (2 * replace(config, num_layers=1).num_params)
     rate, window = found["tokens_per_second_per_gpu"], found["window"]
     assert found["gpus"] == 2
@@ -239,7 +240,7 @@ SIZES, WHOLE_STEP = SlotSizes(320, 8, 4), StepShape(320, 192, 4, 4)
 
 
 def tiny_config() -> ModelConfig:
-    return replace(ModelConfig.from_file(EMBEDDED["tiny"] / "config.json"), num_layers=1)
+    return replace(read_config(EMBEDDED["tiny"] / "config.json"), num_layers=1)
 
 
 def lowered_step(
@@ -325,7 +326,7 @@ def test_a_rank_slice_runs_on_one_device():
 
 
 def test_modelled_network():
-    config = ModelConfig.from_file(config_path("models", "llama_3_1_70b"))
+    config = read_config(config_path("models", "llama_3_1_70b"))
     hardware, shape = load_hardware("h200"), StepShape(1280, 768, 48, 17)
     figures = hardware.calibration
 

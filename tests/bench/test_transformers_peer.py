@@ -16,7 +16,8 @@ from nanoflow_jax.bench import transformers_peer
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.transformers_worker import Record, measured, record
 from nanoflow_jax.cli import main
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.weights.hub import EMBEDDED
 from nanoflow_jax.workload import load_workload
 
@@ -24,7 +25,7 @@ PEER = "NANOFLOW_TRANSFORMERS_PYTHON"  # a Python with torch and transformers, f
 FIELDS = {"num_hidden_layers": 3}
 OPTIONS = ThroughputOptions(
     model="tiny",
-    config=replace(ModelConfig.from_file(EMBEDDED["tiny"] / "config.json"), num_layers=1),
+    config=replace(read_config(EMBEDDED["tiny"] / "config.json"), num_layers=1),
     model_layers=3,
     workload=load_workload("constant:8:4"),
     tokens_per_step=32,

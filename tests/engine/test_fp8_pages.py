@@ -21,9 +21,10 @@ from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.memory import page_bytes, plan_pages
 from nanoflow_jax.engine.setup import prefix_root
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import NAMES, find_kv_scales, is_kv_scale
 from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.attention import page_dtype
 from nanoflow_jax.step.batch import StepShape
@@ -163,7 +164,7 @@ def test_logits_on_one_device_and_on_eight(folder: Path) -> None:
 
 
 def config() -> ModelConfig:
-    return ModelConfig.from_hf(CONFIG)
+    return parse_config(CONFIG)
 
 
 @pytest.mark.parametrize("style", NAMES)

@@ -17,13 +17,14 @@ from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import kernel_check, setup
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
+from nanoflow_jax.models.registry import parse_config, read_config
 from nanoflow_jax.step.attention import KernelBackends, choose_backend
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import CASES
 
 FIELDS = {**CASES["bare_config"].config, "head_dim": 64, "torch_dtype": "bfloat16"}
-CONFIG = ModelConfig.from_hf(FIELDS)
-LLAMA = ModelConfig.from_file(resolve_model("tiny") / "config.json")
+CONFIG = parse_config(FIELDS)
+LLAMA = read_config(resolve_model("tiny") / "config.json")
 HEADS = Heads(q_heads=2, kv_heads=1, head_dim=64)
 XLA = KernelBackends("xla", "xla", "xla", "xla")
 MOSAIC = KernelBackends("mosaic", "mosaic", "mosaic", "mosaic")
@@ -64,8 +65,8 @@ def test_auto(device: FakeDevice, backend: str) -> None:
     [
         (replace(CONFIG, dtype="float32"), 64),
         (CONFIG, 32),
-        (ModelConfig.from_hf({**FIELDS, "head_dim": 32}), 64),
-        (ModelConfig.from_hf({**FIELDS, "num_attention_heads": 32, "num_key_value_heads": 1}), 64),
+        (parse_config({**FIELDS, "head_dim": 32}), 64),
+        (parse_config({**FIELDS, "num_attention_heads": 32, "num_key_value_heads": 1}), 64),
     ],
 )
 def test_auto_leaves_what_mosaic_cannot_do_to_xla(config: ModelConfig, page_size: int) -> None:

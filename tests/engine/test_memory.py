@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.memory import CLOSE, MemoryPlan, check_weights, local_bytes, page_bytes, plan_pages
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh, valid_sizes
 from nanoflow_jax.step.trace import CACHE_SPEC, cache_shape
 from nanoflow_jax.weights.hub import resolve_model
 
-TINY = ModelConfig.from_file(resolve_model("tiny") / "config.json")
+TINY = read_config(resolve_model("tiny") / "config.json")
 LIMIT = 100_000
 
 

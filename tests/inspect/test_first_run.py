@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from nanoflow_jax.config import model_config
 from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import Report, inspect_compiled
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks, parse_thunks
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.plan import load_plan, row_quantum
 from nanoflow_jax.step.compile import Option, compile_step, lower_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes

@@ -10,7 +10,6 @@ from functools import cache
 
 import pytest
 
-from nanoflow_jax.config import model_config
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import Rate, RooflineModel
 from nanoflow_jax.hardware import load_hardware
@@ -19,6 +18,7 @@ from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.report import inspect_compiled
 from nanoflow_jax.inspect.step import InspectedLayer, StepInspection, attention_costs, inspect_step
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.search.simulate import Simulation, simulate_step
 from nanoflow_jax.timeline.timeline import Collective, Event

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams
-from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.layout import LayerParams, ModelParams
 from nanoflow_jax.models.llama import forward
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.batch import StepShape
@@ -49,7 +49,7 @@ def driver_of(tmp_path_factory: pytest.TempPathFactory) -> GetDriver:
     def get(case: str, dtype: str) -> Driver:
         if (case, dtype) not in drivers:
             folder = write_checkpoint(case, tmp_path_factory.mktemp(case))
-            sizes = valid_sizes(ModelConfig.from_file(folder / "config.json"))
+            sizes = valid_sizes(read_config(folder / "config.json"))
             devices = max(n for n in sizes if n <= jax.device_count())
             drivers[case, dtype] = Driver(folder, load_plan(PLAN_OF[case]), SHAPE, devices, dtype)
         return drivers[case, dtype]
@@ -207,8 +207,10 @@ def test_broken_models_fail(driver_of: GetDriver) -> None:
         "layers in the wrong order": with_layers(layers[1], layers[0]),
     }
     found = {name: logits_of(driver, steps, params) for name, params in twins.items()}
-    rope = replace(driver.config.rope, theta=driver.config.rope.theta * 1.5)
-    found["another rope_theta"] = logits_of(replace(driver, config_changes=(("rope", rope),)), steps)
+    (layer,) = driver.config.pattern
+    rope = replace(layer.attention.rope, theta=layer.attention.rope.theta * 1.5)
+    pattern = (replace(layer, attention=replace(layer.attention, rope=rope)),)
+    found["another rope_theta"] = logits_of(replace(driver, config_changes=(("pattern", pattern),)), steps)
     for name, logits in found.items():
         got, want = against_reference(logits, reference, "float32")
         assert np.median(row_errors(got, want)) > TOLERANCES["bfloat16"], name

@@ -9,13 +9,13 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import ParamInfo, abstract_params, is_info, random_params
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.parallel.mesh import make_mesh
 
-CONFIG = ModelConfig.from_hf(
+CONFIG = parse_config(
     {
         "vocab_size": 1001,
         "hidden_size": 128,
@@ -104,7 +104,7 @@ def test_declarations_for_a_plan() -> None:
     assert infos.layers[0].o_by_input is not None
     assert {info.dtype for info in jax.tree.leaves(infos, is_leaf=is_info)} == {jnp.dtype(jnp.bfloat16)}
     assert param_infos(CONFIG, 2, o_by_input=False).layers[0].o_by_input is None
-    plain = ModelConfig.from_hf(
+    plain = parse_config(
         {
             "vocab_size": 96,
             "hidden_size": 64,

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel import processes
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.parallel.processes import Processes, Watchdog
@@ -150,7 +151,7 @@ def test_joining_with_wrong_arguments_is_one_line(
 
 
 def test_no_process_is_left_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ModelConfig.from_file(EMBEDDED["tiny"] / "config.json")
+    config = read_config(EMBEDDED["tiny"] / "config.json")
     devices = [SimpleNamespace(process_index=i // 2) for i in range(4)]
     monkeypatch.setattr("jax.devices", lambda: devices)
     with pytest.raises(

@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from nanoflow_jax.config import ModelConfig, configs_root
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.config import configs_root
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.batch import StepBatch, StepShape, empty_batch
 from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
 
 PLANS = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
 DECODE, PREFILL, SEGMENTS, TABLE, PAGE, PAGES = 1280, 768, 24, 3, 16, 4000
-CONFIG = ModelConfig.from_hf(
+CONFIG = parse_config(
     {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
      "num_key_value_heads": 8, "max_position_embeddings": 64, "dtype": "float32"}
 )  # fmt: skip

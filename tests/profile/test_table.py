@@ -18,10 +18,11 @@ import pytest
 from jax.sharding import Mesh
 
 from nanoflow_jax.cli import main
-from nanoflow_jax.config import ConfigError, model_config
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
 from nanoflow_jax.cost.shapes import Shapes
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.profile import timing

@@ -8,10 +8,11 @@ from math import comb
 
 import pytest
 
-from nanoflow_jax.config import configs_root, model_config
+from nanoflow_jax.config import configs_root
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan
 from nanoflow_jax.search.orders import Chain, Order, best_order

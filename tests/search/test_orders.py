@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from scipy.optimize import linprog
 
-from nanoflow_jax.config import model_config
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.plan import Lane, NanoBatch, SchedulePlan, needs
 from nanoflow_jax.search.bound import least_period
 from nanoflow_jax.search.closed_form import RUN, START, WAIT, WAIT_ALL, WAIT_BEFORE, Steps

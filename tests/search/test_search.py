@@ -11,10 +11,11 @@ from types import SimpleNamespace
 import pytest
 
 from nanoflow_jax.cli import main
-from nanoflow_jax.config import ConfigError, configs_root, model_config
+from nanoflow_jax.config import ConfigError, configs_root
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
 from nanoflow_jax.plan.plan import Target, load_plan
 from nanoflow_jax.plan.write import plan_toml

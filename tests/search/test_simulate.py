@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanoflow_jax.config import ConfigError, ModelConfig, model_config
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import model_config, parse_config
 from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
 from nanoflow_jax.search.predict import context_grid, kv_capacity, predict
 from nanoflow_jax.search.simulate import simulate_step
@@ -155,7 +156,7 @@ def test_what_cannot_be_simulated_is_named() -> None:
 
 # -- random plans
 
-SMALL = ModelConfig.from_hf(
+SMALL = parse_config(
     {"vocab_size": 512, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 4,
      "num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 64, "dtype": "bfloat16"}
 )  # fmt: skip

@@ -17,10 +17,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.llama import param_infos
 from nanoflow_jax.models.params import abstract_params
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.step.batch import StepBatch, StepShape, abstract_batch, empty_batch
@@ -55,7 +56,7 @@ class Driver:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return replace(ModelConfig.from_file(self.folder / "config.json"), **dict(self.config_changes))
+        return replace(read_config(self.folder / "config.json"), **dict(self.config_changes))
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:

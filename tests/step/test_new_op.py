@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.step import inspect_step
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.plan.ops import COMPUTE, OPS, STRATEGIES, Op
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, parse_plan
 from nanoflow_jax.search.simulate import simulate_step
@@ -103,7 +104,7 @@ def test_a_step_runs_it(new_op: None, tmp_path: Path) -> None:
 
 
 def test_the_simulator_times_it(new_op: None) -> None:
-    config, model = ModelConfig.from_file(TINY / "config.json"), RooflineModel(load_hardware("h200"))
+    config, model = read_config(TINY / "config.json"), RooflineModel(load_hardware("h200"))
     found = simulate_step(plan(), config, model, 2, StepLoad(0, 32, 0, 16))
     times = [e.us for e in found.timeline.events if e.piece and e.piece.op == "O.TWICE"]
     assert len(times) == 2 * config.num_layers

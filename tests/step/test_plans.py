@@ -15,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.parallel.mesh import check_divides, make_mesh, valid_sizes
 from nanoflow_jax.plan.ops import STRATEGIES
 from nanoflow_jax.plan.plan import SPLIT_ABOVE, NanoBatch, OpPiece, SchedulePlan, load_plan, needs, parse_plan
@@ -330,7 +331,7 @@ def test_plan_without_sizes_fits_every_step(rows: tuple[int, int]) -> None:
 
 
 def config_of(heads: int, kv_heads: int, hidden: int, intermediate: int) -> ModelConfig:
-    return ModelConfig.from_hf(
+    return parse_config(
         {
             "vocab_size": 101, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 1,
             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 8,

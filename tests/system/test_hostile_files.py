@@ -22,13 +22,14 @@ import pytest
 import yaml
 
 from nanoflow_jax.commands.batch import chat_time
-from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, configs_root
+from nanoflow_jax.config import EMBEDDED, ConfigError, configs_root
 from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import compare, summarize
 from nanoflow_jax.evaluate.tasks import Task, load_task
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.profile.measured import load_profile
 from nanoflow_jax.tokenizer import Tokenizer
@@ -157,7 +158,7 @@ def _tokenizer() -> Tokenizer:
 
 def _generation(path: Path) -> None:
     generation_defaults(path.parent)
-    end_tokens(path.parent, ModelConfig.from_file(TINY / "config.json"), _tokenizer())
+    end_tokens(path.parent, read_config(TINY / "config.json"), _tokenizer())
 
 
 def _tokenizer_of(path: Path) -> None:
@@ -228,7 +229,7 @@ def _orbax_folder(folder: Path) -> None:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("config.json", lambda: _configs("models/*.json"), ModelConfig.from_file),
+        Kind("config.json", lambda: _configs("models/*.json"), read_config),
         Kind(
             "generation_config.json",
             lambda: [

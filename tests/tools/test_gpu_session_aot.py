@@ -12,7 +12,7 @@ from nanoflow_jax.engine.memory import local_bytes, page_bytes
 from nanoflow_jax.engine.setup import _slot_bytes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.attention import why_not_mosaic

@@ -17,8 +17,8 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
+from nanoflow_jax.models.registry import parse_config, read_config
 from nanoflow_jax.weights import WeightsError, convert, open_weights, orbax_files
 from nanoflow_jax.weights import resolve_model as resolve
 from nanoflow_jax.weights.source import check_tensors
@@ -46,7 +46,7 @@ def test_the_folder_is_a_model_folder_of_its_own(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} == side | {MANIFEST, "weights"}
     for name in side - {"config.json"}:
         assert (folder / name).read_bytes() == (tiny / name).read_bytes()
-    assert ModelConfig.from_file(folder / "config.json") == ModelConfig.from_file(tiny / "config.json")
+    assert read_config(folder / "config.json") == read_config(tiny / "config.json")
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_the_folder_is_a_model_folder_of_its_own(tmp_path: Path) -> None:
 def test_dtype(case: str, dtype: str, stored: str, tmp_path: Path) -> None:
     folder = convert(write_checkpoint(case, tmp_path / "model"), tmp_path / "converted", dtype)
     assert {tensor.dtype for tensor in open_weights(folder).table.values()} == {stored}
-    assert ModelConfig.from_file(folder / "config.json").dtype == stored
+    assert read_config(folder / "config.json").dtype == stored
     config, _, params = load(folder, 2)
     assert_same_tensors(hugging_face_tensors(params, config), make_weights(case))
     with pytest.raises(WeightsError, match="dtype: 'float16' is not supported; accepted: 'auto'"):
@@ -212,10 +212,10 @@ def test_damaged_checkpoint_is_one_line_before_any_allocation(
 def test_a_checkpoint_of_another_model(converted: Path) -> None:
     """The shape that the caller's configuration asks for is checked as it is for safetensors."""
     fields = json.loads((converted / "config.json").read_text())
-    wider = ModelConfig.from_hf(fields | {"intermediate_size": 256})
+    wider = parse_config(fields | {"intermediate_size": 256})
     with pytest.raises(WeightsError, match=r"gate_proj.weight has shape \(128, 64\); config.json asks for \(256, 64\)"):
         check_tensors(open_weights(converted), wider, param_infos(wider, 1))
-    deeper = ModelConfig.from_hf(fields | {"num_hidden_layers": 1})
+    deeper = parse_config(fields | {"num_hidden_layers": 1})
     with pytest.raises(WeightsError, match=r"num_hidden_layers is 1 in config.json; the checkpoint has 2"):
         check_tensors(open_weights(converted), deeper, param_infos(deeper, 1))
 

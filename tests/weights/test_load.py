@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.weights import convert
 from nanoflow_jax.weights import load as load_module
 from tests.reference.checkpoints import CASES, make_weights, write_checkpoint
@@ -93,13 +93,13 @@ _MEASURE = """
 import json, sys, threading, time, tracemalloc
 from pathlib import Path
 import jax, numpy as np
-from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.registry import read_config
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.weights import load as loading, resolve_model
 
 folder, devices, dtype, wasteful = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "wasteful"
-config = ModelConfig.from_file(Path(folder, "config.json"))
+config = read_config(Path(folder, "config.json"))
 mesh, infos = make_mesh(config, devices), param_infos(config, devices, dtype=dtype)
 
 def private():
@@ -128,7 +128,7 @@ if wasteful:  # the broken twin: whole tensors, kept
     loading.open_weights = open_weights
 
 tiny = resolve_model("tiny")  # what the first load of a process allocates for good is no matter of the weights
-tiny_config = ModelConfig.from_file(tiny / "config.json")
+tiny_config = read_config(tiny / "config.json")
 loading.load_params(tiny, tiny_config, mesh, param_infos(tiny_config, devices))
 loading.open_weights(folder)
 start, peak, running = private(), 0, True
@@ -161,7 +161,7 @@ def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(0)
     tensors = {
         source.name: random.integers(-128, 128, source.shape, np.int8).astype(ml_dtypes.bfloat16)
-        for info in jax.tree.leaves(param_infos(ModelConfig.from_hf(fields), 1))
+        for info in jax.tree.leaves(param_infos(parse_config(fields), 1))
         for source in info.sources
     }
     save_file(tensors, folder / "model.safetensors")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.weights import WeightsError, open_weights
 from tests.reference.checkpoints import CASES, make_weights, write_checkpoint
 from tests.weights.unfuse import assert_same_tensors, hugging_face_tensors, load
@@ -190,7 +191,7 @@ def test_index_files_as_published(tmp_path: Path, absent_file: bool) -> None:
     _edit_index(lambda m: m.update({"lm_head.weight": head}))(folder)
     _, _, params = load(folder, 2)
     wanted = {name: value for name, value in make_weights(SHARDED).items() if name != "lm_head.weight"}
-    parsed = ModelConfig.from_hf(config)
+    parsed = parse_config(config)
     assert_same_tensors(hugging_face_tensors(params, parsed), wanted)
     (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     with pytest.raises(WeightsError, match=r"missing lm_head\.weight \(needed because tie_word_embeddings is false"):

@@ -9,8 +9,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.weights import load_params
 
@@ -18,7 +19,7 @@ MESH_SIZES = (1, 2, 4, 8)
 
 
 def load(folder: Path, devices: int, dtype: str = "float32", **options: Any) -> tuple[ModelConfig, Mesh, ModelParams]:
-    config = ModelConfig.from_file(folder / "config.json")
+    config = read_config(folder / "config.json")
     mesh = make_mesh(config, devices)
     return config, mesh, load_params(folder, config, mesh, param_infos(config, devices, dtype=dtype), **options)
 

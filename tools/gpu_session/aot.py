@@ -33,7 +33,7 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
-from nanoflow_jax.models.llama import param_infos
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.plan.plan import load_plan, row_quantum
 from nanoflow_jax.profile.programs import Bench, compile_pair

@@ -23,8 +23,8 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.throughput import build_random
-from nanoflow_jax.config import ModelConfig, model_config
 from nanoflow_jax.engine.request import Request
+from nanoflow_jax.models.registry import model_config, read_config
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.sampling_params import SamplingParams
@@ -84,7 +84,7 @@ def setting(model: str, tiny: bool = False, smallest: bool = False) -> Setting:
     else:
         fields = {"tokens_per_step": 64 if tiny else 512, "decode_slots": 16 if tiny else 64}
         fields |= {"kv_cache_tokens": 8192 if tiny else 65536, "max_model_len": LONGEST + OUTPUT}
-        config = ModelConfig.from_file(EMBEDDED["tiny"] / "config.json")
+        config = read_config(EMBEDDED["tiny"] / "config.json")
         config = replace(config, num_layers=1 if tiny or smallest else 2)
     if not tiny:
         config = replace(config, dtype="bfloat16", head_dim=128)

@@ -1,0 +1,136 @@
+"""Every weight of a model as `ParamInfo`: its shape on any mesh, and how it is read from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from nanoflow_jax.config import Layer, ModelConfig
+from nanoflow_jax.models.kv_scales import kv_scales_info
+from nanoflow_jax.models.layout import LayerParams, ModelParams, kv_groups, padded_vocab
+from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
+from nanoflow_jax.parallel.mesh import AXIS
+
+
+def param_infos(
+    config: ModelConfig,
+    devices: int,
+    *,
+    o_by_output: bool = True,
+    o_by_input: bool = True,
+    dtype: Any = None,
+    kv_scales: Mapping[str, tuple[int, ...]] | None = None,
+) -> ModelParams:
+    """Declares every weight for a mesh of `devices`.
+
+    o_by_output, o_by_input  which layouts of O the plan needs
+    kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    """
+    dtype = jnp.dtype(dtype or config.dtype)
+    H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    width = config.num_heads * d
+    groups, vocab = kv_groups(config, devices), padded_vocab(config, devices)
+    rows = config.num_heads // groups + 2
+
+    def plain(name: str, shape: tuple[int, ...], spec: P, init: str = "normal") -> ParamInfo:
+        return ParamInfo(shape, dtype, spec, init, (Source(name, shape),), lambda read, index: read(name, index))
+
+    def vocab_rows(name: str) -> ParamInfo:
+        real = (config.vocab_size, H)
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return _read_padded(read_slice, name, config.vocab_size, vocab, index)
+
+        return ParamInfo((vocab, H), dtype, P(AXIS, None), "normal", (Source(name, real),), read)
+
+    def kqv(prefix: str, kind: str) -> ParamInfo:
+        tail = (H,) if kind == "weight" else ()
+        names = [f"{prefix}.self_attn.{part}_proj.{kind}" for part in "qkv"]
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+        sources = tuple(Source(name, (n * d, *tail)) for name, n in zip(names, heads, strict=True))
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return _read_kqv(read_slice, names, config, groups, index)
+
+        init = "normal" if kind == "weight" else "zeros"
+        return ParamInfo((groups, rows, d, *tail), dtype, P(AXIS), init, sources, read)
+
+    def gate_up(prefix: str, kind: str) -> ParamInfo:
+        tail = (H,) if kind == "weight" else ()
+        names = [f"{prefix}.mlp.{part}_proj.{kind}" for part in ("gate", "up")]
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return np.stack([read_slice(name, index[1:]) for name in names[index[0]]])
+
+        init = "normal" if kind == "weight" else "zeros"
+        return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
+
+    def layer_norms() -> ParamInfo:
+        kinds = ("input_layernorm", "post_attention_layernorm")
+        names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
+
+        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
+        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
+
+    def layer(i: int, kind: Layer) -> LayerParams:
+        attention, mlp = kind.attention, kind.mlp
+        prefix = f"model.layers.{i}"
+        o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
+        return LayerParams(
+            kqv=kqv(prefix, "weight"),
+            kqv_bias=kqv(prefix, "bias") if attention.qkv_bias else None,
+            o_by_output=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_by_output else None,
+            o_by_input=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_by_input else None,
+            o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if attention.o_bias else None,
+            ug=gate_up(prefix, "weight"),
+            ug_bias=gate_up(prefix, "bias") if mlp.bias else None,
+            down=plain(f"{down}.weight", (H, F), P(None, AXIS)),
+            down_bias=plain(f"{down}.bias", (H,), P(), "zeros") if mlp.bias else None,
+        )
+
+    return ModelParams(
+        embedding=vocab_rows("model.embed_tokens.weight"),
+        norms=layer_norms(),
+        layers=tuple(layer(i, kind) for i, kind in enumerate(config.layers)),
+        final_norm=plain("model.norm.weight", (H,), P(), "ones"),
+        head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
+        kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
+    )
+
+
+def _bounds(index: slice, size: int) -> tuple[int, int]:
+    start, stop, _ = index.indices(size)
+    return start, stop
+
+
+def _read_padded(read_slice: ReadSlice, name: str, rows: int, padded_rows: int, index: Index) -> np.ndarray:
+    """Rows past the real vocabulary are zero."""
+    start, stop = _bounds(index[0], padded_rows)
+    real = read_slice(name, (slice(min(start, rows), min(stop, rows)), *index[1:]))
+    if stop <= rows:
+        return real
+    return np.concatenate([real, np.zeros((stop - max(start, rows), *real.shape[1:]), real.dtype)])
+
+
+def _read_kqv(read_slice: ReadSlice, names: list[str], config: ModelConfig, groups: int, index: Index) -> np.ndarray:
+    """Groups [start, stop) of the fused weight, from separate q, k, v tensors; the other dimensions must be whole."""
+    d, q_heads, replicas = config.head_dim, config.num_heads // groups, groups // config.num_kv_heads
+    start, stop = _bounds(index[0], groups)
+    rest = index[3:]
+
+    def heads(name: str, first: int, last: int) -> np.ndarray:
+        part = read_slice(name, (slice(first * d, last * d), *rest))
+        return part.reshape(last - first, d, *part.shape[1:])
+
+    q = heads(names[0], start * q_heads, stop * q_heads)
+    kv_start, kv_stop = start // replicas, (stop - 1) // replicas + 1
+    owner = np.arange(start, stop) // replicas - kv_start  # group -> its KV head among those read
+    k, v = (heads(name, kv_start, kv_stop)[owner] for name in names[1:])
+    return np.concatenate([q.reshape(stop - start, q_heads, *q.shape[1:]), k[:, None], v[:, None]], axis=1)

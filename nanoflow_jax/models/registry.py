@@ -1,0 +1,80 @@
+"""The families of models: how each one's config.json is read, and what its steps must compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, config_path
+from nanoflow_jax.models import llama
+from nanoflow_jax.models.fields import Fields
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.system.reading import read_json_object
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: config.json's `model_type`, and `ModelConfig.family`; architectures: those of config.json.
+
+    read_config  the fields -> ModelConfig; raises ConfigError for one that it does not know, or cannot run
+    forward      (config, whole weights, tokens [n] of one sequence) -> logits [n, vocabulary] float32, without plan,
+                 mesh, pages or kernels: what every step must compute, and what to read first
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[Fields], ModelConfig]
+    forward: Callable[[ModelConfig, ModelParams, jax.Array], jax.Array]
+
+
+FAMILIES = {
+    family.name: family for family in (Family("llama", ("LlamaForCausalLM",), llama.read_config, llama.forward),)
+}
+
+
+def parse_config(fields: dict[str, Any]) -> ModelConfig:
+    """Hugging Face fields -> ModelConfig. Raises ConfigError for an unknown family, an unknown field, or a value that
+    this library does not run. Without a name of its family it is LLaMA."""
+    read = Fields(fields)
+    of = {name: family for family in FAMILIES.values() for name in family.architectures}
+    architectures = read.take("architectures", list, [])
+    if len(architectures) > 1 or not all(isinstance(a, str) and a in of for a in architectures):
+        raise ConfigError(f"architectures: {architectures} is not supported; accepted: {sorted(of)}")
+    model_type = read.take("model_type", str, of[architectures[0]].name if architectures else "llama")
+    accepted = [of[a].name for a in architectures] or sorted(FAMILIES)
+    if model_type not in accepted:
+        raise ConfigError(f"model_type: {model_type!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
+    return FAMILIES[model_type].read_config(read)
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """Reads a `config.json`. Raises ConfigError naming the file."""
+    path = Path(path)
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; a model folder needs a config.json")
+    fields = read_json_object(path)
+    try:
+        return parse_config(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def model_file(model: str) -> Path:
+    """The config.json of a model: "tiny", a name in `configs/models` (dashes and dots allowed), a config.json, or a
+    folder with one."""
+    if (folder := EMBEDDED.get(model, Path(model))).is_dir():
+        return folder / "config.json"
+    return config_path(
+        "models", model if model.endswith(".json") else model.lower().replace("-", "_").replace(".", "_")
+    )
+
+
+def model_config(model: str) -> tuple[str, ModelConfig]:
+    """Name and config of a model that `model_file` finds."""
+    path = model_file(model)
+    named_by_folder = model in EMBEDDED or Path(model).is_dir()
+    return Path(model).name if named_by_folder else path.stem, read_config(path)
