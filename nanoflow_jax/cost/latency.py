@@ -72,7 +72,7 @@ class LatencyModel(Protocol):
         ...
 
     def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
-        """`[m, k] @ [k, n] -> [m, n]`."""
+        """`[m, k] @ [k, n] -> [m, n]`; dtype of what is multiplied, as HLO names it. fp8 gives bfloat16."""
         ...
 
     def decode_attention(
@@ -169,7 +169,7 @@ class RooflineModel:
 
     def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
         width = {"f32": 4, "bf16": 2, "f16": 2}.get(dtype, 1)
-        return self.kernel(2.0 * m * n * k, float(width * (m * k + k * n + m * n)), dtype)
+        return self.kernel(2.0 * m * n * k, float(width * (m * k + k * n) + max(width, 2) * m * n), dtype)
 
     def decode_attention(
         self,

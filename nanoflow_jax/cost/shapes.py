@@ -10,13 +10,13 @@ from nanoflow_jax.cost.latency import LatencyModel, Prediction
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16"}  # float16 checkpoints run in bfloat16
+HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of weights and activations, page_bytes of an
-    element of the pages."""
+    """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of activations and head, weight_dtype of the
+    layers' weights, page_bytes of an element of the pages."""
 
     hidden: int
     width: int  # of all query heads together, on all devices
@@ -29,10 +29,11 @@ class Shapes:
     element_bytes: int
     page_bytes: int
     dtype: str
+    weight_dtype: str
 
     @staticmethod
-    def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
-        """page_bytes None: as the weights."""
+    def of(config: ModelConfig, devices: int, page_bytes: int | None = None, quantization: str | None = None) -> Shapes:
+        """page_bytes None: as the activations; quantization: of the layers' weights."""
         return Shapes(
             hidden=config.hidden_size,
             width=config.num_heads * config.head_dim,
@@ -45,6 +46,7 @@ class Shapes:
             element_bytes=BYTES[config.dtype],
             page_bytes=page_bytes or BYTES[config.dtype],
             dtype=HLO_NAMES[config.dtype],
+            weight_dtype=HLO_NAMES[quantization or config.dtype],
         )
 
     @property
@@ -70,7 +72,8 @@ class OpCosts:
 
     def gemm(self, name: str, rows: int) -> Prediction:
         """name: of `Shapes.gemms`."""
-        return self.model.gemm(rows, *self.shapes.gemms[name], self.shapes.dtype)
+        dtype = self.shapes.dtype if name == "HEAD" else self.shapes.weight_dtype
+        return self.model.gemm(rows, *self.shapes.gemms[name], dtype)
 
     def rope(self, rows: int) -> Prediction:
         """Queries and keys are read and written."""

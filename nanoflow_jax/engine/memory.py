@@ -8,14 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
 from nanoflow_jax.models.infos import param_infos
-from nanoflow_jax.models.layout import ModelParams, kv_groups
-from nanoflow_jax.models.params import is_info
-from nanoflow_jax.parallel.mesh import AXIS, valid_sizes
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.step.attention import page_dtype
 from nanoflow_jax.system.platform import MOST, SPARE, memory_fraction
 
@@ -65,24 +64,17 @@ def usable_memory(stats: Mapping[str, int] | None, utilization: float) -> int | 
     return int(min(wanted, reach))
 
 
-def local_bytes(infos: ModelParams, devices: int) -> int:
-    """Bytes of the weights on one device."""
-    leaves = jax.tree.leaves(infos, is_leaf=is_info)
-    return sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
-
-
 def page_bytes(config: ModelConfig, devices: int, page_size: int, kv_cache_dtype: str = "auto") -> int:
     """Bytes of one page of all layers on one device."""
-    groups = kv_groups(config, devices) // devices
-    return 2 * config.num_layers * groups * page_size * config.head_dim * page_dtype(config, kv_cache_dtype).itemsize
+    return page_size * kv_bytes_per_token(config, devices, page_dtype(config, kv_cache_dtype).itemsize)
 
 
 def check_weights(config: ModelConfig, infos: ModelParams, devices: int, limit: int) -> None:
     """Raises ConfigError, saying what would fit, when the weights alone are too many."""
-    weights = local_bytes(infos, devices)
+    weights = weight_bytes(infos, devices)
     if weights < limit:
         return
-    more = [n for n in valid_sizes(config) if n > devices and local_bytes(param_infos(config, n), n) < 0.9 * limit]
+    more = [n for n in valid_sizes(config) if n > devices and weight_bytes(param_infos(config, n), n) < 0.9 * limit]
     would = f"tensor_parallel_size={more[0]} would" if more else "no tensor_parallel_size of this model would"
     if config.dtype == "float32":
         would += "; dtype='bfloat16' halves them"

@@ -17,13 +17,13 @@ from jax.sharding import AbstractMesh, Mesh
 from kernels_pallas.checks import FP8
 from kernels_pallas.self_check import Heads
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.engine.memory import (
     check_requested,
     check_weights,
     host_memory,
-    local_bytes,
     page_bytes,
     plan_pages,
     usable_memory,
@@ -168,7 +168,7 @@ def build_engine(
 
         needed = -(-limit // page_size) if options.max_model_len is not None else 1
         planned = plan_pages(
-            usable, local_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
+            usable, weight_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
             page_bytes(config, devices, page_size, options.kv_cache_dtype), most_pages, needed, temporaries,
         )  # fmt: skip
         logger.info(planned.text())

@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import Hardware, load_hardware
@@ -24,7 +23,6 @@ from nanoflow_jax.inspect.small import text as small_text
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.plan.ops import APPEND
@@ -177,6 +175,7 @@ def inspect_step(
     layers: int | None = None,
     attention_backend: str = "auto",
     kv_cache_dtype: str = "auto",
+    quantization: str | None = None,
     options: Mapping[str, Option] | None = None,
     enforce_order: bool = True,
     latency: LatencyModel | None = None,
@@ -190,6 +189,7 @@ def inspect_step(
     layers            compile only this many layers (all are alike, and 80 take minutes); None: all
     attention_backend of decode attention: "mosaic" on Hopper, "xla"; "auto" takes Mosaic where the GPU has it
     kv_cache_dtype    of the KV pages: "auto" (the model's), "fp8" or "fp8_e4m3"
+    quantization      of the layers' weights: None, or "fp8"
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
     latency           the model that times ops; None: the roofline of the GPU's figures
@@ -221,11 +221,12 @@ def inspect_step(
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
     kv_scales = None if kv_cache_dtype == "auto" else {}
     infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
-    )
-    weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales,
+        quantization=quantization,
+    )  # fmt: skip
+    weights = weight_bytes(infos, devices)
     item = pages_dtype.itemsize
-    per_token = _kv_bytes_per_token(config, devices, item)
+    per_token = kv_bytes_per_token(config, devices, item)
     pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
     rows = PAGE_SIZE * kv_groups(config, devices) // devices * config.num_layers  # of a page, as 32-bit indices count
     pages = min(pool, (2**31 - 1) // rows)
@@ -260,7 +261,9 @@ def inspect_step(
         report.totals, InspectedLayer.of_report(report), full.num_layers, hardware, devices, tokens, full.num_params
     )
     report = replace(report, totals=totals)
-    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
+    memory = _memory(
+        full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item, quantization
+    )
     return StepInspection(
         model=name,
         plan=plan,
@@ -317,16 +320,6 @@ def compare(inspections: Sequence[StepInspection]) -> str:
     return "\n".join([f"Per inner layer: {what}. Predicted.", *lines])
 
 
-def _kv_bytes_per_token(config: ModelConfig, devices: int, item: int) -> int:
-    """K and V of one token in all layers, on one device."""
-    groups = kv_groups(config, devices) // devices
-    return 2 * config.num_layers * groups * config.head_dim * item
-
-
-def _local_bytes(info: Any, devices: int) -> int:
-    return info.nbytes // (devices if any(axis is not None for axis in info.spec) else 1)
-
-
 def _memory(
     config: ModelConfig,
     plan: SchedulePlan,
@@ -335,10 +328,13 @@ def _memory(
     temporaries: int,
     kv_pages: int,
     item: int,
+    quantization: str | None,
 ) -> StepMemory:
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
-    weights = sum(_local_bytes(info, devices) for info in jax.tree.leaves(infos, is_leaf=is_info))
-    per_token = _kv_bytes_per_token(config, devices, item)
+    infos = param_infos(
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, quantization=quantization
+    )
+    weights = weight_bytes(infos, devices)
+    per_token = kv_bytes_per_token(config, devices, item)
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
     return StepMemory(
         weights, kv_pages, temporaries, hardware.memory_bytes, headroom, per_token, max(0, headroom // per_token)

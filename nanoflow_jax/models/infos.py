@@ -13,6 +13,7 @@ from nanoflow_jax.config import Layer, ModelConfig
 from nanoflow_jax.models.kv_scales import kv_scales_info
 from nanoflow_jax.models.layout import LayerParams, ModelParams, kv_groups, padded_vocab
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
+from nanoflow_jax.models.quantised import quantised_info
 from nanoflow_jax.parallel.mesh import AXIS
 
 
@@ -24,11 +25,13 @@ def param_infos(
     o_by_input: bool = True,
     dtype: Any = None,
     kv_scales: Mapping[str, tuple[int, ...]] | None = None,
+    quantization: str | None = None,
 ) -> ModelParams:
     """Declares every weight for a mesh of `devices`.
 
     o_by_output, o_by_input  which layouts of O the plan needs
-    kv_scales          with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    kv_scales                with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    quantization             "fp8": the layers' weights, but for norms and biases, as `Quantised`
     """
     dtype = jnp.dtype(dtype or config.dtype)
     H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -79,19 +82,22 @@ def param_infos(
         sources = tuple(Source(name, (H,)) for pair in names for name in pair)
         return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
 
+    def gemm(info: ParamInfo) -> Any:
+        return info if quantization is None else quantised_info(info)
+
     def layer(i: int, kind: Layer) -> LayerParams:
         attention, mlp = kind.attention, kind.mlp
         prefix = f"model.layers.{i}"
         o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
         return LayerParams(
-            kqv=kqv(prefix, "weight"),
+            kqv=gemm(kqv(prefix, "weight")),
             kqv_bias=kqv(prefix, "bias") if attention.qkv_bias else None,
-            o_by_output=plain(f"{o}.weight", (H, width), P(AXIS, None)) if o_by_output else None,
-            o_by_input=plain(f"{o}.weight", (H, width), P(None, AXIS)) if o_by_input else None,
+            o_by_output=gemm(plain(f"{o}.weight", (H, width), P(AXIS, None))) if o_by_output else None,
+            o_by_input=gemm(plain(f"{o}.weight", (H, width), P(None, AXIS))) if o_by_input else None,
             o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if attention.o_bias else None,
-            ug=gate_up(prefix, "weight"),
+            ug=gemm(gate_up(prefix, "weight")),
             ug_bias=gate_up(prefix, "bias") if mlp.bias else None,
-            down=plain(f"{down}.weight", (H, F), P(None, AXIS)),
+            down=gemm(plain(f"{down}.weight", (H, F), P(None, AXIS))),
             down_bias=plain(f"{down}.bias", (H,), P(), "zeros") if mlp.bias else None,
         )
 

@@ -20,6 +20,9 @@ from nanoflow_jax.parallel.mesh import AXIS
 Index = tuple[slice, ...]
 ReadSlice = Callable[[str, Index], np.ndarray]
 
+FP8 = jnp.float8_e4m3fn
+FP8_SPREAD = 64.0  # of random values: a seventh of the largest
+
 
 @dataclass(frozen=True)
 class Source:
@@ -35,7 +38,7 @@ class ParamInfo:
 
     shape:    global shape, padding included
     spec:     how it is split over the mesh
-    init:     "normal" (scaled by fan-in, the last dimension), "ones" or "zeros"
+    init:     "normal" (scaled by fan-in, the last dimension; of fp8, by FP8_SPREAD), "ones", "zeros" or a number
     sources:  the checkpoint tensors that it is made of
     read:     (read_slice, index) -> the values at a global `index` (one slice per dimension, step 1), reading no
               more than it needs; `read_slice(name, index)` reads part of a checkpoint tensor
@@ -44,7 +47,7 @@ class ParamInfo:
     shape: tuple[int, ...]
     dtype: Any
     spec: P
-    init: str
+    init: str | float
     sources: tuple[Source, ...]
     read: Callable[[ReadSlice, Index], np.ndarray]
 
@@ -97,8 +100,9 @@ def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:
 
             def init(key: jax.Array) -> jax.Array:
                 if info.init == "normal":
-                    return (jax.random.normal(key, info.shape, jnp.float32) * info.shape[-1] ** -0.5).astype(info.dtype)
-                return jnp.full(info.shape, 1 if info.init == "ones" else 0, info.dtype)
+                    spread = FP8_SPREAD if info.dtype == FP8 else info.shape[-1] ** -0.5
+                    return (jax.random.normal(key, info.shape, jnp.float32) * spread).astype(info.dtype)
+                return jnp.full(info.shape, {"ones": 1, "zeros": 0}.get(info.init, info.init), info.dtype)
 
             makers[kind] = jax.jit(init, out_shardings=info.sharding(mesh))
         return makers[kind](key)

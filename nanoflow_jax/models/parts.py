@@ -13,6 +13,7 @@ from jax import lax
 
 from nanoflow_jax.config import RopeConfig
 from nanoflow_jax.models.layout import LayerParams
+from nanoflow_jax.models.quantised import Quantised, Weight, contract_fp8
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -22,26 +23,28 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed.astype(x.dtype) * weight[None, :]
 
 
-def contract(x: jax.Array, weight: jax.Array, axis: int, out_dtype: Any = None) -> jax.Array:
-    """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [N, K] -> [n, N]. float32 is computed in full
-    precision everywhere."""
+def contract(x: jax.Array, weight: Weight, axis: int, out_dtype: Any = None) -> jax.Array:
+    """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [..., K] -> [n, N], N all its leading dimensions.
+    float32 is computed in full precision everywhere; a quantised weight in fp8."""
+    if isinstance(weight, Quantised):
+        return contract_fp8(x, weight, axis, out_dtype or x.dtype)
+    weight = weight.reshape(-1, weight.shape[-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         x, weight, (((axis,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype
     )
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x [n, K], weight [N, K], bias [N] or None -> [n, N]."""
+def linear(x: jax.Array, weight: Weight, bias: jax.Array | None) -> jax.Array:
+    """x [n, K], weight [..., K], bias [...] or None -> [n, N]."""
     out = contract(x, weight, 1)
-    return out if bias is None else out + bias[None, :]
+    return out if bias is None else out + bias.reshape(1, -1)
 
 
 def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array, jax.Array]:
     """KQV: x [n, H] -> q [n, g, r, d], k [n, g, d], v [n, g, d] of this device's g groups."""
-    groups, rows, d, hidden = layer.kqv.shape
-    bias = None if layer.kqv_bias is None else layer.kqv_bias.reshape(-1)
-    fused = linear(x, layer.kqv.reshape(groups * rows * d, hidden), bias).reshape(-1, groups, rows, d)
+    groups, rows, d, _ = layer.kqv.shape
+    fused = linear(x, layer.kqv, layer.kqv_bias).reshape(-1, groups, rows, d)
     return fused[:, :, : rows - 2], fused[:, :, rows - 2], fused[:, :, rows - 1]
 
 
@@ -56,9 +59,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
     """UG: x [n, H] -> SiLU(gate) * up, [n, f] of this device's f columns."""
-    _, f, hidden = layer.ug.shape
-    bias = None if layer.ug_bias is None else layer.ug_bias.reshape(-1)
-    both = linear(x, layer.ug.reshape(2 * f, hidden), bias)
+    f = layer.ug.shape[1]
+    both = linear(x, layer.ug, layer.ug_bias)
     return jax.nn.silu(both[:, :f]) * both[:, f:]
 
 

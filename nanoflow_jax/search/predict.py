@@ -7,17 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import jax
-
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import Demand, StepLoad
+from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel, optimal_tokens_per_second
 from nanoflow_jax.cost.shapes import BYTES
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.infos import param_infos
-from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.params import is_info
-from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum
 from nanoflow_jax.search.simulate import Simulation, simulate_step
 
@@ -105,12 +101,10 @@ def kv_capacity(
 ) -> int:  # fmt: skip
     """Tokens of KV that fit on `devices` GPUs beside weights and a step's temporaries; negative: the weights do not."""
     infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
-    leaves = jax.tree.leaves(infos, is_leaf=is_info)
-    weights = sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
     width = BYTES[config.dtype]
+    left = hardware.memory_bytes * utilization - weight_bytes(infos, devices)
     temporaries = RESIDUALS * rows * config.hidden_size * width
-    per_token = 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * width
-    return int((hardware.memory_bytes * utilization - weights - temporaries) // per_token)
+    return int((left - temporaries) // kv_bytes_per_token(config, devices, width))
 
 
 def average_step(

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.engine.memory import CLOSE, MemoryPlan, check_weights, local_bytes, page_bytes, plan_pages
+from nanoflow_jax.cost.footprint import weight_bytes
+from nanoflow_jax.engine.memory import CLOSE, MemoryPlan, check_weights, page_bytes, plan_pages
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.registry import read_config
@@ -134,7 +135,7 @@ def test_bytes_are_those_of_real_arrays(devices: int, kv_heads: int, dtype: str)
         jax.device_put(jnp.zeros(info.shape, info.dtype), info.sharding(mesh))
         for info in jax.tree.leaves(infos, is_leaf=is_info)
     ]
-    assert local_bytes(infos, devices) == on_each(weights)
+    assert weight_bytes(infos, devices) == on_each(weights)
     pages = jnp.zeros(cache_shape(config, devices, 3, 4), jnp.dtype(dtype))
     pools = [jax.device_put(pages, NamedSharding(mesh, CACHE_SPEC)) for _ in range(2)]
     assert 3 * page_bytes(config, devices, 4) == on_each(pools)
@@ -149,8 +150,8 @@ def test_bytes_are_those_of_real_arrays(devices: int, kv_heads: int, dtype: str)
 def test_the_size_that_is_named_fits(share: float, devices: int, dtype: str) -> None:
     """The smallest larger one that leaves a tenth for the rest; none is named when none does."""
     config = replace(TINY, dtype=dtype)
-    limit = int(local_bytes(param_infos(config, 1), 1) * share)
-    fits = {n: local_bytes(param_infos(config, n), n) < limit for n in valid_sizes(config)}
+    limit = int(weight_bytes(param_infos(config, 1), 1) * share)
+    fits = {n: weight_bytes(param_infos(config, n), n) < limit for n in valid_sizes(config)}
     if fits[devices]:
         check_weights(config, param_infos(config, devices), devices, limit)
         return
@@ -160,7 +161,7 @@ def test_the_size_that_is_named_fits(share: float, devices: int, dtype: str) -> 
     assert "\n" not in message
     assert ("bfloat16" in message) == (dtype == "float32")
     named = re.search(r"tensor_parallel_size=(\d+) would", message)
-    roomy = [n for n in valid_sizes(config) if n > devices and local_bytes(param_infos(config, n), n) < 0.9 * limit]
+    roomy = [n for n in valid_sizes(config) if n > devices and weight_bytes(param_infos(config, n), n) < 0.9 * limit]
     if named:
         assert int(named.group(1)) == roomy[0]
         assert fits[roomy[0]]

@@ -52,6 +52,7 @@ class Driver:
     num_pages: int = 96
     enforce_order: bool = False
     kv_cache_dtype: str = "auto"
+    quantization: str | None = None
     config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
 
     @cached_property
@@ -70,7 +71,7 @@ class Driver:
             scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
             self.config, self.devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input,
-            dtype=self.dtype, kv_scales=scales,
+            dtype=self.dtype, kv_scales=scales, quantization=self.quantization,
         )  # fmt: skip
 
     @cached_property

@@ -8,7 +8,8 @@ import itertools
 import pytest
 
 from kernels_pallas.tuning import tuned_gpu
-from nanoflow_jax.engine.memory import local_bytes, page_bytes
+from nanoflow_jax.cost.footprint import weight_bytes
+from nanoflow_jax.engine.memory import page_bytes
 from nanoflow_jax.engine.setup import _slot_bytes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
@@ -71,7 +72,7 @@ def test_its_runs_fit(gpu: str, name: str) -> None:
     assert options.kv_cache_tokens is not None and options.kv_cache_tokens % options.page_size == 0
     pages = options.kv_cache_tokens // options.page_size
     needed = (
-        local_bytes(rank_infos(infos, devices) if options.rank_of else infos, 1)
+        weight_bytes(rank_infos(infos, devices) if options.rank_of else infos, 1)
         + pages * page_bytes(config, devices, options.page_size)
         + _slot_bytes(config, devices, slots)
     )
