@@ -61,13 +61,15 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
     tied = config.get("tie_word_embeddings", gemma)
     qkv_bias = config.get("attention_bias", family == "seed_oss") or family == "qwen2"
     o_bias = config.get("attention_out_bias", False) if family == "seed_oss" else qkv_bias and family != "qwen2"
+    depth = min(1.0, math.sqrt(3 / config["num_hidden_layers"]))  # keeps what deeper models round in bfloat16 small
+    halved = _POST_NORMS if family in _NORMS and config["num_hidden_layers"] > 4 else ()  # likewise
     attention = (
         ("q", q_dim, hidden, 1.0, qkv_bias),
         ("k", kv_dim, hidden, 1.0, qkv_bias),
         ("v", kv_dim, hidden, 1.5, qkv_bias),
-        ("o", hidden, q_dim, 1.5, o_bias),
+        ("o", hidden, q_dim, 1.5 * depth, o_bias),
     )
-    mlp = (("gate", inter, hidden), ("up", inter, hidden), ("down", hidden, inter))
+    mlp = (("gate", inter, hidden, 1.25), ("up", inter, hidden, 1.25), ("down", hidden, inter, 1.25 * depth))
     norms = _NORMS.get(family, ("input_layernorm", "post_attention_layernorm"))
     qk_norm_sizes = {"qwen3": (case.head_dim,) * 2, "gemma3_text": (case.head_dim,) * 2}
     qk_norm_sizes |= {"olmo2": (q_dim, kv_dim), "olmo3": (q_dim, kv_dim)}
@@ -91,15 +93,15 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
     matrix("model.embed_tokens.weight", vocab, hidden, embedding_std * math.sqrt(hidden))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        norm(f"{prefix}.{norms[0]}.weight")
+        norm(f"{prefix}.{norms[0]}.weight", factor=0.5 if norms[0] in halved else 1.0)
         for part, outputs, inputs, gain, bias in attention:
             linear(f"{prefix}.self_attn.{part}_proj", outputs, inputs, gain, bias)
         for part, size in zip("qk", qk_norm_sizes.get(family, ()), strict=False):
             norm(f"{prefix}.self_attn.{part}_norm.weight", size)
         for other in norms[1:]:
-            norm(f"{prefix}.{other}.weight")
-        for part, outputs, inputs in mlp:
-            linear(f"{prefix}.mlp.{part}_proj", outputs, inputs, 1.25, config.get("mlp_bias", False))
+            norm(f"{prefix}.{other}.weight", factor=0.5 if other in halved else 1.0)
+        for part, outputs, inputs, gain in mlp:
+            linear(f"{prefix}.mlp.{part}_proj", outputs, inputs, gain, config.get("mlp_bias", False))
     logits_scaling = config.get("logits_scaling", 1.0)
     if not tied:
         norm("model.norm.weight")
@@ -186,7 +188,10 @@ class Reference:
     logits: dict[str, list[np.ndarray]]  # "float32", "bfloat16" -> P arrays [L_p, V], all stored as float32
     greedy_tokens: np.ndarray  # int32 [P, G], computed in float32, EOS ignored
     greedy_gaps: np.ndarray  # float32 [P, G], the best logit minus the second best at that step
-    metadata: dict[str, Any] = field(repr=False)  # versions, date, seed, weights_sha256, measured errors
+    metadata: dict[str, Any] = field(repr=False)  # versions, date, seed, weights_sha256, measured errors and effects
+    # Where rope depends on the length of the sequence (dynamic, longrope), greedy_tokens come of whole sequences computed
+    # anew at every step; these, int32 [P, G], of a KV cache, whose keys keep the frequencies they were computed with.
+    cached_greedy_tokens: np.ndarray | None = None
 
 
 def load_reference(case_name: str) -> Reference:
@@ -202,6 +207,7 @@ def load_reference(case_name: str) -> Reference:
             greedy_tokens=data["greedy_tokens"],
             greedy_gaps=data["greedy_gaps"],
             metadata=metadata,
+            cached_greedy_tokens=data.get("cached_greedy_tokens"),
         )
 
 

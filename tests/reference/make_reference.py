@@ -36,7 +36,7 @@ from effects import config_of, features
 
 MIN_GAP = 1e-3  # a smaller gap between the two best logits would let rounding choose another greedy token
 MIN_DISTINCT = 8  # of the tokens of one greedy continuation
-MAX_BFLOAT16_ERROR = 0.02  # per row: what a bfloat16 test may allow must hold for the reference itself
+MAX_BFLOAT16_ERROR = 0.016  # per row: a bfloat16 test, which rounds on its own, may allow 0.02 from the bfloat16 logits
 TINY_MODEL = Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama"
 TINY_TOKENS = 80
 _KEYS = [first + second for first in "kvz" for second in "abcdefghijklmnopqr"]
