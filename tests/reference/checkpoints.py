@@ -189,8 +189,8 @@ class Reference:
     greedy_tokens: np.ndarray  # int32 [P, G], computed in float32, EOS ignored
     greedy_gaps: np.ndarray  # float32 [P, G], the best logit minus the second best at that step
     metadata: dict[str, Any] = field(repr=False)  # versions, date, seed, weights_sha256, measured errors and effects
-    # Where rope depends on the length of the sequence (dynamic, longrope), greedy_tokens come of whole sequences computed
-    # anew at every step; these, int32 [P, G], of a KV cache, whose keys keep the frequencies they were computed with.
+    # Where rope depends on the length of the sequence (dynamic, longrope), greedy_tokens come of whole sequences
+    # computed anew at each step; these, int32 [P, G], of a KV cache, whose keys keep the frequencies they came with.
     cached_greedy_tokens: np.ndarray | None = None
 
 
