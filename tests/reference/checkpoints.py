@@ -211,6 +211,17 @@ def load_reference(case_name: str) -> Reference:
         )
 
 
+def load_rope_reference(path: Path = DATA / "rope.npz") -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Settings of published models, with the attention factor and the float32 [head_dim / 2] inverse frequencies.
+
+    Settings: about, head_dim, rope_theta, max_position_embeddings, rope_scaling, length (of the sequence), and
+    attention_factor, the outcome that multiplies cos and sin.
+    """
+    with np.load(path) as data:
+        parts = np.split(data["inv_freq"], np.cumsum(data["lengths"])[:-1])
+        return list(zip(json.loads(str(data["settings"])), parts, strict=True))
+
+
 @dataclass(frozen=True)
 class Continuation:
     """One greedy continuation by the embedded tiny model, in float32."""

@@ -122,7 +122,7 @@ def row_errors(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.linalg.norm(values - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
 
 
-def _metadata(**fields: Any) -> str:
+def metadata_json(**fields: Any) -> str:
     versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -179,7 +179,7 @@ def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[
         "logits_bfloat16": logits_bfloat16,
         "greedy_tokens": tokens,
         "greedy_gaps": gaps,
-        "metadata": _metadata(
+        "metadata": metadata_json(
             case=name,
             seed=case.seed if seed is None else seed,
             parameters=sum(values.size for values in weights.values()),
@@ -237,7 +237,7 @@ def make_tiny(folder: Path) -> dict[str, Any]:
         "texts": np.array(json.dumps([tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in continuations])),
         "logprobs": logprobs[np.arange(len(tokens)), tokens].astype(np.float32),
         "gaps": gaps,
-        "metadata": _metadata(
+        "metadata": metadata_json(
             max_tokens=TINY_TOKENS,
             stop_token_ids=stop_ids,
             min_gap=float(gaps.min()),
