@@ -55,8 +55,8 @@ SETTINGS: dict[str, tuple[int, float, int, dict[str, Any], tuple[int, ...]]] = {
 
 def main() -> None:
     settings, frequencies = [], []
-    for about, (head_dim, theta, positions, scaling, lengths) in SETTINGS.items():
-        for length in lengths:
+    for about, (head_dim, theta, positions, scaling, tried) in SETTINGS.items():
+        for length in tried:
             config = AutoConfig.for_model(
                 "llama",
                 head_dim=head_dim,
@@ -70,15 +70,9 @@ def main() -> None:
             fields |= {"rope_scaling": scaling, "length": length, "attention_factor": float(attention_factor)}
             settings.append({"about": about, **fields})
             frequencies.append(inv_freq.numpy())
-    cuts = np.array([len(values) for values in frequencies], np.int32)
-    path = DATA / "rope.npz"
-    np.savez_compressed(
-        path,
-        settings=json.dumps(settings),
-        lengths=cuts,
-        inv_freq=np.concatenate(frequencies),
-        metadata=metadata_json(),
-    )
+    lengths = np.array([len(values) for values in frequencies], np.int32)
+    path, arrays = DATA / "rope.npz", {"lengths": lengths, "inv_freq": np.concatenate(frequencies)}
+    np.savez_compressed(path, settings=json.dumps(settings), metadata=metadata_json(), **arrays)
     print(f"rope: {len(settings)} settings, {path.stat().st_size} bytes")
 
 
