@@ -1,4 +1,4 @@
-"""Small random LLaMA checkpoints, made from their names, and the reference outputs committed for them.
+"""Small random checkpoints, made from their names, and the reference outputs committed for them.
 
 `write_checkpoint` makes a Hugging Face style folder; `load_reference` returns what `transformers` computed from exactly
 that folder (see make_reference.py). Only NumPy is needed: neither torch nor jax is imported here.
@@ -18,133 +18,17 @@ from typing import Any
 
 import numpy as np
 
+# isort: split
+from cases import CASES, Case
+from family_cases import FAMILY_CASES
+
 DATA = Path(__file__).parent / "data"
 PROMPT_LENGTHS = (3, 16, 17, 27, 40)
 GREEDY_TOKENS = 64
 
+ALL_CASES: dict[str, Case] = CASES | FAMILY_CASES
+
 Weights = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One checkpoint: `config` is config.json verbatim; the rest says how its weights are made and stored."""
-
-    about: str
-    config: dict[str, Any]
-    seed: int = 0  # chosen so that make_reference.py accepts the case
-    file_dtype: str = "float32"  # float32, float16 or bfloat16
-    shards: int = 1
-    store_inv_freq: bool = False  # old checkpoints hold rotary buffers, which a loader must skip
-    store_tied_head: bool = False  # some tied checkpoints hold lm_head.weight as well
-
-    @property
-    def num_kv_heads(self) -> int:
-        return self.config.get("num_key_value_heads") or self.config["num_attention_heads"]
-
-    @property
-    def head_dim(self) -> int:
-        return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
-
-
-def _config(hidden: int, inter: int, layers: int, heads: int, vocab: int, **fields: Any) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": inter,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        **fields,
-    }
-
-
-_LLAMA3_SCALING = {
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-    "rope_type": "llama3",
-}
-
-# "Old dialect": rope_scaling and rope_theta side by side; "new dialect": rope_parameters, as transformers 5 writes it.
-CASES: dict[str, Case] = {
-    "llama2_mha": Case(
-        "Llama-2 style: no num_key_value_heads, head_dim or rope_theta; float16 file with rotary buffers",
-        _config(
-            64, 176, 2, 8, 96,
-            _name_or_path="some/llama-2", bos_token_id=1, eos_token_id=2, hidden_act="silu", initializer_range=0.02,
-            max_position_embeddings=256, pad_token_id=0, pretraining_tp=1, rms_norm_eps=1e-05, rope_scaling=None,
-            tie_word_embeddings=False, torch_dtype="float16", transformers_version="4.31.0.dev0", use_cache=True,
-        ),
-        seed=5, file_dtype="float16", store_inv_freq=True,
-    ),
-    "llama3_old_rope": Case(
-        "Llama-3.1 style: 8 query heads on 1 KV head, llama3 rope in the old dialect, EOS list; 2 bfloat16 shards",
-        _config(
-            64, 128, 3, 8, 128,
-            num_key_value_heads=1, attention_bias=False, attention_dropout=0.0, bos_token_id=1, eos_token_id=[2, 3, 4],
-            hidden_act="silu", max_position_embeddings=256, mlp_bias=False, pretraining_tp=1, rms_norm_eps=1e-05,
-            rope_scaling=dict(_LLAMA3_SCALING), rope_theta=10000.0, tie_word_embeddings=False,
-            torch_dtype="bfloat16", transformers_version="4.42.3", use_cache=True,
-        ),
-        seed=5, file_dtype="bfloat16", shards=2,
-    ),
-    "llama3_new_rope_tied": Case(
-        "Llama-3.2 style: 16 query heads on 8 KV heads, tied, head_dim given, llama3 rope in the new dialect",
-        _config(
-            96, 112, 2, 16, 112,
-            num_key_value_heads=8, head_dim=8, attention_bias=False, bos_token_id=1, dtype="float32", eos_token_id=2,
-            hidden_act="silu", max_position_embeddings=256, mlp_bias=False, rms_norm_eps=1e-05,
-            rope_parameters={**_LLAMA3_SCALING, "rope_theta": 10000.0}, tie_word_embeddings=True,
-            transformers_version="5.0.0", use_cache=True,
-        ),
-    ),
-    "biases": Case(
-        "attention_bias, mlp_bias, rms_norm_eps that matters, 8 query heads on 2 KV heads, default rope, new dialect",
-        _config(
-            64, 128, 2, 8, 104,
-            num_key_value_heads=2, head_dim=8, attention_bias=True, mlp_bias=True, dtype="float32", eos_token_id=2,
-            max_position_embeddings=128, rms_norm_eps=0.05, tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
-        ),
-        seed=11,
-    ),
-    "linear_old_rope_head_dim": Case(
-        "head_dim 16 where hidden_size / heads is 8, 8 query heads on 8 KV heads, linear rope spelled 'type', tied",
-        _config(
-            64, 96, 2, 8, 120,
-            num_key_value_heads=8, head_dim=16, eos_token_id=2, max_position_embeddings=512, rms_norm_eps=1e-05,
-            rope_scaling={"type": "linear", "factor": 4.0}, rope_theta=10000.0, tie_word_embeddings=True,
-            torch_dtype="float32",
-        ),
-        seed=1,
-    ),
-    "linear_new_rope_sharded": Case(
-        "16 query heads on 2 KV heads, linear rope in the new dialect, vocabulary of 101, 3 float32 shards",
-        _config(
-            64, 120, 3, 16, 101,
-            num_key_value_heads=2, head_dim=8, dtype="float32", eos_token_id=2, max_position_embeddings=512,
-            rms_norm_eps=1e-05, rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 500000.0},
-            tie_word_embeddings=False,
-        ),
-        seed=6, shards=3,
-    ),
-    "odd_vocab_tied": Case(
-        "vocabulary of 131, tied with lm_head.weight stored as well, 8 query heads on 1 KV head, bfloat16 file",
-        _config(
-            96, 160, 2, 8, 131,
-            num_key_value_heads=1, dtype="bfloat16", eos_token_id=2, max_position_embeddings=128, rms_norm_eps=1e-05,
-            rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, tie_word_embeddings=True,
-        ),
-        seed=10, file_dtype="bfloat16", store_tied_head=True,
-    ),
-    "bare_config": Case(
-        "only sizes in config.json, the rest by default (its logits show rope and untied; rms_norm_eps hardly)",
-        _config(64, 128, 2, 8, 96, num_key_value_heads=4, max_position_embeddings=128),
-        seed=3,
-    ),
-}  # fmt: skip
 
 
 def _generator(*names: object) -> np.random.Generator:
@@ -159,20 +43,36 @@ def _uniform(rng: np.random.Generator, shape: tuple[int, ...], std: float) -> np
     return np.ldexp(rng.integers(-width, width + 1, shape).astype(np.float32), exponent - 8)
 
 
+_POST_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_NORMS = {  # a layer's norms; LLaMA's, in the default below, are named alike but both come before their block
+    "olmo2": _POST_NORMS,
+    "olmo3": _POST_NORMS,
+    "gemma3_text": ("input_layernorm", _POST_NORMS[0], "pre_feedforward_layernorm", _POST_NORMS[1]),
+}
+
+
 def make_weights(name: str, seed: int | None = None) -> Weights:
     """The weights of a case in float32, under their Hugging Face names; matrices are [outputs, inputs]."""
-    case = CASES[name]
-    config, seed = case.config, case.seed if seed is None else seed
+    case = ALL_CASES[name]
+    config, family, seed = case.config, case.family, case.seed if seed is None else seed
     hidden, inter, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     q_dim, kv_dim = config["num_attention_heads"] * case.head_dim, case.num_kv_heads * case.head_dim
-    tied = config.get("tie_word_embeddings", False)
+    gemma = family == "gemma3_text"
+    tied = config.get("tie_word_embeddings", gemma)
+    qkv_bias = config.get("attention_bias", family == "seed_oss") or family == "qwen2"
+    o_bias = config.get("attention_out_bias", False) if family == "seed_oss" else qkv_bias and family != "qwen2"
+    depth = min(1.0, math.sqrt(3 / config["num_hidden_layers"]))  # keeps what deeper models round in bfloat16 small
+    halved = _POST_NORMS if family in _NORMS and config["num_hidden_layers"] > 4 else ()  # likewise
     attention = (
-        ("q", q_dim, hidden, 1.0),
-        ("k", kv_dim, hidden, 1.0),
-        ("v", kv_dim, hidden, 1.5),
-        ("o", hidden, q_dim, 1.5),
+        ("q", q_dim, hidden, 1.0, qkv_bias),
+        ("k", kv_dim, hidden, 1.0, qkv_bias),
+        ("v", kv_dim, hidden, 1.5, qkv_bias),
+        ("o", hidden, q_dim, 1.5 * depth, o_bias),
     )
-    mlp = (("gate", inter, hidden), ("up", inter, hidden), ("down", hidden, inter))
+    mlp = (("gate", inter, hidden, 1.25), ("up", inter, hidden, 1.25), ("down", hidden, inter, 1.25 * depth))
+    norms = _NORMS.get(family, ("input_layernorm", "post_attention_layernorm"))
+    qk_norm_sizes = {"qwen3": (case.head_dim,) * 2, "gemma3_text": (case.head_dim,) * 2}
+    qk_norm_sizes |= {"olmo2": (q_dim, kv_dim), "olmo3": (q_dim, kv_dim)}
     weights: Weights = {}
 
     def matrix(key: str, outputs: int, inputs: int, gain: float) -> None:
@@ -183,31 +83,40 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
         if bias:
             weights[f"{key}.bias"] = _uniform(_generator(name, seed, key, "bias"), (outputs,), 0.3)
 
-    def norm(key: str) -> None:  # 0.75 to 1.25
-        weights[key] = (_generator(name, seed, key).integers(96, 161, hidden) / 128).astype(np.float32)
+    def norm(key: str, size: int = hidden, factor: np.ndarray | float = 1.0) -> None:
+        """0.75 to 1.25 times a factor; Gemma stores it less 1, in steps that leave both exact."""
+        steps = _generator(name, seed, key).integers(*((48, 81) if gemma else (96, 161)), size) / (64 if gemma else 128)
+        weights[key] = (steps * factor - gemma).astype(np.float32)
 
-    matrix("model.embed_tokens.weight", vocab, hidden, 2.0 * math.sqrt(hidden))
+    # Hidden states start with a standard deviation of 2, and logits end with one of 2 or 3, whatever is multiplied in.
+    embedding_std = 2.0 / (math.sqrt(hidden) if gemma else config.get("embedding_multiplier", 1.0))
+    matrix("model.embed_tokens.weight", vocab, hidden, embedding_std * math.sqrt(hidden))
     for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        norm(f"{prefix}.input_layernorm.weight")
-        for part, outputs, inputs, gain in attention:
-            linear(f"{prefix}.self_attn.{part}_proj", outputs, inputs, gain, config.get("attention_bias", False))
-        norm(f"{prefix}.post_attention_layernorm.weight")
-        for part, outputs, inputs in mlp:
-            linear(f"{prefix}.mlp.{part}_proj", outputs, inputs, 1.25, config.get("mlp_bias", False))
-    norm("model.norm.weight")
-    if tied:  # random signs, or every logit row would favour its own input token; an eighth, for logits of a usual size
-        signs = _generator(name, seed, "signs").integers(0, 2, hidden) * 2 - 1
-        weights["model.norm.weight"] *= (signs / 8).astype(np.float32)
-    else:
-        matrix("lm_head.weight", vocab, hidden, 3.0)
+        norm(f"{prefix}.{norms[0]}.weight", factor=0.5 if norms[0] in halved else 1.0)
+        for part, outputs, inputs, gain, bias in attention:
+            linear(f"{prefix}.self_attn.{part}_proj", outputs, inputs, gain, bias)
+        for part, size in zip("qk", qk_norm_sizes.get(family, ()), strict=False):
+            norm(f"{prefix}.self_attn.{part}_norm.weight", size)
+        for other in norms[1:]:
+            norm(f"{prefix}.{other}.weight", factor=0.5 if other in halved else 1.0)
+        for part, outputs, inputs, gain in mlp:
+            linear(f"{prefix}.mlp.{part}_proj", outputs, inputs, gain, config.get("mlp_bias", False))
+    logits_scaling = config.get("logits_scaling", 1.0)
+    if not tied:
+        norm("model.norm.weight")
+        matrix("lm_head.weight", vocab, hidden, 3.0 * logits_scaling)
+        return weights
+    # Random signs, or every logit row would favour its own input token; a power of two, for logits of a usual size.
+    signs = _generator(name, seed, "signs").integers(0, 2, hidden) * 2 - 1
+    norm("model.norm.weight", factor=signs * 2.0 ** round(math.log2(2 * logits_scaling / embedding_std / hidden**0.5)))
     return weights
 
 
 def make_prompts(name: str) -> list[list[int]]:
     """Ragged prompts of random token ids, one per entry of PROMPT_LENGTHS."""
     rng = _generator(name, "prompts")
-    return [rng.integers(0, CASES[name].config["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
+    return [rng.integers(0, ALL_CASES[name].config["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
 
 
 def fingerprint(weights: Weights) -> str:
@@ -248,7 +157,7 @@ def _write_safetensors(path: Path, tensors: Weights, dtype: str) -> int:
 
 def write_checkpoint(case_name: str, folder: str | Path, seed: int | None = None) -> Path:
     """Write config.json and the safetensors file, or shards with their index, of a case; returns the folder."""
-    case, folder = CASES[case_name], Path(folder)
+    case, folder = ALL_CASES[case_name], Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(case.config, indent=2) + "\n")
     tensors = dict(make_weights(case_name, seed))
@@ -279,7 +188,10 @@ class Reference:
     logits: dict[str, list[np.ndarray]]  # "float32", "bfloat16" -> P arrays [L_p, V], all stored as float32
     greedy_tokens: np.ndarray  # int32 [P, G], computed in float32, EOS ignored
     greedy_gaps: np.ndarray  # float32 [P, G], the best logit minus the second best at that step
-    metadata: dict[str, Any] = field(repr=False)  # versions, date, seed, weights_sha256, measured errors
+    metadata: dict[str, Any] = field(repr=False)  # versions, date, seed, weights_sha256, measured errors and effects
+    # Where rope depends on the length of the sequence (dynamic, longrope), greedy_tokens come of whole sequences
+    # computed anew at each step; these, int32 [P, G], of a KV cache, whose keys keep the frequencies they came with.
+    cached_greedy_tokens: np.ndarray | None = None
 
 
 def load_reference(case_name: str) -> Reference:
@@ -295,7 +207,19 @@ def load_reference(case_name: str) -> Reference:
             greedy_tokens=data["greedy_tokens"],
             greedy_gaps=data["greedy_gaps"],
             metadata=metadata,
+            cached_greedy_tokens=data.get("cached_greedy_tokens"),
         )
+
+
+def load_rope_reference(path: Path = DATA / "rope.npz") -> list[tuple[dict[str, Any], np.ndarray]]:
+    """Settings of published models, with the attention factor and the float32 [head_dim / 2] inverse frequencies.
+
+    Settings: about, head_dim, rope_theta, max_position_embeddings, rope_scaling, length (of the sequence), and
+    attention_factor, the outcome that multiplies cos and sin.
+    """
+    with np.load(path) as data:
+        parts = np.split(data["inv_freq"], np.cumsum(data["lengths"])[:-1])
+        return list(zip(json.loads(str(data["settings"])), parts, strict=True))
 
 
 @dataclass(frozen=True)

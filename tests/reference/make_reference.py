@@ -22,12 +22,21 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 # isort: split
-from checkpoints import CASES, DATA, GREEDY_TOKENS, fingerprint, make_prompts, make_weights, write_checkpoint
+from checkpoints import (
+    ALL_CASES,
+    DATA,
+    GREEDY_TOKENS,
+    PROMPT_LENGTHS,
+    fingerprint,
+    make_prompts,
+    make_weights,
+    write_checkpoint,
+)
+from effects import config_of, features
 
 MIN_GAP = 1e-3  # a smaller gap between the two best logits would let rounding choose another greedy token
 MIN_DISTINCT = 8  # of the tokens of one greedy continuation
-MAX_BFLOAT16_ERROR = 0.02  # per row: what a bfloat16 test may allow must hold for the reference itself
-MIN_ROPE_EFFECT = 0.2  # on the last row of the longest prompt, when rope scaling is left out
+MAX_BFLOAT16_ERROR = 0.016  # per row: a bfloat16 test, which rounds on its own, may allow 0.02 from the bfloat16 logits
 TINY_MODEL = Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama"
 TINY_TOKENS = 80
 _KEYS = [first + second for first in "kvz" for second in "abcdefghijklmnopqr"]
@@ -57,13 +66,23 @@ def load_model(folder: Path, dtype: torch.dtype, **overrides: Any) -> PreTrained
     model, info = loaded
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all("inv_freq" in key for key in info["unexpected_keys"]), info
-    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+    buffers = dict(model.model.rotary_emb.named_buffers())
+    assert buffers and all(buffer.dtype == torch.float32 for buffer in buffers.values())
     return model.eval()
+
+
+def forget_lengths(model: PreTrainedModel) -> None:
+    """Dynamic rope keeps the frequencies of the longest sequence so far, whatever that was: back to the first ones."""
+    rope: Any = model.model.rotary_emb
+    if rope.rope_type == "dynamic":
+        rope.max_seq_len_cached = rope.original_max_seq_len
+        rope.inv_freq = rope.original_inv_freq.clone()
 
 
 @torch.inference_mode()
 def all_logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
     """Logits of every position, float32 [len(tokens), V], from one forward pass without a cache."""
+    forget_lengths(model)
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
 
 
@@ -79,6 +98,19 @@ def greedy(
     return tokens, np.stack(rows)
 
 
+@torch.inference_mode()
+def cached_greedy(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> tuple[list[int], np.ndarray]:
+    """As `greedy`, but one step after the other over a KV cache, whose keys keep the frequencies they came with."""
+    forget_lengths(model)
+    cache, new, tokens, rows = transformers.DynamicCache(config=model.config), prompt, [], []
+    for _ in range(max_tokens):
+        logits = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True).logits
+        rows.append(logits[0, -1].float().numpy())
+        new = [int(rows[-1].argmax())]
+        tokens += new
+    return tokens, np.stack(rows)
+
+
 def top_gaps(logits: np.ndarray) -> np.ndarray:
     """The best logit minus the second best: [..., V] -> [...]."""
     best = np.sort(logits, axis=-1)[..., -2:]
@@ -90,7 +122,7 @@ def row_errors(values: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.linalg.norm(values - reference, axis=-1) / np.linalg.norm(reference, axis=-1)
 
 
-def _metadata(**fields: Any) -> str:
+def metadata_json(**fields: Any) -> str:
     versions = {
         "python": platform.python_version(),
         "numpy": np.__version__,
@@ -100,21 +132,29 @@ def _metadata(**fields: Any) -> str:
     return json.dumps({"date": datetime.date.today().isoformat(), "versions": versions, **fields})
 
 
+def rope_by_length(rope: dict[str, Any]) -> bool:
+    """Whether the frequencies change with the length of the sequence within a case."""
+    if rope.get("rope_type") == "longrope":
+        return PROMPT_LENGTHS[0] <= rope["original_max_position_embeddings"] < PROMPT_LENGTHS[-1] + GREEDY_TOKENS
+    return rope.get("rope_type") == "dynamic"
+
+
 def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays of data/<name>.npz, and the figures measured on the way that `check` judges."""
-    prompts = make_prompts(name)
+    case, prompts, weights = ALL_CASES[name], make_prompts(name), make_weights(name, seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_checkpoint(name, temporary, seed)
         model = load_model(folder, torch.float32)
         logits = np.concatenate([all_logits(model, prompt) for prompt in prompts])
         rows = [greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts]
-        rope_effect = None
-        if model.config.rope_parameters["rope_type"] != "default":
-            plain = {"rope_type": "default", "rope_theta": model.config.rope_parameters["rope_theta"]}
-            config = transformers.AutoConfig.from_pretrained(folder)
-            config.rope_parameters = plain
-            unscaled = load_model(folder, torch.float32, config=config)
-            rope_effect = float(row_errors(all_logits(unscaled, prompts[-1])[-1:], logits[-1:])[0])
+        rope: Any = model.config.rope_parameters
+        cached = [cached_greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts] if rope_by_length(rope) else []
+        effects, minima = {}, {}
+        for feature, without in features(case, list(weights)).items():
+            other = load_model(folder, torch.float32, config=config_of(case, without.fields))
+            without.edit(other)
+            effects[feature] = float(row_errors(all_logits(other, prompts[-1])[-1:], logits[-1:])[0])
+            minima[feature] = without.minimum
         double = load_model(folder, torch.float64)
         logits_double = np.concatenate([all_logits(double, prompt) for prompt in prompts])
         half = load_model(folder, torch.bfloat16)
@@ -128,10 +168,10 @@ def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[
         "max_row_error_float32": float(row_errors(logits, logits_double).max()),
         "max_row_error_bfloat16": float(row_errors(logits_bfloat16, logits).max()),
         "mean_row_error_bfloat16": float(row_errors(logits_bfloat16, logits).mean()),
-        "rope_scaling_effect": rope_effect,
         "logit_std": float(logits.std()),
+        "effects": effects,
+        "minimum_effects": minima,
     }
-    weights = make_weights(name, seed)
     arrays = {
         "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
         "prompt_tokens": np.concatenate(prompts).astype(np.int32),
@@ -139,24 +179,31 @@ def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[
         "logits_bfloat16": logits_bfloat16,
         "greedy_tokens": tokens,
         "greedy_gaps": gaps,
-        "metadata": _metadata(
+        "metadata": metadata_json(
             case=name,
-            seed=CASES[name].seed if seed is None else seed,
+            seed=case.seed if seed is None else seed,
             parameters=sum(values.size for values in weights.values()),
             weights_sha256=fingerprint(weights),
             **figures,
         ),
     }
+    if cached:
+        cached_tokens = np.array([step_tokens for step_tokens, _ in cached], np.int32)
+        figures["min_gap"] = min(figures["min_gap"], *(float(top_gaps(step_logits).min()) for _, step_logits in cached))
+        figures["cache_changes_tokens"] = not np.array_equal(cached_tokens, tokens)
+        arrays["cached_greedy_tokens"] = cached_tokens
     return arrays, figures
 
 
 def check(name: str, figures: dict[str, Any]) -> None:
-    """Refuse a case whose greedy tokens are near ties or collapse, or whose rope scaling hardly matters."""
-    hint = f"{name}: give it another seed in checkpoints.py; {figures}"
+    """Refuse a case whose greedy tokens are near ties or collapse, or one of whose features hardly matters."""
+    weak = {key: value for key, value in figures["effects"].items() if not value > figures["minimum_effects"][key]}
+    assert not weak, f"{name}: hardly matters, so give it another seed or config: {weak}"
+    hint = f"{name}: give it another seed; {figures}"
     assert figures["min_gap"] > MIN_GAP, hint
     assert figures["min_distinct_greedy_tokens"] >= MIN_DISTINCT, hint
     assert figures["max_row_error_bfloat16"] < MAX_BFLOAT16_ERROR, hint
-    assert figures["rope_scaling_effect"] is None or figures["rope_scaling_effect"] > MIN_ROPE_EFFECT, hint
+    assert figures.get("cache_changes_tokens", True), hint
 
 
 def make_tiny(folder: Path) -> dict[str, Any]:
@@ -190,7 +237,7 @@ def make_tiny(folder: Path) -> dict[str, Any]:
         "texts": np.array(json.dumps([tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in continuations])),
         "logprobs": logprobs[np.arange(len(tokens)), tokens].astype(np.float32),
         "gaps": gaps,
-        "metadata": _metadata(
+        "metadata": metadata_json(
             max_tokens=TINY_TOKENS,
             stop_token_ids=stop_ids,
             min_gap=float(gaps.min()),
@@ -213,13 +260,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(ALL_CASES)}")
     parser.add_argument("--tiny", action="store_true", help="make tiny_llama.npz, of the embedded model, instead")
     parser.add_argument("--model", type=Path, default=TINY_MODEL, help="folder for --tiny (the embedded model)")
     parser.add_argument("--output", type=Path, default=DATA, help="folder to write to (data/ beside this file)")
     options = parser.parse_args()
-    if unknown := sorted(set(options.cases) - set(CASES)):
-        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(CASES)}")
+    if unknown := sorted(set(options.cases) - set(ALL_CASES)):
+        parser.error(f"no such case: {', '.join(unknown)}; there are {', '.join(ALL_CASES)}")
     torch.set_num_threads(1)
     if options.tiny:
         arrays = make_tiny(options.model)
@@ -228,7 +275,7 @@ def main() -> None:
             print(f"{prompt['text']!r} -> {text!r}")
         print(f"tiny_llama: {size} bytes")
         return
-    for name in options.cases or CASES:
+    for name in options.cases or ALL_CASES:
         arrays, figures = make_case(name)
         check(name, figures)
         size = _save(name, arrays, options.output)
