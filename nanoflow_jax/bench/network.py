@@ -34,7 +34,7 @@ class NetworkStep:
 def network_step(
     config: ModelConfig, plan: SchedulePlan, shape: StepShape, hardware: Hardware, devices: int
 ) -> NetworkStep:
-    """The collectives of a step on `devices` GPUs by the roofline of `search.latency`: the plan's in every layer,
+    """The collectives of a step on `devices` GPUs by the roofline of `cost.latency`: the plan's in every layer,
     those of the embedding and of greedy sampling."""
     model, width = RooflineModel(hardware), jnp.dtype(config.dtype).itemsize
     pieces = plan.pieces(shape.decode_rows, shape.prefill_rows, row_quantum(devices))

@@ -88,7 +88,7 @@ class LogprobRows:
 
 @dataclass(eq=False)
 class Request:
-    """Host state of a request. While it runs, its slot holds its tokens and its progress (`engine.running`)."""
+    """Host state of a request. While it runs, its slot holds its tokens and its progress (`engine.slot_table`)."""
 
     number: int  # order of arrival; the smaller, the earlier served and the later preempted
     request_id: str

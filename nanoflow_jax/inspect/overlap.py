@@ -2,7 +2,7 @@
 
 The scheduled order is put on streams that are each in order, as XLA's runtime does: kernels on the compute stream,
 collectives on the network's, `call-start` regions and host copies on their own. A start waits for what the compute
-stream holds at that point; a done makes the compute stream wait. `search.play` plays them, with what ops lose beside
+stream holds at that point; a done makes the compute stream wait. `timeline.play` plays them, with what ops lose beside
 each other, as it does for the simulator.
 """
 

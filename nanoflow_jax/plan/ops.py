@@ -1,7 +1,7 @@
 """The table of ops: one layer's, in the paper's names, with all that others ask of an op.
 
-A new op is added here, as a method of the layer program (`schedule.layer`) under its name, and where its machines say
-what it computes (`schedule.step`) and costs (`search.jobs`); plans, search, simulator and inspector read the rest here.
+A new op is added here, as a method of the layer program (`step.layer`) under its name, and where its machines say
+what it computes (`step.trace`) and costs (`timeline.jobs`); plans, search, simulator and inspector read the rest here.
 
 KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the
 product. How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden

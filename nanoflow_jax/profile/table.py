@@ -114,7 +114,7 @@ def read_table(path: str | Path) -> Table:
 
 
 def _check_header(path: Path, header: Mapping[str, Any]) -> None:
-    """Raises ConfigError unless it has what `search.measured` reads."""
+    """Raises ConfigError unless it has what `profile.measured` reads."""
     machine, versions = header.get("machine"), header.get("versions")
     if not isinstance(machine, dict) or not isinstance(versions, dict):
         raise ConfigError(f"{path}:1: a profile's header holds the objects machine and versions")

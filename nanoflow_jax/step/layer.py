@@ -1,6 +1,6 @@
 """The layer program: what the op pieces of a plan do with the rows of a step, written once.
 
-A machine runs it, and alone knows what a value is: `schedule.step` traces arrays, `search.jobs` makes the jobs of a
+A machine runs it, and alone knows what a value is: `step.trace` traces arrays, `timeline.jobs` makes the jobs of a
 simulated timeline. The program says which op reads what, what a collective's result is added to, and when.
 
 A collective's result is pending until the op that reads it first adds it to the residual (`_settle`), together with the

@@ -79,7 +79,7 @@ class StepSpec:
     plan: SchedulePlan
     shape: StepShape
     attention_backend: str = "xla"  # of decode and prefill attention, and KV append, where they have it
-    kv_cache_dtype: str = "auto"  # of the pages: `schedule.attention.KV_CACHE_DTYPES`
+    kv_cache_dtype: str = "auto"  # of the pages: `step.attention.KV_CACHE_DTYPES`
     enforce_order: bool = field(default=False)
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
@@ -180,7 +180,7 @@ def _head(config: ModelConfig, params: ModelParams, hidden: jax.Array) -> tuple[
 
 
 class Tracer:
-    """Runs the layer program on arrays, under `shard_map`: a `schedule.layer.Machine`."""
+    """Runs the layer program on arrays, under `shard_map`: a `step.layer.Machine`."""
 
     appends_at_once = False
 

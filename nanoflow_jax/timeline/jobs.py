@@ -1,6 +1,6 @@
 """A plan's op pieces as jobs on streams: what runs where, and what each waits for.
 
-There are two runtimes. The library's own is what `schedule.step` compiles to and the inspector reads: one compute
+There are two runtimes. The library's own is what `step.trace` compiles to and the inspector reads: one compute
 stream in the plan's order; a collective, or attention on a lane of its own, starts once everything issued before it
 on the compute stream is done, and the first op that reads its result waits for it; a collective is issued once the one
 in flight is done, which the compute stream waits for; a GPU without the Mosaic kernel ignores the lane. NanoFlow's has
@@ -97,7 +97,7 @@ def build_jobs(
 
 
 class JobMaker:
-    """Runs the layer program on jobs: a `schedule.layer.Machine`. Each op becomes the kernels that XLA makes of it."""
+    """Runs the layer program on jobs: a `step.layer.Machine`. Each op becomes the kernels that XLA makes of it."""
 
     def __init__(
         self,

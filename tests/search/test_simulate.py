@@ -126,7 +126,7 @@ def test_a_wait_is_shared_out_among_what_the_network_runs() -> None:
 
 
 def test_a_lane_is_ignored_where_there_is_no_kernel() -> None:
-    """As `schedule.step` does: on an A100 the plan is one without a lane."""
+    """As `step.trace` does: on an A100 the plan is one without a lane."""
     plan = load_plan("nanoflow_70b_streams")
     a100 = RooflineModel(load_hardware("a100_sxm_80"))
     assert SIDE in {one.stream for one in simulate_step(plan, LLAMA, H200, 8, LOAD).timeline.events}

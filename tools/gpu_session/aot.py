@@ -192,7 +192,7 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Na
 
 
 def _beside() -> Named:
-    """Each alone, and the rounds of `search.profile.timing.time_pair`, whose counts it finds by measuring."""
+    """Each alone, and the rounds of `profile.timing.time_pair`, whose counts it finds by measuring."""
     both = beside.points(48, tiny=False)
     for a, b in ((1, 0), (0, 1), (3, 1), (1, 4)):
 

@@ -76,7 +76,7 @@ class Setting:
 
 def setting(model: str, tiny: bool = False, smallest: bool = False) -> Setting:
     """For "tiny" two layers of the embedded model's size. For "8b" eight layers of LLaMA-3.1-8B, and the step of call
-    A's run (`bench.session_parts`), compiled once for both. One step shape each: compiling is most of the time."""
+    A's run (`gpu_session.parts`), compiled once for both. One step shape each: compiling is most of the time."""
     if model == "8b" and not tiny:
         fields: dict[str, Any] = {"kv_cache_tokens": RUN_TOKENS, "max_model_len": RUN_LENGTH}
         _, config = model_config("llama-3.1-8b")
