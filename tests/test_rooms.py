@@ -16,6 +16,7 @@ FLOORS = (
     ("config", "sampling_params", "version"),
     ("hardware", "workload", "tokenizer", "parallel"),
     ("generation_config", "plan", "models"),
+    ("options",),
     ("step", "weights", "cost"),
     ("timeline", "profile", "engine"),
     ("inspect", "search"),
