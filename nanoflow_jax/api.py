@@ -13,21 +13,21 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.multiprocess import lead
 from nanoflow_jax.engine.outputs import request_output
 from nanoflow_jax.engine.request import Request, RequestOutput
-from nanoflow_jax.engine.setup import EngineOptions, build_engine
+from nanoflow_jax.engine.setup import build_engine
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
+from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.plan.known import DEFAULT, known_plan
+from nanoflow_jax.plan.known import AUTO, DEFAULT, known_plan
 from nanoflow_jax.plan.plan import SchedulePlan, load_plan
 from nanoflow_jax.sampling_params import SamplingParams
-from nanoflow_jax.step.attention import KV_CACHE_DTYPES
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.system.progress import Progress
@@ -46,141 +46,37 @@ class LLM:
     """A model ready to generate, sharded over a mesh of devices: the local ones, or those of all processes that have
     joined (nanoflow_jax.distributed).
 
-    model                 "tiny" (embedded), a local folder in Hugging Face format or written by `nanoflow convert`,
-                          or a Hub id
-    revision              branch, tag or commit of a Hub id
-    tokenizer             folder or Hub id of another tokenizer
-    dtype                 "auto" (the checkpoint's; float16 becomes bfloat16), "bfloat16" or "float32"
-    tensor_parallel_size  devices in the mesh; None takes all that are present
-    plan                  name in `configs/plans`, path of a TOML file, or a SchedulePlan; "auto" is
-                          the best one known for the model, GPU and load, else two_gather_one_reduce
-    attention_backend     "mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before
-                          Mosaic kernels are used on a GPU each is checked against the XLA path; one that is wrong is an
-                          error that says to pass "xla", never a silent fallback
-    kv_cache_dtype        "auto": the model's; "fp8" or "fp8_e4m3": twice as many tokens in the same memory, K and V
-                          rounded to float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or
-                          with 1 where it has none
-    max_model_len         tokens of prompt and output together; None: the model's own limit, or what the KV pool holds
-    tokens_per_step       rows of the largest step, decode and prefill together
-    decode_slots          requests that run at once; None: 5/8 of tokens_per_step, on a CPU at most 64
-    page_size             tokens per KV page
-    kv_cache_tokens       size of the KV pool; None: what `memory_utilization` leaves beside the weights and a step's
-                          temporaries (as the compiled step says), on a CPU 65,536
-    memory_utilization    share of a GPU's memory that may be used. JAX is started with a little more, unless it runs
-                          already or XLA_PYTHON_CLIENT_MEM_FRACTION is set; what it then lacks is said in one line
-    enable_prefix_caching reuse the pages of a prefix that another request has computed
-    kv_offload_gib        host memory for pages that the device has no room for; they come back instead of being
-                          computed again
-    kv_offload_disk_gib   and disk space for those that the host memory has no room for, in kv_offload_folder
-                          (None: a temporary folder)
-    deterministic         tokens and logprobs are bitwise the same alone, in a crowd, in another order, with prefix
-                          hits, after preemption. One step shape, and sums over devices in a fixed order
-    seed                  of requests that bring none
+    `help(LLM.__init__)` lists the options; `nanoflow_jax.options.LLMOptions` has them with all that is accepted.
 
     Several threads may call its methods at once: their requests share the steps, and each call gets what it gets alone.
     A request without a seed has one by its order of arrival; give seeds where threads must repeat what they sampled.
 
     Options of the interface that are not there yet are accepted only at the value that leaves them off.
-    Raises ConfigError (a ValueError), one line, for anything that cannot be used.
+    Raises ConfigError (a ValueError), one line, for a value that cannot be used, and TypeError for an unknown option.
     """
 
-    def __init__(
-        self,
-        model: str | Path,
-        *,
-        revision: str | None = None,
-        tokenizer: str | None = None,
-        dtype: str = "auto",
-        tensor_parallel_size: int | None = None,
-        plan: str | Path | SchedulePlan = "auto",
-        max_model_len: int | None = None,
-        tokens_per_step: int = 2048,
-        decode_slots: int | None = None,
-        page_size: int = 64,
-        kv_cache_tokens: int | None = None,
-        memory_utilization: float = 0.9,
-        enable_prefix_caching: bool = True,
-        kv_offload_gib: float = 0,
-        kv_offload_disk_gib: float = 0,
-        kv_offload_folder: str | Path | None = None,
-        deterministic: bool = False,
-        attention_backend: str = "auto",
-        quantization: str | None = None,
-        kv_cache_dtype: str = "auto",
-        seed: int = 0,
-        progress: bool = True,
-    ):
-        given = {name: value for name, value in locals().items() if name not in ("self", "progress")}
-        _only("enable_prefix_caching", enable_prefix_caching, True, False)
-        _only("deterministic", deterministic, True, False)
-        _only("attention_backend", attention_backend, "auto", "xla", "mosaic")
-        _only("quantization", quantization, None)
-        _only("kv_cache_dtype", kv_cache_dtype, *KV_CACHE_DTYPES)
-        _only("dtype", dtype, "auto", "bfloat16", "float32")
-        for name, value in (("page_size", page_size), ("tokens_per_step", tokens_per_step)):
-            _at_least(name, value, 1)
-        for name, value in (
-            ("tensor_parallel_size", tensor_parallel_size),
-            ("max_model_len", max_model_len),
-            ("decode_slots", decode_slots),
-            ("kv_cache_tokens", kv_cache_tokens),
-        ):
-            if value is not None:
-                _at_least(name, value, 1)
-        _at_least("seed", seed, 0)
-        if not _is_number(memory_utilization) or not 0 < memory_utilization <= 1:
-            raise ConfigError(
-                f"memory_utilization: {memory_utilization!r} is not accepted; it must be above 0 and at most 1"
-            )
-        for name, value in (("kv_offload_gib", kv_offload_gib), ("kv_offload_disk_gib", kv_offload_disk_gib)):
-            if not _is_number(value) or not 0 <= value < float("inf"):
-                raise ConfigError(f"{name}: {value!r} is not accepted; it must be a number of at least 0")
-        if kv_offload_disk_gib and not kv_offload_gib:
-            raise ConfigError(
-                "kv_offload_disk_gib: pages reach the disk through the host; kv_offload_gib is needed too"
-            )
-        if kv_offload_folder is not None and not kv_offload_disk_gib:
-            raise ConfigError("kv_offload_folder: kv_offload_disk_gib says how much of it to use, and is needed too")
-        if kv_offload_gib and not enable_prefix_caching:
-            raise ConfigError("kv_offload_gib: offloaded pages are found as prefixes; enable_prefix_caching is needed")
-        claim_gpu_memory(memory_utilization)
+    @takes(LLMOptions)
+    def __init__(self, options: LLMOptions):
+        claim_gpu_memory(options.memory_utilization)
         use_compile_cache()
-        lead(given)
-        self.folder = folder = resolve_model(str(model), revision)
+        lead(options)
+        self.folder = folder = resolve_model(str(options.model), options.revision)
         config = read_config(folder / "config.json")
+        dtype = options.dtype
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
         self.config = replace(config, dtype=dtype)
-        self.mesh = make_mesh(self.config, tensor_parallel_size)
-        if not isinstance(plan, SchedulePlan):
-            plan = (
-                auto_plan(
-                    self.config, self.mesh.devices.flat[0], self.mesh.size, tokens_per_step, decode_slots, deterministic
-                )
-                if plan == "auto"
-                else load_plan(str(plan))
-            )
-        self.plan = plan
-        self.tokenizer = Tokenizer(tokenizer or folder)
+        self.mesh = make_mesh(self.config, options.tensor_parallel_size)
+        if isinstance(options.plan, SchedulePlan):
+            self.plan = options.plan
+        elif options.plan == AUTO:
+            rows = (options.tokens_per_step, options.decode_slots, options.deterministic)
+            self.plan = auto_plan(self.config, self.mesh.devices.flat[0], self.mesh.size, *rows)
+        else:
+            self.plan = load_plan(str(options.plan))
+        self.tokenizer = Tokenizer(options.tokenizer or folder)
         self._defaults = generation_defaults(folder)
         eos = end_tokens(folder, self.config, self.tokenizer)
-        options = EngineOptions(
-            max_model_len=max_model_len,
-            tokens_per_step=tokens_per_step,
-            decode_slots=decode_slots,
-            page_size=page_size,
-            kv_cache_tokens=kv_cache_tokens,
-            memory_utilization=memory_utilization,
-            enable_prefix_caching=enable_prefix_caching,
-            kv_offload_bytes=int(kv_offload_gib * 2**30),
-            kv_offload_disk_bytes=int(kv_offload_disk_gib * 2**30),
-            kv_offload_folder=kv_offload_folder,
-            deterministic=deterministic,
-            attention_backend=attention_backend,
-            kv_cache_dtype=kv_cache_dtype,
-            seed=seed,
-            progress=progress,
-        )
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
         self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
@@ -414,9 +310,12 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
     """Completions of `prompts`, one string each, in order: `generate("tiny", ["12+30="], max_tokens=8)`.
 
     Options are those of SamplingParams (defaults: the model's own, greedy where it names none) and of LLM. The model
-    is loaded for this call; make an LLM to keep it. Raises RuntimeError when one of them has failed.
+    is loaded for this call; make an LLM to keep it. Raises RuntimeError when one of them has failed, and TypeError for
+    an option of neither.
     """
-    sampling = {k: options.pop(k) for k in list(options) if k in SamplingParams.__dataclass_fields__ and k != "seed"}
+    known = SamplingParams.__dataclass_fields__
+    check_names("generate", options, {**OPTIONS, **known})
+    sampling = {k: options.pop(k) for k in list(options) if k in known and k != "seed"}
     if "seed" in options:
         sampling["seed"] = options["seed"]
     llm = LLM(model, **{"progress": False, **options})
@@ -425,20 +324,6 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
         if (error := output.outputs[0].error) is not None:
             raise RuntimeError(f"prompt {number}: {error}")
     return [output.outputs[0].text for output in outputs]
-
-
-def _only(name: str, value: Any, *accepted: Any) -> None:
-    if value not in accepted:
-        raise ConfigError(f"{name}: {value!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value < 2**62:
-        raise ConfigError(f"{name}: {value!r} is not accepted; it must be an integer of at least {low}, below 2**62")
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -65,7 +65,7 @@ def follow() -> int:
         message = processes.receive()
         if "llm" in message:
             llm = None  # its memory, before the next one's
-            llm = LLM(**options_from(message["llm"]), progress=False)
+            llm = LLM(**options_from(message["llm"]))
         elif "step" in message:
             assert llm is not None and isinstance(llm.engine, FollowerEngine)
             llm.engine.follow(message)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ import pytest
 from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.multiprocess import options_for, options_from
+from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import _check_host, join
 from nanoflow_jax.plan.plan import load_plan
@@ -208,6 +210,6 @@ def test_the_last_words_pass_what_is_not_the_end_of_process_0() -> None:
 
 @pytest.mark.parametrize("plan", ["auto", "nanoflow_70b", "nanoflow_70b_streams", "two_all_reduce"])
 def test_options_survive_the_way(plan: str) -> None:
-    options = {"model": Path("a/folder"), "plan": plan if plan == "auto" else load_plan(plan), "seed": 3}
-    back = options_from(json.loads(json.dumps(options_for(options))))
-    assert back == {**options, "model": "a/folder"}
+    options = LLMOptions(Path("a/folder"), plan=plan if plan == "auto" else load_plan(plan), seed=3, page_size=32)
+    back = LLMOptions(**options_from(json.loads(json.dumps(options_for(options)))))
+    assert back == replace(options, model="a/folder")

@@ -18,6 +18,7 @@ FLOORS = (
     ("config", "sampling_params", "version"),
     ("hardware", "workload", "tokenizer", "parallel"),
     ("plan", "models"),
+    ("options",),
     ("step", "weights", "cost", "generation_config"),
     ("timeline", "profile", "engine"),
     ("inspect", "search"),

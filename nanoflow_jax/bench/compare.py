@@ -16,7 +16,7 @@ from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport
 
 TOGGLES = ("deterministic", "no-prefix-caching", "xla-attention")
 
-Measure = Callable[[ThroughputOptions, str], ThroughputReport]
+Measure = Callable[[ThroughputOptions], ThroughputReport]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,6 @@ class Side:
 
     label: str
     options: ThroughputOptions
-    plan: str
 
 
 @dataclass(frozen=True)
@@ -68,35 +67,33 @@ class Comparison:
         return found
 
 
-def sides(options: ThroughputOptions, plan: str, other: str) -> tuple[Side, Side]:
+def sides(options: ThroughputOptions, other: str) -> tuple[Side, Side]:
     """What --compare OTHER runs: one of TOGGLES changes that option, anything else is a plan."""
     if other == "deterministic":
         names = {True: "deterministic", False: "not deterministic"}
         changed = replace(options, deterministic=not options.deterministic)
-        return Side(names[options.deterministic], options, plan), Side(names[changed.deterministic], changed, plan)
+        return Side(names[options.deterministic], options), Side(names[changed.deterministic], changed)
     if other == "no-prefix-caching":
         names = {True: "prefix caching", False: "no prefix caching"}
         changed = replace(options, enable_prefix_caching=not options.enable_prefix_caching)
         first, second = names[options.enable_prefix_caching], names[changed.enable_prefix_caching]
-        return Side(first, options, plan), Side(second, changed, plan)
+        return Side(first, options), Side(second, changed)
     if other == "xla-attention":
         changed = replace(options, attention_backend="xla")
-        return Side(f"attention {options.attention_backend}", options, plan), Side("attention xla", changed, plan)
-    return Side(plan, options, plan), Side(other, options, other)
+        return Side(f"attention {options.attention_backend}", options), Side("attention xla", changed)
+    return Side(str(options.plan), options), Side(other, replace(options, plan=other))
 
 
-def measure_in_turn(
-    options: ThroughputOptions, plan: str, other: str | None, repeat: int, measure: Measure
-) -> Comparison:
+def measure_in_turn(options: ThroughputOptions, other: str | None, repeat: int, measure: Measure) -> Comparison:
     """`repeat` runs, or pairs of runs when there is something to compare with. All have as many requests as the first,
     so that they are the same ones."""
-    pair = sides(options, plan, other) if other else (Side(plan, options, plan),)
+    pair = sides(options, other) if other else (Side(str(options.plan), options),)
     found: tuple[list[ThroughputReport], ...] = ([], [])
     requests = options.requests
     for _ in range(repeat):
         for runs, side in zip(found, pair, strict=False):
             gc.collect()  # the engine before holds the device's memory
-            runs.append(measure(replace(side.options, requests=requests), side.plan))
+            runs.append(measure(replace(side.options, requests=requests)))
             requests = requests or runs[-1].options["requests"]
     labels = (found[0][0].plan, found[1][0].plan) if other and other not in TOGGLES else None
     if other and labels is None:

@@ -97,7 +97,7 @@ def modelled_network(
     if options.inspect:
         largest = max(by_shape, key=lambda shape: shape.rows)
         share, note = inspected_exposure(
-            options.model, plan_name, hardware.name, devices, largest, options.config.num_layers
+            str(options.model), plan_name, hardware.name, devices, largest, options.config.num_layers
         )
         found["inspected"] = note
         if share is not None:

@@ -8,38 +8,26 @@ from typing import Any
 from nanoflow_jax.bench.timeline import TimedStep, Window
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.hardware import Hardware
+from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThroughputOptions:
-    """What to run. `model_layers`: of the whole model, when `config` has fewer."""
+class ThroughputOptions(LLMOptions):
+    """What to run: an LLM, its plan by name, with weights made up for `config`, and a workload. `model_layers`: of the
+    whole model, when `config` has fewer."""
 
-    model: str
     config: ModelConfig
     workload: Workload
     model_layers: int
     requests: int | None = None  # None: about LIFETIMES times as many as run at once
     seconds: float | None = None  # the run ends then at the latest
-    max_model_len: int | None = None
-    tokens_per_step: int = 2048
-    decode_slots: int | None = None
-    page_size: int = 64
-    kv_cache_tokens: int | None = None
-    memory_utilization: float = 0.9
-    tensor_parallel_size: int | None = None
     rank_of: int | None = None
-    enable_prefix_caching: bool = True
-    deterministic: bool = False
     one_shape: bool = False
     accept_unsteady: bool = False  # measure the later half of a run that had no steady state
-    attention_backend: str = "auto"
-    kv_cache_dtype: str = "auto"
     temperature: float = 0.0
     hardware: Hardware | None = None
     inspect: bool = False
-    seed: int = 0
-    progress: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.latency import optimal_tokens_per_second
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
-from nanoflow_jax.engine.setup import EngineOptions, build_engine
+from nanoflow_jax.engine.setup import build_engine
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import random_params
@@ -48,11 +48,12 @@ from nanoflow_jax.workload import BenchRequest, Workload
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one
 
 
-def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
+def measure(options: ThroughputOptions) -> ThroughputReport:
     """One run. Raises ConfigError, one line, when something cannot be used or the run had no steady state."""
     claim_gpu_memory(options.memory_utilization)
     config, (mesh, gpus) = options.config, _mesh(options)
     hardware = options.hardware or hardware_of(mesh.devices.flat[0])
+    plan_name = str(options.plan)
     plan = named_plan(
         DEFAULT if plan_name == AUTO and options.deterministic else plan_name,  # as `LLM`
         replace(config, num_layers=options.model_layers), hardware.name if hardware else None, gpus,
@@ -82,7 +83,7 @@ def measure(options: ThroughputOptions, plan_name: str) -> ThroughputReport:
     rate = window.tokens / window.seconds / gpus
     optimum = optimal_tokens_per_second(hardware, config.num_params) if hardware else None
     report = ThroughputReport(
-        model=options.model,
+        model=str(options.model),
         layers=config.num_layers,
         model_layers=options.model_layers,
         dtype=config.dtype,
@@ -162,26 +163,10 @@ def build_random(options: ThroughputOptions, plan: SchedulePlan, mesh: Mesh, lim
         mesh,
         None,
         (),
-        EngineOptions(
-            max_model_len=limit,
-            tokens_per_step=options.tokens_per_step,
-            decode_slots=options.decode_slots,
-            page_size=options.page_size,
-            kv_cache_tokens=options.kv_cache_tokens,
-            memory_utilization=options.memory_utilization,
-            enable_prefix_caching=options.enable_prefix_caching,
-            kv_offload_bytes=0,
-            kv_offload_disk_bytes=0,
-            kv_offload_folder=None,
-            deterministic=options.deterministic,
-            one_shape=options.one_shape,
-            attention_backend=options.attention_backend,
-            kv_cache_dtype=options.kv_cache_dtype,
-            seed=options.seed,
-            progress=options.progress,
-            rank_of=options.rank_of,
-        ),
+        replace(options, max_model_len=limit),
         make_params,
+        one_shape=options.one_shape,
+        rank_of=options.rank_of,
     )
     return engine, weights_seconds, time.perf_counter() - began - weights_seconds
 

@@ -29,11 +29,6 @@ SAMPLING_OPTIONS = (
     ("top-k", int, "keep this many likeliest tokens; 0 keeps all"),
 )
 UNKNOWN = "auto"  # in a manifest: the plan of replicas that have not told it yet
-# Options that can change a bit of a result, and so belong to what a run is.
-IDENTITY_OPTIONS = (
-    "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-    "page_size", "kv_cache_dtype", "attention_backend", "deterministic", "seed",
-)  # fmt: skip
 
 
 def add(commands: Any) -> None:
@@ -86,9 +81,6 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
         help="continue although model, settings or input have changed: requests that are the same keep their results",
     )
     p.add_argument("--json", action="store_true", help="print the report as JSON")
-    p.add_argument(
-        "--deterministic", action="store_true", help="the same bits whatever runs beside a request, and after a resume"
-    )
 
 
 def run_manifest(
@@ -113,7 +105,7 @@ def run_manifest(
 
     if args.seed < 0:
         raise ConfigError(f"--seed: {args.seed} is not accepted; it must be at least 0")
-    options = {name: getattr(args, name) for name in IDENTITY_OPTIONS}
+    options = llm_options(args).identity()
     if args.tokenizer and Path(args.tokenizer).is_dir():
         options["tokenizer"] = model_fingerprint(Path(args.tokenizer))
     folder = resolve_model(args.model, args.revision)
@@ -293,7 +285,7 @@ def _answer(
 
             model = manifest.identity["model"]
             return run_batch_on_ray(
-                llm_options(args), model, source, found, journal, settings, ray,
+                llm_options(args).arguments(), model, source, found, journal, settings, ray,
                 ReplicaPlan(journal.path, manifest, args.allow_changed), progress=not args.quiet,
             )  # fmt: skip
         return run_batch(make_llm(args), source, found, journal, settings, progress=not args.quiet)

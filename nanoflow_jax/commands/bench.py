@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands import bench_batch as batch_command
-from nanoflow_jax.commands.options import positive
+from nanoflow_jax.commands.options import add_bench_options, llm_options, positive
 from nanoflow_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -98,7 +98,6 @@ def _add_throughput(kinds: Any) -> None:
         help="'tiny', a name in configs/models, a config.json, a folder; on a GPU llama-3.1-8b when not given",
     )
     p.add_argument("--layers", type=positive, help="only so many layers of it; all when not given")
-    p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument(
         "--workload",
         default="constant:512:512",
@@ -106,9 +105,6 @@ def _add_throughput(kinds: Any) -> None:
         "one of GROUPS (1 when not given) common prefixes of PREFIX tokens; a name in configs/workloads; or a JSONL",
     )
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
-    p.add_argument(
-        "--plan", default="two_gather_one_reduce", help="a name in configs/plans, a TOML file, or auto: the one known"
-    )
     p.add_argument(
         "--compare",
         metavar="X",
@@ -122,20 +118,13 @@ def _add_throughput(kinds: Any) -> None:
         "--transformers-python", metavar="PATH", default=sys.executable, help="a Python with torch and transformers"
     )
     p.add_argument("--transformers-seconds", type=_seconds, default=300.0, metavar="S", help="its run ends then")
-    p.add_argument("--tensor-parallel-size", type=positive, help="devices in the mesh; all when not given")
     p.add_argument("--rank-of", type=positive, metavar="N", help="run one rank of an N-way mesh on one device")
     p.add_argument("--inspect", action="store_true", help="with --rank-of: ask nanoflow inspect what stays exposed")
     p.add_argument("--gpu", help="a name in configs/hardware, or a TOML file; found out when not given")
-    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the largest step")
-    p.add_argument("--decode-slots", type=positive, help="requests that run at once; 5/8 of the rows, 64 on a CPU")
-    p.add_argument("--max-model-len", type=positive, help="of prompt and output; what the workload needs")
-    p.add_argument("--page-size", type=positive, default=64, help="tokens per KV page")
-    p.add_argument("--kv-cache-tokens", type=positive, help="size of the KV pool; what memory allows")
-    p.add_argument("--memory-utilization", type=float, default=0.9, help="share of a GPU's memory")
-    p.add_argument("--attention-backend", default="auto", choices=("auto", "xla", "mosaic"), help="of decode attention")
-    p.add_argument("--kv-cache-dtype", default="auto", choices=("auto", "fp8", "fp8_e4m3"), help="of the KV pages")
-    p.add_argument("--no-prefix-caching", action="store_true", help="pages of ended requests are not kept")
-    p.add_argument("--deterministic", action="store_true", help="one step shape, sums in a fixed order")
+    add_bench_options(
+        p, "dtype", "memory_utilization", "enable_prefix_caching", "deterministic", "attention_backend",
+        "kv_cache_dtype",
+    )  # fmt: skip
     p.add_argument("--one-shape", action="store_true", help="compile the largest step alone, which suits a full load")
     p.add_argument(
         "--accept-unsteady", action="store_true", help="measure the later half of a run without a steady state"
@@ -178,7 +167,7 @@ def _throughput(args: argparse.Namespace) -> int:
         peer = transformers_peer.measure_transformers(
             options, fields, args.transformers_python, args.transformers_seconds
         )
-    found = measure_in_turn(options, args.plan, args.compare, args.repeat, measure)
+    found = measure_in_turn(options, args.compare, args.repeat, measure)
     if args.plot:
         from nanoflow_jax.bench.plot import plot_reports
 
@@ -221,20 +210,13 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
         raise ConfigError(f"layers: {layers} is not accepted; the model has {config.num_layers}")
     if args.inspect and not args.rank_of:
         raise ConfigError("inspect: it adds the network to a rank slice; --rank-of N is needed too")
-    names = (
-        "requests", "seconds", "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens",
-        "memory_utilization", "tensor_parallel_size", "rank_of", "deterministic", "one_shape", "accept_unsteady",
-        "attention_backend",
-        "kv_cache_dtype", "temperature", "inspect", "seed",
-    )  # fmt: skip
+    names = ("requests", "seconds", "rank_of", "one_shape", "accept_unsteady", "temperature", "inspect")
     return ThroughputOptions(
-        model=args.model,
+        **llm_options(args).arguments(),
         config=replace(config, dtype=dtype, num_layers=layers),
         model_layers=config.num_layers,
         workload=_workload(args),
-        enable_prefix_caching=not args.no_prefix_caching,
         hardware=load_hardware(args.gpu) if args.gpu else None,
-        progress=not args.quiet,
         **{n: getattr(args, n) for n in names},
     )
 

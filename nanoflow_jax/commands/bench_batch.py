@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from nanoflow_jax.commands.options import positive
+from nanoflow_jax.commands.options import add_bench_options, make_llm, positive
 
 
 def add(kinds: Any) -> None:
@@ -24,15 +24,7 @@ def add(kinds: Any) -> None:
     p.add_argument("--workload", default="constant:64:64", help="as for bench throughput")
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
     p.add_argument("--repeats", type=positive, default=3, help="pairs of runs")
-    p.add_argument(
-        "--plan", default="two_gather_one_reduce", help="a name in configs/plans, a TOML file, or auto: the one known"
-    )
-    p.add_argument("--tensor-parallel-size", type=positive, help="devices in the mesh; all when not given")
-    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the largest step")
-    p.add_argument("--decode-slots", type=positive, help="requests that run at once; 5/8 of the rows, 64 on a CPU")
-    p.add_argument("--max-model-len", type=positive, help="of prompt and output; what the workload needs")
-    p.add_argument("--page-size", type=positive, default=64, help="tokens per KV page")
-    p.add_argument("--kv-cache-tokens", type=positive, help="size of the KV pool; what memory allows")
+    add_bench_options(p)
     p.add_argument("--seed", type=int, default=0, help="of lengths and prompts")
     p.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -41,7 +33,6 @@ def add(kinds: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from nanoflow_jax.api import LLM
     from nanoflow_jax.bench.batch import measure_batch
     from nanoflow_jax.models.registry import read_config
     from nanoflow_jax.weights.hub import resolve_model
@@ -49,14 +40,8 @@ def _run(args: argparse.Namespace) -> int:
 
     workload = load_workload(args.workload)
     config = read_config(resolve_model(args.model, None) / "config.json")
-    names = ("plan", "tensor_parallel_size", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens")
-    llm = LLM(
-        args.model,
-        max_model_len=args.max_model_len or workload.limit(config.max_position_embeddings),
-        enable_prefix_caching=False,
-        progress=not args.quiet,
-        **{name: getattr(args, name) for name in names},
-    )
+    limit = args.max_model_len or workload.limit(config.max_position_embeddings)
+    llm = make_llm(args, max_model_len=limit, enable_prefix_caching=False)
     if args.plan == "auto":
         print(f"plan {llm.plan.name}: the one known for this model and device", file=sys.stderr)
     cost = measure_batch(llm, workload, args.requests, args.repeats, args.seed)

@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     for seed in (seeds[0], seeds[-1]):
         SamplingParams(**wanted, **seed)  # a bad setting is told before the model is loaded
     with _open_output(args.output) as write:
-        llm = make_llm(args)
+        llm = make_llm(args, seed=0)  # --seed is that of the prompts
         params = [llm.default_sampling_params(**wanted, **seed) for seed in seeds]
         if args.chat:
             outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params, use_tqdm=not args.quiet)

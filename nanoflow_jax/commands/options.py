@@ -4,11 +4,19 @@ imported."""
 from __future__ import annotations
 
 import argparse
+import re
+from dataclasses import replace
 from typing import Any
+
+from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Help that names every default and keeps examples as written."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help is not None and "(default: " in action.help
+        return action.help if told else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -25,40 +33,46 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_option(p: argparse._ActionsContainer, name: str, default: Any = None, *, none: str | None = None) -> None:
+    """The flag of an option of `LLM`: `max_model_len` is --max-model-len, `enable_prefix_caching`
+    --prefix-caching or --no-prefix-caching.
+
+    default, none  in place of the option's own default, and of what None stands for
+    """
+    about, kind = OPTIONS[name], KINDS[name]
+    default = getattr(LLMOptions, name, None) if default is None else default
+    text = about.help.partition(". ")[0].replace('"', "")
+    if default is None and about.none:
+        text += f" (default: {none or about.none})"
+    names = "|".join(other for other in OPTIONS if "_" in other)
+    given: dict[str, Any] = {"help": re.sub(rf"\b({names})\b", lambda found: flag(found[0]), text)}
+    if kind is bool:
+        given["action"] = argparse.BooleanOptionalAction if default else "store_true"
+    elif kind in (int, int | None):
+        given["type"] = positive
+    elif kind is float:
+        given["type"] = float
+    p.add_argument(flag(name), dest=name, default=default, **given)
+
+
+def add_bench_options(p: argparse._ActionsContainer, *more: str) -> None:
+    """What both benchmarks of throughput have, and `more`."""
+    add_option(p, "plan", "two_gather_one_reduce")
+    add_option(p, "max_model_len", none="what the workload needs")
+    names = ("tensor_parallel_size", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens")
+    for name in (*names, *more):
+        add_option(p, name)
+
+
+def flag(name: str) -> str:
+    return f"--{name.removeprefix('enable_').replace('_', '-')}"
+
+
 def add_model_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("model")
-    group.add_argument("--model", default="tiny", help="'tiny' (embedded), a local folder, or a Hub id")
-    group.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    group.add_argument("--tokenizer", help="folder or Hub id of another tokenizer")
-    group.add_argument("--dtype", default="auto", help="auto, bfloat16 or float32")
-    group.add_argument(
-        "--tensor-parallel-size", type=positive, help="devices in the mesh; all local devices when not given"
-    )
-    group.add_argument("--plan", default="auto", help="a name in configs/plans, or a path to a TOML file")
-    group.add_argument(
-        "--max-model-len", type=positive, help="tokens of prompt and output together; the model's own when not given"
-    )
-    group.add_argument(
-        "--tokens-per-step", type=positive, default=2048, help="rows of the largest step, decode and prefill together"
-    )
-    group.add_argument(
-        "--decode-slots",
-        type=positive,
-        help="requests that run at once; 5/8 of --tokens-per-step when not given, 64 on a CPU",
-    )
-    group.add_argument("--page-size", type=positive, default=64, help="tokens per KV page")
-    group.add_argument(
-        "--kv-cache-tokens", type=positive, help="size of the KV pool; what memory allows when not given"
-    )
-    group.add_argument(
-        "--memory-utilization", type=float, default=0.9, help="share of a GPU's memory for weights and pages"
-    )
-    group.add_argument(
-        "--kv-cache-dtype",
-        default="auto",
-        help="of the KV pages: auto (the model's), or fp8 (fp8_e4m3), half the bytes",
-    )
-    group.add_argument("--attention-backend", default="auto", help="auto (mosaic on Hopper, else xla), mosaic or xla")
+    for name, about in OPTIONS.items():
+        if about.flag and not about.fixed:
+            add_option(group, name, "tiny" if name == "model" else None)
     group.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
     several = p.add_argument_group(
         "several processes as one replica",
@@ -80,21 +94,14 @@ def add_model_options(p: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="log what was chosen (attention backend, plan, mesh)")
 
 
-MODEL_OPTIONS = (
-    "revision", "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step",
-    "decode_slots", "page_size", "kv_cache_tokens", "memory_utilization", "kv_cache_dtype", "attention_backend",
-)  # fmt: skip
-
-
-def llm_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Of a command with model options, `LLM`'s arguments."""
-    repeatable = ("deterministic", "seed") if hasattr(args, "deterministic") else ()
-    given = {name: getattr(args, name) for name in repeatable}
-    return {"model": args.model, **{name: getattr(args, name) for name in MODEL_OPTIONS}, **given}
+def llm_options(args: argparse.Namespace) -> LLMOptions:
+    """Of a command with options of `LLM`. Raises ConfigError."""
+    given = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
+    return LLMOptions(**given, progress=not args.quiet)
 
 
 def make_llm(args: argparse.Namespace, **more: Any) -> Any:
-    """The LLM of a command with model options."""
+    """The LLM of a command with options of it, `more` in place of those."""
     from nanoflow_jax.api import LLM
 
-    return LLM(**llm_options(args), progress=not args.quiet, **more)
+    return LLM(**replace(llm_options(args), **more).arguments())

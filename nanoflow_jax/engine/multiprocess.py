@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import numpy as np
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.request import Request
+from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import PeerError, Processes, joined
 from nanoflow_jax.plan.plan import SchedulePlan, parse_plan
 from nanoflow_jax.sampling_params import SamplingParams
@@ -143,14 +144,14 @@ def params_from(found: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**found)
 
 
-def lead(options: dict[str, Any]) -> None:
+def lead(options: LLMOptions) -> None:
     """Makes the processes that follow this one make an LLM with the same options. Does nothing when there are none.
 
     Raises ConfigError when there are other processes that cannot be led.
     """
     processes = joined()
     if processes is not None and processes.leads:
-        processes.send({"llm": options_for(options)})
+        processes.send({"llm": options_for(replace(options, progress=False))})
     elif processes is None and jax.process_count() > 1:
         raise ConfigError(
             f"distributed: jax.distributed has {jax.process_count()} processes; join them with "
@@ -158,15 +159,15 @@ def lead(options: dict[str, Any]) -> None:
         )
 
 
-def options_for(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an LLM, for JSON."""
+def options_for(options: LLMOptions) -> dict[str, Any]:
+    """Arguments of an LLM, for JSON."""
 
     def simple(value: Any) -> Any:
         if isinstance(value, SchedulePlan):
             return asdict(value)
         return str(value) if isinstance(value, Path) else value
 
-    return {name: simple(value) for name, value in options.items()}
+    return {name: simple(value) for name, value in options.arguments().items()}
 
 
 def options_from(found: dict[str, Any]) -> dict[str, Any]:

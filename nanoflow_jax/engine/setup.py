@@ -21,6 +21,7 @@ from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.engine.memory import (
+    GIB,
     check_requested,
     check_weights,
     host_memory,
@@ -36,6 +37,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, kv_groups
 from nanoflow_jax.models.params import is_info, rank_infos
+from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
 from nanoflow_jax.plan.ops import ATTENTION, OPS
@@ -59,26 +61,44 @@ CPU_CACHE_TOKENS = 65536
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineOptions:
-    """As `LLM` documents them."""
+class Sizes:
+    """What is known before any memory is taken.
 
-    max_model_len: int | None
-    tokens_per_step: int
-    decode_slots: int | None
-    page_size: int
-    kv_cache_tokens: int | None
-    memory_utilization: float
-    enable_prefix_caching: bool
-    kv_offload_bytes: int
-    kv_offload_disk_bytes: int
-    kv_offload_folder: str | Path | None
-    deterministic: bool
-    attention_backend: str
-    kv_cache_dtype: str
-    seed: int
-    progress: bool
-    one_shape: bool = False  # compile the largest step alone, as `deterministic` does
-    rank_of: int | None = None  # run the first rank's program of so many devices on a mesh of one, to measure it
+    devices       that the model is split over: those of the mesh, or what a rank slice is a slice of
+    max_length    tokens of prompt and output together, before the pool is known
+    attention     the kernels' backends and the pages' dtype
+    spec          of the steps, with any shape
+    source        of the weights; None: they are made
+    usable        bytes of a GPU; None: a CPU
+    one_shape     only the largest step is compiled
+    """
+
+    options: LLMOptions
+    mesh: Mesh
+    devices: int
+    decode_slots: int
+    max_length: int
+    attention: str
+    spec: StepSpec
+    infos: ModelParams
+    source: WeightSource | None
+    usable: int | None
+    one_shape: bool
+
+    def slots(self, length: int) -> SlotSizes:
+        return SlotSizes(self.decode_slots, BIAS_ROWS, self.pages(length))
+
+    def shapes(self, length: int) -> list[StepShape]:
+        """Of the steps, where a request has at most `length` tokens."""
+        rows, quantum = self.options.tokens_per_step, row_quantum(self.devices)
+        shapes = step_shapes(rows, self.decode_slots, self.pages(length), quantum)
+        return [max(shapes, key=_size)] if self.one_shape else shapes
+
+    def pages(self, tokens: int) -> int:
+        return -(-tokens // self.options.page_size)
+
+    def page_bytes(self) -> int:
+        return page_bytes(self.spec.config, self.devices, self.options.page_size, self.options.kv_cache_dtype)
 
 
 def build_engine(
@@ -88,115 +108,34 @@ def build_engine(
     mesh: Mesh,
     tokenizer: Tokenizer | None,
     eos_token_ids: tuple[int, ...],
-    options: EngineOptions,
+    options: LLMOptions,
     make_params: Callable[[ModelParams, Mesh], ModelParams] | None = None,
+    *,
+    one_shape: bool = False,
+    rank_of: int | None = None,
 ) -> Engine:
     """Loads the weights of `folder`, compiles the steps and allocates the pages. Raises ConfigError, one line.
 
-    make_params  (infos, mesh) -> weights, instead of loading them
+    config, plan, mesh  what the options' model, dtype, plan and tensor_parallel_size have led to
+    make_params         (infos, mesh) -> weights, instead of loading them
+    one_shape           compile the largest step alone, as `deterministic` does
+    rank_of             run the first rank's program of so many devices on a mesh of one, to measure it
     """
     processes = joined()
     if processes is not None:
         _check_processes(processes, folder, options)
-    devices = options.rank_of or mesh.size
-    device, on_cpu, page_size = mesh.devices.flat[0], mesh.devices.flat[0].platform == "cpu", options.page_size
-    pages = page_dtype(config, options.kv_cache_dtype)
-    backend = choose_backend(options.attention_backend, config, capability(device), page_size)
-    groups = kv_groups(config, devices) // devices
-    backends = KernelBackends.of(backend, pages, config, devices)
-    logger.info(
-        "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
-    )
-    decode_slots = _decode_slots(options, devices, on_cpu)
-    if options.deterministic:
-        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
-    limit = config.max_length if options.max_model_len is None else options.max_model_len
-    if not 1 < limit <= config.max_length:
-        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
-    source = None if make_params else open_weights(folder)
-    kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
-    infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
-    )
-    if source is not None:
-        check_tensors(source, config, infos)  # before sizes of config.json that are wrong are told as too large
-    if options.rank_of is not None:
-        infos = rank_infos(infos, options.rank_of)
-    usable = usable_memory(mesh.local_devices[0].memory_stats(), options.memory_utilization)
-    if device.platform == "gpu":
-        warn_without_ptxas()
-    if usable is not None:
-        check_weights(config, infos, mesh.size, usable)
-    check_requested(
-        config, devices, usable or host_memory() // len(mesh.local_devices),
-        page=page_bytes(config, devices, page_size, options.kv_cache_dtype), page_size=page_size,
-        tokens_per_step=options.tokens_per_step, decode_slots=decode_slots, kv_cache_tokens=options.kv_cache_tokens,
-    )  # fmt: skip
-    if backend == "mosaic":  # what takes seconds comes after what can be refused at once
-        heads = Heads(
-            q_heads=config.num_heads // devices, kv_heads=groups, head_dim=config.head_dim, fp8=pages == FP8,
-            hidden=config.hidden_size,
-        )  # fmt: skip
-        check_mosaic_kernels(backends, heads, mesh.local_devices[0])
-
-    def sizes_for(length: int) -> SlotSizes:
-        return SlotSizes(decode_slots, BIAS_ROWS, -(-length // page_size))
-
-    def shapes_for(length: int) -> list[StepShape]:
-        shapes = step_shapes(options.tokens_per_step, decode_slots, -(-length // page_size), row_quantum(devices))
-        return [max(shapes, key=_size)] if options.deterministic or options.one_shape else shapes
-
-    some_shape = StepShape(decode_slots, 0, 0, 1)
-    spec = StepSpec(
-        config, plan, some_shape, backend, options.kv_cache_dtype,
-        deterministic=options.deterministic, rank_of=options.rank_of,
-    )  # fmt: skip
-    most_pages = -(-decode_slots * (limit + page_size) // page_size)  # more could not be used at once
-    if options.kv_cache_tokens is not None:
-        num_pages = options.kv_cache_tokens // page_size
-    elif usable is None:
-        num_pages = min(CPU_CACHE_TOKENS // page_size, most_pages)
-    else:
-
-        def temporaries(pages: int) -> int:
-            largest = max(shapes_for(limit), key=_size)
-            steps = compile_steps(
-                spec, mesh, infos, [largest], sizes_for(limit),
-                num_pages=pages, page_size=page_size, progress=options.progress,
-            )  # fmt: skip
-            return steps[largest].memory_analysis().temp_size_in_bytes
-
-        needed = -(-limit // page_size) if options.max_model_len is not None else 1
-        planned = plan_pages(
-            usable, weight_bytes(infos, mesh.size), _slot_bytes(config, devices, sizes_for(limit)),
-            page_bytes(config, devices, page_size, options.kv_cache_dtype), most_pages, needed, temporaries,
-        )  # fmt: skip
-        logger.info(planned.text())
-        num_pages = planned.num_pages
-    if processes is not None:
-        num_pages = min(map(int, processes.exchange(str(num_pages))))
-    if num_pages * page_size < limit:
-        if options.max_model_len is not None or num_pages * page_size < 2:
-            raise ConfigError(
-                f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
-                f"cannot hold one request of max_model_len = {limit}; "
-                f"accepted: at least {-(-limit // page_size) * page_size}, or a smaller max_model_len"
-            )
-        limit = num_pages * page_size
+    sizes = _sizes(None if make_params else folder, config, plan, mesh, options, one_shape, rank_of)
+    num_pages, max_model_len = _pool(sizes, processes)
 
     root = None
     if options.enable_prefix_caching:
-        root = prefix_root(folder, config, plan, f"{backends.text()} {pages}", options.deterministic)
-    offload = _offload(options, root) if options.kv_offload_bytes and root is not None else None
-    if make_params is not None:
-        params = make_params(infos, mesh)
-    else:
-        assert source is not None
-        params = _load(source, config, mesh, infos, options.progress)
-    shapes, sizes = shapes_for(limit), sizes_for(limit)
+        root = prefix_root(folder, config, plan, sizes.attention, options.deterministic)
+    offload = _offload(options, root) if options.kv_offload_gib and root is not None else None
+    params = make_params(sizes.infos, mesh) if make_params else _load(sizes)
+    shapes = sizes.shapes(max_model_len)
     runner = Runner(
-        spec, mesh, infos, params, shapes, sizes,
-        num_pages=num_pages, page_size=page_size, progress=options.progress,
+        sizes.spec, mesh, sizes.infos, params, shapes, sizes.slots(max_model_len),
+        num_pages=num_pages, page_size=options.page_size, progress=options.progress,
     )  # fmt: skip
     make: Callable[..., Engine] = Engine
     if processes is not None:
@@ -207,7 +146,7 @@ def build_engine(
         shapes,
         SamplerTables(runner),
         tokenizer,
-        max_model_len=limit,
+        max_model_len=max_model_len,
         vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids,
         seed=options.seed,
@@ -217,9 +156,112 @@ def build_engine(
     )
 
 
-def _check_processes(processes: Processes, folder: Path, options: EngineOptions) -> None:
+def _sizes(
+    folder: Path | None,
+    config: ModelConfig,
+    plan: SchedulePlan,
+    mesh: Mesh,
+    options: LLMOptions,
+    one_shape: bool,
+    rank_of: int | None,
+) -> Sizes:
+    """Everything that can be refused at once is, and the kernels are checked. Raises ConfigError.
+
+    folder: of the weights; None: they are made
+    """
+    devices, device = rank_of or mesh.size, mesh.devices.flat[0]
+    pages = page_dtype(config, options.kv_cache_dtype)
+    backend = choose_backend(options.attention_backend, config, capability(device), options.page_size)
+    backends = KernelBackends.of(backend, pages, config, devices)
+    logger.info(
+        "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
+    )
+    decode_slots = _decode_slots(options, devices, device.platform == "cpu")
+    if options.deterministic:
+        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
+    max_length = config.max_length if options.max_model_len is None else options.max_model_len
+    if not 1 < max_length <= config.max_length:
+        raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}")
+    source = None if folder is None else open_weights(folder)
+    kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
+    infos = param_infos(
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
+    )
+    if source is not None:
+        check_tensors(source, config, infos)  # before sizes of config.json that are wrong are told as too large
+    if rank_of is not None:
+        infos = rank_infos(infos, rank_of)
+    usable = usable_memory(mesh.local_devices[0].memory_stats(), options.memory_utilization)
+    if device.platform == "gpu":
+        warn_without_ptxas()
+    if usable is not None:
+        check_weights(config, infos, mesh.size, usable)
+    spec = StepSpec(
+        config, plan, StepShape(decode_slots, 0, 0, 1), backend, options.kv_cache_dtype,
+        deterministic=options.deterministic, rank_of=rank_of,
+    )  # fmt: skip
+    sizes = Sizes(
+        options=options, mesh=mesh, devices=devices, decode_slots=decode_slots, max_length=max_length,
+        attention=f"{backends.text()} {pages}", spec=spec, infos=infos, source=source, usable=usable,
+        one_shape=one_shape or options.deterministic,
+    )  # fmt: skip
+    check_requested(
+        config, devices, usable or host_memory() // len(mesh.local_devices), page=sizes.page_bytes(),
+        page_size=options.page_size, tokens_per_step=options.tokens_per_step, decode_slots=decode_slots,
+        kv_cache_tokens=options.kv_cache_tokens,
+    )  # fmt: skip
+    if backend == "mosaic":  # what takes seconds comes after what can be refused at once
+        heads = Heads(
+            q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
+            head_dim=config.head_dim, fp8=pages == FP8, hidden=config.hidden_size,
+        )  # fmt: skip
+        check_mosaic_kernels(backends, heads, mesh.local_devices[0])
+    return sizes
+
+
+def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
+    """How many pages there are, the same in all processes, and the tokens that a request may have. Raises
+    ConfigError."""
+    options, page_size, limit = sizes.options, sizes.options.page_size, sizes.max_length
+    most_pages = -(-sizes.decode_slots * (limit + page_size) // page_size)  # more could not be used at once
+    if options.kv_cache_tokens is not None:
+        num_pages = options.kv_cache_tokens // page_size
+    elif sizes.usable is None:
+        num_pages = min(CPU_CACHE_TOKENS // page_size, most_pages)
+    else:
+
+        def temporaries(pages: int) -> int:
+            largest = max(sizes.shapes(limit), key=_size)
+            steps = compile_steps(
+                sizes.spec, sizes.mesh, sizes.infos, [largest], sizes.slots(limit),
+                num_pages=pages, page_size=page_size, progress=options.progress,
+            )  # fmt: skip
+            return steps[largest].memory_analysis().temp_size_in_bytes
+
+        needed = sizes.pages(limit) if options.max_model_len is not None else 1
+        planned = plan_pages(
+            sizes.usable, weight_bytes(sizes.infos, sizes.mesh.size),
+            _slot_bytes(sizes.spec.config, sizes.devices, sizes.slots(limit)),
+            sizes.page_bytes(), most_pages, needed, temporaries,
+        )  # fmt: skip
+        logger.info(planned.text())
+        num_pages = planned.num_pages
+    if processes is not None:
+        num_pages = min(map(int, processes.exchange(str(num_pages))))
+    if num_pages * page_size < limit:
+        if options.max_model_len is not None or num_pages * page_size < 2:
+            raise ConfigError(
+                f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
+                f"cannot hold one request of max_model_len = {limit}; "
+                f"accepted: at least {sizes.pages(limit) * page_size}, or a smaller max_model_len"
+            )
+        limit = num_pages * page_size
+    return num_pages, limit
+
+
+def _check_processes(processes: Processes, folder: Path, options: LLMOptions) -> None:
     """Raises ConfigError, in all processes, unless they can run as one."""
-    if options.kv_offload_bytes:
+    if options.kv_offload_gib:
         raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
     processes.agree("packages", f"nanoflow_jax {__version__}, jax {version('jax')}, jaxlib {version('jaxlib')}")
     processes.agree(f"model: {folder.name}", model_digest(folder))
@@ -232,16 +274,15 @@ def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention
     return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, attention, str(deterministic))
 
 
-def _offload(options: EngineOptions, root: Key) -> OffloadStore:
+def _offload(options: LLMOptions, root: Key) -> OffloadStore:
+    memory, disk = (int(gib * GIB) for gib in (options.kv_offload_gib, options.kv_offload_disk_gib))
     try:
-        return OffloadStore(
-            options.kv_offload_bytes, options.kv_offload_disk_bytes, options.kv_offload_folder, fingerprint=root
-        )
+        return OffloadStore(memory, disk, options.kv_offload_folder, fingerprint=root)
     except ValueError as error:
         raise ConfigError(f"kv_offload_folder: {error}") from None
 
 
-def _decode_slots(options: EngineOptions, devices: int, on_cpu: bool) -> int:
+def _decode_slots(options: LLMOptions, devices: int, on_cpu: bool) -> int:
     rows, slots, quantum = options.tokens_per_step, options.decode_slots, row_quantum(devices)
     if slots is None:
         slots = rows * 5 // 8
@@ -292,14 +333,15 @@ def _kv_scales(source: WeightSource, config: ModelConfig) -> dict[str, tuple[int
     return found
 
 
-def _load(source: WeightSource, config: ModelConfig, mesh: Mesh, infos: ModelParams, progress: bool) -> ModelParams:
-    total = sum(info.nbytes for info in jax.tree.leaves(infos, is_leaf=is_info))
+def _load(sizes: Sizes) -> ModelParams:
+    assert sizes.source is not None
+    total = sum(info.nbytes for info in jax.tree.leaves(sizes.infos, is_leaf=is_info))
     seen = 0
-    with Progress(total, "loading weights", "B", progress) as bar:
+    with Progress(total, "loading weights", "B", sizes.options.progress) as bar:
 
         def report(_: str, done: int, __: int) -> None:
             nonlocal seen
             bar.advance(done - seen)
             seen = done
 
-        return load_params(source, config, mesh, infos, report)
+        return load_params(sizes.source, sizes.spec.config, sizes.mesh, sizes.infos, report)

@@ -59,7 +59,7 @@ class NanoflowLM(TemplateLM):
         try:
             self.llm = LLM(pretrained, **options) if llm is None else llm
         except TypeError as error:  # an option that LLM does not have
-            raise ConfigError(f"model_args: {str(error).removeprefix('LLM.__init__() ')}") from None
+            raise ConfigError(f"model_args: {str(error).removeprefix('LLM: ')}") from None
         self._name, self.max_gen_toks = pretrained, max_gen_toks
         self.tokenizer = self.llm.tokenizer.hugging_face
 

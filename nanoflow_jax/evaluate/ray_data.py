@@ -100,7 +100,7 @@ class Replica:
         self._source, self._found, self._settings = Path(source), found, settings
         if not self._source.is_file():
             raise ConfigError(f"--input: {source} is not on every node; accepted: a file on a shared file system")
-        self._llm = LLM(**llm, progress=False)
+        self._llm = LLM(**{**llm, "progress": False})
         if model_fingerprint(self._llm.folder) != fingerprint:
             raise ConfigError(f"--model: {llm['model']} is another model on node {os.uname().nodename}")
         self._plan = plan_identity(self._llm.plan)

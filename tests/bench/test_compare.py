@@ -22,6 +22,7 @@ OPTIONS = ThroughputOptions(
     config=read_config(EMBEDDED["tiny"] / "config.json"),
     model_layers=3,
     workload=load_workload("constant:4:4"),
+    plan="a",
 )
 
 
@@ -40,14 +41,14 @@ def report(plan: str, options: ThroughputOptions, served: float) -> ThroughputRe
 
 
 def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio():
-    calls: list[tuple[str, bool, int | None]] = []
+    calls: list[tuple[object, bool, int | None]] = []
     speeds = iter([10.0, 5.0, 30.0, 10.0, 50.0, 50.0])
 
-    def measure(options: ThroughputOptions, plan: str) -> ThroughputReport:
-        calls.append((plan, options.deterministic, options.requests))
-        return report(plan, options, next(speeds))
+    def measure(options: ThroughputOptions) -> ThroughputReport:
+        calls.append((options.plan, options.deterministic, options.requests))
+        return report("a", options, next(speeds))
 
-    found = measure_in_turn(OPTIONS, "a", "deterministic", 3, measure)
+    found = measure_in_turn(OPTIONS, "deterministic", 3, measure)
     assert calls == [("a", False, None), *[("a", True, 77), ("a", False, 77)] * 2, ("a", True, 77)]
     assert found.ratios == [2.0, 3.0, 1.0]
     data = found.to_json()
@@ -60,23 +61,23 @@ def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio():
 
 
 def test_a_plan_and_a_single_run():
-    def measure(options: ThroughputOptions, plan: str) -> ThroughputReport:
-        return report(plan, options, 8.0)
+    def measure(options: ThroughputOptions) -> ThroughputReport:
+        return report(str(options.plan), options, 8.0)
 
-    found = measure_in_turn(OPTIONS, "a", "b", 1, measure)
+    found = measure_in_turn(OPTIONS, "b", 1, measure)
     assert found.labels == ("a", "b")
     assert found.text() == "a / b: 1.000 times the tokens/s served, in one run"
-    assert measure_in_turn(OPTIONS, "a", None, 1, measure).to_json() == {}
+    assert measure_in_turn(OPTIONS, None, 1, measure).to_json() == {}
 
 
 def test_options_are_toggled_both_ways():
     for name, field in (("deterministic", "deterministic"), ("no-prefix-caching", "enable_prefix_caching")):
-        first, second = sides(OPTIONS, "a", name)
-        assert (first.options, first.plan, second.plan) == (OPTIONS, "a", "a")
+        first, second = sides(OPTIONS, name)
+        assert first.options == OPTIONS
         assert second.options == replace(OPTIONS, **{field: not getattr(OPTIONS, field)})
-        back = sides(second.options, "a", name)
+        back = sides(second.options, name)
         assert (back[0].label, back[1].label) == (second.label, first.label)
-    assert sides(OPTIONS, "a", "xla-attention")[1].options.attention_backend == "xla"
+    assert sides(OPTIONS, "xla-attention")[1].options.attention_backend == "xla"
 
 
 def test_the_report_says_what_was_computed_and_what_was_found():

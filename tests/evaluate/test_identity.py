@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.evaluate.stand_in import StandIn
 from tests.scripted import LLAMA3_CONFIG, llama3, write_model
 
 Json = dict[str, Any]
+DATA = Path(__file__).with_name("data")  # a batch and an evaluation, as they were left before `LLMOptions` was
 
 
 def chat(name: str, content: str, **body: Any) -> Json:
@@ -78,6 +80,43 @@ def test_an_llm_takes_the_plan_that_the_manifest_names(monkeypatch: pytest.Monke
     monkeypatch.setattr(api, "auto_plan", chosen)
     with pytest.raises(Chosen):
         LLM("tiny", tensor_parallel_size=1, tokens_per_step=40, decode_slots=8, deterministic=True, progress=False)
+
+
+# -- the options
+
+
+def recorded(name: str, folder: Path, identity: Json) -> tuple[Manifest, Path]:
+    """The records of a run by an earlier version, and its manifest with the model and plan of `identity`, which other
+    tests hold: (the manifest as it was, the path of the records)."""
+    was = Manifest.read(manifest_path(DATA / name))
+    told = {n: identity[n] for n in ("model", "plan")}
+    replace(was, identity={**was.identity, **told}).write(manifest_path(folder / name))
+    (folder / name).write_bytes((DATA / name).read_bytes())
+    return was, folder / name
+
+
+def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
+    """What they called the same is the same: names and values of all options, those that were left open too."""
+    source = DATA / "in.jsonl"
+    batch = ("batch", "-i", str(source), "--seed", "5", "-o")
+    assert cli(*batch, str(tmp_path / "new.jsonl"))[0] == 0
+    now = dict(Manifest.read(manifest_path(tmp_path / "new.jsonl")).identity)
+    was, output = recorded("out.jsonl", tmp_path, now)
+    assert now == {**was.identity, "model": now["model"], "plan": now["plan"]}
+    whole = output.read_bytes()
+    output.write_bytes(whole.splitlines(keepends=True)[0])
+    status, printed, err = cli(*batch, str(output))
+    assert (status, err) == (0, "") and "of these 1 were there before" in printed
+    assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == [
+        json.loads(line)["custom_id"] for line in whole.splitlines()
+    ]
+    assert "page_size was 16 and is 32" in cli(*batch, str(output), *FLAGS, "--page-size", "32", flags=False)[2]
+
+    recorded("addition.samples.jsonl", tmp_path, now)
+    evaluate = ("eval", "addition", "--limit", "2", "-o", str(tmp_path), "--max-model-len", "256", "--cpu-devices", "1")
+    status, printed, err = cli(*evaluate, "--quiet", flags=False)
+    assert (status, err) == (0, "") and "1.0000" in printed
+    assert "dtype was" in cli(*evaluate, "--quiet", "--dtype", "bfloat16", flags=False)[2]
 
 
 # -- the day

@@ -120,7 +120,7 @@ def test_a_chat_has_one_first_token(lm: NanoflowLM, llm: LLM) -> None:
 
 
 def test_wrong_model_arguments_are_one_line() -> None:
-    with pytest.raises(ConfigError, match=r"^model_args: got an unexpected keyword argument 'pages'$"):
+    with pytest.raises(ConfigError, match=r"^model_args: no option 'pages'; did you mean page_size\?$"):
         NanoflowLM("tiny", pages=3)
 
 
