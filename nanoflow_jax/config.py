@@ -79,6 +79,7 @@ class ModelConfig:
 
     family   its name in `models.registry`
     pattern  the kinds of layers, repeated over `num_layers`
+    dtype    of activations, and of weights but for those of the layers where `quantization` is "fp8"
     """
 
     family: str
@@ -96,6 +97,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     dtype: str
+    quantization: str | None = None
 
     @property
     def layers(self) -> tuple[Layer, ...]:

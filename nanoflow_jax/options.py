@@ -77,11 +77,6 @@ class About(NamedTuple):
     identity: bool = False
     flag: bool = True
 
-    @property
-    def fixed(self) -> bool:
-        """There is nothing to choose yet."""
-        return self.accepted is not None and len(self.accepted.values) == 1
-
     def check(self, name: str, value: Any) -> None:
         """Raises ConfigError, one line."""
         if self.accepted is not None and not (value is None and self.none) and not self.accepted.holds(value):
@@ -197,7 +192,16 @@ class LLMOptions:
             identity=True,
         ),
     ] = "auto"
-    quantization: Annotated[str | None, About("of the weights; none yet", _one_of(None), identity=True)] = None
+    quantization: Annotated[
+        str | None,
+        About(
+            'of the weights: "fp8", half the bytes and twice the FLOP/s on Hopper. Those of layers are rounded to '
+            "float8_e4m3fn as they are loaded, with a scale per output channel, and activations as they run, per token",
+            _one_of(None, "fp8"),
+            none="none, as the checkpoint",
+            identity=True,
+        ),
+    ] = None
     kv_cache_dtype: Annotated[
         str,
         About(
@@ -227,8 +231,8 @@ class LLMOptions:
         return {name: getattr(self, name) for name in OPTIONS}
 
     def identity(self) -> dict[str, Any]:
-        """What can change a bit of a result, without those that leave no choice."""
-        return {name: getattr(self, name) for name, about in OPTIONS.items() if about.identity and not about.fixed}
+        """What can change a bit of a result. An option that is not in an earlier run's counts there as None."""
+        return {name: getattr(self, name) for name, about in OPTIONS.items() if about.identity}
 
 
 _HINTS = {name: hint for name, hint in get_type_hints(LLMOptions, include_extras=True).items() if name != "_"}

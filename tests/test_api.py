@@ -253,7 +253,7 @@ def test_bad_params(llm: LLM, params: Any, words: list[str]) -> None:
         ({"deterministic": "always"}, ["deterministic", "'always'", "True", "False"]),
         ({"deterministic": True, "plan": "nanoflow_70b"}, ["deterministic", "'nanoflow_70b'", "'gather'"]),
         ({"attention_backend": "mosaic"}, ["attention_backend", "'mosaic'", "'xla'"]),
-        ({"quantization": "fp8"}, ["quantization", "'fp8'"]),
+        ({"quantization": "int8"}, ["quantization", "'fp8'"]),
         ({"kv_cache_dtype": "int8"}, ["kv_cache_dtype", "'int8'", "'fp8'"]),
         ({"revision": "main"}, ["revision", "'main'"]),
     ],

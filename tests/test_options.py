@@ -13,8 +13,7 @@ from nanoflow_jax import LLM, api, generate
 from nanoflow_jax.commands import batch, bench, bench_batch, eval
 from nanoflow_jax.commands import generate as generate_command
 from nanoflow_jax.commands.options import Parser, llm_options
-from nanoflow_jax.config import ConfigError
-from nanoflow_jax.options import KINDS, OPTIONS, VLLM_NAMES, About, LLMOptions, _one_of
+from nanoflow_jax.options import KINDS, OPTIONS, VLLM_NAMES, LLMOptions
 from nanoflow_jax.step.attention import BACKENDS, KV_CACHE_DTYPES
 
 # The interface that others write code against.
@@ -47,6 +46,7 @@ SAID: dict[str, tuple[list[str], Any]] = {
     "deterministic": (["--deterministic"], True),
     "attention_backend": (["--attention-backend", "xla"], "xla"),
     "kv_cache_dtype": (["--kv-cache-dtype", "fp8"], "fp8"),
+    "quantization": (["--quantization", "fp8"], "fp8"),
     "kv_offload_gib": (["--kv-offload-gib", "0.5"], 0.5),
     "kv_offload_disk_gib": (["--kv-offload-disk-gib", "2"], 2),
     "kv_offload_folder": (["--kv-offload-folder", "spill"], "spill"),
@@ -81,7 +81,7 @@ def test_each_option_is_documented() -> None:
     assert [line.split()[0] for line in text.splitlines() if not line.startswith(" ")] == list(OPTIONS)
     for name, about in OPTIONS.items():
         assert about.help.partition(". ")[0][:40] in " ".join(text.split()), name
-        assert bool(about.none) == (type(None) in getattr(KINDS[name], "__args__", ()) and not about.fixed), name
+        assert bool(about.none) == (type(None) in getattr(KINDS[name], "__args__", ())), name
     assert max(map(len, text.splitlines())) <= 112
 
 
@@ -145,7 +145,7 @@ def test_flags_become_arguments_of_llm(command: str, name: str | None) -> None:
 
 
 def test_each_option_with_a_choice_has_a_flag() -> None:
-    assert set(SAID) == {name for name in OPTIONS if name not in ("seed", "progress", "quantization")}
+    assert set(SAID) == {name for name in OPTIONS if name not in ("seed", "progress")}
 
 
 def test_flags_of_benchmarks() -> None:
@@ -177,15 +177,5 @@ def test_help_says_what_none_is_and_names_flags(monkeypatch: pytest.MonkeyPatch)
 def test_what_belongs_to_a_run() -> None:
     assert list(LLMOptions("tiny").identity()) == [
         "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-        "page_size", "deterministic", "attention_backend", "kv_cache_dtype", "seed",
+        "page_size", "deterministic", "attention_backend", "quantization", "kv_cache_dtype", "seed",
     ]  # fmt: skip
-
-
-def test_an_option_that_gets_a_second_value_is_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the checks, in the flags, in what a run is."""
-    assert not hasattr(parsed(generate_command.add, "generate"), "quantization")
-    with pytest.raises(ConfigError, match=r"^quantization: 'fp8' is not supported; accepted: None$"):
-        LLMOptions("tiny", quantization="fp8")
-    monkeypatch.setitem(OPTIONS, "quantization", About("of the weights", _one_of(None, "fp8"), identity=True))
-    args = parsed(generate_command.add, "generate", "--quantization", "fp8")
-    assert llm_options(args).identity()["quantization"] == "fp8"

@@ -29,7 +29,7 @@ from nanoflow_jax.bench.timeline import (
     time_lost,
 )
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.cost.latency import optimal_tokens_per_second
+from nanoflow_jax.cost.shapes import optimum
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.quarantine import error_line
 from nanoflow_jax.engine.setup import build_engine
@@ -81,7 +81,7 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
         window, steady = later_half(steps), False
 
     rate = window.tokens / window.seconds / gpus
-    optimum = optimal_tokens_per_second(hardware, config.num_params) if hardware else None
+    best = optimum(config, hardware) if hardware else None
     report = ThroughputReport(
         model=str(options.model),
         layers=config.num_layers,
@@ -100,8 +100,8 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
             "cached_tokens": window.cached_tokens,
             "share": window.cached_tokens / max(1, window.prompt_tokens),
         },
-        optimum_tokens_per_second_per_gpu=optimum,
-        share_of_optimum=rate / optimum if optimum else None,
+        optimum_tokens_per_second_per_gpu=best,
+        share_of_optimum=rate / best if best else None,
         lost=time_lost(window),
         window=_window_figures(window, steps, config.num_layers),
         steady=steady,
@@ -122,6 +122,7 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
             "one_shape": options.one_shape,
             "attention_backend": options.attention_backend,
             "kv_cache_dtype": options.kv_cache_dtype,
+            "quantization": config.quantization,
             "temperature": options.temperature,
             "seed": options.seed,
         },
@@ -129,7 +130,7 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
         span=window,
     )
     if options.rank_of and hardware:
-        report = replace(report, network=modelled_network(options, plan, plan_name, window, hardware, optimum))
+        report = replace(report, network=modelled_network(options, plan, plan_name, window, hardware, best))
     return report
 
 

@@ -123,7 +123,7 @@ def _add_throughput(kinds: Any) -> None:
     p.add_argument("--gpu", help="a name in configs/hardware, or a TOML file; found out when not given")
     add_bench_options(
         p, "dtype", "memory_utilization", "enable_prefix_caching", "deterministic", "attention_backend",
-        "kv_cache_dtype",
+        "kv_cache_dtype", "quantization",
     )  # fmt: skip
     p.add_argument("--one-shape", action="store_true", help="compile the largest step alone, which suits a full load")
     p.add_argument(
@@ -213,7 +213,7 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
     names = ("requests", "seconds", "rank_of", "one_shape", "accept_unsteady", "temperature", "inspect")
     return ThroughputOptions(
         **llm_options(args).arguments(),
-        config=replace(config, dtype=dtype, num_layers=layers),
+        config=replace(config, dtype=dtype, num_layers=layers, quantization=args.quantization),
         model_layers=config.num_layers,
         workload=_workload(args),
         hardware=load_hardware(args.gpu) if args.gpu else None,

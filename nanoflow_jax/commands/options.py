@@ -71,7 +71,7 @@ def flag(name: str) -> str:
 def add_model_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("model")
     for name, about in OPTIONS.items():
-        if about.flag and not about.fixed:
+        if about.flag:
             add_option(group, name, "tiny" if name == "model" else None)
     group.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
     several = p.add_argument_group(

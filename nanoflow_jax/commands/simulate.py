@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,7 @@ def add_target(p: Any) -> None:
     p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
     p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
     p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
+    p.add_argument("--quantization", choices=("fp8",), help="of the layers' weights; as the model's when not given")
     p.add_argument(
         "--workload",
         default="constant:1024:512",
@@ -77,6 +79,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
     from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.profile.measured import load_profile
+    from nanoflow_jax.step.attention import check_quantization
     from nanoflow_jax.workload import load_workload
 
     name, config = model_config(args.model)
@@ -88,7 +91,8 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
         raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
     else:
         model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
-    hardware = model.hardware
+    hardware, config = model.hardware, replace(config, quantization=args.quantization)
+    check_quantization(config, hardware.capability)
     check_divides(config, args.devices)
     if args.devices > hardware.node_size:
         raise ConfigError(

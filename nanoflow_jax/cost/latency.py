@@ -225,10 +225,14 @@ class RooflineModel:
         return Rate(published_rate(kind, share), PUBLISHED)
 
 
-def optimal_tokens_per_second(hardware: Hardware, parameters: float, calibrated: bool = False) -> float:
+def optimal_tokens_per_second(
+    hardware: Hardware, parameters: float, calibrated: bool = False, fp8: bool = False
+) -> float:
     """NanoFlow's optimum per GPU, tensor cores always busy: FLOP/s ÷ (2 × parameters).
 
-    calibrated: use the GEMM rate that is reached, as NanoFlow's figures do, instead of the data sheet's.
+    calibrated: use the GEMM rate that is reached, as NanoFlow's figures do, instead of the data sheet's; fp8: of the
+    GEMMs.
     """
-    rate = hardware.bf16_flops * (hardware.calibration.gemm_efficiency if calibrated else 1.0)
+    rate = hardware.fp8_flops if fp8 else hardware.bf16_flops
+    rate *= hardware.calibration.gemm_efficiency if calibrated else 1.0
     return rate / (2 * parameters)

@@ -6,11 +6,17 @@ from dataclasses import dataclass
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
-from nanoflow_jax.cost.latency import LatencyModel, Prediction
+from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_per_second
+from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
+
+
+def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -> float:
+    """Tokens per second and GPU: `optimal_tokens_per_second` of the model's GEMMs."""
+    return optimal_tokens_per_second(hardware, config.num_params, calibrated, fp8=config.quantization == "fp8")
 
 
 @dataclass(frozen=True)
@@ -32,8 +38,8 @@ class Shapes:
     weight_dtype: str
 
     @staticmethod
-    def of(config: ModelConfig, devices: int, page_bytes: int | None = None, quantization: str | None = None) -> Shapes:
-        """page_bytes None: as the activations; quantization: of the layers' weights."""
+    def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
+        """page_bytes None: as the activations."""
         return Shapes(
             hidden=config.hidden_size,
             width=config.num_heads * config.head_dim,
@@ -46,7 +52,7 @@ class Shapes:
             element_bytes=BYTES[config.dtype],
             page_bytes=page_bytes or BYTES[config.dtype],
             dtype=HLO_NAMES[config.dtype],
-            weight_dtype=HLO_NAMES[quantization or config.dtype],
+            weight_dtype=HLO_NAMES[config.quantization or config.dtype],
         )
 
     @property

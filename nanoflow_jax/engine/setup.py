@@ -42,7 +42,7 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
 from nanoflow_jax.plan.ops import ATTENTION, OPS
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
-from nanoflow_jax.step.attention import KernelBackends, choose_backend, page_dtype
+from nanoflow_jax.step.attention import KernelBackends, check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.sampler_tables import SamplerTables
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes, abstract_slots
@@ -171,6 +171,7 @@ def _sizes(
     """
     devices, device = rank_of or mesh.size, mesh.devices.flat[0]
     pages = page_dtype(config, options.kv_cache_dtype)
+    check_quantization(config, capability(device))
     backend = choose_backend(options.attention_backend, config, capability(device), options.page_size)
     backends = KernelBackends.of(backend, pages, config, devices)
     logger.info(

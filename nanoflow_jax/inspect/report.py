@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nanoflow_jax.cost.latency import LatencyModel, RooflineModel
+from nanoflow_jax.cost.latency import LatencyModel, RooflineModel, optimal_tokens_per_second
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.costs import CostModel, Costs
 from nanoflow_jax.inspect.findings import Finding, find
@@ -107,12 +107,13 @@ def inspect_compiled(
     """
     module = parse(text)
     timeline = simulate(CostModel.of(module, latency or RooflineModel(hardware), devices, costs), budgets or {})
+    optimum = optimal_tokens_per_second(hardware, parameters, calibrated=True) if parameters else None
     return Report(
         hardware=hardware.name,
         devices=devices,
         collectives=timeline.collectives,
         findings=find(module, timeline),
-        totals=add_up(timeline, hardware, devices, tokens, parameters),
+        totals=add_up(timeline, devices, tokens, optimum),
         memory=_memory(memory_analysis, hardware),
         notes=_notes(timeline, hardware),
         timeline=timeline,

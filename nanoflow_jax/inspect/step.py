@@ -14,7 +14,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
@@ -27,7 +27,7 @@ from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
-from nanoflow_jax.step.attention import choose_backend, page_dtype
+from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Option, compile_step, lower_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
@@ -197,7 +197,8 @@ def inspect_step(
     Raises ConfigError naming what cannot be used.
     """
     name, full = model_config(model)
-    full = replace(full, dtype="bfloat16" if full.dtype == "float16" else full.dtype)
+    full = replace(full, dtype="bfloat16" if full.dtype == "float16" else full.dtype, quantization=quantization)
+    check_quantization(full, load_hardware(gpu).capability if isinstance(gpu, str) else gpu.capability)
     plan = load_plan(plan) if isinstance(plan, str) else plan
     hardware = load_hardware(gpu) if isinstance(gpu, str) else gpu
     check_divides(full, devices)
@@ -221,9 +222,8 @@ def inspect_step(
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
     kv_scales = None if kv_cache_dtype == "auto" else {}
     infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales,
-        quantization=quantization,
-    )  # fmt: skip
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
+    )
     weights = weight_bytes(infos, devices)
     item = pages_dtype.itemsize
     per_token = kv_bytes_per_token(config, devices, item)
@@ -257,13 +257,10 @@ def inspect_step(
         latency=latency,
         budgets=budgets,
     )
-    totals = of_all_layers(
-        report.totals, InspectedLayer.of_report(report), full.num_layers, hardware, devices, tokens, full.num_params
-    )
+    best = optimum(full, hardware, calibrated=True)
+    totals = of_all_layers(report.totals, InspectedLayer.of_report(report), full.num_layers, devices, tokens, best)
     report = replace(report, totals=totals)
-    memory = _memory(
-        full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item, quantization
-    )
+    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
     return StepInspection(
         model=name,
         plan=plan,
@@ -328,11 +325,8 @@ def _memory(
     temporaries: int,
     kv_pages: int,
     item: int,
-    quantization: str | None,
 ) -> StepMemory:
-    infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, quantization=quantization
-    )
+    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     weights = weight_bytes(infos, devices)
     per_token = kv_bytes_per_token(config, devices, item)
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries

@@ -25,13 +25,11 @@ def param_infos(
     o_by_input: bool = True,
     dtype: Any = None,
     kv_scales: Mapping[str, tuple[int, ...]] | None = None,
-    quantization: str | None = None,
 ) -> ModelParams:
     """Declares every weight for a mesh of `devices`.
 
     o_by_output, o_by_input  which layouts of O the plan needs
     kv_scales                with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
-    quantization             "fp8": the layers' weights, but for norms and biases, as `Quantised`
     """
     dtype = jnp.dtype(dtype or config.dtype)
     H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
@@ -83,7 +81,7 @@ def param_infos(
         return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
 
     def gemm(info: ParamInfo) -> Any:
-        return info if quantization is None else quantised_info(info)
+        return info if config.quantization is None else quantised_info(info)
 
     def layer(i: int, kind: Layer) -> LayerParams:
         attention, mlp = kind.attention, kind.mlp

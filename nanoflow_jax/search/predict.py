@@ -10,8 +10,8 @@ from typing import Any
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
-from nanoflow_jax.cost.latency import LatencyModel, optimal_tokens_per_second
-from nanoflow_jax.cost.shapes import BYTES
+from nanoflow_jax.cost.latency import LatencyModel
+from nanoflow_jax.cost.shapes import BYTES, optimum
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum
@@ -158,8 +158,8 @@ def predict(
         demand,
         simulation,
         kv,
-        optimal_tokens_per_second(model.hardware, config.num_params, calibrated=True),
-        optimal_tokens_per_second(model.hardware, config.num_params),
+        optimum(config, model.hardware, calibrated=True),
+        optimum(config, model.hardware),
         (load.rows, load.decode_rows, tried[best].tokens_per_second_per_gpu),
     )
 

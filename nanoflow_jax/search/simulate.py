@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.timeline.jobs import Shares, build_jobs
 from nanoflow_jax.timeline.played import timeline
@@ -94,9 +94,10 @@ def simulate_step(
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
     jobs = build_jobs(plan, OpCosts(model, Shapes.of(config, devices), load), layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
-    totals = add_up(played, hardware, devices, None, None)
+    totals = add_up(played, devices)
     inner = InnerLayer.of(totals, range(2, layers - 1) if layers >= 4 else range(layers))
-    totals = of_all_layers(totals, inner, config.num_layers, hardware, devices, load.rows, config.num_params)
+    best = optimum(config, hardware, calibrated=True)
+    totals = of_all_layers(totals, inner, config.num_layers, devices, load.rows, best)
     return Simulation(plan, load, hardware.name, devices, runtime, layers, inner, played, totals)
 
 

@@ -29,6 +29,16 @@ def page_dtype(config: ModelConfig, kv_cache_dtype: str) -> Any:
     return jnp.dtype(config.dtype if kv_cache_dtype == "auto" else FP8)
 
 
+def check_quantization(config: ModelConfig, capability: tuple[int, int] | None) -> None:
+    """Raises ConfigError for a GPU that cannot multiply weights of `config.quantization`; `capability` is None where
+    there is no GPU, which can, slowly."""
+    if config.quantization == "fp8" and capability is not None and capability < (8, 9):
+        found = ".".join(map(str, capability))
+        raise ConfigError(
+            f"quantization: 'fp8' needs fp8 tensor cores (compute capability 8.9 or more), not {found}; accepted: None"
+        )
+
+
 def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str | None:
     """One line on why the Mosaic kernels cannot run a model; None when they can. `capability` is None where there is no
     GPU."""

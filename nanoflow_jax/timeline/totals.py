@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
-from nanoflow_jax.cost.latency import optimal_tokens_per_second
-from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.timeline.timeline import COMPUTE, Event, Timeline
 
 RESOURCES = ("compute", "memory", "network")
@@ -71,7 +69,7 @@ class Totals(Times):
     """The step, bubble_us with its end. host_us: of copies.
 
     binding: the resource that is busy longest. tokens_per_second_per_gpu and share_of_optimum (of FLOP/s ÷
-    2·parameters, at the GEMM rate that is reached): None unless the caller gave tokens and parameters.
+    2·parameters, at the GEMM rate that is reached): None unless the caller gave tokens and the optimum.
     """
 
     host_us: float
@@ -104,9 +102,8 @@ def _layer_totals(layer: int | None, events: Sequence[Event]) -> LayerTotals:
     )
 
 
-def add_up(
-    timeline: Timeline, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
-) -> Totals:
+def add_up(timeline: Timeline, devices: int, tokens: int | None = None, optimum: float | None = None) -> Totals:
+    """optimum: tokens per second and GPU (`optimal_tokens_per_second`, calibrated)."""
     by_layer: dict[int | None, list[Event]] = {}
     for event in timeline.events:
         by_layer.setdefault(event.piece.layer if event.piece else None, []).append(event)
@@ -125,12 +122,10 @@ def add_up(
         binding="",
         layers=tuple(_layer_totals(layer, by_layer[layer]) for layer in order),
     )
-    return _with_rate(replace(totals, binding=_busiest(totals)), hardware, devices, tokens, parameters)
+    return _with_rate(replace(totals, binding=_busiest(totals)), devices, tokens, optimum)
 
 
-def of_all_layers(
-    totals: Totals, inner: InnerLayer, layers: int, hardware: Hardware, devices: int, tokens: int, parameters: float
-) -> Totals:
+def of_all_layers(totals: Totals, inner: InnerLayer, layers: int, devices: int, tokens: int, optimum: float) -> Totals:
     """Totals of a step of so many layers: those played, and inner layers like them for the rest."""
     played = sum(layer.layer is not None for layer in totals.layers)
     if missing := layers - played:
@@ -138,12 +133,10 @@ def of_all_layers(
         flops = totals.flops * layers / played  # the head's share is small
         totals = replace(totals, flops=flops, **grown)
         totals = replace(totals, binding=_busiest(totals))
-    return _with_rate(totals, hardware, devices, tokens, parameters)
+    return _with_rate(totals, devices, tokens, optimum)
 
 
-def _with_rate(
-    totals: Totals, hardware: Hardware, devices: int, tokens: int | None, parameters: float | None
-) -> Totals:
+def _with_rate(totals: Totals, devices: int, tokens: int | None, optimum: float | None) -> Totals:
     rate = tokens / (totals.us * 1e-6) / devices if tokens and totals.us else None
-    share = rate / optimal_tokens_per_second(hardware, parameters, calibrated=True) if rate and parameters else None
+    share = rate / optimum if rate and optimum else None
     return replace(totals, tokens_per_second_per_gpu=rate, share_of_optimum=share)

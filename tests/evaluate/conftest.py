@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanoflow_jax import LLM, api
 from nanoflow_jax.cli import main
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-OPTIONS = {
-    "tensor_parallel_size": 1,
-    "max_model_len": 128,
-    "decode_slots": 8,
-    "tokens_per_step": 40,
-    "page_size": 16,
-    "kv_cache_tokens": 2048,
-    "deterministic": True,
-}
-FLAGS = [
-    *("--tensor-parallel-size", "1", "--max-model-len", "128", "--decode-slots", "8", "--tokens-per-step", "40"),
-    *("--page-size", "16", "--kv-cache-tokens", "2048", "--deterministic", "--quiet", "--cpu-devices", "8"),
-]
-
-Cli = Callable[..., tuple[int, str, str]]
+from tests.evaluate.flags import FLAGS, OPTIONS, Cli
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Cli
 
 from nanoflow_jax import LLM, SamplingParams, api
 from nanoflow_jax.config import ConfigError
@@ -22,6 +21,7 @@ from nanoflow_jax.evaluate.batch import Settings, answer, parse_lines, write_in_
 from nanoflow_jax.evaluate.lines import Line, NumberSet, read_lines
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, Record
 from nanoflow_jax.evaluate.windows import longest_first
+from tests.evaluate.flags import Cli
 from tests.evaluate.stand_in import StandIn
 
 Json = dict[str, Any]

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import Cli
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
@@ -23,6 +22,7 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import Comparison, Failure, TaskResult, compare, results_table
 from nanoflow_jax.evaluate.run_task import judge_text
 from nanoflow_jax.evaluate.tasks import load_task, task_names
+from tests.evaluate.flags import Cli
 
 scores = st.lists(st.floats(0, 1), min_size=2, max_size=30)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.batch import write_in_order
@@ -17,6 +16,7 @@ from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.plot import plot_results
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.weights.checkpoint import _lock
+from tests.evaluate.flags import Cli
 from tools.gpu_session import archive as session_archive
 
 MANIFEST = Manifest("batch", {"model": "abc"})

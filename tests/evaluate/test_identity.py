@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import FLAGS, Cli
 
 from nanoflow_jax import LLM, SamplingParams, api
 from nanoflow_jax.cli import main
@@ -24,6 +23,7 @@ from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.plan.plan import load_plan
+from tests.evaluate.flags import FLAGS, Cli
 from tests.evaluate.stand_in import StandIn
 from tests.scripted import LLAMA3_CONFIG, llama3, write_model
 
@@ -102,7 +102,8 @@ def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
     assert cli(*batch, str(tmp_path / "new.jsonl"))[0] == 0
     now = dict(Manifest.read(manifest_path(tmp_path / "new.jsonl")).identity)
     was, output = recorded("out.jsonl", tmp_path, now)
-    assert now == {**was.identity, "model": now["model"], "plan": now["plan"]}
+    later = {"quantization": None}  # options that were not there yet
+    assert now == {**was.identity, "model": now["model"], "plan": now["plan"], **later}
     whole = output.read_bytes()
     output.write_bytes(whole.splitlines(keepends=True)[0])
     status, printed, err = cli(*batch, str(output))
@@ -110,6 +111,7 @@ def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
     assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == [
         json.loads(line)["custom_id"] for line in whole.splitlines()
     ]
+    assert "quantization was None and is fp8" in cli(*batch, str(output), "--quantization", "fp8")[2]
     assert "page_size was 16 and is 32" in cli(*batch, str(output), *FLAGS, "--page-size", "32", flags=False)[2]
 
     recorded("addition.samples.jsonl", tmp_path, now)

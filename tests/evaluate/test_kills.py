@@ -10,9 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import FLAGS, Cli
-
 from nanoflow_jax.evaluate.journal import record_number
+from tests.evaluate.flags import FLAGS, Cli
 from tests.evaluate.stand_in import answer_file
 
 KILLS = 20

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FLAGS, OPTIONS
 
 from nanoflow_jax import LLM
 from nanoflow_jax.cli import main
@@ -28,6 +27,7 @@ from nanoflow_jax.evaluate.lines import identify
 from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint, plan_identity
 from nanoflow_jax.evaluate.ray_data import BLOCK_BYTES, Block, Replica, blocks
 from nanoflow_jax.plan.plan import load_plan
+from tests.evaluate.flags import FLAGS, OPTIONS
 
 ROOT = Path(__file__).parents[2]
 LINES = 45

@@ -96,7 +96,7 @@ def test_a_weight_is_quantised_by_whole_rows_however_it_is_split(spec: P) -> Non
 def test_half_the_bytes_of_all_but_embedding_head_and_norms() -> None:
     config = model_config("llama-3.1-70b")[1]
     for devices in (1, 8):
-        plain, fp8 = (param_infos(config, devices, o_by_input=False, quantization=q) for q in (None, "fp8"))
+        plain, fp8 = (param_infos(replace(config, quantization=q), devices, o_by_input=False) for q in (None, "fp8"))
         rest = replace(plain, layers=())
         layers = weight_bytes(plain, devices) - weight_bytes(rest, devices)
         scales = sum(i.nbytes for i in jax.tree.leaves(fp8.layers, is_leaf=is_info) if i.dtype == jnp.float32)
@@ -138,8 +138,8 @@ def test_a_step_is_as_good_as_its_rounding(plan: str, driver_of: Callable[[str, 
 
 def test_random_weights_have_the_size_of_others() -> None:
     """Benchmarks run on them: neither zeros nor overflow."""
-    config = replace(model_config("tiny")[1], num_layers=1, dtype="bfloat16")
-    params = random_params(param_infos(config, 8, quantization="fp8"), make_mesh(config, 8))
+    config = replace(model_config("tiny")[1], num_layers=1, dtype="bfloat16", quantization="fp8")
+    params = random_params(param_infos(config, 8), make_mesh(config, 8))
     down = params.layers[0].down
     weight = np.asarray(down.values, np.float32) * np.asarray(down.scale)[:, None]
     assert weight.std() == pytest.approx(config.intermediate_size**-0.5, rel=0.05)

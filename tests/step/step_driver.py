@@ -57,7 +57,8 @@ class Driver:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return replace(read_config(self.folder / "config.json"), **dict(self.config_changes))
+        config = replace(read_config(self.folder / "config.json"), quantization=self.quantization)
+        return replace(config, **dict(self.config_changes))
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:
@@ -71,7 +72,7 @@ class Driver:
             scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
             self.config, self.devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input,
-            dtype=self.dtype, kv_scales=scales, quantization=self.quantization,
+            dtype=self.dtype, kv_scales=scales,
         )  # fmt: skip
 
     @cached_property
