@@ -88,129 +88,77 @@ class LLMOptions:
     """The arguments of `LLM`, checked: raises ConfigError, one line, for a value that can never be used. What depends
     on the model or on the devices is checked when the LLM is made."""
 
-    model: Annotated[  # its identity is in its files
-        str | Path,
-        About(
-            '"tiny" (embedded), a local folder, or a Hub id. A folder is in Hugging Face format, or written by '
-            "`nanoflow convert`"
-        ),
-    ]
+    model: Annotated[str | Path, About(  # its identity is in its files
+        '"tiny" (embedded), a local folder, or a Hub id. A folder is in Hugging Face format, or written by '
+        "`nanoflow convert`",
+    )]  # fmt: skip
     _: KW_ONLY
     revision: Annotated[str | None, About("branch, tag or commit of a Hub id", none="its main branch")] = None
-    tokenizer: Annotated[
-        str | None, About("folder or Hub id of another tokenizer", none="the model's own", identity=True)
-    ] = None
-    dtype: Annotated[
-        str,
-        About(
-            'of weights and pages: "auto" (the checkpoint\'s; float16 becomes bfloat16), "bfloat16" or "float32"',
-            _one_of("auto", "bfloat16", "float32"),
-            identity=True,
-        ),
-    ] = "auto"
-    tensor_parallel_size: Annotated[
-        int | None, About("devices in the mesh", _at_least(1), none="all that are present", identity=True)
-    ] = None
-    plan: Annotated[
-        str | Path | SchedulePlan,
-        About(
-            'a name in configs/plans, or the path of a TOML file; "auto" is the best one known for model, GPU and '
-            "load, else two_gather_one_reduce. A SchedulePlan is taken as it is",
-            identity=True,
-        ),
-    ] = "auto"
-    max_model_len: Annotated[
-        int | None,
-        About(
-            "tokens of prompt and output together",
-            _at_least(1),
-            none="the model's own limit, or what the KV pool holds",
-            identity=True,
-        ),
-    ] = None
-    tokens_per_step: Annotated[
-        int, About("rows of the largest step, decode and prefill together", _at_least(1), identity=True)
-    ] = 2048
-    decode_slots: Annotated[
-        int | None,
-        About(
-            "requests that run at once",
-            _at_least(1),
-            none="5/8 of tokens_per_step, on a CPU at most 64",
-            identity=True,
-        ),
-    ] = None
+    tokenizer: Annotated[str | None, About(
+        "folder or Hub id of another tokenizer", none="the model's own", identity=True,
+    )] = None  # fmt: skip
+    dtype: Annotated[str, About(
+        'of weights and pages: "auto" (the checkpoint\'s; float16 becomes bfloat16), "bfloat16" or "float32"',
+        _one_of("auto", "bfloat16", "float32"), identity=True,
+    )] = "auto"  # fmt: skip
+    tensor_parallel_size: Annotated[int | None, About(
+        "devices in the mesh", _at_least(1), none="all that are present", identity=True,
+    )] = None  # fmt: skip
+    plan: Annotated[str | Path | SchedulePlan, About(
+        'a name in configs/plans, or the path of a TOML file; "auto" is the best one known for model, GPU and load, '
+        "else two_gather_one_reduce. A SchedulePlan is taken as it is", identity=True,
+    )] = "auto"  # fmt: skip
+    max_model_len: Annotated[int | None, About(
+        "tokens of prompt and output together", _at_least(1),
+        none="the model's own limit, or what the KV pool holds", identity=True,
+    )] = None  # fmt: skip
+    tokens_per_step: Annotated[int, About(
+        "rows of the largest step, decode and prefill together", _at_least(1), identity=True,
+    )] = 2048  # fmt: skip
+    decode_slots: Annotated[int | None, About(
+        "requests that run at once", _at_least(1), none="5/8 of tokens_per_step, on a CPU at most 64", identity=True,
+    )] = None  # fmt: skip
     page_size: Annotated[int, About("tokens per KV page", _at_least(1), identity=True)] = 64
-    kv_cache_tokens: Annotated[
-        int | None,
-        About(
-            "size of the KV pool",
-            _at_least(1),
-            none="what memory_utilization leaves beside the weights and a step's temporaries, on a CPU 65,536",
-        ),
-    ] = None
-    memory_utilization: Annotated[
-        float,
-        About(
-            "share of a GPU's memory that may be used. JAX is started with a little more, unless it runs already or "
-            "XLA_PYTHON_CLIENT_MEM_FRACTION is set; what it then lacks is said in one line",
-            _SHARE,
-        ),
-    ] = UTILIZATION
-    enable_prefix_caching: Annotated[
-        bool, About("reuse the pages of a prefix that another request has computed", _SWITCH)
-    ] = True
-    kv_offload_gib: Annotated[
-        float,
-        About(
-            "host memory for pages that the device has no room for. They come back instead of being computed again",
-            _AMOUNT,
-        ),
-    ] = 0
-    kv_offload_disk_gib: Annotated[
-        float, About("disk space for the pages that the host memory has no room for, in kv_offload_folder", _AMOUNT)
-    ] = 0
-    kv_offload_folder: Annotated[str | Path | None, About("where the pages on disk are", none="a temporary folder")] = (
-        None
-    )
-    deterministic: Annotated[
-        bool,
-        About(
-            "tokens and logprobs are bitwise the same alone, in a crowd, in another order, with prefix hits, after "
-            "preemption or a resumed run. One step shape, and sums over devices in a fixed order",
-            _SWITCH,
-            identity=True,
-        ),
-    ] = False
-    attention_backend: Annotated[
-        str,
-        About(
-            '"mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before Mosaic '
-            "kernels are used on a GPU each is checked against the XLA path; one that is wrong is an error that says "
-            'to pass "xla", never a silent fallback',
-            _one_of("auto", "xla", "mosaic"),
-            identity=True,
-        ),
-    ] = "auto"
-    quantization: Annotated[
-        str | None,
-        About(
-            'of the weights: "fp8", half the bytes and twice the FLOP/s on Hopper. Those of layers are rounded to '
-            "float8_e4m3fn as they are loaded, with a scale per output channel, and activations as they run, per token",
-            _one_of(None, "fp8"),
-            none="none, as the checkpoint",
-            identity=True,
-        ),
-    ] = None
-    kv_cache_dtype: Annotated[
-        str,
-        About(
-            'of the KV pages: "auto" (the model\'s), or "fp8" ("fp8_e4m3"), half the bytes. K and V are rounded to '
-            "float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or with 1 where it has none",
-            _one_of("auto", "fp8", "fp8_e4m3"),
-            identity=True,
-        ),
-    ] = "auto"
+    kv_cache_tokens: Annotated[int | None, About(
+        "size of the KV pool", _at_least(1),
+        none="what memory_utilization leaves beside the weights and a step's temporaries, on a CPU 65,536",
+    )] = None  # fmt: skip
+    memory_utilization: Annotated[float, About(
+        "share of a GPU's memory that may be used. JAX is started with a little more, unless it runs already or "
+        "XLA_PYTHON_CLIENT_MEM_FRACTION is set; what it then lacks is said in one line", _SHARE,
+    )] = UTILIZATION  # fmt: skip
+    enable_prefix_caching: Annotated[bool, About(
+        "reuse the pages of a prefix that another request has computed", _SWITCH,
+    )] = True  # fmt: skip
+    kv_offload_gib: Annotated[float, About(
+        "host memory for pages that the device has no room for. They come back instead of being computed again",
+        _AMOUNT,
+    )] = 0  # fmt: skip
+    kv_offload_disk_gib: Annotated[float, About(
+        "disk space for the pages that the host memory has no room for, in kv_offload_folder", _AMOUNT,
+    )] = 0  # fmt: skip
+    kv_offload_folder: Annotated[str | Path | None, About(
+        "where the pages on disk are", none="a temporary folder",
+    )] = None  # fmt: skip
+    deterministic: Annotated[bool, About(
+        "tokens and logprobs are bitwise the same alone, in a crowd, in another order, with prefix hits, after "
+        "preemption or a resumed run. One step shape, and sums over devices in a fixed order", _SWITCH, identity=True,
+    )] = False  # fmt: skip
+    attention_backend: Annotated[str, About(
+        '"mosaic" on Hopper, "xla" everywhere; "auto" is "mosaic" where GPU and model allow it. Before Mosaic kernels '
+        'are used on a GPU each is checked against the XLA path; one that is wrong is an error that says to pass "xla",'
+        " never a silent fallback", _one_of("auto", "xla", "mosaic"), identity=True,
+    )] = "auto"  # fmt: skip
+    quantization: Annotated[str | None, About(
+        'of the weights: "fp8", half the bytes and twice the FLOP/s on Hopper. Those of layers are rounded to '
+        "float8_e4m3fn as they are loaded, with a scale per output channel, and activations as they run, per token",
+        _one_of(None, "fp8"), none="none, as the checkpoint", identity=True,
+    )] = None  # fmt: skip
+    kv_cache_dtype: Annotated[str, About(
+        'of the KV pages: "auto" (the model\'s), or "fp8" ("fp8_e4m3"), half the bytes. K and V are rounded to '
+        "float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or with 1 where it has none",
+        _one_of("auto", "fp8", "fp8_e4m3"), identity=True,
+    )] = "auto"  # fmt: skip
     seed: Annotated[int, About("of requests that bring none", _at_least(0), identity=True, flag=False)] = 0
     progress: Annotated[bool, About("show on standard error how far loading and compiling are", flag=False)] = True
 

@@ -45,6 +45,10 @@ from nanoflow_jax.system.platform import claim_gpu_memory
 from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.workload import BenchRequest, Workload
 
+TOLD = (  # options, in a report
+    "max_model_len", "tokens_per_step", "decode_slots", "page_size", "kv_cache_tokens", "enable_prefix_caching",
+    "deterministic", "one_shape", "attention_backend", "kv_cache_dtype", "temperature", "seed",
+)  # fmt: skip
 LIFETIMES = 6  # of a request: how long a run is by default; the ramp takes about one
 
 
@@ -112,19 +116,11 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
             "requests": count,
             "prompt_tokens_mean": float(np.mean([len(r.prompt_token_ids) for r in requests])),
             "output_tokens_mean": float(np.mean([r.output_tokens for r in requests])),
+            **{name: getattr(options, name) for name in TOLD},
             "max_model_len": engine.max_model_len,
-            "tokens_per_step": options.tokens_per_step,
             "decode_slots": engine.running.count,
-            "page_size": options.page_size,
             "kv_cache_tokens": engine.runner.num_pages * options.page_size,
-            "enable_prefix_caching": options.enable_prefix_caching,
-            "deterministic": options.deterministic,
-            "one_shape": options.one_shape,
-            "attention_backend": options.attention_backend,
-            "kv_cache_dtype": options.kv_cache_dtype,
             "quantization": config.quantization,
-            "temperature": options.temperature,
-            "seed": options.seed,
         },
         steps=tuple(steps),
         span=window,

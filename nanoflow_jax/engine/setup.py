@@ -142,18 +142,9 @@ def build_engine(
         processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
         make = partial(LeaderEngine if processes.leads else FollowerEngine, processes)
     return make(
-        runner,
-        shapes,
-        SamplerTables(runner),
-        tokenizer,
-        max_model_len=max_model_len,
-        vocab_size=config.vocab_size,
-        eos_token_ids=eos_token_ids,
-        seed=options.seed,
-        root=root,
-        deterministic=options.deterministic,
-        offload=offload,
-    )
+        runner, shapes, SamplerTables(runner), tokenizer, max_model_len=max_model_len, vocab_size=config.vocab_size,
+        eos_token_ids=eos_token_ids, seed=options.seed, root=root, deterministic=options.deterministic, offload=offload,
+    )  # fmt: skip
 
 
 def _sizes(

@@ -111,7 +111,7 @@ def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
     assert [json.loads(line)["custom_id"] for line in output.read_text().splitlines()] == [
         json.loads(line)["custom_id"] for line in whole.splitlines()
     ]
-    assert "quantization was None and is fp8" in cli(*batch, str(output), "--quantization", "fp8")[2]
+    assert 'quantization was null and is "fp8"' in cli(*batch, str(output), "--quantization", "fp8")[2]
     assert "page_size was 16 and is 32" in cli(*batch, str(output), *FLAGS, "--page-size", "32", flags=False)[2]
 
     recorded("addition.samples.jsonl", tmp_path, now)
