@@ -284,6 +284,7 @@ OPTIONS = {
         "--kv-offload-folder",
         "--deterministic",
         "--kv-cache-dtype",
+        "--quantization",
         "--attention-backend",
         "--cpu-devices",
         "--quiet",
