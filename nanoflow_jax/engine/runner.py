@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import abstract_state, compile_step, lower_step
+from nanoflow_jax.step.compile import Program, compile_step
 from nanoflow_jax.step.sampler import StepOutput
-from nanoflow_jax.step.slots import SlotSizes, StepInputs, pack
-from nanoflow_jax.step.trace import NO_PAGE, KVCache, StepSpec, StepState
+from nanoflow_jax.step.slots import StepInputs, pack
+from nanoflow_jax.step.trace import NO_PAGE, KVCache, StepState
 from nanoflow_jax.system.progress import Progress
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
@@ -45,25 +45,18 @@ class Runner:
 
     def __init__(
         self,
-        spec: StepSpec,
-        mesh: Mesh,
-        infos: ModelParams,
+        program: Program,
         params: ModelParams,
         shapes: Sequence[StepShape],
-        sizes: SlotSizes,
-        *,
-        num_pages: int,
-        page_size: int,
         progress: bool,
     ):
-        self.mesh, self.sizes, self.num_pages, self.page_size = mesh, sizes, num_pages, page_size
+        mesh, num_pages = program.mesh, program.num_pages
+        self.mesh, self.sizes, self.num_pages, self.page_size = mesh, program.sizes, num_pages, program.page_size
         self._params = tuple(jax.tree.leaves(params))
         self._replicated = replicated(mesh)
         self.on_dispatch: Callable[[np.ndarray], None] | None = None  # is shown each step's packed inputs
-        self._steps = compile_steps(
-            spec, mesh, infos, shapes, sizes, num_pages=num_pages, page_size=page_size, progress=progress
-        )
-        abstract = abstract_state(spec, mesh, infos, sizes, num_pages, page_size)
+        self._steps = compile_steps(program, shapes, progress)
+        abstract = program.state
         self._zeros = jax.jit(
             lambda: jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), abstract),
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
@@ -72,7 +65,7 @@ class Runner:
         _RUNNERS.add(self)
         # One page of all layers: [layers, 2 (K, V), KV groups, page_size, d].
         self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
-        first = np.arange(spec.config.num_layers, dtype=np.int32) * num_pages  # page of each layer
+        first = np.arange(program.spec.config.num_layers, dtype=np.int32) * num_pages  # page of each layer
         self._extract = jax.jit(partial(_extract, first), out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
         self._insert = jax.jit(partial(_insert, first), donate_argnums=(0,))
 
@@ -119,31 +112,15 @@ class Runner:
             self.state = replace(self.state, cache=cache)
 
 
-def compile_steps(
-    spec: StepSpec,
-    mesh: Mesh,
-    infos: ModelParams,
-    shapes: Sequence[StepShape],
-    sizes: SlotSizes,
-    *,
-    num_pages: int,
-    page_size: int,
-    progress: bool,
-) -> dict[StepShape, Any]:
-    """The step of each shape, compiled. `spec.shape` does not matter."""
+def compile_steps(program: Program, shapes: Sequence[StepShape], progress: bool) -> dict[StepShape, Any]:
+    """The step of each shape, compiled."""
+    mesh, spec = program.mesh, program.spec
     platform = mesh.devices.flat[0].platform
     # One device has no collectives to order, but may have a lane.
     ordered = platform == "gpu" and (mesh.size > 1 or spec.rank_of is not None or bool(spec.plan.lanes))
 
     def compile_for(shape: StepShape) -> Any:
-        lowered = lower_step(
-            replace(spec, shape=shape, enforce_order=ordered),
-            mesh,
-            infos,
-            sizes,
-            num_pages=num_pages,
-            page_size=page_size,
-        )
+        lowered = program.lower(shape, enforce_order=ordered)
         return compile_step(lowered, platform, spec.plan, pin_starts=ordered)
 
     steps: dict[StepShape, Any] = {}

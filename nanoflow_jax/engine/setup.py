@@ -44,6 +44,7 @@ from nanoflow_jax.plan.ops import ATTENTION, OPS
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.compile import Program
 from nanoflow_jax.step.sampler_tables import SamplerTables
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.step.trace import StepSpec
@@ -87,6 +88,10 @@ class Sizes:
 
     def slots(self, length: int) -> SlotSizes:
         return SlotSizes(self.decode_slots, BIAS_ROWS, self.pages(length))
+
+    def program(self, length: int, num_pages: int) -> Program:
+        """Where a request has at most `length` tokens."""
+        return Program(self.spec, self.mesh, self.infos, self.slots(length), num_pages, self.options.page_size)
 
     def shapes(self, length: int) -> list[StepShape]:
         """Of the steps, where a request has at most `length` tokens."""
@@ -133,10 +138,7 @@ def build_engine(
     offload = _offload(options, root) if options.kv_offload_gib and root is not None else None
     params = make_params(sizes.infos, mesh) if make_params else _load(sizes)
     shapes = sizes.shapes(max_model_len)
-    runner = Runner(
-        sizes.spec, mesh, sizes.infos, params, shapes, sizes.slots(max_model_len),
-        num_pages=num_pages, page_size=options.page_size, progress=options.progress,
-    )  # fmt: skip
+    runner = Runner(sizes.program(max_model_len, num_pages), params, shapes, options.progress)
     make: Callable[..., Engine] = Engine
     if processes is not None:
         processes.exchange("ready")  # whoever compiles longer would be missed by the first collective
@@ -224,10 +226,7 @@ def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
 
         def temporaries(pages: int) -> int:
             largest = max(sizes.shapes(limit), key=_size)
-            steps = compile_steps(
-                sizes.spec, sizes.mesh, sizes.infos, [largest], sizes.slots(limit),
-                num_pages=pages, page_size=page_size, progress=options.progress,
-            )  # fmt: skip
+            steps = compile_steps(sizes.program(limit, pages), [largest], options.progress)
             return steps[largest].memory_analysis().temp_size_in_bytes
 
         needed = sizes.pages(limit) if options.max_model_len is not None else 1

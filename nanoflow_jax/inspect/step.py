@@ -29,7 +29,7 @@ from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import Option, compile_step, lower_step
+from nanoflow_jax.step.compile import Option, Program, compile_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
@@ -237,7 +237,7 @@ def inspect_step(
         config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order, expected_context=context
     )
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
-    lowered = lower_step(spec, mesh, infos, sizes, num_pages=pages, page_size=PAGE_SIZE)
+    lowered = Program(spec, mesh, infos, sizes, pages, PAGE_SIZE).lower(shape)
     with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
         options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)

@@ -44,11 +44,11 @@ def quantise_rows(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 
 def contract_fp8(x: jax.Array, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
     """x [n, K] (axis 1) or [K, n] (axis 0), weight [..., K] -> [n, N]: fp8 products, float32 sums, scales of token and
-    channel on the result."""
+    channel on the result, which is in `out_dtype` ahead of them too: in float32 it would be twice the bytes."""
     rows, token = quantise_rows(x, axis)
     values = weight.values.reshape(-1, weight.shape[-1])
-    product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    return (product * token[:, None] * weight.scale.reshape(1, -1)).astype(out_dtype)
+    product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=out_dtype)
+    return (product.astype(jnp.float32) * token[:, None] * weight.scale.reshape(1, -1)).astype(out_dtype)
 
 
 def quantised_info(info: ParamInfo) -> Any:

@@ -7,6 +7,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from kernels_pallas.expected import LATENCY
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.params import abstract_params, is_info
+from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.slots import SlotSizes, abstract_slots, packed_length
 from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, StepState, build_step, cache_shape
 
@@ -70,27 +72,41 @@ def abstract_cache(
     return KVCache(pages, pages)
 
 
-def abstract_state(
-    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, num_pages: int, page_size: int
-) -> StepState:
-    """Cache and slots as abstract arrays on `mesh`."""
-    config = spec.config
-    fp8 = spec.kv_cache_dtype != "auto"
-    dtype = spec.page_dtype if fp8 else jax.tree.leaves(infos, is_leaf=is_info)[0].dtype
-    whole = mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
-    state = StepState(abstract_cache(config, whole, dtype, num_pages, page_size), abstract_slots(config, whole, sizes))
-    return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, mesh), state)
+@dataclass(frozen=True)
+class Program:
+    """The step of an engine, but for its size: a program of its own is compiled for each `StepShape`.
 
+    spec   its shape does not matter
+    infos  the weights, declared for the mesh (of `spec.rank_of` devices: that rank's shards)
+    """
 
-def lower_step(
-    spec: StepSpec, mesh: Mesh, infos: ModelParams, sizes: SlotSizes, *, num_pages: int, page_size: int
-) -> jax.stages.Lowered:
-    """Traces the engine's step for `mesh`, whose devices may be compile-only."""
-    return build_step(spec, mesh, infos, page_size).lower(
-        tuple(jax.tree.leaves(abstract_params(infos, mesh))),
-        abstract_state(spec, mesh, infos, sizes, num_pages, page_size),
-        jax.ShapeDtypeStruct((packed_length(spec.shape),), jnp.int32, sharding=replicated(mesh)),
-    )
+    spec: StepSpec
+    mesh: Mesh  # whose devices may be compile-only
+    infos: ModelParams
+    sizes: SlotSizes
+    num_pages: int
+    page_size: int
+
+    @property
+    def state(self) -> StepState:
+        """Cache and slots as abstract arrays on the mesh."""
+        spec, config = self.spec, self.spec.config
+        fp8 = spec.kv_cache_dtype != "auto"
+        dtype = spec.page_dtype if fp8 else self.infos.final_norm.dtype
+        whole = self.mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
+        cache = abstract_cache(config, whole, dtype, self.num_pages, self.page_size)
+        state = StepState(cache, abstract_slots(config, whole, self.sizes))
+        return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, self.mesh), state)
+
+    def lower(self, shape: StepShape, *, enforce_order: bool | None = None) -> jax.stages.Lowered:
+        """Traces the step of a size. enforce_order: None is what `spec` says."""
+        ordered = self.spec.enforce_order if enforce_order is None else enforce_order
+        spec = replace(self.spec, shape=shape, enforce_order=ordered)
+        return build_step(spec, self.mesh, self.infos, self.page_size).lower(
+            tuple(jax.tree.leaves(abstract_params(self.infos, self.mesh))),
+            self.state,
+            jax.ShapeDtypeStruct((packed_length(shape),), jnp.int32, sharding=replicated(self.mesh)),
+        )
 
 
 def compile_step(

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -26,7 +27,7 @@ from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_at
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
-from nanoflow_jax.models.layout import ModelParams, kv_groups
+from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
@@ -141,6 +142,7 @@ def _step(
     spec: StepSpec, page_size: int, params: ModelParams, state: StepState, packed: jax.Array
 ) -> tuple[StepState, StepOutput]:
     shape = spec.shape
+    _check_local(spec.config, params, state.cache, page_size)
     inputs = unpack(packed, shape)
     batch, slots = resolve(inputs, state.slots, shape, page_size)
     cache, hidden = _layers(spec, params, state.cache, batch)
@@ -154,6 +156,17 @@ def _step(
             partial(_head, spec.config, params), hidden[shape.decode_rows :], inputs.targets, inputs.target_logprobs[0]
         )
     return StepState(cache, slots), StepOutput(sampled, scores)
+
+
+def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_size: int) -> None:
+    """Raises AssertionError where the arrays inside `shard_map` are not a device's shards."""
+    devices, hidden = collectives.device_count(), config.hidden_size
+    vocab, groups = padded_vocab(config, devices) // devices, kv_groups(config, devices) // devices
+    chex.assert_shape([params.embedding, *([params.head] if params.head is not None else [])], (vocab, hidden))
+    chex.assert_shape(params.final_norm, (hidden,))
+    chex.assert_shape([cache.k, cache.v], (None, groups, page_size, config.head_dim))
+    chex.assert_is_divisible(cache.k.shape[0], config.num_layers)
+    chex.assert_equal(len(params.layers), config.num_layers)
 
 
 def _logits_step(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:

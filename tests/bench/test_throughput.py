@@ -28,7 +28,7 @@ from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import abstract_state, lower_step
+from nanoflow_jax.step.compile import Program
 from nanoflow_jax.step.slots import SlotSizes, empty_inputs, pack
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.weights.hub import EMBEDDED
@@ -192,9 +192,9 @@ def test_one_shape_is_compiled_for_a_full_load(monkeypatch: pytest.MonkeyPatch, 
     compiled: list[Any] = []
     real = setup.Runner
 
-    def runner(spec: StepSpec, mesh: Any, infos: Any, params: Any, shapes: Any, *rest: Any, **more: Any) -> Any:
-        compiled.append((list(shapes), spec.deterministic))
-        return real(spec, mesh, infos, params, shapes, *rest, **more)
+    def runner(program: Program, params: Any, shapes: Any, progress: bool) -> Any:
+        compiled.append((list(shapes), program.spec.deterministic))
+        return real(program, params, shapes, progress)
 
     monkeypatch.setattr(setup, "Runner", runner)
     arguments = [a for a in SMALL if a != "--deterministic"]
@@ -252,7 +252,7 @@ def lowered_step(
     if rank_of:
         infos = rank_infos(infos, rank_of)
     spec = StepSpec(config, plan, shape, deterministic=deterministic, rank_of=rank_of)
-    return lower_step(spec, mesh, infos, SIZES, num_pages=16, page_size=8)
+    return Program(spec, mesh, infos, SIZES, 16, 8).lower(spec.shape)
 
 
 def dots(lowered: jax.stages.Lowered) -> Counter[str]:
@@ -315,7 +315,7 @@ def test_a_rank_slice_runs_on_one_device():
     config, plan = tiny_config(), load_plan("two_gather_one_reduce")
     mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
     infos = rank_infos(param_infos(config, 8, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input), 8)
-    abstract = abstract_state(StepSpec(config, plan, shape, rank_of=8), mesh, infos, SIZES, 16, 8)
+    abstract = Program(StepSpec(config, plan, shape, rank_of=8), mesh, infos, SIZES, 16, 8).state
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract)
     packed = pack(empty_inputs(shape, 16, SIZES.slots, SIZES.bias_rows))
     _, output = lowered.compile()(tuple(jax.tree.leaves(random_params(infos, mesh))), state, packed)

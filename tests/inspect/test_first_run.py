@@ -20,7 +20,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.plan import load_plan, row_quantum
-from nanoflow_jax.step.compile import Option, compile_step, lower_step
+from nanoflow_jax.step.compile import Option, Program, compile_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
@@ -71,7 +71,7 @@ def compiled(case: Case, *options: tuple[str, Option]) -> tuple[Report, Thunks]:
     shape = step_shapes(2048, case.slots, ROW_PAGES, row_quantum(case.rank))[case.shape]
     spec = StepSpec(config, plan, shape, "mosaic", case.pages, enforce_order=rank is not None, rank_of=rank)
     sizes = SlotSizes(case.slots, BIAS_ROWS, ROW_PAGES)
-    lowered = lower_step(spec, mesh, infos, sizes, num_pages=PAGES, page_size=PAGE)
+    lowered = Program(spec, mesh, infos, sizes, PAGES, PAGE).lower(spec.shape)
     with tempfile.TemporaryDirectory() as folder, without_compile_cache():
         chosen = {**saving_options(hardware), **dump_options(Path(folder)), **dict(options)}
         program = compile_step(lowered, "cuda", plan, pin_starts=rank is not None, options=chosen)

@@ -37,7 +37,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.plan.plan import load_plan, row_quantum
 from nanoflow_jax.profile.programs import Bench, compile_pair
-from nanoflow_jax.step.compile import compile_step, lower_step
+from nanoflow_jax.step.compile import Program, compile_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
@@ -178,9 +178,8 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Na
         sizes = SlotSizes(slots, BIAS_ROWS, -(-limit // page_size))
         pages = (options.kv_cache_tokens or 4096 * page_size) // page_size
         began = _spent()
-        lowered = lower_step(
-            spec, mesh, rank_infos(infos, devices) if ranked else infos, sizes, num_pages=pages, page_size=page_size
-        )
+        local = rank_infos(infos, devices) if ranked else infos
+        lowered = Program(spec, mesh, local, sizes, pages, page_size).lower(shape)
         middle = _spent()
         compiled = compile_step(lowered, "cuda", plan, pin_starts=ranked, options=saving_options(hardware))
         return Compiled(compiled, middle - began, _spent() - middle)

@@ -1,0 +1,64 @@
+"""LLaMA-70B with fp8 weights, compiled for GPUs that are not there: every GEMM of a layer is an fp8 one, nothing makes
+another copy of a weight, and it fits where bfloat16 does not."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.inspect.step import StepInspection, inspect_step
+
+pytestmark = pytest.mark.aot
+MODEL, LAYERS = "llama-3.1-70b", 2
+WIDE = re.compile(r"= \(?(?:bf16|f16|f32)\[([\d,]+)\]")
+HIDDEN, FFN, KQV = 8192, 28672, 10240
+
+
+def wide_weights(hlo: str, devices: int) -> list[str]:
+    """Instructions with the shape of a layer's weight in more than a byte, in any order of its dimensions."""
+    shapes = [
+        (KQV // devices, HIDDEN),
+        (HIDDEN, HIDDEN // devices),
+        (2 * FFN // devices, HIDDEN),
+        (HIDDEN, FFN // devices),
+    ]
+    wanted = {tuple(sorted(shape)) for shape in shapes}
+    found = []
+    for line in hlo.splitlines():
+        match = WIDE.search(line)
+        if match and tuple(sorted(int(n) for n in match.group(1).split(",") if n != "1")) in wanted:
+            found.append(line.strip()[:120])
+    return found
+
+
+def inspected(gpu: str, plan: str, devices: int, quantization: str | None = "fp8") -> StepInspection:
+    return inspect_step(MODEL, gpu, plan, devices=devices, layers=LAYERS, quantization=quantization)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "plan", "devices", "pieces"), [("h200", "sequential", 1, 4), ("h200", "nanoflow_70b", 8, 10)]
+)
+def test_every_gemm_of_a_layer_is_fp8(gpu: str, plan: str, devices: int, pieces: int) -> None:
+    """pieces: GEMMs of a layer. The head's stay in bfloat16: its logits, and those of prompts that are scored."""
+    found = inspected(gpu, plan, devices)
+    targets = re.findall(r'custom_call_target="(__cublas[^"]*)"', found.hlo)
+    assert targets.count("__cublas$lt$matmul$f8") == pieces * LAYERS
+    assert targets.count("__cublas$lt$matmul") == len(targets) - pieces * LAYERS == 2
+    assert wide_weights(found.hlo, devices) == []
+    plain = inspected(gpu, plan, devices, None)
+    assert "f8e4m3" not in plain.hlo and wide_weights(plain.hlo, devices)
+    kinds = {finding.kind for finding in found.report.findings}
+    assert not kinds & {"copied_weight", "copied_pages", "transposed_weight"}, kinds
+    assert found.memory.weights < 0.55 * plain.memory.weights
+    gained = found.report.totals.tokens_per_second_per_gpu, plain.report.totals.tokens_per_second_per_gpu
+    assert gained[0] and gained[1] and gained[0] > (1.5 if devices == 1 else 1.0) * gained[1]
+    if devices == 1:
+        assert plain.memory.headroom < 0 < found.memory.headroom
+        assert found.memory.kv_tokens > 150_000
+
+
+def test_a_gpu_without_fp8_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"^quantization: 'fp8' needs fp8 tensor cores .*, not 8\.0; accepted: None$"):
+        inspected("a100_sxm_80", "sequential", 8)
