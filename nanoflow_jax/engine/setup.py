@@ -113,6 +113,7 @@ def build_engine(
     limit = config.max_length if options.max_model_len is None else options.max_model_len
     if not 1 < limit <= config.max_length:
         raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
+    config = config.for_length(limit)
     source = None if make_params else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(

@@ -72,15 +72,14 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
 
-    def layer_norms() -> ParamInfo:
-        kinds = ("input_layernorm", "post_attention_layernorm")
+    def layer_norms(kinds: tuple[str, str], size: int) -> ParamInfo:
         names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
 
         def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
             return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
 
-        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
-        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
+        sources = tuple(Source(name, (size,)) for pair in names for name in pair)
+        return ParamInfo((config.num_layers, 2, size), dtype, P(), "ones", sources, read)
 
     def gemm(info: ParamInfo) -> Any:
         return info if quantization is None else quantised_info(info)
@@ -103,10 +102,11 @@ def param_infos(
 
     return ModelParams(
         embedding=vocab_rows("model.embed_tokens.weight"),
-        norms=layer_norms(),
+        norms=layer_norms(("input_layernorm", "post_attention_layernorm"), H),
         layers=tuple(layer(i, kind) for i, kind in enumerate(config.layers)),
         final_norm=plain("model.norm.weight", (H,), P(), "ones"),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
+        qk_norms=layer_norms(("self_attn.q_norm", "self_attn.k_norm"), d) if config.qk_norm else None,
         kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
     )
 

@@ -48,6 +48,7 @@ class ModelParams:
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
+    qk_norms: Any = None  # [L, 2, d]: of queries, of keys; None where they are not normed
     kv_scales: Any = None  # [2 (K, V), layers, G] float32 split over G, of fp8 pages; None without
 
 
