@@ -148,12 +148,15 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
     @property
+    def full_length(self) -> int:
+        """Tokens of a sequence that the rotary scaling makes of `max_position_embeddings`."""
+        return min(*(at.attention.rope.max_length(self.max_position_embeddings) for at in self.pattern), 2**31 - 1)
+
+    @property
     def max_length(self) -> int:
-        """Tokens of a sequence: what the rotary scaling makes of `max_position_embeddings`, and no more than a window
-        holds, since up to there attention with and without it is the same."""
-        attention = [layer.attention for layer in self.pattern]
-        windows = [a.window for a in attention if a.window is not None]
-        return min(*(a.rope.max_length(self.max_position_embeddings) for a in attention), *windows, 2**31 - 1)
+        """The same, and no more than a window holds: up to there attention with and without it is equal."""
+        windows = (at.attention.window for at in self.pattern)
+        return min([self.full_length, *(window for window in windows if window is not None)])
 
     def for_length(self, length: int) -> ModelConfig:
         """The same for sequences of up to so many tokens (`RopeConfig.for_length`)."""

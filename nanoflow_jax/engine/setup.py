@@ -111,8 +111,15 @@ def build_engine(
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
     limit = config.max_length if options.max_model_len is None else options.max_model_len
+    windowed = config.max_length < config.full_length
     if not 1 < limit <= config.max_length:
-        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}")
+        until = ", its sliding window (longer sequences are not supported)" if windowed else ""
+        raise ConfigError(f"max_model_len: {limit}; accepted: 2 to the model's {config.max_length}{until}")
+    if windowed:
+        logger.info(
+            "sliding_window: sequences are at most its %d tokens, of the model's %d: longer ones are not supported",
+            config.max_length, config.full_length,
+        )  # fmt: skip
     config = config.for_length(limit)
     source = None if make_params else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)

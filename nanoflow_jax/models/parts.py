@@ -58,8 +58,8 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | No
     exact = lax.Precision.HIGHEST
     scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    weights = jax.nn.softmax(jnp.where(seen, scores * scale, -jnp.inf), axis=-1)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
 
 
