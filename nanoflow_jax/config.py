@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanoflow_jax.system.reading import ConfigError
 
@@ -87,7 +87,8 @@ class Attention:
     """scale    multiplies the scores; None: head_dim ** -0.5
     window   keys that a query sees, its own included; None: all. Kernels have no windows: `ModelConfig.max_length` ends
              where one would begin to count
-    qk_norm  queries and keys are normed ahead of the rotary embedding, each head by itself, with one weight for all
+    qk_norm  queries and keys are normed ahead of the rotary embedding: "head", each head by itself and with one weight
+             for all, or "projection", all heads together; None: not
     """
 
     rope: RopeConfig
@@ -95,7 +96,7 @@ class Attention:
     o_bias: bool = False
     scale: float | None = None
     window: int | None = None
-    qk_norm: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ class ModelConfig:
     pattern  the kinds of layers, repeated over `num_layers`
     embedding_multiplier, residual_multiplier, logits_divisor
              of the embedding's rows, of what a block adds to the residual, and of the logits
+    norm_after
+             what blocks add to the residual is normed, and not what they read
     """
 
     family: str
@@ -141,6 +144,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    norm_after: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -169,8 +173,9 @@ class ModelConfig:
         )
 
     @property
-    def qk_norm(self) -> bool:
-        return any(layer.attention.qk_norm for layer in self.pattern)
+    def qk_norm(self) -> Literal["head", "projection"] | None:
+        """The one of all layers: their weights are one array."""
+        return self.pattern[0].attention.qk_norm
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -183,7 +188,8 @@ class ModelConfig:
         layers = self.num_layers * (hidden * (qd + 2 * kvd) + qd * hidden + 3 * hidden * ffn + 2 * hidden)
         for layer in self.layers:
             layers += (qd + 2 * kvd) * layer.attention.qkv_bias + hidden * layer.attention.o_bias
-            layers += (2 * ffn + hidden) * layer.mlp.bias + 2 * self.head_dim * layer.attention.qk_norm
+            layers += (2 * ffn + hidden) * layer.mlp.bias
+            layers += {None: 0, "head": 2 * self.head_dim, "projection": qd + kvd}[layer.attention.qk_norm]
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return layers + embeddings + hidden
 

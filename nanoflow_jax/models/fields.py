@@ -114,8 +114,9 @@ class Fields:
                 raise ConfigError(f"{name}: {value!r} is not supported; accepted: {accepted}")
 
 
-def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **multipliers: float) -> ModelConfig:
-    """What all families say alike: sizes, tokens, dtype. Ends the reading: a field that nobody has read is refused."""
+def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: Any) -> ModelConfig:
+    """What all families say alike: sizes, tokens, dtype. Ends the reading: a field that nobody has read is refused.
+    `more`: what else ModelConfig has."""
     heads = read.positive("num_attention_heads")
     config = ModelConfig(
         family=family,
@@ -133,7 +134,7 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **multip
         bos_token_id=read.take("bos_token_id", int, None),
         eos_token_ids=token_id_tuple("eos_token_id", read.take("eos_token_id", (int, list), None)),
         dtype=_read_dtype(read),
-        **multipliers,
+        **more,
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"num_key_value_heads: {config.num_kv_heads} must divide num_attention_heads = {heads}")

@@ -102,7 +102,7 @@ def random_params(infos: Any, mesh: Mesh, seed: int = 0) -> Any:
                 if info.init == "normal":
                     spread = FP8_SPREAD if info.dtype == FP8 else info.shape[-1] ** -0.5
                     return (jax.random.normal(key, info.shape, jnp.float32) * spread).astype(info.dtype)
-                value = info.init if isinstance(info.init, float) else {"ones": 1, "zeros": 0}[info.init]
+                value = {"ones": 1, "zeros": 0}[info.init] if isinstance(info.init, str) else info.init
                 return jnp.full(info.shape, value, info.dtype)
 
             makers[kind] = jax.jit(init, out_shardings=info.sharding(mesh))

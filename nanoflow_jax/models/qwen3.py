@@ -29,7 +29,7 @@ def read_config(read: Fields) -> ModelConfig:
         read,
         "qwen3",
         tuple(
-            Layer(Attention(rope, qkv_bias=bias, o_bias=bias, window=window, qk_norm=True), Mlp())
+            Layer(Attention(rope, qkv_bias=bias, o_bias=bias, window=window, qk_norm="head"), Mlp())
             for window in read_windows(read)
         ),
     )

@@ -33,8 +33,9 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
-from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, MLP, REDUCE, SCATTER, StepProgram, Update
 from nanoflow_jax.step.logprobs import score_rows
+from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_rows
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
 from nanoflow_jax.step.sampler import StepOutput, sample
@@ -215,8 +216,8 @@ class Tracer:
         return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
 
     def begin(self, layer: int) -> None:
-        self.layer, self.attention = self.params.layers[layer], self.config.layers[layer].attention
-        self.qk_norms = [self._norm_weight(self.params.qk_norms, layer, i) for i in range(2 * self.attention.qk_norm)]
+        self.index, self.layer = layer, self.params.layers[layer]
+        self.attention = self.config.layers[layer].attention
         self.cos, self.sin = self.rope_tables[self.attention.rope]
         self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
@@ -235,22 +236,29 @@ class Tracer:
     def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = piece.rows // self.devices
         mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-        return mine, parts.rms_norm(x, self._norm_weight(self.params.norms, 0, ATTENTION), self.config.rms_norm_eps)
+        if self.config.norm_after:
+            return mine, x
+        return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
     def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
         return collectives.all_gather_rows(x)
 
     # -- residual and norm
 
-    def _norm_weight(self, norms: jax.Array, layer: int, which: int) -> jax.Array:
-        """One of norms [L, 2, size]. A static slice, which the norm's kernel reads in place."""
+    def _norm_weight(self, layer: int, which: int) -> jax.Array:
+        """[H], of the norm of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
+        norms = self.params.norms
         return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
 
     def add_and_norm(
         self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
         """In one ordered op."""
-        weight, eps = self._norm_weight(self.params.norms, layer, which), self.config.rms_norm_eps
+        if self.config.norm_after:
+            block = (layer, ATTENTION) if which == MLP else (layer - 1, MLP)  # which the update is of
+            x = x if update is None else self._add_normed(block, x, update)
+            return x, x
+        weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
         if update is None:
             return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
 
@@ -260,7 +268,13 @@ class Tracer:
         return self.order.run(both, x, *update)
 
     def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        if self.config.norm_after:
+            return self._add_normed((self.config.num_layers - 1, MLP), x, update)
         return self.order.run(_add, x, *update)
+
+    def _add_normed(self, block: tuple[int, int], x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        norm = partial(add_normed, weight=self._norm_weight(*block), eps=self.config.rms_norm_eps)
+        return self.order.run(norm, x, *update)
 
     def bias(self, op: str) -> jax.Array | None:
         bias = {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
@@ -277,9 +291,8 @@ class Tracer:
         def project(*inputs: jax.Array) -> jax.Array:
             q, k, v = parts.kqv_projection(span(*inputs), layer)
             if self.attention.qk_norm:
-                q, k = (
-                    parts.rms_norm(x, w, self.config.rms_norm_eps) for x, w in zip((q, k), self.qk_norms, strict=True)
-                )
+                weights = lax.index_in_dim(self.params.qk_norms, self.index, keepdims=False)
+                q, k = norm_queries_and_keys(q, k, weights, self.config, self.devices, self.collectives[REDUCE])
             cos, sin = self.cos[rows], self.sin[rows]
             q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
             return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
@@ -419,8 +432,7 @@ def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.
 
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
-    if update.ndim == 3:
-        update = update.transpose(1, 0, 2).reshape(x.shape)
+    update = whole_rows(update)
     return x + update if bias is None else x + update + bias[None, :]
 
 

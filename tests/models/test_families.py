@@ -26,7 +26,9 @@ def test_ropes_that_lengthen() -> None:
     """How many tokens a sequence has, and what else the block says."""
     yarn = parse(rope_scaling=YARN)
     factor = 0.1 * math.log(4.0) + 1.0
-    assert rope_of(yarn) == RopeConfig("yarn", 10000.0, 4.0, **{ORIGINAL: 512}, attention_factor=factor)
+    assert rope_of(yarn) == RopeConfig(
+        "yarn", factor=4.0, original_max_position_embeddings=512, attention_factor=factor
+    )
     assert yarn.max_length == 2048
     assert parse(rope_scaling={**YARN, "factor": None}).max_length == 2048  # max_position_embeddings over the original
     assert rope_of(parse(rope_scaling=YARN, **{ORIGINAL: 256})).original_max_position_embeddings == 256
