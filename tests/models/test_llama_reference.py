@@ -350,7 +350,7 @@ def test_a_window_ends_the_sequences(tmp_path: Path, caplog: pytest.LogCaptureFi
     folder, reference = write_checkpoint("mistral_window", tmp_path), load_reference("mistral_window")
     options: dict[str, Any] = {
         "tokenizer": str(resolve_model("tiny")), "dtype": "float32", "tensor_parallel_size": 1, "decode_slots": 8,
-        "tokens_per_step": 16, "page_size": 8, "kv_cache_tokens": 64, "progress": False,
+        "tokens_per_step": 16, "page_size": 8, "kv_cache_tokens": 64, "deterministic": True, "progress": False,
     }  # fmt: skip
     with pytest.raises(
         ConfigError, match=r"^max_model_len: 9; accepted: 2 to the model's 8, its sliding window \(longer .*\)$"
