@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nanoflow_jax.system.reading import ConfigError
 
@@ -41,7 +41,19 @@ def config_path(kind: str, name: str) -> Path:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding: `kind` is default, linear or llama3 (Llama 3.1's frequency-dependent scaling)."""
+    """Rotary embedding; `models.rope` has the formulas.
+
+    kind              default, linear, llama3 (Llama 3.1's), yarn, dynamic (NTK) or longrope (Phi 3's)
+    original_max_position_embeddings
+                      positions before any scaling; of dynamic, those up to which it is the default
+    attention_factor  cos and sin are multiplied by it (yarn, longrope)
+    beta_fast, beta_slow, truncate
+                      yarn's: turns over the original positions between which frequencies are blended, and whether
+                      the ends are whole indices
+    short_factor, long_factor
+                      longrope's divisors [head_dim / 2], up to the original positions and beyond
+    length            tokens of the longest sequence, by which dynamic and longrope choose frequencies; 0 elsewhere
+    """
 
     kind: str = "default"
     theta: float = 10000.0
@@ -49,13 +61,42 @@ class RopeConfig:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    length: int = 0
+
+    def for_length(self, length: int) -> RopeConfig:
+        """Of sequences of up to so many tokens, whatever the length of each: answers then depend on no neighbour, and
+        keys in the pages fit every query. As vLLM chooses."""
+        return replace(self, length=length) if self.kind in ("dynamic", "longrope") else self
+
+    def max_length(self, positions: int) -> int:
+        """Tokens of a sequence, of a model whose `max_position_embeddings` is `positions`. llama3's and longrope's is
+        the scaled length itself (as transformers and vLLM take it)."""
+        if self.kind in ("linear", "dynamic"):
+            return round(positions * self.factor)
+        return round(self.original_max_position_embeddings * self.factor) if self.kind == "yarn" else positions
 
 
 @dataclass(frozen=True)
 class Attention:
+    """scale    multiplies the scores; None: head_dim ** -0.5
+    window   keys that a query sees, its own included; None: all. Kernels have no windows: `ModelConfig.max_length` ends
+             where one would begin to count
+    qk_norm  queries and keys are normed ahead of the rotary embedding: "head", each head by itself and with one weight
+             for all, or "projection", all heads together; None: not
+    """
+
     rope: RopeConfig
     qkv_bias: bool = False
     o_bias: bool = False
+    scale: float | None = None
+    window: int | None = None
+    qk_norm: Literal["head", "projection"] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +121,10 @@ class ModelConfig:
     family   its name in `models.registry`
     pattern  the kinds of layers, repeated over `num_layers`
     dtype    of activations, and of weights but for those of the layers where `quantization` is "fp8"
+    embedding_multiplier, residual_multiplier, logits_divisor
+             of the embedding's rows, of what a block adds to the residual, and of the logits
+    norm_after
+             what blocks add to the residual is normed, and not what they read
     """
 
     family: str
@@ -98,6 +143,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     quantization: str | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    norm_after: bool = False
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -105,13 +154,30 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
     @property
+    def full_length(self) -> int:
+        """Tokens of a sequence that the rotary scaling makes of `max_position_embeddings`."""
+        return min(*(at.attention.rope.max_length(self.max_position_embeddings) for at in self.pattern), 2**31 - 1)
+
+    @property
     def max_length(self) -> int:
-        """Tokens of a sequence: linear scaling squeezes `factor` times as many into the positions that the model was
-        trained on. llama3's `max_position_embeddings` is the scaled length itself (as transformers and vLLM take it).
-        """
-        ropes = [layer.attention.rope for layer in self.pattern]
-        scale = min(rope.factor if rope.kind == "linear" else 1.0 for rope in ropes)
-        return int(self.max_position_embeddings * scale)
+        """The same, and no more than a window holds: up to there attention with and without it is equal."""
+        windows = (at.attention.window for at in self.pattern)
+        return min([self.full_length, *(window for window in windows if window is not None)])
+
+    def for_length(self, length: int) -> ModelConfig:
+        """The same for sequences of up to so many tokens (`RopeConfig.for_length`)."""
+        return replace(
+            self,
+            pattern=tuple(
+                replace(layer, attention=replace(layer.attention, rope=layer.attention.rope.for_length(length)))
+                for layer in self.pattern
+            ),
+        )
+
+    @property
+    def qk_norm(self) -> Literal["head", "projection"] | None:
+        """The one of all layers: their weights are one array."""
+        return self.pattern[0].attention.qk_norm
 
     @property
     def heads_per_kv_head(self) -> int:
@@ -125,6 +191,7 @@ class ModelConfig:
         for layer in self.layers:
             layers += (qd + 2 * kvd) * layer.attention.qkv_bias + hidden * layer.attention.o_bias
             layers += (2 * ffn + hidden) * layer.mlp.bias
+            layers += {None: 0, "head": 2 * self.head_dim, "projection": qd + kvd}[layer.attention.qk_norm]
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return layers + embeddings + hidden
 

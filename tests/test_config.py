@@ -228,8 +228,12 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
     ("fields", "field", "says"),
     [
         # architecture
-        ({"architectures": ["MistralForCausalLM"]}, "architectures", "accepted: ['LlamaForCausalLM']"),
-        ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures", "accepted: ['LlamaForCausalLM']"),
+        (
+            {"architectures": ["GemmaForCausalLM"]},
+            "architectures",
+            "accepted: ['GraniteForCausalLM', 'LlamaForCausalLM'",
+        ),
+        ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures", "accepted: ['GraniteForCausalLM', 'Llama"),
         ({"architectures": "LlamaForCausalLM"}, "architectures", "must be list"),
         ({"model_type": "mistral"}, "model_type", "accepted: 'llama'"),
         # unknown fields, and known ones at values that would change the answer
@@ -273,8 +277,11 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
         ({"rope_theta": -1.0}, "rope_theta", "positive number"),
         ({"rope_scaling": "linear"}, "rope_scaling", "must be dict"),
         ({"rope_parameters": [1]}, "rope_parameters", "must be dict"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type", "'yarn' is not supported"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters.rope_type", "'dynamic' is not"),
+        (
+            {"rope_scaling": {"type": "ntk", "factor": 2.0}},
+            "rope_scaling.rope_type",
+            "'ntk' is not supported; accepted: ",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "rope_scaling.beta", "unknown field"),

@@ -1,5 +1,5 @@
-"""config.json files of the LLaMA architecture as they are published: each loads as what it is, or is refused with the
-reason. The fields are those of the public files; sizes are theirs, too."""
+"""config.json files as they are published, of the LLaMA architecture and of its relatives: each loads as what it is, or
+is refused with the reason. The fields are those of the public files; sizes are theirs, too."""
 
 from __future__ import annotations
 
@@ -51,6 +51,24 @@ BASE_CLASS: Fields = {
     "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None, "suppress_tokens": None,
     "task_specific_params": None, "temperature": 1.0, "tf_legacy_loss": False, "tie_encoder_decoder": False,
     "tokenizer_class": None, "top_k": 50, "top_p": 1.0, "torchscript": False, "typical_p": 1.0, "use_bfloat16": False,
+}  # fmt: skip
+
+QWEN: Fields = {
+    "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu",
+    "initializer_range": 0.02, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "use_sliding_window": False,
+}  # fmt: skip
+QWEN2: Fields = {
+    **QWEN, "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "transformers_version": "4.43.1",
+    "max_window_layers": 70, "sliding_window": 131072, "vocab_size": 152064, "max_position_embeddings": 32768,
+}  # fmt: skip
+QWEN25_32B: Fields = {
+    **QWEN2, "hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_hidden_layers": 64,
+}  # fmt: skip
+QWEN3: Fields = {
+    **QWEN, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "transformers_version": "4.51.0",
+    "attention_bias": False, "head_dim": 128, "rope_scaling": None, "sliding_window": None, "vocab_size": 151936,
+    "max_position_embeddings": 40960,
 }  # fmt: skip
 
 # name: (config.json, parameters in millions, tokens of a sequence)
@@ -173,6 +191,44 @@ LOADS: dict[str, tuple[Fields, int, int]] = {
         },
         1236, 131072,
     ),
+    "Yarn-Llama-2-7b-128k": (
+        published(
+            32000, 4096, 11008, 32, 32, 32, 131072,
+            rope_scaling={"factor": 32.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True},
+        ),
+        6738, 131072,
+    ),
+    "Granite 3, whose multipliers scale the residual": (
+        published(
+            49155, 4096, 12800, 40, 32, 8, 4096, architectures=["GraniteForCausalLM"], model_type="granite",
+            attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0, residual_multiplier=0.22,
+            tie_word_embeddings=True,
+        ),
+        8171, 4096,
+    ),
+    "Qwen2.5-32B-Instruct": (QWEN25_32B, 32764, 32768),
+    "Qwen2.5-32B-Instruct, as its card lengthens it": (
+        {**QWEN25_32B, "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}},
+        32764, 131072,
+    ),
+    "Qwen2.5-72B-Instruct": (
+        {**QWEN2, "hidden_size": 8192, "intermediate_size": 29568, "num_attention_heads": 64, "num_hidden_layers": 80},
+        72706, 32768,
+    ),
+    "Qwen3-8B": (
+        {
+            **QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+            "num_hidden_layers": 36, "max_window_layers": 36,
+        },
+        8191, 40960,
+    ),
+    "Qwen3-32B": (
+        {
+            **QWEN3, "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64,
+            "num_hidden_layers": 64, "max_window_layers": 64,
+        },
+        32762, 40960,
+    ),
 }  # fmt: skip
 
 
@@ -187,14 +243,7 @@ def test_published_files_load(name: str) -> None:
 
 # name: (config.json, the field that is named and what is accepted). Each would give other logits.
 REFUSED: dict[str, tuple[Fields, str]] = {
-    "Granite 3, whose multipliers scale the residual": (
-        published(
-            49155, 4096, 12800, 40, 32, 8, 4096, architectures=["GraniteForCausalLM"], model_type="granite",
-            attention_multiplier=0.0078125, embedding_multiplier=12.0, logits_scaling=16.0, residual_multiplier=0.22,
-        ),
-        r"^architectures: \['GraniteForCausalLM'\] is not supported; accepted: \['LlamaForCausalLM'\]$",
-    ),
-    "the same under LLaMA's name": (
+    "Granite 3 under LLaMA's name": (
         published(49155, 4096, 12800, 40, 32, 8, 4096, embedding_multiplier=12.0),
         r"^embedding_multiplier: 12\.0 is not supported; accepted: 1$",
     ),
@@ -202,16 +251,13 @@ REFUSED: dict[str, tuple[Fields, str]] = {
         published(128256, 8192, 28672, 80, 64, 8, 131072, architectures=["DeciLMForCausalLM"], block_configs=[]),
         r"^architectures: \['DeciLMForCausalLM'\]",
     ),
-    "Yarn-Llama-2-7b-128k": (
-        published(
-            32000, 4096, 11008, 32, 32, 32, 131072,
-            rope_scaling={"factor": 32.0, "original_max_position_embeddings": 4096, "type": "yarn", "finetuned": True},
-        ),
-        r"^rope_scaling\.rope_type: 'yarn' is not supported; accepted: 'default', 'linear', 'llama3'$",
+    "Qwen2.5-VL's rope of three positions": (
+        {**QWEN25_32B, "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
+        r"^rope_scaling\.rope_type: 'mrope' is not supported; accepted: 'default', 'linear', 'llama3', 'yarn', ",
     ),
-    "a dynamic NTK model": (
-        published(32000, 4096, 11008, 32, 32, 32, 2048, rope_scaling={"factor": 2.0, "type": "dynamic"}),
-        r"^rope_scaling\.rope_type: 'dynamic'",
+    "Gemma, which is another family": (
+        published(256000, 2048, 16384, 18, 8, 1, 8192, architectures=["GemmaForCausalLM"], model_type="gemma"),
+        r"^architectures: \['GemmaForCausalLM'\] is not supported; accepted: \['GraniteForCausalLM', 'Llama.*'Seed",
     ),
     "Llama-3.1-405B-Instruct-FP8": (
         published(

@@ -134,7 +134,7 @@ def build_engine(
 
     root = None
     if options.enable_prefix_caching:
-        root = prefix_root(folder, config, plan, sizes.attention, options.deterministic)
+        root = prefix_root(folder, sizes.spec.config, plan, sizes.attention, options.deterministic)
     offload = _offload(options, root) if options.kv_offload_gib and root is not None else None
     params = make_params(sizes.infos, mesh) if make_params else _load(sizes)
     shapes = sizes.shapes(max_model_len)
@@ -174,8 +174,16 @@ def _sizes(
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
     max_length = config.max_length if options.max_model_len is None else options.max_model_len
+    windowed = config.max_length < config.full_length
     if not 1 < max_length <= config.max_length:
-        raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}")
+        until = ", its sliding window (longer sequences are not supported)" if windowed else ""
+        raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}{until}")
+    if windowed:
+        logger.info(
+            "sliding_window: sequences are at most its %d tokens, of the model's %d: longer ones are not supported",
+            config.max_length, config.full_length,
+        )  # fmt: skip
+    config = config.for_length(max_length)
     source = None if folder is None else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, Layer, ModelConfig, RopeConfig, token_id_tuple
+from nanoflow_jax.config import ConfigError, Layer, ModelConfig, token_id_tuple
 
 # Fields that change nothing about inference.
 _INERT = {
@@ -15,7 +15,8 @@ _INERT = {
     "torchscript", "tf_legacy_loss", "use_bfloat16", "output_hidden_states", "output_attentions", "output_scores",
     "return_dict", "return_dict_in_generate", "chunk_size_feed_forward", "vision_config",
     # training
-    "attention_dropout", "hidden_dropout_prob", "hidden_dropout", "attention_probs_dropout_prob", "classifier_dropout",
+    "attention_dropout", "residual_dropout",
+    "hidden_dropout_prob", "hidden_dropout", "attention_probs_dropout_prob", "classifier_dropout",
     "dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "initializer_range", "neftune_noise_alpha",
     "gradient_checkpointing",
     "use_gradient_checkpointing", "finetuning_task", "task_specific_params", "problem_type", "id2label", "label2id",
@@ -28,6 +29,7 @@ _INERT = {
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens",
+    "finetuned",  # in a yarn block: that the model was trained with it
 }  # fmt: skip
 
 # Fields accepted only with the values at which they change nothing.
@@ -69,6 +71,12 @@ class Fields:
     def __init__(self, fields: dict[str, Any]):
         self.fields, self.seen = fields, set[str]()
 
+    def with_defaults(self, **defaults: Any) -> Fields:
+        """What a family puts for fields that are absent. One that is null stays null: it is another value."""
+        read = Fields({**defaults, **self.fields})
+        read.seen = self.seen | (defaults.keys() - self.fields.keys())
+        return read
+
     def take(self, name: str, kind: type | tuple[type, ...], default: Any) -> Any:
         self.seen.add(name)
         value = self.fields.get(name)
@@ -106,42 +114,58 @@ class Fields:
                 raise ConfigError(f"{name}: {value!r} is not supported; accepted: {accepted}")
 
 
-def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...]) -> ModelConfig:
-    """What all families say alike: sizes, tokens, dtype. Ends the reading: a field that nobody has read is refused."""
-    heads, hidden = read.positive("num_attention_heads"), read.positive("hidden_size")
+def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: Any) -> ModelConfig:
+    """What all families say alike: sizes, tokens, dtype. Ends the reading: a field that nobody has read is refused.
+    `more`: what else ModelConfig has."""
+    heads = read.positive("num_attention_heads")
     config = ModelConfig(
         family=family,
         vocab_size=read.positive("vocab_size"),
-        hidden_size=hidden,
+        hidden_size=read.positive("hidden_size"),
         intermediate_size=read.positive("intermediate_size"),
         num_layers=read.positive("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=read.positive("num_key_value_heads", heads),
-        head_dim=read.positive("head_dim", hidden // heads),
-        max_position_embeddings=_max_positions(read),
+        head_dim=read_head_dim(read),
+        max_position_embeddings=max_positions(read),
         rms_norm_eps=read.number("rms_norm_eps", 1e-6),
         pattern=pattern,
         tie_word_embeddings=read.take("tie_word_embeddings", bool, False),
         bos_token_id=read.take("bos_token_id", int, None),
         eos_token_ids=token_id_tuple("eos_token_id", read.take("eos_token_id", (int, list), None)),
         dtype=_read_dtype(read),
+        **more,
     )
     if config.num_heads % config.num_kv_heads:
         raise ConfigError(f"num_key_value_heads: {config.num_kv_heads} must divide num_attention_heads = {heads}")
     if config.head_dim % 2:
         raise ConfigError(f"head_dim: {config.head_dim} must be even (rotary embedding turns pairs)")
     read.finish()
-    return config
+    return config.for_length(config.max_length)
 
 
 def full_attention_only(read: Fields) -> None:
     """Raises ConfigError where `layer_types` names another kind of attention."""
-    if other := sorted({str(kind) for kind in read.take("layer_types", list, [])} - {"full_attention"}):
-        raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: 'full_attention' in every layer")
+    only(read, "full_attention")
 
 
-def _max_positions(read: Fields) -> int:
+def only(read: Fields, kind: str) -> None:
+    """Raises ConfigError where `layer_types` names a kind of attention that is not this one."""
+    if other := sorted({str(other) for other in read.take("layer_types", list, [])} - {kind}):
+        raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: {kind!r} in every layer")
+
+
+def read_window(read: Fields) -> int | None:
+    """Keys that a query of a sliding layer sees; None where the field is null."""
+    return None if read.take("sliding_window", int, None) is None else read.positive("sliding_window")
+
+
+def max_positions(read: Fields) -> int:
     return read.positive("max_position_embeddings", 2048)
+
+
+def read_head_dim(read: Fields) -> int:
+    return read.positive("head_dim", read.positive("hidden_size") // read.positive("num_attention_heads"))
 
 
 def _read_dtype(read: Fields) -> str:
@@ -153,42 +177,3 @@ def _read_dtype(read: Fields) -> str:
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ConfigError(f"dtype: {dtype!r} is not supported; accepted: 'float32', 'bfloat16', 'float16'")
     return dtype
-
-
-def read_rope(read: Fields) -> RopeConfig:
-    """`rope_scaling` beside `rope_theta`, or `rope_parameters` as transformers 5 writes it."""
-    parameters = read.take("rope_parameters", dict, None)
-    scaling = read.take("rope_scaling", dict, None)
-    theta = read.number("rope_theta", 10000.0)
-    if parameters is not None and scaling not in (None, parameters):
-        raise ConfigError("rope_parameters: given together with a different rope_scaling; keep one of them")
-    block = "rope_parameters" if parameters is not None else "rope_scaling"
-    rope = Fields(dict(parameters or scaling or {}))
-    try:
-        kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")
-        rope.seen.update({"type", "rope_type"})
-        if kind not in ("default", "linear", "llama3"):
-            raise ConfigError(f"rope_type: {kind!r} is not supported; accepted: 'default', 'linear', 'llama3'")
-        theta = rope.number("rope_theta", theta)
-        if kind == "default":
-            config = RopeConfig(kind, theta)
-        elif kind == "linear":
-            config = RopeConfig(kind, theta, rope.number("factor"))
-        else:
-            config = RopeConfig(
-                kind,
-                theta,
-                rope.number("factor"),
-                rope.number("low_freq_factor"),
-                rope.number("high_freq_factor"),
-                rope.positive("original_max_position_embeddings", _max_positions(read)),
-            )
-            if config.high_freq_factor <= config.low_freq_factor:
-                raise ConfigError(
-                    f"high_freq_factor: {config.high_freq_factor} must be above "
-                    f"low_freq_factor = {config.low_freq_factor}"
-                )
-        rope.finish()
-    except ConfigError as error:
-        raise ConfigError(f"{block}.{error}") from None
-    return config

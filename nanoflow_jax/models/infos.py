@@ -70,15 +70,30 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
 
-    def layer_norms() -> ParamInfo:
-        kinds = ("input_layernorm", "post_attention_layernorm")
+    def layer_norms(kinds: tuple[str, str], size: int) -> ParamInfo:
         names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
 
         def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
             return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
 
-        sources = tuple(Source(name, (H,)) for pair in names for name in pair)
-        return ParamInfo((config.num_layers, 2, H), dtype, P(), "ones", sources, read)
+        sources = tuple(Source(name, (size,)) for pair in names for name in pair)
+        return ParamInfo((config.num_layers, 2, size), dtype, P(), "ones", sources, read)
+
+    def projection_norms() -> ParamInfo:
+        kinds, sizes = ("q_norm", "k_norm"), (width, config.num_kv_heads * d)
+        names = [[f"model.layers.{i}.self_attn.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
+        sources = tuple(Source(name, (size,)) for pair in names for name, size in zip(pair, sizes, strict=True))
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            return np.stack([_read_kqv(read_slice, pair, config, groups, index[1:]) for pair in names[index[0]]])
+
+        shape = (config.num_layers, groups, rows - 1, d)
+        return ParamInfo(shape, dtype, P(None, AXIS), "ones", sources, read)
+
+    def qk_norms() -> ParamInfo | None:
+        if config.qk_norm == "head":
+            return layer_norms(("self_attn.q_norm", "self_attn.k_norm"), d)
+        return None if config.qk_norm is None else projection_norms()
 
     def gemm(info: ParamInfo) -> Any:
         return info if config.quantization is None else quantised_info(info)
@@ -101,10 +116,16 @@ def param_infos(
 
     return ModelParams(
         embedding=vocab_rows("model.embed_tokens.weight"),
-        norms=layer_norms(),
+        norms=layer_norms(
+            ("post_attention_layernorm", "post_feedforward_layernorm")
+            if config.norm_after
+            else ("input_layernorm", "post_attention_layernorm"),
+            H,
+        ),
         layers=tuple(layer(i, kind) for i, kind in enumerate(config.layers)),
         final_norm=plain("model.norm.weight", (H,), P(), "ones"),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
+        qk_norms=qk_norms(),
         kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),
     )
 
@@ -124,7 +145,8 @@ def _read_padded(read_slice: ReadSlice, name: str, rows: int, padded_rows: int, 
 
 
 def _read_kqv(read_slice: ReadSlice, names: list[str], config: ModelConfig, groups: int, index: Index) -> np.ndarray:
-    """Groups [start, stop) of the fused weight, from separate q, k, v tensors; the other dimensions must be whole."""
+    """Groups [start, stop) of the fused weight, from separate tensors of q, k and v, or q and k; the other dimensions
+    must be whole."""
     d, q_heads, replicas = config.head_dim, config.num_heads // groups, groups // config.num_kv_heads
     start, stop = _bounds(index[0], groups)
     rest = index[3:]
@@ -136,5 +158,5 @@ def _read_kqv(read_slice: ReadSlice, names: list[str], config: ModelConfig, grou
     q = heads(names[0], start * q_heads, stop * q_heads)
     kv_start, kv_stop = start // replicas, (stop - 1) // replicas + 1
     owner = np.arange(start, stop) // replicas - kv_start  # group -> its KV head among those read
-    k, v = (heads(name, kv_start, kv_stop)[owner] for name in names[1:])
-    return np.concatenate([q.reshape(stop - start, q_heads, *q.shape[1:]), k[:, None], v[:, None]], axis=1)
+    others = [heads(name, kv_start, kv_stop)[owner][:, None] for name in names[1:]]
+    return np.concatenate([q.reshape(stop - start, q_heads, *q.shape[1:]), *others], axis=1)

@@ -44,10 +44,13 @@ class ModelParams:
     """
 
     embedding: Any  # [V, H] split over V
-    norms: Any  # [L, 2, H]: ahead of attention, ahead of the MLP
+    norms: Any  # [L, 2, H]: of attention and of the MLP, ahead of each or after it
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
+    qk_norms: Any = (
+        None  # [L, 2, d]: of a head of q, of k; or [L, G, r + 1, d] split over G: per group q's heads, then k's
+    )
     kv_scales: Any = None  # [2 (K, V), layers, G] float32 split over G, of fp8 pages; None without
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder, read_rope
+from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.parts import (
     apply_rope,
@@ -18,6 +18,7 @@ from nanoflow_jax.models.parts import (
     rms_norm,
     rope_tables,
 )
+from nanoflow_jax.models.rope import read_rope
 
 
 def read_config(read: Fields) -> ModelConfig:

@@ -3,24 +3,23 @@ embedding."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from nanoflow_jax.config import RopeConfig
 from nanoflow_jax.models.layout import LayerParams
 from nanoflow_jax.models.quantised import Quantised, Weight, contract_fp8
+from nanoflow_jax.models.rope import rope_frequencies
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [n, H] -> [n, H]; statistics in float32, as Hugging Face does."""
+    """x [..., H], weight [H] -> [..., H]; statistics in float32, as Hugging Face does."""
     x32 = x.astype(jnp.float32)
     normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * weight[None, :]
+    return normed.astype(x.dtype) * jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
 
 
 def contract(x: jax.Array, weight: Weight, axis: int, out_dtype: Any = None) -> jax.Array:
@@ -33,6 +32,11 @@ def contract(x: jax.Array, weight: Weight, axis: int, out_dtype: Any = None) -> 
     return lax.dot_general(
         x, weight, (((axis,), (1,)), ((), ())), precision=precision, preferred_element_type=out_dtype or x.dtype
     )
+
+
+def scaled(x: jax.Array, multiplier: float) -> jax.Array:
+    """x times a constant that is not rounded to x's dtype first."""
+    return x if multiplier == 1.0 else (x.astype(jnp.float32) * multiplier).astype(x.dtype)
 
 
 def linear(x: jax.Array, weight: Weight, bias: jax.Array | None) -> jax.Array:
@@ -48,12 +52,14 @@ def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Arr
     return fused[:, :, : rows - 2], fused[:, :, rows - 2], fused[:, :, rows - 1]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Each row on those up to itself: q [n, g, r, d], k and v [n, g, d] -> [n, g, r, d]; softmax in float32."""
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None) -> jax.Array:
+    """Each row on those up to itself: q [n, g, r, d], k and v [n, g, d] -> [n, g, r, d]; softmax in float32. `scale`
+    multiplies the scores; d ** -0.5 by default."""
     exact = lax.Precision.HIGHEST
     scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf), axis=-1)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
 
 
@@ -64,28 +70,11 @@ def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
     return jax.nn.silu(both[:, :f]) * both[:, f:]
 
 
-def rope_frequencies(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Inverse frequencies [head_dim / 2], float32.
-
-    llama3: long wavelengths are divided by `factor`, short ones kept, those between interpolated (Llama 3.1 model
-    card).
-    """
-    inv = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
-    if rope.kind == "linear":
-        inv = inv / rope.factor
-    elif rope.kind == "llama3":
-        wavelength = 2 * math.pi / inv
-        ratio = rope.original_max_position_embeddings / wavelength
-        smooth = (ratio - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = np.clip(smooth, 0.0, 1.0)
-        inv = (1 - smooth) * inv / rope.factor + smooth * inv
-    return inv.astype(np.float32)
-
-
 def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos, sin [n, head_dim / 2] float32 for positions [n]."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))[None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

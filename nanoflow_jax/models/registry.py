@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, config_path
-from nanoflow_jax.models import llama
+from nanoflow_jax.models import granite, llama, mistral, olmo2, qwen2, qwen3, seed_oss
 from nanoflow_jax.models.fields import Fields
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.system.reading import read_json_object
@@ -32,7 +32,16 @@ class Family:
 
 
 FAMILIES = {
-    family.name: family for family in (Family("llama", ("LlamaForCausalLM",), llama.read_config, llama.forward),)
+    family.name: family
+    for family in (
+        Family("llama", ("LlamaForCausalLM",), llama.read_config, llama.forward),
+        Family("mistral", ("MistralForCausalLM",), mistral.read_config, mistral.forward),
+        Family("qwen2", ("Qwen2ForCausalLM",), qwen2.read_config, qwen2.forward),
+        Family("qwen3", ("Qwen3ForCausalLM",), qwen3.read_config, qwen3.forward),
+        Family("seed_oss", ("SeedOssForCausalLM",), seed_oss.read_config, seed_oss.forward),
+        Family("granite", ("GraniteForCausalLM",), granite.read_config, granite.forward),
+        Family("olmo2", ("Olmo2ForCausalLM",), olmo2.read_config, olmo2.forward),
+    )
 }
 
 

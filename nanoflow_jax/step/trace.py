@@ -34,8 +34,9 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
-from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, MLP, REDUCE, SCATTER, StepProgram, Update
 from nanoflow_jax.step.logprobs import score_rows
+from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_rows
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
 from nanoflow_jax.step.sampler import StepOutput, sample
@@ -60,8 +61,8 @@ CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
 # Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
 _STATIC = ("backend", "tuning", "expected_context")
-_decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "sm_budget"), inline=True)
-_prefill_attention = jax.jit(prefill_attention, static_argnames=_STATIC, inline=True)
+_decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "scale", "sm_budget"), inline=True)
+_prefill_attention = jax.jit(prefill_attention, static_argnames=(*_STATIC, "scale"), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
 _add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
 NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
@@ -187,7 +188,7 @@ def _head(config: ModelConfig, params: ModelParams, hidden: jax.Array) -> tuple[
     """hidden [n, H] -> this device's logits [n, V/p] float32 (padding -inf), and the vocabulary index of its first."""
     head = params.embedding if params.head is None else params.head
     normed = parts.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
-    local = parts.contract(normed, head, 1, out_dtype=jnp.float32)
+    local = parts.scaled(parts.contract(normed, head, 1, out_dtype=jnp.float32), 1 / config.logits_divisor)
     first = collectives.device_index() * head.shape[0]
     return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
@@ -228,8 +229,9 @@ class Tracer:
         return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
 
     def begin(self, layer: int) -> None:
-        self.layer = self.params.layers[layer]
-        self.cos, self.sin = self.rope_tables[self.config.layers[layer].attention.rope]
+        self.index, self.layer = layer, self.params.layers[layer]
+        self.attention = self.config.layers[layer].attention
+        self.cos, self.sin = self.rope_tables[self.attention.rope]
         self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
         self.scales = {} if scales is None else {"k_scale": scales[0, layer], "v_scale": scales[1, layer]}
@@ -241,11 +243,14 @@ class Tracer:
         table = self.params.embedding
         local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
-        return jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+        x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
+        return parts.scaled(x, self.config.embedding_multiplier)
 
     def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = piece.rows // self.devices
         mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
+        if self.config.norm_after:
+            return mine, x
         return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
     def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
@@ -254,7 +259,7 @@ class Tracer:
     # -- residual and norm
 
     def _norm_weight(self, layer: int, which: int) -> jax.Array:
-        """[H], of the norm ahead of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
+        """[H], of the norm of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
         norms = self.params.norms
         return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
 
@@ -262,6 +267,10 @@ class Tracer:
         self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
         """In one ordered op."""
+        if self.config.norm_after:
+            block = (layer, ATTENTION) if which == MLP else (layer - 1, MLP)  # which the update is of
+            x = x if update is None else self._add_normed(block, x, update)
+            return x, x
         weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
         if update is None:
             return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
@@ -272,10 +281,20 @@ class Tracer:
         return self.order.run(both, x, *update)
 
     def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        if self.config.norm_after:
+            return self._add_normed((self.config.num_layers - 1, MLP), x, update)
         return self.order.run(_add, x, *update)
 
+    def _add_normed(self, block: tuple[int, int], x: jax.Array, update: Update[jax.Array]) -> jax.Array:
+        norm = partial(add_normed, weight=self._norm_weight(*block), eps=self.config.rms_norm_eps)
+        return self.order.run(norm, x, *update)
+
     def bias(self, op: str) -> jax.Array | None:
-        return {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
+        bias = {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
+        return None if bias is None else self._block_output(bias)
+
+    def _block_output(self, x: jax.Array) -> jax.Array:
+        return parts.scaled(x, self.config.residual_multiplier)
 
     # -- attention
 
@@ -284,6 +303,9 @@ class Tracer:
 
         def project(*inputs: jax.Array) -> jax.Array:
             q, k, v = parts.kqv_projection(span(*inputs), layer)
+            if self.attention.qk_norm:
+                weights = lax.index_in_dim(self.params.qk_norms, self.index, keepdims=False)
+                q, k = norm_queries_and_keys(q, k, weights, self.config, self.devices, self.collectives[REDUCE])
             cos, sin = self.cos[rows], self.sin[rows]
             q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
             return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
@@ -312,7 +334,7 @@ class Tracer:
 
         def attend(more: dict[str, jax.Array], k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             out, _ = _decode_attention(
-                span(*q), k_pages, v_pages, **more, sm_budget=sms, **self.options.decode,
+                span(*q), k_pages, v_pages, **more, scale=self.attention.scale, sm_budget=sms, **self.options.decode,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -335,7 +357,7 @@ class Tracer:
             )
             out = _prefill_attention(
                 span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths,
-                first_page=self.first_page, **self.scales, **self.options.prefill,
+                first_page=self.first_page, scale=self.attention.scale, **self.scales, **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -351,12 +373,12 @@ class Tracer:
     def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
         """[w, n] x [H/p, w] -> [n, H/p]."""
         weight = self.layer.o_by_output
-        return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
+        return self.order.run(lambda x: self._block_output(parts.contract(x, weight, 0)), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
         weight = self.layer.o_by_input
-        return self.order.run(lambda *x: parts.contract(span(*x), weight, 1), *attention)
+        return self.order.run(lambda *x: self._block_output(parts.contract(span(*x), weight, 1)), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
         layer = self.layer
@@ -364,7 +386,7 @@ class Tracer:
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
-        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
+        return self.order.run(lambda x: self._block_output(parts.contract(x, weight, 1)), activated)
 
     # -- collectives and streams
 
@@ -423,8 +445,7 @@ def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.
 
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
-    if update.ndim == 3:
-        update = update.transpose(1, 0, 2).reshape(x.shape)
+    update = whole_rows(update)
     return x + update if bias is None else x + update + bias[None, :]
 
 

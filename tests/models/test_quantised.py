@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,21 @@ def test_a_step_is_as_good_as_its_rounding(plan: str, driver_of: Callable[[str, 
     assert 1e-3 < exact < MOST and 1e-3 < split < MOST
     assert errors(1, lambda w: replace(w, scale=w.scale * jnp.where(jnp.arange(w.scale.size) % 2, 0.5, 1.5))) > 2 * MOST
     assert errors(1, lambda w: replace(w, values=w.values.at[::4].set(0))) > 2 * MOST
+
+
+@pytest.mark.parametrize("case", ["qwen3", "granite_biases", "olmo2_gqa"])
+def test_families_in_fp8(case: str, tmp_path: Path) -> None:
+    """Weights and pages in fp8, on eight devices."""
+    reference, plan = load_reference(case), load_plan("two_gather_one_reduce")
+    driver = Driver(
+        write_checkpoint(case, tmp_path), plan, SHAPE, 8, "float32", kv_cache_dtype="fp8", quantization="fp8"
+    )
+    packer = Packer(reference.prompts, SHAPE, driver.num_pages)
+    steps = [packer.pack(prefill=[(s, 0, len(p)) for s, p in enumerate(reference.prompts)])]
+    errors = row_errors(*against_reference(logits_of(driver, steps), reference, "float32"))
+    assert 1e-3 < np.median(errors) < 2**0.5 * MOST  # two roundings
+    turned = logits_of(driver, steps, replace(driver.params, layers=driver.params.layers[::-1]))
+    assert np.median(row_errors(*against_reference(turned, reference, "float32"))) > 2 * MOST
 
 
 def test_random_weights_have_the_size_of_others() -> None:

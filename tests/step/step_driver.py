@@ -53,12 +53,18 @@ class Driver:
     enforce_order: bool = False
     kv_cache_dtype: str = "auto"
     quantization: str | None = None
+    max_length: int | None = None  # tokens of a sequence; what its page table holds
     config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
 
     @cached_property
     def config(self) -> ModelConfig:
-        config = replace(read_config(self.folder / "config.json"), quantization=self.quantization)
-        return replace(config, **dict(self.config_changes))
+        config = read_config(self.folder / "config.json").for_length(self.length)
+        return replace(config, quantization=self.quantization, **dict(self.config_changes))
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence, as the engine's `max_model_len`."""
+        return self.max_length or self.shape.pages_per_request * PAGE_SIZE
 
     @cached_property
     def mesh(self) -> jax.sharding.Mesh:

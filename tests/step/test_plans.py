@@ -485,6 +485,20 @@ def test_named_plans_on_every_mesh(plan: str, devices: int, folder_of: GetFolder
     assert_rows_close(got, want, "float32")
 
 
+@pytest.mark.parametrize(
+    ("case", "plan", "devices", "enforce_order"),
+    [("qwen3", 0, 8, False), ("granite_biases", 2, 8, False), ("olmo2_gqa", 0, 8, True), ("olmo2_gqa", 3, 2, False)],
+)
+def test_families_in_random_plans(
+    case: str, plan: int, devices: int, enforce_order: bool, folder_of: GetFolder
+) -> None:
+    """What families norm and multiply is right whichever rows or columns a collective leaves on a device."""
+    driver = Driver(
+        folder_of(case), RANDOM_PLANS[plan], SHAPE, devices, num_pages=NUM_PAGES, enforce_order=enforce_order
+    )
+    assert_rows_close(*run_crowd(driver, case), "float32")
+
+
 def test_enforced_order_changes_nothing(folder_of: GetFolder, random_plan_logits: Any) -> None:
     """The issue order as data dependence: bitwise the same logits."""
     driver = Driver(folder_of("biases"), RANDOM_PLANS[0], SHAPE, 8, num_pages=NUM_PAGES, enforce_order=True)

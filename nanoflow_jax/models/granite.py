@@ -1,0 +1,56 @@
+"""Granite 3, dense: LLaMA with constants that multiply embedding, scores and what blocks add, and divide the logits."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
+from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.parts import (
+    apply_rope,
+    causal_attention,
+    contract,
+    gated_mlp_up,
+    kqv_projection,
+    linear,
+    rms_norm,
+    rope_tables,
+    scaled,
+)
+from nanoflow_jax.models.rope import read_rope
+
+
+def read_config(read: Fields) -> ModelConfig:
+    """Each multiplier that is absent is 1; attention_multiplier, too, which stands in place of head_dim ** -0.5."""
+    full_attention_only(read)
+    bias = read.take("attention_bias", bool, False)
+    scale = read.number("attention_multiplier", 1.0)
+    attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias, scale=scale)
+    return read_decoder(
+        read,
+        "granite",
+        (Layer(attention, Mlp(read.take("mlp_bias", bool, False))),),
+        embedding_multiplier=read.number("embedding_multiplier", 1.0),
+        residual_multiplier=read.number("residual_multiplier", 1.0),
+        logits_divisor=read.number("logits_scaling", 1.0),
+    )
+
+
+def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
+    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
+    positions, eps, by = jnp.arange(tokens.size), config.rms_norm_eps, config.residual_multiplier
+    rope, scale = config.pattern[0].attention.rope, config.pattern[0].attention.scale
+    cos, sin = rope_tables(rope, config.head_dim, positions)
+    x = scaled(params.embedding[tokens], config.embedding_multiplier)
+    for norms, layer in zip(params.norms, params.layers, strict=True):
+        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        attention = causal_attention(q, k, v, scale).reshape(tokens.size, -1)
+        o = layer.o_by_output if layer.o_by_input is None else layer.o_by_input
+        x = x + scaled(linear(attention, o, layer.o_bias), by)
+        x = x + scaled(linear(gated_mlp_up(rms_norm(x, norms[1], eps), layer), layer.down, layer.down_bias), by)
+    head = params.embedding if params.head is None else params.head
+    logits = contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)
+    return logits[:, : config.vocab_size] / config.logits_divisor
