@@ -140,3 +140,12 @@ def test_make_targets_and_files_named_exist():
 def test_ci_runs_the_test_command_of_the_readme():
     assert "`make test`" in README.read_text(encoding="utf-8")
     assert re.search(r"^exec make test\b", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+
+
+def test_docs_name_tests_and_files_that_exist():
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        names = set(re.findall(r"\b((?:\w+/)*test_\w+\.py)\b", text))
+        missing = [name for name in names if not list((ROOT / "tests").rglob(name.removeprefix("tests/")))]
+        links = [m for m in re.findall(r"\]\(([^)#:]+)\)", text) if not (page.parent / m).exists()]
+        assert missing + links == [], page.name
