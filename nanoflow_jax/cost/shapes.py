@@ -81,6 +81,21 @@ class OpCosts:
         dtype = self.shapes.dtype if name == "HEAD" else self.shapes.weight_dtype
         return self.model.gemm(rows, *self.shapes.gemms[name], dtype)
 
+    @property
+    def quantised(self) -> bool:
+        """The layers' GEMMs are in fp8."""
+        return self.shapes.weight_dtype.startswith("f8")
+
+    def quantise(self, name: str, rows: int) -> Prediction:
+        """What a GEMM reads, per row: its largest magnitude, then its values over that, in one byte."""
+        _, k = self.shapes.gemms[name]
+        return self._elementwise((2 + 1 / self.shapes.element_bytes) * rows * k)
+
+    def scale(self, name: str, rows: int) -> Prediction:
+        """What an fp8 GEMM gives, times the scales of row and column."""
+        n, _ = self.shapes.gemms[name]
+        return self._elementwise(2 * rows * n)
+
     def rope(self, rows: int) -> Prediction:
         """Queries and keys are read and written."""
         s = self.shapes

@@ -134,6 +134,15 @@ class JobMaker:
         self.issued = (len(self.jobs) - 1,)
         return self.issued
 
+    def _gemm(self, name: str, rows: int, *needs: Jobs) -> Jobs:
+        """In fp8, with what makes its operand, and what scales its result where no kernel follows that does (after KQV
+        the rotary embedding, after UG the product)."""
+        if not self.costs.quantised:
+            return self.run("gemm", self.costs.gemm(name, rows), *needs)
+        ready = self.run("elementwise", self.costs.quantise(name, rows), *needs)
+        done = self.run("gemm", self.costs.gemm(name, rows), ready)
+        return done if name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
+
     def _start(self, job: Job) -> Jobs:
         needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
         self.jobs.append(replace(job, needs=needs))
@@ -206,7 +215,7 @@ class JobMaker:
     # -- attention
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self.run("gemm", self.costs.gemm("KQV", piece.rows), *normed)
+        self._gemm("KQV", piece.rows, *normed)
         made = self.run("elementwise", self.costs.rope(piece.rows))
         self.made.append((piece.start, piece.stop, made))
         return made
@@ -248,14 +257,14 @@ class JobMaker:
         return self.run("elementwise", self.costs.transpose(piece.rows), *attention)
 
     def o_over_n(self, piece: OpPiece, gathered: Jobs) -> Jobs:
-        return self.run("gemm", self.costs.gemm("O over N", piece.rows), gathered)
+        return self._gemm("O over N", piece.rows, gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
-        return self.run("gemm", self.costs.gemm("O over K", piece.rows), *attention)
+        return self._gemm("O over K", piece.rows, *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self.run("gemm", self.costs.gemm("UG", piece.rows), *normed)
+        self._gemm("UG", piece.rows, *normed)
         return self.run("elementwise", self.costs.silu(piece.rows))
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
-        return self.run("gemm", self.costs.gemm("D", piece.rows), activated)
+        return self._gemm("D", piece.rows, activated)

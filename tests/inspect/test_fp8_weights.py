@@ -4,14 +4,20 @@ another copy of a weight, and it fits where bfloat16 does not."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
+from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.search.simulate import simulate_step
 
 pytestmark = pytest.mark.aot
-MODEL, LAYERS = "llama-3.1-70b", 2
+MODEL, LAYERS = "llama-3.1-70b", 3
 WIDE = re.compile(r"= \(?(?:bf16|f16|f32)\[([\d,]+)\]")
 HIDDEN, FFN, KQV = 8192, 28672, 10240
 
@@ -49,8 +55,13 @@ def test_every_gemm_of_a_layer_is_fp8(gpu: str, plan: str, devices: int, pieces:
     assert wide_weights(found.hlo, devices) == []
     plain = inspected(gpu, plan, devices, None)
     assert "f8e4m3" not in plain.hlo and wide_weights(plain.hlo, devices)
+    for step in (found, plain):
+        load = StepLoad(step.decode_tokens, step.tokens - step.decode_tokens, step.context, step.context)
+        config = replace(model_config(MODEL)[1], quantization="fp8" if step is found else None)
+        simulated = simulate_step(load_plan(plan), config, RooflineModel(step.hardware), devices, load)
+        assert simulated.inner.us == pytest.approx(step.inner_layer.us, rel=0.06)
     kinds = {finding.kind for finding in found.report.findings}
-    assert not kinds & {"copied_weight", "copied_pages", "transposed_weight"}, kinds
+    assert not kinds & {"weight_copy", "kv_copy", "merged_gemm", "untraced_gemm", "misaligned_slice"}, kinds
     assert found.memory.weights < 0.55 * plain.memory.weights
     gained = found.report.totals.tokens_per_second_per_gpu, plain.report.totals.tokens_per_second_per_gpu
     assert gained[0] and gained[1] and gained[0] > (1.5 if devices == 1 else 1.0) * gained[1]
