@@ -291,10 +291,12 @@ class Tracer:
         rows, layer = slice(piece.start, piece.stop), self.layer
 
         def project(*inputs: jax.Array) -> jax.Array:
-            q, k, v = parts.kqv_projection(span(*inputs), layer)
+            fused = parts.fused_kqv(span(*inputs), layer)
             if self.attention.qk_norm:
                 weights = lax.index_in_dim(self.params.qk_norms, self.index, keepdims=False)
-                q, k = norm_queries_and_keys(q, k, weights, self.config, self.devices, self.collectives[REDUCE])
+                q, k, v = norm_queries_and_keys(fused, weights, self.config, self.devices, self.collectives[REDUCE])
+            else:
+                q, k, v = parts.split_kqv(fused)
             cos, sin = self.cos[rows], self.sin[rows]
             q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
             return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
