@@ -47,9 +47,16 @@ def linear(x: jax.Array, weight: Weight, bias: jax.Array | None) -> jax.Array:
 
 def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array, jax.Array]:
     """KQV: x [n, H] -> q [n, g, r, d], k [n, g, d], v [n, g, d] of this device's g groups."""
-    groups, rows, d, _ = layer.kqv.shape
-    fused = linear(x, layer.kqv, layer.kqv_bias).reshape(-1, groups, rows, d)
-    return fused[:, :, : rows - 2], fused[:, :, rows - 2], fused[:, :, rows - 1]
+    return split_kqv(fused_kqv(x, layer))
+
+
+def fused_kqv(x: jax.Array, layer: LayerParams) -> jax.Array:
+    """x [n, H] -> [n, g, r + 2, d]."""
+    return linear(x, layer.kqv, layer.kqv_bias).reshape(-1, *layer.kqv.shape[:-1])
+
+
+def split_kqv(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return fused[:, :, :-2], fused[:, :, -2], fused[:, :, -1]
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None) -> jax.Array:

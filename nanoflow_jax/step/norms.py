@@ -10,31 +10,41 @@ from jax import lax
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.parts import rms_norm
+from nanoflow_jax.models.parts import rms_norm, split_kqv
 
 
 def norm_queries_and_keys(
-    q: jax.Array,
-    k: jax.Array,
+    fused: jax.Array,
     weights: jax.Array,
     config: ModelConfig,
     devices: int,
     all_reduce: Callable[[jax.Array], jax.Array],
-) -> tuple[jax.Array, jax.Array]:
-    """q [n, g, r, d] and k [n, g, d] of this device, normed as `config.qk_norm` says; `weights` are the layer's.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """fused [n, g, r + 2, d] of this device -> q [n, g, r, d] and k [n, g, d], normed as `config.qk_norm` says, and v;
+    `weights` are the layer's.
 
-    A norm of whole projections needs the sums of squares of all devices: [n, 2] float32 in one all-reduce.
+    The squares of all heads are summed at once, in one kernel. A norm of whole projections needs the sums of all
+    devices: [n, 2] float32 in one all-reduce.
     """
-    eps = config.rms_norm_eps
+    q, k, v = split_kqv(fused)
+    wide = fused.astype(jnp.float32)
+    squares = jnp.sum(wide * wide, axis=-1)
     if config.qk_norm == "head":
-        return rms_norm(q, weights[0], eps), rms_norm(k, weights[1], eps)
-    q32, k32 = q.astype(jnp.float32), k.astype(jnp.float32)
-    copies = kv_groups(config, devices) // config.num_kv_heads  # of a KV head, each of which is summed
-    squares = jnp.stack([jnp.sum(q32 * q32, axis=(1, 2, 3)), jnp.sum(k32 * k32, axis=(1, 2)) / copies], axis=1)
-    sizes = jnp.array([[config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim]], jnp.float32)
-    factors = lax.rsqrt(all_reduce(squares) / sizes + eps)
-    q = (q32 * factors[:, 0, None, None, None]).astype(q.dtype) * weights[None, :, :-1]
-    return q, (k32 * factors[:, 1, None, None]).astype(k.dtype) * weights[None, :, -1]
+        factors = lax.rsqrt(squares / config.head_dim + config.rms_norm_eps)
+        of_q, of_k = factors[:, :, :-2], factors[:, :, -2]
+        q_weight, k_weight = weights[0][None, None, None], weights[1][None, None]
+    else:
+        copies = kv_groups(config, devices) // config.num_kv_heads  # of a KV head, each of which is summed
+        both = jnp.stack([squares[:, :, :-2].sum(axis=(1, 2)), squares[:, :, -2].sum(axis=1) / copies], axis=1)
+        sizes = config.head_dim * jnp.array([[config.num_heads, config.num_kv_heads]], jnp.float32)
+        factors = lax.rsqrt(all_reduce(both) / sizes + config.rms_norm_eps)
+        of_q, of_k = factors[:, 0, None, None], factors[:, 1, None]
+        q_weight, k_weight = weights[None, :, :-1], weights[None, :, -1]
+
+    def normed(x: jax.Array, factor: jax.Array, weight: jax.Array) -> jax.Array:
+        return (x.astype(jnp.float32) * factor[..., None]).astype(x.dtype) * weight
+
+    return normed(q, of_q, q_weight), normed(k, of_k, k_weight), v
 
 
 def add_normed(x: jax.Array, update: jax.Array, bias: jax.Array | None, *, weight: jax.Array, eps: float) -> jax.Array:

@@ -291,9 +291,11 @@ class Tracer:
 
     def bias(self, op: str) -> jax.Array | None:
         bias = {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
-        return None if bias is None else self._block_output(bias)
+        return None if bias is None else self._scaled(bias)
 
-    def _block_output(self, x: jax.Array) -> jax.Array:
+    def _scaled(self, x: jax.Array) -> jax.Array:
+        """Of the residual's multiplier. What O and D read, not what they give: their input is smaller, and the kernel
+        that writes it multiplies it, too."""
         return parts.scaled(x, self.config.residual_multiplier)
 
     # -- attention
@@ -302,10 +304,12 @@ class Tracer:
         rows, layer = slice(piece.start, piece.stop), self.layer
 
         def project(*inputs: jax.Array) -> jax.Array:
-            q, k, v = parts.kqv_projection(span(*inputs), layer)
+            fused = parts.fused_kqv(span(*inputs), layer)
             if self.attention.qk_norm:
                 weights = lax.index_in_dim(self.params.qk_norms, self.index, keepdims=False)
-                q, k = norm_queries_and_keys(q, k, weights, self.config, self.devices, self.collectives[REDUCE])
+                q, k, v = norm_queries_and_keys(fused, weights, self.config, self.devices, self.collectives[REDUCE])
+            else:
+                q, k, v = parts.split_kqv(fused)
             cos, sin = self.cos[rows], self.sin[rows]
             q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
             return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
@@ -368,25 +372,25 @@ class Tracer:
     def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """On the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it
         is."""
-        return self.order.run(lambda *x: span(*x).T, *attention)
+        return self.order.run(lambda *x: self._scaled(span(*x)).T, *attention)
 
     def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
         """[w, n] x [H/p, w] -> [n, H/p]."""
         weight = self.layer.o_by_output
-        return self.order.run(lambda x: self._block_output(parts.contract(x, weight, 0)), gathered)
+        return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
         """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
         weight = self.layer.o_by_input
-        return self.order.run(lambda *x: self._block_output(parts.contract(span(*x), weight, 1)), *attention)
+        return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
         layer = self.layer
-        return self.order.run(lambda *x: parts.gated_mlp_up(span(*x), layer), *normed)
+        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer)), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
-        return self.order.run(lambda x: self._block_output(parts.contract(x, weight, 1)), activated)
+        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
 
     # -- collectives and streams
 

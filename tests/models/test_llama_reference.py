@@ -22,6 +22,7 @@ from nanoflow_jax.models.registry import FAMILIES, read_config
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import KVCache
 from nanoflow_jax.weights.hub import resolve_model
@@ -311,16 +312,17 @@ def test_families_without_their_biases_fail(case: str, bias: str, driver_of: Get
 
 def test_norms_of_heads_after_the_rope_fail(driver_of: GetDriver, monkeypatch: pytest.MonkeyPatch) -> None:
     reference, driver = load_reference("qwen3"), driver_of("qwen3", "float32")
-    norm, rope, late = parts.rms_norm, parts.apply_rope, list[tuple[jax.Array, float]]()
+    rope, late = parts.apply_rope, list[jax.Array]()
 
-    def put_off(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-        if x.ndim == 2:
-            return norm(x, weight, eps)
-        late.append((weight, eps))
-        return x
+    def put_off(fused: jax.Array, weights: jax.Array, *others: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        late.extend(weights)
+        return parts.split_kqv(fused)
 
-    monkeypatch.setattr(parts, "rms_norm", put_off)
-    monkeypatch.setattr(parts, "apply_rope", lambda x, cos, sin: norm(rope(x, cos, sin), *late.pop(0)))
+    def rope_and_norm(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        return parts.rms_norm(rope(x, cos, sin), late.pop(0), driver.config.rms_norm_eps)
+
+    monkeypatch.setattr(trace, "norm_queries_and_keys", put_off)
+    monkeypatch.setattr(parts, "apply_rope", rope_and_norm)
     found = logits_of(replace(driver), whole_prompts(reference, driver), driver.params)
     assert not late
     assert np.median(row_errors(*against_reference(found, reference, "float32"))) > TOLERANCES["bfloat16"]
