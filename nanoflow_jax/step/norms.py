@@ -24,7 +24,7 @@ def norm_queries_and_keys(
     `weights` are the layer's.
 
     The squares of all heads are summed at once, in one kernel. A norm of whole projections needs the sums of all
-    devices: [n, 2] float32 in one all-reduce.
+    devices: [n, 2] float32 in one all-reduce, which is part of KQV: no plan places it, and nothing hides it.
     """
     q, k, v = split_kqv(fused)
     wide = fused.astype(jnp.float32)
