@@ -14,7 +14,7 @@ from nanoflow_jax.commands import batch, bench, bench_batch, eval
 from nanoflow_jax.commands import generate as generate_command
 from nanoflow_jax.commands.options import Parser, llm_options
 from nanoflow_jax.options import KINDS, OPTIONS, VLLM_NAMES, LLMOptions
-from nanoflow_jax.step.attention import BACKENDS, KV_CACHE_DTYPES
+from nanoflow_jax.step.attention import BACKENDS, KV_CACHE_DTYPES, QUANTIZATIONS
 
 # The interface that others write code against.
 DEFAULTS = {
@@ -125,7 +125,8 @@ def test_names_of_vllm_are_none_of_ours() -> None:
 
 
 def test_accepted_values_are_those_that_are_used() -> None:
-    for name, used in (("kv_cache_dtype", KV_CACHE_DTYPES), ("attention_backend", BACKENDS)):
+    used_by_name = {"kv_cache_dtype": KV_CACHE_DTYPES, "attention_backend": BACKENDS, "quantization": QUANTIZATIONS}
+    for name, used in used_by_name.items():
         accepted = OPTIONS[name].accepted
         assert accepted is not None and set(accepted.values) == set(used)
 

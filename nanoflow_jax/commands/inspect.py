@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     p.add_argument("--context", type=int, default=1024, help="tokens of context per row, for the cost of attention")
     p.add_argument("--layers", type=int, help="compile only this many layers (totals are scaled); all when not given")
     p.add_argument("--attention-backend", default="auto", help="of decode attention: auto, mosaic (Hopper) or xla")
-    p.add_argument("--quantization", choices=("fp8",), help="of the layers' weights; as the model's when not given")
+    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
     p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
     p.add_argument(
         "--xla-option",

@@ -62,7 +62,7 @@ def add_target(p: Any) -> None:
     p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
     p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
     p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
-    p.add_argument("--quantization", choices=("fp8",), help="of the layers' weights; as the model's when not given")
+    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
     p.add_argument(
         "--workload",
         default="constant:1024:512",

@@ -61,7 +61,7 @@ def _llama3(rope: Fields, positions: int, half: int) -> dict[str, Any]:
 
 def _yarn(rope: Fields, positions: int, half: int) -> dict[str, Any]:
     original = rope.positive(_ORIGINAL, positions)
-    factor = rope.number("factor", positions / original)
+    factor = rope.number("factor", positions / original if rope.fields.get(_ORIGINAL) else None)
 
     def grown(by: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0

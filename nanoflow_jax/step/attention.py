@@ -19,6 +19,7 @@ APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
 NORM_ALIGNMENT, NORM_ROW = 256, 16_384  # columns of one device that the Mosaic norm takes, and of a whole row at most
 BACKENDS = ("auto", "mosaic", "xla")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
+QUANTIZATIONS = (None, "fp8")
 
 
 def page_dtype(config: ModelConfig, kv_cache_dtype: str) -> Any:
@@ -30,8 +31,11 @@ def page_dtype(config: ModelConfig, kv_cache_dtype: str) -> Any:
 
 
 def check_quantization(config: ModelConfig, capability: tuple[int, int] | None) -> None:
-    """Raises ConfigError for a GPU that cannot multiply weights of `config.quantization`; `capability` is None where
-    there is no GPU, which can, slowly."""
+    """Raises ConfigError for a `config.quantization` that there is not, and for a GPU that cannot multiply such
+    weights; `capability` is None where there is no GPU, which can, slowly."""
+    if config.quantization not in QUANTIZATIONS:
+        accepted = ", ".join(map(repr, QUANTIZATIONS))
+        raise ConfigError(f"quantization: {config.quantization!r} is not supported; accepted: {accepted}")
     if config.quantization == "fp8" and capability is not None and capability < (8, 9):
         found = ".".join(map(str, capability))
         raise ConfigError(

@@ -188,20 +188,22 @@ def test_too_few_requests_and_pages_that_run_out(bench: Callable[..., tuple[int,
 
 
 def test_one_shape_is_compiled_for_a_full_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """And not deterministic, so that any plan can be measured; one line says which `auto` is."""
+    """And not deterministic, so that any plan can be measured; one line says which `auto` is. Weights are in the dtype
+    that is asked for."""
     compiled: list[Any] = []
     real = setup.Runner
 
     def runner(program: Program, params: Any, shapes: Any, progress: bool) -> Any:
-        compiled.append((list(shapes), program.spec.deterministic))
+        compiled.append((list(shapes), program.spec.deterministic, params.layers[0].down.values.dtype.name))
         return real(program, params, shapes, progress)
 
     monkeypatch.setattr(setup, "Runner", runner)
     arguments = [a for a in SMALL if a != "--deterministic"]
     more = ("--one-shape", "--workload", "constant:12:20", "--requests", "60", "--json", "--plan", "auto")
+    more += ("--quantization", "fp8")
     assert main([*arguments, *more, "--accept-unsteady", "--gpu", "h200"]) == 0
-    (((shape,), deterministic),) = compiled
-    assert (shape.decode_rows, shape.prefill_rows, deterministic) == (16, 16, False)
+    (((shape,), deterministic, weights),) = compiled
+    assert (shape.decode_rows, shape.prefill_rows, deterministic, weights) == (16, 16, False, "float8_e4m3fn")
     out, err = capsys.readouterr()
     assert json.loads(out)["options"]["one_shape"]
     assert json.loads(out)["plan"] == "two_gather_one_reduce"

@@ -29,6 +29,11 @@ def unchanged_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--decode-tokens", "4096"], ["decode_tokens", "4096", "2048"]),
         (["--xla-option", "xla_gpu_dot_merger_threshold_mb"], ["--xla-option", "KEY=VALUE"]),
         (["--gpu", "a100_sxm_80", "--attention-backend", "mosaic"], ["attention_backend", "Hopper", "8.0"]),
+        (["--quantization", "int8", "--layers", "1"], ["quantization", "'int8'", "accepted: None, 'fp8'"]),
+        (
+            ["--gpu", "a100_sxm_80", "--quantization", "fp8", "--layers", "1"],
+            ["quantization", "fp8 tensor cores", "8.0"],
+        ),
         (["--attention-backend", "cuda"], ["attention_backend", "'cuda'", "'mosaic'"]),
         (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),
     ],

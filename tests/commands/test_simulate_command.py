@@ -82,6 +82,8 @@ def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--devices", "7"], ["tensor_parallel_size", "7", "sizes that work"]),
         (["--devices", "16"], ["devices: 16", "h200", "1 to 8"]),
         (["--gpu", "a100_sxm_80", "--devices", "1"], ["room for 0 tokens", "1 x a100_sxm_80", "more GPUs"]),
+        (["--quantization", "int8"], ["quantization", "'int8'", "accepted: None, 'fp8'"]),
+        (["--gpu", "a100_sxm_80", "--quantization", "fp8"], ["quantization", "fp8 tensor cores", "8.0"]),
         (["--workload", "constant:5"], ["workload", "constant:PROMPT:OUTPUT"]),
         (["--workload", "constant:200000:5"], ["workload", "200005", "131072"]),
         (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),

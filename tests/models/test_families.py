@@ -114,6 +114,7 @@ def test_defaults_of_families() -> None:
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_parameters.factor", "positive number"),
         ({"rope_scaling": YARN, "rope_theta": 1}, "rope_scaling.rope_type", "needs a rope_theta above 1"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling.truncate", "must be bool"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling.factor", "positive number"),
         ({"rope_scaling": {**YARN, "short_factor": [1.0]}}, "rope_scaling.short_factor", "unknown field"),
         (
             {"rope_scaling": LONGROPE | {"short_factor": [1.0]}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.cost.footprint import weight_bytes
+from nanoflow_jax.cost.shapes import optimum
+from nanoflow_jax.engine.setup import prefix_root
+from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import ParamInfo, Source, is_info, random_params
 from nanoflow_jax.models.parts import contract
@@ -160,3 +165,26 @@ def test_random_weights_have_the_size_of_others() -> None:
     weight = np.asarray(down.values, np.float32) * np.asarray(down.scale)[:, None]
     assert weight.std() == pytest.approx(config.intermediate_size**-0.5, rel=0.05)
     assert np.isfinite(weight).all()
+
+
+def test_an_llm_multiplies_by_them() -> None:
+    """Not only accepted: the weights on the devices are in fp8, and the answers are those that are asked for."""
+    llm = LLM(
+        "tiny", quantization="fp8", tensor_parallel_size=2, max_model_len=64, decode_slots=8, tokens_per_step=32,
+        page_size=16, kv_cache_tokens=512, deterministic=True, progress=False,
+    )  # fmt: skip
+    found = Counter(array.dtype.name for array in llm.engine.runner._params)
+    assert found["float8_e4m3fn"] == 4 * llm.config.num_layers
+    prompts = ["12+30=", "47+85=", "sort 52917="]
+    answers = [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8))]
+    assert answers == ["42", "132", "12579"]
+
+
+def test_what_depends_on_them() -> None:
+    """Keys and values of other weights are never found as prefixes; the optimum is that of fp8 tensor cores."""
+    config, h200 = model_config("llama-3.1-70b")[1], load_hardware("h200")
+    both = (config, replace(config, quantization="fp8"))
+    roots = {prefix_root(Path("model"), c, load_plan("sequential"), "xla bfloat16", False) for c in both}
+    assert len(roots) == 2
+    plain, fp8 = (optimum(c, h200) for c in both)
+    assert fp8 / plain == pytest.approx(h200.fp8_flops / h200.bf16_flops)
