@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+import ml_dtypes
 
 from nanoflow_jax.system.reading import ConfigError
 
@@ -85,10 +88,12 @@ class RopeConfig:
 @dataclass(frozen=True)
 class Attention:
     """scale    multiplies the scores; None: head_dim ** -0.5
-    window   keys that a query sees, its own included; None: all. Kernels have no windows: `ModelConfig.max_length` ends
-             where one would begin to count
+    window   keys that a query sees, its own included; None: all
     qk_norm  queries and keys are normed ahead of the rotary embedding: "head", each head by itself and with one weight
              for all, or "projection", all heads together; None: not
+    query_growth
+             queries are multiplied by 1 + query_growth * ln(1 + floor(position / the rotary embedding's original
+             positions))
     """
 
     rope: RopeConfig
@@ -97,13 +102,15 @@ class Attention:
     scale: float | None = None
     window: int | None = None
     qk_norm: Literal["head", "projection"] | None = None
+    query_growth: float = 0.0
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Gated: SiLU(gate) * up."""
+    """Gated: activation(gate) * up. gelu_tanh: GELU by its approximation with tanh."""
 
     bias: bool = False
+    activation: Literal["silu", "gelu_tanh"] = "silu"
 
 
 @dataclass(frozen=True)
@@ -122,9 +129,11 @@ class ModelConfig:
     pattern  the kinds of layers, repeated over `num_layers`
     dtype    of activations, and of weights but for those of the layers where `quantization` is "fp8"
     embedding_multiplier, residual_multiplier, logits_divisor
-             of the embedding's rows, of what a block adds to the residual, and of the logits
-    norm_after
-             what blocks add to the residual is normed, and not what they read
+             of the embedding's rows ("sqrt": the root of hidden_size, rounded to dtype), of what a block adds to the
+             residual, and of the logits
+    norms    what blocks read is normed ("before"), what they add to the residual ("after"), or both
+    norm_offset
+             is added to the weights of all norms
     """
 
     family: str
@@ -143,10 +152,11 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     quantization: str | None = None
-    embedding_multiplier: float = 1.0
+    embedding_multiplier: float | Literal["sqrt"] = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
-    norm_after: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    norm_offset: float = 0.0
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -154,15 +164,10 @@ class ModelConfig:
         return tuple(self.pattern[i % len(self.pattern)] for i in range(self.num_layers))
 
     @property
-    def full_length(self) -> int:
-        """Tokens of a sequence that the rotary scaling makes of `max_position_embeddings`."""
-        return min(*(at.attention.rope.max_length(self.max_position_embeddings) for at in self.pattern), 2**31 - 1)
-
-    @property
     def max_length(self) -> int:
-        """The same, and no more than a window holds: up to there attention with and without it is equal."""
-        windows = (at.attention.window for at in self.pattern)
-        return min([self.full_length, *(window for window in windows if window is not None)])
+        """Tokens of a sequence that the rotary scaling makes of `max_position_embeddings`; the least of all kinds of
+        layers."""
+        return min(*(at.attention.rope.max_length(self.max_position_embeddings) for at in self.pattern), 2**31 - 1)
 
     def for_length(self, length: int) -> ModelConfig:
         """The same for sequences of up to so many tokens (`RopeConfig.for_length`)."""
@@ -173,6 +178,14 @@ class ModelConfig:
                 for layer in self.pattern
             ),
         )
+
+    @property
+    def embedding_factor(self) -> float:
+        """What rows of the embedding are multiplied by."""
+        if self.embedding_multiplier != "sqrt":
+            return self.embedding_multiplier
+        root = math.sqrt(self.hidden_size)
+        return float(ml_dtypes.bfloat16(root)) if self.dtype == "bfloat16" else root
 
     @property
     def qk_norm(self) -> Literal["head", "projection"] | None:
@@ -187,7 +200,8 @@ class ModelConfig:
     def num_params(self) -> int:
         """Number of weights, as published (tied embeddings counted once)."""
         hidden, ffn, qd, kvd = self.hidden_size, self.intermediate_size, *self._attention_widths()
-        layers = self.num_layers * (hidden * (qd + 2 * kvd) + qd * hidden + 3 * hidden * ffn + 2 * hidden)
+        norms = 4 if self.norms == "both" else 2
+        layers = self.num_layers * (hidden * (qd + 2 * kvd) + qd * hidden + 3 * hidden * ffn + norms * hidden)
         for layer in self.layers:
             layers += (qd + 2 * kvd) * layer.attention.qkv_bias + hidden * layer.attention.o_bias
             layers += (2 * ffn + hidden) * layer.mlp.bias

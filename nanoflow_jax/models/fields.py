@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, Layer, ModelConfig, token_id_tuple
+
+FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types
 
 # Fields that change nothing about inference.
 _INERT = {
@@ -30,6 +33,7 @@ _INERT = {
     "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
     "begin_suppress_tokens",
     "finetuned",  # in a yarn block: that the model was trained with it
+    "_sliding_window_pattern", "cache_implementation",  # layer_types says it; transformers' own
 }  # fmt: skip
 
 # Fields accepted only with the values at which they change nothing.
@@ -55,6 +59,9 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
     "logits_soft_cap": (None,),
     "rope_interleaved": (False,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False,),
 }
 
 
@@ -146,13 +153,30 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: 
 
 def full_attention_only(read: Fields) -> None:
     """Raises ConfigError where `layer_types` names another kind of attention."""
-    only(read, "full_attention")
+    only(read, FULL)
 
 
 def only(read: Fields, kind: str) -> None:
     """Raises ConfigError where `layer_types` names a kind of attention that is not this one."""
     if other := sorted({str(other) for other in read.take("layer_types", list, [])} - {kind}):
         raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: {kind!r} in every layer")
+
+
+def read_layer_types(read: Fields, usual: Callable[[int], str], window: int | None) -> tuple[str, ...]:
+    """FULL or SLIDING, of each layer; by its index where the file does not say."""
+    layers = read.positive("num_hidden_layers")
+    kinds = read.take("layer_types", list, [usual(i) for i in range(layers)])
+    known = (FULL,) if window is None else (FULL, SLIDING)
+    if len(kinds) != layers or not all(kind in known for kind in kinds):
+        accepted = " or ".join(map(repr, known))
+        raise ConfigError(f"layer_types: must be {accepted} for each of {layers} layers, not {kinds!r:.200}")
+    return tuple(kinds)
+
+
+def period[T](layers: Sequence[T]) -> tuple[T, ...]:
+    """The shortest that gives all of them when it is repeated."""
+    size = next(n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i % n] for i in range(len(layers))))
+    return tuple(layers[:size])
 
 
 def read_window(read: Fields) -> int | None:

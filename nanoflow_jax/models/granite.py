@@ -9,15 +9,14 @@ from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.parts import (
-    apply_rope,
-    causal_attention,
     contract,
     gated_mlp_up,
     kqv_projection,
     linear,
+    o_projection,
     rms_norm,
-    rope_tables,
     scaled,
+    self_attention,
 )
 from nanoflow_jax.models.rope import read_rope
 
@@ -40,16 +39,11 @@ def read_config(read: Fields) -> ModelConfig:
 
 def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
     """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
-    positions, eps, by = jnp.arange(tokens.size), config.rms_norm_eps, config.residual_multiplier
-    rope, scale = config.pattern[0].attention.rope, config.pattern[0].attention.scale
-    cos, sin = rope_tables(rope, config.head_dim, positions)
-    x = scaled(params.embedding[tokens], config.embedding_multiplier)
-    for norms, layer in zip(params.norms, params.layers, strict=True):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attention = causal_attention(q, k, v, scale).reshape(tokens.size, -1)
-        o = layer.o_by_output if layer.o_by_input is None else layer.o_by_input
-        x = x + scaled(linear(attention, o, layer.o_bias), by)
+    x = scaled(params.embedding[tokens], config.embedding_factor)
+    eps, by = config.rms_norm_eps, config.residual_multiplier
+    for kind, norms, layer in zip(config.layers, params.norms, params.layers, strict=True):
+        attention = self_attention(*kqv_projection(rms_norm(x, norms[0], eps), layer), kind.attention)
+        x = x + scaled(o_projection(attention, layer), by)
         x = x + scaled(linear(gated_mlp_up(rms_norm(x, norms[1], eps), layer), layer.down, layer.down_bias), by)
     head = params.embedding if params.head is None else params.head
     logits = contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)

@@ -17,6 +17,16 @@ from nanoflow_jax.models.quantised import quantised_info
 from nanoflow_jax.parallel.mesh import AXIS
 
 
+# Hugging Face's names, in the order in which a layer meets them. One of them has two meanings.
+_NORMS = {
+    "before": ("input_layernorm", "post_attention_layernorm"),
+    "after": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm",
+    ),
+}  # fmt: skip
+
+
 def param_infos(
     config: ModelConfig,
     devices: int,
@@ -32,6 +42,7 @@ def param_infos(
     kv_scales                with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
     """
     dtype = jnp.dtype(dtype or config.dtype)
+    norm_dtype = jnp.dtype(jnp.float32) if config.norm_offset else dtype  # of what was added, no bit is lost
     H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
     width = config.num_heads * d
     groups, vocab = kv_groups(config, devices), padded_vocab(config, devices)
@@ -70,14 +81,23 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((2, F, *tail), dtype, P(None, AXIS), init, tuple(Source(n, (F, *tail)) for n in names), read)
 
-    def layer_norms(kinds: tuple[str, str], size: int) -> ParamInfo:
+    def offset(weight: np.ndarray) -> np.ndarray:
+        return weight.astype(np.float32) + np.float32(config.norm_offset) if config.norm_offset else weight
+
+    def final_norm() -> ParamInfo:
+        source = Source("model.norm.weight", (H,))
+        return ParamInfo((H,), norm_dtype, P(), "ones", (source,), lambda read, at: offset(read(source.name, at)))
+
+    def layer_norms(kinds: tuple[str, ...], size: int) -> ParamInfo:
         names = [[f"model.layers.{i}.{kind}.weight" for kind in kinds] for i in range(config.num_layers)]
 
         def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
-            return np.stack([[read_slice(name, index[2:]) for name in pair[index[1]]] for pair in names[index[0]]])
+            return offset(
+                np.stack([[read_slice(name, index[2:]) for name in some[index[1]]] for some in names[index[0]]])
+            )
 
-        sources = tuple(Source(name, (size,)) for pair in names for name in pair)
-        return ParamInfo((config.num_layers, 2, size), dtype, P(), "ones", sources, read)
+        sources = tuple(Source(name, (size,)) for some in names for name in some)
+        return ParamInfo((config.num_layers, len(kinds), size), norm_dtype, P(), "ones", sources, read)
 
     def projection_norms() -> ParamInfo:
         kinds, sizes = ("q_norm", "k_norm"), (width, config.num_kv_heads * d)
@@ -116,14 +136,9 @@ def param_infos(
 
     return ModelParams(
         embedding=vocab_rows("model.embed_tokens.weight"),
-        norms=layer_norms(
-            ("post_attention_layernorm", "post_feedforward_layernorm")
-            if config.norm_after
-            else ("input_layernorm", "post_attention_layernorm"),
-            H,
-        ),
+        norms=layer_norms(_NORMS[config.norms], H),
         layers=tuple(layer(i, kind) for i, kind in enumerate(config.layers)),
-        final_norm=plain("model.norm.weight", (H,), P(), "ones"),
+        final_norm=final_norm(),
         head=None if config.tie_word_embeddings else vocab_rows("lm_head.weight"),
         qk_norms=qk_norms(),
         kv_scales=None if kv_scales is None else kv_scales_info(config, groups, kv_scales),

@@ -7,6 +7,9 @@ the mesh size: KQV groups each KV head with the query heads it serves; UG keeps 
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from flax import struct
@@ -44,7 +47,7 @@ class ModelParams:
     """
 
     embedding: Any  # [V, H] split over V
-    norms: Any  # [L, 2, H]: of attention and of the MLP, ahead of each or after it
+    norms: Any  # [L, 2, H]: of attention and of the MLP, ahead of each or after it; [L, 4, H]: ahead and after of each
     layers: tuple[LayerParams, ...]
     final_norm: Any  # [H]
     head: Any  # [V, H] split over V; None when tied to the embedding
@@ -57,6 +60,57 @@ class ModelParams:
 def kv_groups(config: ModelConfig, devices: int) -> int:
     """Number of KV groups: the KV heads, or the mesh size when there are fewer of them (each is then replicated)."""
     return max(config.num_kv_heads, devices)
+
+
+MOST_TABLES = 8  # of a request
+
+
+@dataclass(frozen=True)
+class PageTables:
+    """Which page tables a request has, and which one a layer reads.
+
+    Layers with one window keep the same tokens, so they may share a table; those with another keep others. A page
+    holds one token block of `depth` layers, for every table as many: any page can serve any table, so that one pool
+    serves all, whatever a request's length. (Where a kind's number of layers is no multiple of `depth`, some of it is
+    left empty.) As vLLM's hybrid KV cache manager has it.
+
+    windows  of each table's layers, None where they see all
+    table, place
+             of each layer: its table, and its place among the `depth` layers of a page
+    """
+
+    windows: tuple[int | None, ...]
+    table: tuple[int, ...]
+    place: tuple[int, ...]
+    depth: int
+
+    @property
+    def count(self) -> int:
+        return len(self.windows)
+
+
+@lru_cache(maxsize=64)
+def page_tables(config: ModelConfig) -> PageTables:
+    """With at most MOST_TABLES tables, those that leave the least empty, above all of layers that see everything."""
+    windows = [layer.attention.window for layer in config.layers]
+    layers = Counter(windows)
+
+    def empty(depth: int) -> tuple[int, int, int]:
+        left = {window: -count % depth for window, count in layers.items()}
+        return left.get(None, 0), sum(left.values()), sum(-(-count // depth) for count in layers.values())
+
+    fits = [depth for depth in range(1, config.num_layers + 1) if empty(depth)[2] <= MOST_TABLES]
+    depth = min(fits, key=empty)
+    found: list[int | None] = []
+    seen, table, place, newest = Counter[int | None](), [], [], dict[int | None, int]()
+    for window in windows:
+        if seen[window] % depth == 0:
+            newest[window] = len(found)
+            found.append(window)
+        table.append(newest[window])
+        place.append(seen[window] % depth)
+        seen[window] += 1
+    return PageTables(tuple(found), tuple(table), tuple(place), depth)
 
 
 def padded_vocab(config: ModelConfig, devices: int) -> int:

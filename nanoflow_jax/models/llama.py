@@ -9,14 +9,13 @@ from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.parts import (
-    apply_rope,
-    causal_attention,
     contract,
     gated_mlp_up,
     kqv_projection,
     linear,
+    o_projection,
     rms_norm,
-    rope_tables,
+    self_attention,
 )
 from nanoflow_jax.models.rope import read_rope
 
@@ -30,14 +29,10 @@ def read_config(read: Fields) -> ModelConfig:
 
 def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
     """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
-    positions, eps = jnp.arange(tokens.size), config.rms_norm_eps
-    cos, sin = rope_tables(config.pattern[0].attention.rope, config.head_dim, positions)
-    x = params.embedding[tokens]
-    for norms, layer in zip(params.norms, params.layers, strict=True):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        attention = causal_attention(q, k, v).reshape(tokens.size, -1)
-        x = x + linear(attention, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
+    x, eps = params.embedding[tokens], config.rms_norm_eps
+    for kind, norms, layer in zip(config.layers, params.norms, params.layers, strict=True):
+        attention = self_attention(*kqv_projection(rms_norm(x, norms[0], eps), layer), kind.attention)
+        x = x + o_projection(attention, layer)
         x = x + linear(gated_mlp_up(rms_norm(x, norms[1], eps), layer), layer.down, layer.down_bias)
     head = params.embedding if params.head is None else params.head
     return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

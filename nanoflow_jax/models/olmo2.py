@@ -9,14 +9,13 @@ from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.parts import (
-    apply_rope,
-    causal_attention,
     contract,
     gated_mlp_up,
     kqv_projection,
     linear,
+    o_projection,
     rms_norm,
-    rope_tables,
+    self_attention,
 )
 from nanoflow_jax.models.rope import read_rope
 
@@ -26,21 +25,18 @@ def read_config(read: Fields) -> ModelConfig:
     full_attention_only(read)
     bias = read.take("attention_bias", bool, False)
     attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias, qk_norm="projection")
-    return read_decoder(read, "olmo2", (Layer(attention, Mlp()),), norm_after=True)
+    return read_decoder(read, "olmo2", (Layer(attention, Mlp()),), norms="after")
 
 
 def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights on one device: no KV head twice."""
-    n, eps = tokens.size, config.rms_norm_eps
-    cos, sin = rope_tables(config.pattern[0].attention.rope, config.head_dim, jnp.arange(n))
-    x = params.embedding[tokens]
-    for norms, qk_norm, layer in zip(params.norms, params.qk_norms, params.layers, strict=True):
+    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout;
+    on one device, so that no KV head is there twice."""
+    n, x, eps = tokens.size, params.embedding[tokens], config.rms_norm_eps
+    for kind, norms, qk_norm, layer in zip(config.layers, params.norms, params.qk_norms, params.layers, strict=True):
         q, k, v = kqv_projection(x, layer)
         q = rms_norm(q.reshape(n, -1), qk_norm[:, :-1].reshape(-1), eps).reshape(q.shape)
         k = rms_norm(k.reshape(n, -1), qk_norm[:, -1].reshape(-1), eps).reshape(k.shape)
-        attention = causal_attention(apply_rope(q, cos, sin), apply_rope(k, cos, sin), v).reshape(n, -1)
-        o = linear(attention, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
-        x = x + rms_norm(o, norms[0], eps)
+        x = x + rms_norm(o_projection(self_attention(q, k, v, kind.attention), layer), norms[0], eps)
         x = x + rms_norm(linear(gated_mlp_up(x, layer), layer.down, layer.down_bias), norms[1], eps)
     head = params.embedding if params.head is None else params.head
     return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

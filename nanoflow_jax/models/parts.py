@@ -9,17 +9,25 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanoflow_jax.config import RopeConfig
+from nanoflow_jax.config import Attention, RopeConfig
 from nanoflow_jax.models.layout import LayerParams
 from nanoflow_jax.models.quantised import Quantised, Weight, contract_fp8
 from nanoflow_jax.models.rope import rope_frequencies
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x [..., H], weight [H] -> [..., H]; statistics in float32, as Hugging Face does."""
+    """x [..., H], weight [H] -> [..., H] in x's dtype; statistics in float32, as Hugging Face does."""
     x32 = x.astype(jnp.float32)
     normed = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return normed.astype(x.dtype) * jnp.expand_dims(weight, tuple(range(x.ndim - 1)))
+    return weighted(normed, jnp.expand_dims(weight, tuple(range(x.ndim - 1))), x.dtype)
+
+
+def weighted(normed: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """What was normed in float32 times the norm's weight: rounded to `dtype` first, or last where the weight itself is
+    of float32."""
+    if weight.dtype == jnp.float32:
+        return (normed * weight).astype(dtype)
+    return normed.astype(dtype) * weight
 
 
 def contract(x: jax.Array, weight: Weight, axis: int, out_dtype: Any = None) -> jax.Array:
@@ -59,22 +67,41 @@ def split_kqv(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return fused[:, :, :-2], fused[:, :, -2], fused[:, :, -1]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None) -> jax.Array:
-    """Each row on those up to itself: q [n, g, r, d], k and v [n, g, d] -> [n, g, r, d]; softmax in float32. `scale`
-    multiplies the scores; d ** -0.5 by default."""
+def causal_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None, window: int | None = None
+) -> jax.Array:
+    """Each row on those up to itself, and no more than `window` of them: q [n, g, r, d], k and v [n, g, d] ->
+    [n, g, r, d]; softmax in float32. `scale` multiplies the scores; d ** -0.5 by default."""
     exact = lax.Precision.HIGHEST
     scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    seen = seen if window is None else jnp.triu(seen, 1 - window)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
 
 
-def gated_mlp_up(x: jax.Array, layer: LayerParams) -> jax.Array:
-    """UG: x [n, H] -> SiLU(gate) * up, [n, f] of this device's f columns."""
+def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, kind: Attention) -> jax.Array:
+    """Of one whole sequence, from its first token on: rotary embedding and causal attention. q [n, g, r, d], k and v
+    [n, g, d] -> [n, g * r * d]."""
+    positions = jnp.arange(q.shape[0])
+    tables = rope_tables(kind.rope, q.shape[-1], positions)
+    q, k = apply_rope(q, *query_tables(kind, *tables, positions)), apply_rope(k, *tables)
+    return causal_attention(q, k, v, kind.scale, kind.window).reshape(q.shape[0], -1)
+
+
+def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
+    """O: x [n, w] -> [n, H]; the weight is whole, in either layout."""
+    return linear(x, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
+
+
+def gated_mlp_up(x: jax.Array, layer: LayerParams, activation: str = "silu") -> jax.Array:
+    """UG: x [n, H] -> activation(gate) * up, [n, f] of this device's f columns; see `Mlp`."""
     f = layer.ug.shape[1]
     both = linear(x, layer.ug, layer.ug_bias)
-    return jax.nn.silu(both[:, :f]) * both[:, f:]
+    if activation == "silu":
+        return jax.nn.silu(both[:, :f]) * both[:, f:]
+    return jax.nn.gelu(both[:, :f].astype(jnp.float32), approximate=True).astype(x.dtype) * both[:, f:]
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -82,6 +109,17 @@ def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(rope_frequencies(rope, head_dim))[None, :]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return (cos, sin) if rope.attention_factor == 1.0 else (cos * rope.attention_factor, sin * rope.attention_factor)
+
+
+def query_tables(
+    attention: Attention, cos: jax.Array, sin: jax.Array, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The tables [n, head_dim / 2] that turn queries and make them grow with their position."""
+    if not attention.query_growth:
+        return cos, sin
+    turns = (positions // attention.rope.original_max_position_embeddings).astype(jnp.float32)
+    growth = 1 + attention.query_growth * jnp.log1p(turns)[:, None]
+    return cos * growth, sin * growth
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

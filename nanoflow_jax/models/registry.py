@@ -10,7 +10,18 @@ from typing import Any
 import jax
 
 from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, config_path
-from nanoflow_jax.models import granite, llama, mistral, olmo2, qwen2, qwen3, seed_oss
+from nanoflow_jax.models import (
+    gemma3,
+    granite,
+    llama,
+    ministral3,
+    mistral,
+    olmo2,
+    olmo3,
+    qwen2,
+    qwen3,
+    seed_oss,
+)
 from nanoflow_jax.models.fields import Fields
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.system.reading import read_json_object
@@ -41,6 +52,9 @@ FAMILIES = {
         Family("seed_oss", ("SeedOssForCausalLM",), seed_oss.read_config, seed_oss.forward),
         Family("granite", ("GraniteForCausalLM",), granite.read_config, granite.forward),
         Family("olmo2", ("Olmo2ForCausalLM",), olmo2.read_config, olmo2.forward),
+        Family("olmo3", ("Olmo3ForCausalLM",), olmo3.read_config, olmo3.forward),
+        Family("ministral3", ("Ministral3ForCausalLM",), ministral3.read_config, ministral3.forward),
+        Family("gemma3_text", ("Gemma3ForCausalLM",), gemma3.read_config, gemma3.forward),
     )
 }
 

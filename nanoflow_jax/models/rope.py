@@ -12,20 +12,55 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, RopeConfig
-from nanoflow_jax.models.fields import Fields, max_positions, read_head_dim
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, max_positions, read_head_dim
 
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(read: Fields) -> RopeConfig:
-    """`rope_scaling` beside `rope_theta`, or `rope_parameters` as transformers 5 writes it."""
+def read_rope(read: Fields, beside: tuple[str, ...] = ()) -> RopeConfig:
+    """`rope_scaling` beside `rope_theta`, or `rope_parameters` as transformers 5 writes it. beside: fields of the block
+    that are not the embedding's."""
+    parameters, scaling = _blocks(read)
+    block = "rope_parameters" if parameters is not None else "rope_scaling"
+    found = {name: value for name, value in (parameters or scaling or {}).items() if name not in beside}
+    return _read_block(read, block, found, read.number("rope_theta", 10000.0))
+
+
+def read_ropes(read: Fields, full: float, sliding: float, theta_of_sliding: str | None) -> dict[str, RopeConfig]:
+    """By kind of layer. `rope_parameters` has a block for each kind; in the older dialect `rope_scaling` and
+    `rope_theta` are of full_attention alone.
+
+    full, sliding     theta where the file says none
+    theta_of_sliding  the field beside the blocks with it; None: there is none, and rope_theta must then agree
+    """
+    parameters, scaling = _blocks(read)
+    thetas = {FULL: read.number("rope_theta", full), SLIDING: sliding}
+    if theta_of_sliding is not None:
+        thetas[SLIDING] = read.number(theta_of_sliding, sliding)
+    elif parameters is None and thetas[FULL] != sliding:
+        raise ConfigError(f"rope_theta: {thetas[FULL]!r} is not supported without rope_parameters; accepted: {sliding}")
+    if parameters is None:
+        blocks = {FULL: ("rope_scaling", scaling or {}), SLIDING: ("rope_scaling", {})}
+    else:
+        if not all(kind in thetas and isinstance(block, dict) for kind, block in parameters.items()):
+            raise ConfigError(f"rope_parameters: a block for each of {FULL!r} and {SLIDING!r} is needed")
+        blocks = {kind: (f"rope_parameters.{kind}", parameters.get(kind, {})) for kind in thetas}
+        for name, block in blocks.values():
+            if not block.get("truncate", True):
+                raise ConfigError(f"{name}.truncate: False is not supported; accepted: True")
+    return {kind: _read_block(read, name, dict(block), thetas[kind]) for kind, (name, block) in blocks.items()}
+
+
+def _blocks(read: Fields) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     parameters = read.take("rope_parameters", dict, None)
     scaling = read.take("rope_scaling", dict, None)
-    theta = read.number("rope_theta", 10000.0)
     if parameters is not None and scaling not in (None, parameters):
         raise ConfigError("rope_parameters: given together with a different rope_scaling; keep one of them")
-    block = "rope_parameters" if parameters is not None else "rope_scaling"
-    rope = Fields(dict(parameters or scaling or {}))
+    return parameters, scaling
+
+
+def _read_block(read: Fields, block: str, fields: dict[str, Any], theta: float) -> RopeConfig:
+    rope = Fields(fields)
     positions, half = max_positions(read), read_head_dim(read) // 2
     try:
         kind = rope.take("rope_type", str, None) or rope.take("type", str, "default")

@@ -17,13 +17,20 @@ class StepShape:
     decode_rows       rows that each belong to one running request (one token of input each)
     prefill_rows      rows after them, filled with packed chunks of prompts
     prefill_segments  the most chunks that share those rows
-    pages_per_request width of the page tables
+    pages_per_request width of a page table
+    tables            page tables of a request (`models.layout.PageTables`), side by side in one row: M = tables *
+                      pages_per_request entries
     """
 
     decode_rows: int
     prefill_rows: int
     prefill_segments: int
     pages_per_request: int
+    tables: int = 1
+
+    @property
+    def table_width(self) -> int:
+        return self.tables * self.pages_per_request
 
     @property
     def rows(self) -> int:
@@ -55,12 +62,12 @@ class SamplingArrays:
 
 @struct.dataclass
 class StepBatch:
-    """What the layers of a step read, the same on every device. T rows, D decode rows, S segments, M pages per
-    request."""
+    """What the layers of a step read, the same on every device. T rows, D decode rows, S segments, K page tables, M
+    entries of all of a request's."""
 
     token_ids: Any  # [T] int32
     positions: Any  # [T] int32
-    write_pages: Any  # [T] int32; the number of pages marks a padding row
+    write_pages: Any  # [K * T] int32, table by table; the number of pages marks a padding row
     write_slots: Any  # [T] int32
     decode_table: Any  # [D, M] int32
     decode_lengths: Any  # [D] int32; 0 marks an empty row
@@ -76,15 +83,15 @@ def empty_batch(shape: StepShape, num_pages: int) -> StepBatch:
     def zeros(*dims: int) -> np.ndarray:
         return np.zeros(dims, np.int32)
 
-    rows, tables = shape.rows, shape.pages_per_request
+    rows, width = shape.rows, shape.table_width
     return StepBatch(
         token_ids=zeros(rows),
         positions=zeros(rows),
-        write_pages=np.full(rows, num_pages, np.int32),
+        write_pages=np.full(shape.tables * rows, num_pages, np.int32),
         write_slots=zeros(rows),
-        decode_table=zeros(shape.decode_rows, tables),
+        decode_table=zeros(shape.decode_rows, width),
         decode_lengths=zeros(shape.decode_rows),
-        prefill_table=zeros(shape.prefill_segments, tables),
+        prefill_table=zeros(shape.prefill_segments, width),
         prefill_starts=zeros(shape.prefill_segments + 1),
         prefill_lengths=zeros(shape.prefill_segments),
         sampled=np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), zeros(shape.prefill_segments)]),

@@ -92,7 +92,7 @@ class Program:
         """Cache and slots as abstract arrays on the mesh."""
         spec, config = self.spec, self.spec.config
         fp8 = spec.kv_cache_dtype != "auto"
-        dtype = spec.page_dtype if fp8 else self.infos.final_norm.dtype
+        dtype = spec.page_dtype if fp8 else self.infos.embedding.dtype
         whole = self.mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
         cache = abstract_cache(config, whole, dtype, self.num_pages, self.page_size)
         state = StepState(cache, abstract_slots(config, whole, self.sizes))

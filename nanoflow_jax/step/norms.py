@@ -10,7 +10,7 @@ from jax import lax
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.layout import kv_groups
-from nanoflow_jax.models.parts import rms_norm, split_kqv
+from nanoflow_jax.models.parts import rms_norm, split_kqv, weighted
 
 
 def norm_queries_and_keys(
@@ -42,7 +42,7 @@ def norm_queries_and_keys(
         q_weight, k_weight = weights[None, :, :-1], weights[None, :, -1]
 
     def normed(x: jax.Array, factor: jax.Array, weight: jax.Array) -> jax.Array:
-        return (x.astype(jnp.float32) * factor[..., None]).astype(x.dtype) * weight
+        return weighted(x.astype(jnp.float32) * factor[..., None], weight, x.dtype)
 
     return normed(q, of_q, q_weight), normed(k, of_k, k_weight), v
 

@@ -33,17 +33,17 @@ BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tok
 
 @dataclass(frozen=True)
 class SlotSizes:
-    """slots: requests that may run at once; bias_rows: different bias vectors in use at once; pages_per_request: width
-    of the page tables."""
+    """slots: requests that may run at once; bias_rows: different bias vectors in use at once; table_width: entries of
+    a request's page tables."""
 
     slots: int
     bias_rows: int
-    pages_per_request: int
+    table_width: int
 
 
 @struct.dataclass
 class SlotState:
-    """S slots, M pages per request, V vocabulary padded to the mesh, K bias rows. Donated to each step."""
+    """S slots, M entries of a request's page tables, V vocabulary padded to the mesh, K bias rows. Donated to each step."""
 
     tokens: Any  # [S] int32: the latest token of the slot's request
     tables: Any  # [S, M] int32: its pages
@@ -59,7 +59,7 @@ def abstract_slots(config: ModelConfig, mesh: Mesh | AbstractMesh, sizes: SlotSi
     vocab = padded_vocab(config, mesh.size)
     shapes = SlotState(
         tokens=((sizes.slots,), jnp.int32),
-        tables=((sizes.slots, sizes.pages_per_request), jnp.int32),
+        tables=((sizes.slots, sizes.table_width), jnp.int32),
         counts=((sizes.slots, vocab), jnp.uint16),
         biases=((sizes.bias_rows, vocab), jnp.float32),
     )
@@ -73,11 +73,12 @@ def abstract_slots(config: ModelConfig, mesh: Mesh | AbstractMesh, sizes: SlotSi
 
 @struct.dataclass
 class StepInputs:
-    """What the host sends for one step. T rows, D decode rows, P prefill rows, S segments, B = D + S sampled rows."""
+    """What the host sends for one step. T rows, D decode rows, P prefill rows, S segments, B = D + S sampled rows, K
+    page tables, M entries of all of a request's."""
 
     token_ids: Any  # [T] int32; negative in a decode row: the slot's latest token
     positions: Any  # [T] int32
-    write_pages: Any  # [T] int32; the number of pages marks a padding row
+    write_pages: Any  # [K * T] int32, table by table; the number of pages marks a padding row
     slots: Any  # [B] int32: of each decode row, then of each segment; the number of slots marks an empty one
     prefill_table: Any  # [S, M] int32: becomes the slot's table
     prefill_starts: Any  # [S + 1] int32, counted from the first prefill row
@@ -124,7 +125,8 @@ def pack(inputs: StepInputs) -> np.ndarray:
         return vector
     rows = inputs.slots.size
     segments, width = inputs.prefill_table.shape
-    return _packed(inputs, StepShape(rows - segments, inputs.targets.size, segments, width))
+    tables = inputs.write_pages.size // inputs.token_ids.size
+    return _packed(inputs, StepShape(rows - segments, inputs.targets.size, segments, width // tables, tables))
 
 
 def _packed(inputs: StepInputs, shape: StepShape) -> np.ndarray:
@@ -182,9 +184,9 @@ def _padding_inputs(shape: StepShape, num_pages: int, num_slots: int, num_biases
     return StepInputs(
         token_ids=full(rows),
         positions=full(rows),
-        write_pages=full(rows, fill=num_pages),
+        write_pages=full(shape.tables * rows, fill=num_pages),
         slots=full(count, fill=num_slots),
-        prefill_table=full(shape.prefill_segments, shape.pages_per_request),
+        prefill_table=full(shape.prefill_segments, shape.table_width),
         prefill_starts=full(shape.prefill_segments + 1),
         targets=full(shape.prefill_rows, fill=-1),
         target_logprobs=full(1),
@@ -226,7 +228,11 @@ def resolve(inputs: StepInputs, state: SlotState, shape: StepShape, page_size: i
     count = state.tokens.shape[0]
     tables = state.tables
     tokens = inputs.token_ids
-    tables = tables.at[slots[:decode], positions[:decode] // page_size].set(inputs.write_pages[:decode], mode="drop")
+    for table in range(shape.tables):
+        place = positions[:decode] // page_size + table * shape.pages_per_request
+        first = table * shape.rows
+        starts = inputs.write_pages[first : first + decode]
+        tables = tables.at[slots[:decode], place].set(starts, mode="drop")
     if segments:
         tables = tables.at[slots[decode:]].set(inputs.prefill_table, mode="drop")
     if decode:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -27,7 +27,7 @@ from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_at
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
-from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab
+from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
@@ -45,8 +45,9 @@ from nanoflow_jax.step.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 @struct.dataclass
 class KVCache:
-    """Pages of all layers, `[num_layers * num_pages, KV groups, page_size, d]`, split over the groups; layer l's begin
-    at l * num_pages. Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
+    """Pages of all layers, `[depth * num_pages, KV groups, page_size, d]`, split over the groups; a layer's begin at its
+    place times num_pages (`models.layout.PageTables`: with layers of one kind, `depth` is their number and the place
+    theirs). Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
 
     One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
     """
@@ -60,7 +61,7 @@ CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
 
 # Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
-_STATIC = ("backend", "tuning", "expected_context")
+_STATIC = ("backend", "tuning", "expected_context", "window")
 _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "scale", "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=(*_STATIC, "scale"), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
@@ -70,7 +71,7 @@ NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first pag
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
     """Global shape of the K (or V) pages."""
-    return config.num_layers * num_pages, kv_groups(config, devices), page_size, config.head_dim
+    return page_tables(config).depth * num_pages, kv_groups(config, devices), page_size, config.head_dim
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_
     chex.assert_shape([params.embedding, *([params.head] if params.head is not None else [])], (vocab, hidden))
     chex.assert_shape(params.final_norm, (hidden,))
     chex.assert_shape([cache.k, cache.v], (None, groups, page_size, config.head_dim))
-    chex.assert_is_divisible(cache.k.shape[0], config.num_layers)
+    chex.assert_is_divisible(cache.k.shape[0], page_tables(config).depth)
     chex.assert_equal(len(params.layers), config.num_layers)
 
 
@@ -202,7 +203,8 @@ class Tracer:
         self.config, self.shape = spec.config, spec.shape
         self.params, self.batch = params, batch
         self.k_pages, self.v_pages = cache.k, cache.v
-        self.num_pages = cache.k.shape[0] // spec.config.num_layers  # of one layer
+        self.tables = page_tables(spec.config)
+        self.num_pages = cache.k.shape[0] // self.tables.depth  # of one layer
         self.devices = collectives.device_count()
         backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
         self.options = backends.options(
@@ -214,7 +216,10 @@ class Tracer:
         self.pieces = spec.plan.pieces(
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
-        self.writes, self.contexts = _kernel_inputs(self.pieces, batch, self.num_pages)
+        self.inputs = [
+            _kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages)
+            for table in range(self.tables.count)
+        ]
         self.order = IssueOrder(spec.enforce_order)
         self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {
             GATHER: collectives.all_gather,  # [n, H/p] -> [p, n, H/p]
@@ -224,6 +229,10 @@ class Tracer:
         }
         ropes = dict.fromkeys(layer.attention.rope for layer in self.config.pattern)
         self.rope_tables = {rope: parts.rope_tables(rope, self.config.head_dim, batch.positions) for rope in ropes}
+        kinds = dict.fromkeys(layer.attention for layer in self.config.pattern)
+        self.query_tables = {
+            kind: parts.query_tables(kind, *self.rope_tables[kind.rope], batch.positions) for kind in kinds
+        }
 
     def scope(self, layer: int | None, op: str, number: int) -> AbstractContextManager[Any]:
         return jax.named_scope(f"{op}.{number}" if layer is None else f"L{layer}/{op}.{number}")
@@ -231,8 +240,8 @@ class Tracer:
     def begin(self, layer: int) -> None:
         self.index, self.layer = layer, self.params.layers[layer]
         self.attention = self.config.layers[layer].attention
-        self.cos, self.sin = self.rope_tables[self.attention.rope]
-        self.first_page = jnp.int32(layer * self.num_pages)  # where the layer's pages begin
+        self.first_page = jnp.int32(self.tables.place[layer] * self.num_pages)  # where the layer's pages begin
+        self.kernel_inputs = self.inputs[self.tables.table[layer]]
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
         self.scales = {} if scales is None else {"k_scale": scales[0, layer], "v_scale": scales[1, layer]}
 
@@ -244,12 +253,12 @@ class Tracer:
         local = self.batch.token_ids[piece.start : piece.stop] - collectives.device_index() * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
         x = jnp.where(mine[:, None], table[jnp.where(mine, local, 0)], jnp.zeros((), table.dtype))
-        return parts.scaled(x, self.config.embedding_multiplier)
+        return parts.scaled(x, self.config.embedding_factor)
 
     def shard(self, piece: OpPiece, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         share = piece.rows // self.devices
         mine = lax.dynamic_slice_in_dim(x, collectives.device_index() * share, share)
-        if self.config.norm_after:
+        if self.config.norms == "after":
             return mine, x
         return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
@@ -258,22 +267,32 @@ class Tracer:
 
     # -- residual and norm
 
-    def _norm_weight(self, layer: int, which: int) -> jax.Array:
+    def _norm_weight(self, layer: int, which: int, after: bool = False) -> jax.Array:
         """[H], of the norm of attention or of the MLP. A static slice, which the norm's kernel reads in place."""
-        norms = self.params.norms
-        return lax.slice(norms, (layer, which, 0), (layer + 1, which + 1, norms.shape[2])).reshape(-1)
+        norms, at = self.params.norms, which
+        if self.config.norms == "both":
+            at = 2 * which + after
+        return lax.slice(norms, (layer, at, 0), (layer + 1, at + 1, norms.shape[2])).reshape(-1)
 
     def add_and_norm(
         self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
     ) -> tuple[jax.Array, jax.Array]:
         """In one ordered op."""
-        if self.config.norm_after:
-            block = (layer, ATTENTION) if which == MLP else (layer - 1, MLP)  # which the update is of
-            x = x if update is None else self._add_normed(block, x, update)
+        block = (layer, ATTENTION) if which == MLP else (layer - 1, MLP)  # which the update is of
+        if self.config.norms == "after":
+            x = x if update is None else self.order.run(self._add_normed(block), x, *update)
             return x, x
         weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
         if update is None:
             return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
+        if self.config.norms == "both":
+            added = self._add_normed(block)
+
+            def add_both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+                x = added(x, update, bias)
+                return x, parts.rms_norm(x, weight, eps)
+
+            return self.order.run(add_both, x, *update)
 
         def both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
             return _add_rms_norm(x, update, weight, bias=bias, eps=eps, **self.options.norm)
@@ -281,13 +300,12 @@ class Tracer:
         return self.order.run(both, x, *update)
 
     def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
-        if self.config.norm_after:
-            return self._add_normed((self.config.num_layers - 1, MLP), x, update)
-        return self.order.run(_add, x, *update)
+        last = (self.config.num_layers - 1, MLP)
+        return self.order.run(_add if self.config.norms == "before" else self._add_normed(last), x, *update)
 
-    def _add_normed(self, block: tuple[int, int], x: jax.Array, update: Update[jax.Array]) -> jax.Array:
-        norm = partial(add_normed, weight=self._norm_weight(*block), eps=self.config.rms_norm_eps)
-        return self.order.run(norm, x, *update)
+    def _add_normed(self, block: tuple[int, int]) -> Callable[..., jax.Array]:
+        """Of a block whose results are normed, what adds one to the residual."""
+        return partial(add_normed, weight=self._norm_weight(*block, after=True), eps=self.config.rms_norm_eps)
 
     def bias(self, op: str) -> jax.Array | None:
         bias = {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
@@ -310,9 +328,9 @@ class Tracer:
                 q, k, v = norm_queries_and_keys(fused, weights, self.config, self.devices, self.collectives[REDUCE])
             else:
                 q, k, v = parts.split_kqv(fused)
-            cos, sin = self.cos[rows], self.sin[rows]
-            q = parts.apply_rope(q, cos, sin).reshape(piece.rows, -1, self.config.head_dim)
-            return pack_kqv(q, parts.apply_rope(k, cos, sin), v)
+            q = parts.apply_rope(q, *(table[rows] for table in self.query_tables[self.attention]))
+            k = parts.apply_rope(k, *(table[rows] for table in self.rope_tables[self.attention.rope]))
+            return pack_kqv(q.reshape(piece.rows, -1, self.config.head_dim), k, v)
 
         return self.order.run(project, *normed)
 
@@ -326,7 +344,7 @@ class Tracer:
     def append(self, piece: OpPiece, kqv: jax.Array) -> None:
         def append(k_pages: jax.Array, v_pages: jax.Array, kqv: jax.Array) -> tuple[jax.Array, jax.Array]:
             return _append_kv(
-                k_pages, v_pages, *self._unpacked(kqv)[1:], *self.writes[piece.piece],
+                k_pages, v_pages, *self._unpacked(kqv)[1:], *self.kernel_inputs.writes[piece.piece],
                 first_page=self.first_page, **self.scales, **self.options.append,
             )  # fmt: skip
 
@@ -338,11 +356,12 @@ class Tracer:
 
         def attend(more: dict[str, jax.Array], k_pages: jax.Array, v_pages: jax.Array, *q: jax.Array) -> jax.Array:
             out, _ = _decode_attention(
-                span(*q), k_pages, v_pages, **more, scale=self.attention.scale, sm_budget=sms, **self.options.decode,
+                span(*q), k_pages, v_pages, **more, scale=self.attention.scale, window=self.attention.window,
+                sm_budget=sms, **self.options.decode,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
-        table, lengths = self.contexts[piece.piece]
+        table, lengths = self.kernel_inputs.contexts[piece.piece]
         more = {"page_table": table, "lengths": lengths, "first_page": self.first_page, **self.scales}
         if lane is None:  # what no layer changes is no input: XLA's attention computes with it, once for all layers
             return self.order.run(partial(attend, more), self.k_pages, self.v_pages, *q)
@@ -360,8 +379,9 @@ class Tracer:
                 batch.prefill_starts, batch.prefill_lengths, piece.start - first, piece.stop - first
             )
             out = _prefill_attention(
-                span(*q), k_pages, v_pages, batch.prefill_table, starts, lengths,
-                first_page=self.first_page, scale=self.attention.scale, **self.scales, **self.options.prefill,
+                span(*q), k_pages, v_pages, self.kernel_inputs.prefill_table, starts, lengths,
+                first_page=self.first_page, scale=self.attention.scale, window=self.attention.window, **self.scales,
+                **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -385,8 +405,8 @@ class Tracer:
         return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
-        layer = self.layer
-        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer)), *normed)
+        layer, activation = self.layer, self.config.layers[self.index].mlp.activation
+        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, activation)), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
@@ -401,30 +421,41 @@ class Tracer:
         return self.order.wait(x)
 
 
-def _kernel_inputs(
-    pieces: tuple[OpPiece, ...], batch: StepBatch, num_pages: int
-) -> tuple[dict[int, tuple[jax.Array, jax.Array]], dict[int, tuple[jax.Array, jax.Array]]]:
-    """Of each KQV piece where its K and V go, pages and slots [n]; of each GEMV piece its page table [n, M] and
-    lengths [n]. No layer changes them.
+class _KernelInputs(NamedTuple):
+    """Of one page table. writes: of each KQV piece where its K and V go, pages and slots [n]; contexts: of each GEMV
+    piece its page table [n, M] and lengths [n]; prefill_table [S, M]. No layer of the table changes them."""
 
-    Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
+    writes: dict[int, tuple[jax.Array, jax.Array]]
+    contexts: dict[int, tuple[jax.Array, jax.Array]]
+    prefill_table: jax.Array
+
+
+def _kernel_inputs(
+    pieces: tuple[OpPiece, ...], batch: StepBatch, shape: StepShape, table: int, num_pages: int
+) -> _KernelInputs:
+    """Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
     kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
     """
     writes, contexts = {}, {}
+    width, first = shape.pages_per_request, table * shape.rows
+    entries = slice(table * width, (table + 1) * width)
     for piece in pieces:
         rows = slice(piece.start, piece.stop)
         if piece.op == "KQV":
-            pages = batch.write_pages[rows]
+            pages = batch.write_pages[first + piece.start : first + piece.stop]
             writes[piece.piece] = (
                 jnp.where(pages < num_pages, pages, NO_PAGE),
                 jnp.maximum(batch.write_slots[rows], 0),
             )
         elif piece.op == "GEMV":
             contexts[piece.piece] = (
-                jnp.maximum(batch.decode_table[rows], 0),
+                jnp.maximum(batch.decode_table[rows, entries], 0),
                 jnp.maximum(batch.decode_lengths[rows], 0),
             )
-    return writes, contexts
+    whole = shape.tables == 1  # and then it begins where a kernel can read it
+    return _KernelInputs(
+        writes, contexts, batch.prefill_table if whole else jnp.maximum(batch.prefill_table[:, entries], 0)
+    )
 
 
 def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:

@@ -1,0 +1,71 @@
+"""Gemma 3, its text model: norms ahead of blocks and after them, and of each head of q and k, all with 1 + w; GELU;
+a sliding window in five of six layers, with a rotary embedding of its own; an embedding that is scaled."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
+from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.parts import (
+    contract,
+    gated_mlp_up,
+    kqv_projection,
+    linear,
+    o_projection,
+    rms_norm,
+    scaled,
+    self_attention,
+)
+from nanoflow_jax.models.rope import read_ropes
+
+GELU = "gelu_pytorch_tanh"
+
+
+def read_config(read: Fields) -> ModelConfig:
+    """Published files rely on the defaults."""
+    read = read.with_defaults(
+        vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=256, max_position_embeddings=131072, sliding_window=4096, bos_token_id=2,
+        eos_token_id=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    activation = read.take("hidden_activation", str, GELU)
+    if activation != GELU:
+        raise ConfigError(f"hidden_activation: {activation!r} is not supported; accepted: {GELU!r}")
+    bias, window = read.take("attention_bias", bool, False), read_window(read)
+    scale = read.number("query_pre_attn_scalar", 256) ** -0.5
+    ropes = read_ropes(read, 1e6, 1e4, "rope_local_base_freq")
+    kinds = {
+        kind: Layer(
+            Attention(
+                ropes[kind], qkv_bias=bias, o_bias=bias, scale=scale, window=window if kind == SLIDING else None,
+                qk_norm="head",
+            ),
+            Mlp(activation="gelu_tanh"),
+        )
+        for kind in (FULL, SLIDING)
+    }  # fmt: skip
+    every = read.positive("sliding_window_pattern", 6)
+    types = read_layer_types(read, lambda i: SLIDING if (i + 1) % every else FULL, window)
+    return read_decoder(
+        read, "gemma3_text", period([kinds[kind] for kind in types]), embedding_multiplier="sqrt", norms="both",
+        norm_offset=1.0,
+    )  # fmt: skip
+
+
+def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
+    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout; to the
+    norms' weights 1 has been added."""
+    x, eps = scaled(params.embedding[tokens], config.embedding_factor), config.rms_norm_eps
+    for kind, norms, (q_norm, k_norm), layer in zip(
+        config.layers, params.norms, params.qk_norms, params.layers, strict=True
+    ):
+        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
+        attention = self_attention(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, kind.attention)
+        x = x + rms_norm(o_projection(attention, layer), norms[1], eps)
+        up = gated_mlp_up(rms_norm(x, norms[2], eps), layer, kind.mlp.activation)
+        x = x + rms_norm(linear(up, layer.down, layer.down_bias), norms[3], eps)
+    head = params.embedding if params.head is None else params.head
+    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]
