@@ -61,6 +61,11 @@ def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"page_table: shape {page_table.shape} must be [requests, pages of a request]")
 
 
+def check_window(window: int | None) -> None:
+    if window is not None and window < 1:
+        raise ValueError(f"window: {window} must be at least 1, or None")
+
+
 def check_first_page(first_page: jax.Array | None) -> jax.Array:
     """The first page as an int32 scalar, 0 for None."""
     if first_page is None:

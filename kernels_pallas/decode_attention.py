@@ -15,6 +15,7 @@ from kernels_pallas.checks import (
     check_paged,
     check_scales,
     check_vector,
+    check_window,
     default_scale,
 )
 from kernels_pallas.paged_xla import attend_paged
@@ -32,6 +33,7 @@ def decode_attention(
     scale: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    window: int | None = None,
     backend: str = "xla",
     tuning: DecodeTuning | None = None,
     sm_budget: int | None = None,
@@ -47,6 +49,8 @@ def decode_attention(
     first_page  [] int32: added to every entry of the table, where one pool holds the pages of many layers; 0 by default
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
+    window      tokens that a row sees, its own included (a sliding window): [lengths[r] - window, lengths[r]); None is
+                all. Pages wholly below are not read, and their entries may be any in [0, N)
     backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
                 128, at most 16 query heads per KV head (`kernels_pallas.targets` says which GPU has it)
 
@@ -64,11 +68,14 @@ def decode_attention(
     check_paged(q, k_pages, v_pages, page_table)
     check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("lengths", lengths, q.shape[0])
+    check_window(window)
     first_page = check_first_page(first_page)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
+        if window is not None:
+            raise ValueError(f"window: {window} is not accepted with backend 'mosaic' yet; accepted: None")
         if interpret is None:
             check_mosaic_gpu("decode_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
@@ -94,5 +101,7 @@ def decode_attention(
         backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
     )
     visible = lengths[:, None]
-    out, lse = attend_paged(q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale)
+    out, lse = attend_paged(
+        q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale, window
+    )
     return out[:, 0], lse[:, 0]

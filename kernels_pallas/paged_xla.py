@@ -2,7 +2,8 @@
 
 Runs on every device. Memory is bounded by one block of context, whatever the lengths; the loop ends at the longest
 length present. A block past a row's length changes nothing, bit for bit, so a row's answer does not depend on its
-neighbours' lengths.
+neighbours' lengths. With a window, a tile's blocks begin at the first page that one of its rows sees: the loop is as
+long as the window, however long the contexts, and pages below are not read.
 """
 
 from __future__ import annotations
@@ -24,17 +25,21 @@ def attend_paged(
     scale: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Tiles of rows that share a page table.
 
     q [T, n, Hq, d], page_table [T, M], to which first_page [] is added, visible [T, n] int32: how many tokens of the
     context a row sees (0: none);
-    k_scale, v_scale [Hkv] float32 with pages of fp8, which are upcast to q's dtype.
+    k_scale, v_scale [Hkv] float32 with pages of fp8, which are upcast to q's dtype;
+    window: the last tokens of those that a row sees; the rows of a tile are then neighbours in their context.
     Returns out [T, n, Hq, d] in q's dtype and the log-sum-exp [T, n, Hq] in float32 (-inf where nothing is visible).
     """
     tiles, n, q_heads, d = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
     repeats = q_heads // kv_heads
+    if window is not None:
+        page_table, visible = _from_window(page_table, visible, window, page_size)
     block_pages = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
     blocks = -(-page_table.shape[1] // block_pages)
     table = jnp.pad(page_table, ((0, 0), (0, blocks * block_pages - page_table.shape[1])))
@@ -59,7 +64,10 @@ def attend_paged(
         )
         if k_scale is not None:
             scores = scores * k_scale[None, :, None, None]
-        inside = (i * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :] < seen
+        token = (i * block + jnp.arange(block, dtype=jnp.int32))[None, None, None, :]
+        inside = token < seen
+        if window is not None:
+            inside &= token >= seen - window
         scores = jnp.where(inside, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
         safe_top = jnp.where(new_top == -jnp.inf, 0.0, new_top)
@@ -85,3 +93,15 @@ def attend_paged(
         return x.reshape(tiles, kv_heads, n, repeats, -1).transpose(0, 2, 1, 3, 4).reshape(tiles, n, q_heads, -1)
 
     return unfold(out).astype(q.dtype), unfold(lse)[..., 0]
+
+
+def _from_window(page_table: jax.Array, visible: jax.Array, window: int, page_size: int) -> tuple[jax.Array, jax.Array]:
+    """`attend_paged`'s page_table and visible, both from the first page on that a row of the tile sees."""
+    width = page_table.shape[1]
+    lowest = jnp.where(visible > 0, jnp.maximum(visible - window, 0), width * page_size).min(axis=1)
+    begin = jnp.minimum(lowest // page_size, width - 1)
+    # As many pages as the windows of n neighbours may touch, whatever token of a page the first begins with.
+    width = min(width, (window + visible.shape[1] - 3) // page_size + 2)
+    page = jnp.minimum(begin[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], page_table.shape[1] - 1)
+    visible = jnp.maximum(visible - (begin * page_size)[:, None], 0)
+    return jnp.take_along_axis(page_table, page, axis=1), visible

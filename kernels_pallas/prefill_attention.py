@@ -16,6 +16,7 @@ from kernels_pallas.checks import (
     check_paged,
     check_scales,
     check_vector,
+    check_window,
     default_scale,
 )
 from kernels_pallas.paged_xla import attend_paged
@@ -38,6 +39,7 @@ def prefill_attention(
     scale: float | None = None,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    window: int | None = None,
     backend: str = "xla",
     tuning: PrefillTuning | None = None,
     sm_budget: int | None = None,
@@ -54,6 +56,8 @@ def prefill_attention(
     first_page  [] int32: added to every entry of the table, where one pool holds the pages of many layers; 0 by default
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
+    window      tokens that a row sees, its own included (a sliding window): up to it from position - window + 1 on;
+                None is all. Pages wholly below every row's are not read, and their entries may be any in [0, N)
     backend     "xla" everywhere; "mosaic" on Hopper: q and pages of bf16, page size 64, head size 64 or 128
                 (`kernels_pallas.targets` says which GPU has it)
 
@@ -72,9 +76,12 @@ def prefill_attention(
     segments = page_table.shape[0]
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
+    check_window(window)
     first_page = check_first_page(first_page)
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
+        if window is not None:
+            raise ValueError(f"window: {window} is not accepted with backend 'mosaic' yet; accepted: None")
         if interpret is None:
             check_mosaic_gpu("prefill_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
@@ -116,5 +123,5 @@ def prefill_attention(
 
     q_tiles = q.at[row].get(mode="fill", fill_value=0)  # [tiles, TILE_ROWS, Hq, d]
     tables = page_table[segment]
-    out, _ = attend_paged(q_tiles, k_pages, v_pages, tables, visible, first_page, scale, k_scale, v_scale)
+    out, _ = attend_paged(q_tiles, k_pages, v_pages, tables, visible, first_page, scale, k_scale, v_scale, window)
     return jnp.zeros_like(q).at[row.reshape(-1)].set(out.reshape(-1, *q.shape[1:]), mode="drop")

@@ -16,12 +16,19 @@ def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array |
     return context if scale is None else context * scale[None, :, None]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: int) -> tuple[jax.Array, jax.Array]:
-    """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d] -> out [Hq, d], log-sum-exp [Hq]."""
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: int, window: int | None
+) -> tuple[jax.Array, jax.Array]:
+    """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d], of those over the last `window`
+    -> out [Hq, d], log-sum-exp [Hq]."""
+    token = np.arange(k.shape[0])
+    inside = jnp.asarray((token < seen) & (token >= (0 if window is None else seen - window)))
+    # What a window leaves behind may be anything, even NaN.
+    k, v = (jnp.where(inside[:, None, None], x, 0) for x in (k, v))
     repeats = q.shape[0] // k.shape[1]
     k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
     scores = jnp.einsum("hd,thd->ht", q.astype(jnp.float32), k, precision="highest") * scale
-    scores = jnp.where(jnp.arange(k.shape[0])[None, :] < seen, scores, -jnp.inf)
+    scores = jnp.where(inside[None, :], scores, -jnp.inf)
     top = scores.max(axis=1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=1, keepdims=True)
@@ -38,8 +45,10 @@ def decode_attention(
     scale: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    window: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Row r attends to the first lengths[r] tokens of its pages. See `kernels_pallas.decode_attention` for the shapes.
+    """Row r attends to the first lengths[r] tokens of its pages, of those to the last `window`. See
+    `kernels_pallas.decode_attention` for the shapes.
 
     Empty rows (length 0) give zeros and a log-sum-exp of -inf.
     """
@@ -49,7 +58,7 @@ def decode_attention(
         if length:
             k = _context(k_pages, page_table[row], int(length), k_scale)
             v = _context(v_pages, page_table[row], int(length), v_scale)
-            row_out, row_lse = _attend(q[row], k, v, scale, int(length))
+            row_out, row_lse = _attend(q[row], k, v, scale, int(length), window)
             out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
     return out, lse
 
@@ -65,8 +74,10 @@ def prefill_attention(
     scale: float,
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
+    window: int | None = None,
 ) -> jax.Array:
-    """Each row of segment s attends to its pages up to and including itself. See `kernels_pallas.prefill_attention`."""
+    """Each row of segment s attends to its pages up to and including itself, to `window` tokens at most. See
+    `kernels_pallas.prefill_attention`."""
     out = jnp.zeros(q.shape, jnp.float32)
     starts = np.asarray(row_starts)
     for s, length in enumerate(np.asarray(lengths)):
@@ -76,7 +87,7 @@ def prefill_attention(
         v = _context(v_pages, page_table[s], int(length), v_scale)
         for row in range(starts[s], starts[s + 1]):
             seen = int(length) - (int(starts[s + 1]) - row) + 1
-            out = out.at[row].set(_attend(q[row], k, v, scale, seen)[0])
+            out = out.at[row].set(_attend(q[row], k, v, scale, seen, window)[0])
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -74,20 +74,34 @@ def dense_attention(q: Any, k: np.ndarray, v: np.ndarray, scale: float) -> tuple
     return np.einsum("ht,thd->hd", np.exp(scores - lse[:, None]), v), lse
 
 
-def dense_decode(q: Any, paged: Paged, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """`dense_attention` of every row over its own context; zeros and -inf where there is none."""
+def slide(paged: Paged, lows: Sequence[int]) -> Paged:
+    """The same contexts after the pages that end at or below token lows[r] of request r were freed: they hold NaN, and
+    the entries that named them name NaN too, or what other requests own."""
+    table, (num_pages, *_) = paged.page_table.copy(), paged.k_pages.shape
+    freed = [paged.page_table[row, : low // paged.page_size] for row, low in enumerate(lows)]
+    for row, pages in enumerate(freed):
+        table[row, : len(pages)] = np.random.default_rng(row).integers(0, num_pages, len(pages))
+        table[row, : len(pages) : 2] = pages[::2]
+    gone = np.concatenate(freed)
+    k_pages, v_pages = (x.at[gone].set(jnp.nan) for x in (paged.k_pages, paged.v_pages))
+    return replace(paged, k_pages=k_pages, v_pages=v_pages, page_table=table)
+
+
+def dense_decode(q: Any, paged: Paged, scale: float, window: int = 10**9) -> tuple[np.ndarray, np.ndarray]:
+    """`dense_attention` of every row over the end of its own context; zeros and -inf where there is none."""
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for row, length in enumerate(paged.lengths):
         if length:
-            out[row], lse[row] = dense_attention(q[row], paged.k[row], paged.v[row], scale)
+            out[row], lse[row] = dense_attention(q[row], paged.k[row][-window:], paged.v[row][-window:], scale)
     return out, lse
 
 
-def dense_prefill(q: Any, paged: Paged, row_starts: Sequence[int], scale: float) -> np.ndarray:
-    """Every row of segment s over its own context up to itself; zeros for padding rows."""
+def dense_prefill(q: Any, paged: Paged, row_starts: Sequence[int], scale: float, window: int = 10**9) -> np.ndarray:
+    """Every row of segment s over its own context up to itself, `window` tokens; zeros for padding rows."""
     out = np.zeros(q.shape)
     for s, length in enumerate(paged.lengths):
         for row in range(row_starts[s], row_starts[s + 1]):
             seen = int(length) - (row_starts[s + 1] - row) + 1
-            out[row], _ = dense_attention(q[row], paged.k[s][:seen], paged.v[s][:seen], scale)
+            own = slice(max(0, seen - window), seen)
+            out[row], _ = dense_attention(q[row], paged.k[s][own], paged.v[s][own], scale)
     return out
