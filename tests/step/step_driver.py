@@ -1,6 +1,7 @@
 """Compiled steps in logits mode, and the packing of sequences into their batches, with random page tables.
 
-Pages start as NaN and table entries past a sequence's end name any page, so reading what was not written shows.
+Pages start as NaN, table entries past a sequence's end name any page, and those below a window one that is never
+written, so reading what was not written shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from jax.sharding import NamedSharding
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
-from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.layout import ModelParams, page_tables
 from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
@@ -56,10 +57,19 @@ class Driver:
     max_length: int | None = None  # tokens of a sequence; what its page table holds
     config_changes: tuple[tuple[str, Any], ...] = ()  # fields of the config replaced, to make broken twins
 
+    def __post_init__(self) -> None:
+        count = page_tables(self.config).count
+        if self.shape.tables != count:
+            object.__setattr__(self, "shape", replace(self.shape, tables=count))
+            object.__setattr__(self, "num_pages", self.num_pages * count)
+
+    def packer(self, sequences: Sequence[Sequence[int]], **more: Any) -> Packer:
+        return Packer(sequences, self.shape, self.num_pages, windows=page_tables(self.config).windows, **more)
+
     @cached_property
     def config(self) -> ModelConfig:
         config = read_config(self.folder / "config.json").for_length(self.length)
-        return replace(config, quantization=self.quantization, **dict(self.config_changes))
+        return replace(config, dtype=self.dtype, quantization=self.quantization, **dict(self.config_changes))
 
     @property
     def length(self) -> int:
@@ -119,16 +129,34 @@ class Packer:
     """Sequences of tokens with pages in random order, packed into the batches of a step."""
 
     def __init__(
-        self, sequences: Sequence[Sequence[int]], shape: StepShape, num_pages: int, *, room: int = 0, seed: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        shape: StepShape,
+        num_pages: int,
+        *,
+        room: int = 0,
+        seed: int = 0,
+        windows: Sequence[int | None] = (None,),
     ):
-        self.tokens, self.shape, self.num_pages = [list(s) for s in sequences], shape, num_pages
+        """windows: of each page table."""
+        self.tokens, self.shape, self.num_pages, self.windows = [list(s) for s in sequences], shape, num_pages, windows
         rng = np.random.default_rng(seed)
         order = rng.permutation(num_pages)
-        self.tables = rng.integers(0, num_pages, (len(self.tokens), shape.pages_per_request)).astype(np.int32)
-        for table, tokens in zip(self.tables, self.tokens, strict=True):
+        self.never, order = order[0], order[1:]
+        self.tables = rng.integers(0, num_pages, (len(self.tokens), shape.table_width)).astype(np.int32)
+        for row, tokens in zip(self.tables, self.tokens, strict=True):
             count = -(-(len(tokens) + room) // PAGE_SIZE)
-            assert count <= min(shape.pages_per_request, len(order)), "too few pages for these sequences"
-            table[:count], order = order[:count], order[count:]
+            for table in row.reshape(shape.tables, -1):
+                assert count <= min(shape.pages_per_request, len(order)), "too few pages for these sequences"
+                table[:count], order = order[:count], order[count:]
+
+    def _table(self, sequence: int, position: int) -> np.ndarray:
+        """As an engine may leave it to a row at `position` and later ones: what lies below the windows is gone."""
+        row = self.tables[sequence].copy()
+        for table, window in zip(row.reshape(self.shape.tables, -1), self.windows, strict=True):
+            if window is not None:
+                table[: max(position - window + 1, 0) // PAGE_SIZE] = self.never
+        return row
 
     def pack(
         self, decode: Sequence[tuple[int, int] | None] = (), prefill: Sequence[Chunk] = ()
@@ -143,12 +171,12 @@ class Packer:
         rows: list[RowOf] = []
         for row, place in enumerate(decode):
             if place is not None:
-                batch.decode_table[row] = self.tables[place[0]]
+                batch.decode_table[row] = self._table(*place)
                 batch.decode_lengths[row] = place[1] + 1
                 rows.append((row, *place))
         row = shape.decode_rows
         for segment, (sequence, start, stop) in enumerate(prefill):
-            batch.prefill_table[segment] = self.tables[sequence]
+            batch.prefill_table[segment] = self._table(sequence, start)
             batch.prefill_lengths[segment] = stop
             rows += [(row + i, sequence, start + i) for i in range(stop - start)]
             row += stop - start
@@ -158,7 +186,8 @@ class Packer:
         for row, sequence, position in rows:
             batch.token_ids[row] = self.tokens[sequence][position]
             batch.positions[row] = position
-            batch.write_pages[row] = self.tables[sequence, position // PAGE_SIZE]
+            of_tables = self.tables[sequence].reshape(shape.tables, -1)[:, position // PAGE_SIZE]
+            batch.write_pages.reshape(shape.tables, -1)[:, row] = of_tables
             batch.write_slots[row] = position % PAGE_SIZE
         return batch, rows
 
