@@ -35,12 +35,13 @@ class Expectation:
         return np.minimum(left, allowed - produced).astype(np.int64)
 
 
-def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_size: int) -> int:
+def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_size: int, tables: int = 1) -> int:
     """The most pages, beyond those held now, that requests [n] will need at once, each growing a token per step.
 
     remaining  tokens that each will still produce; then its pages are free
     spare      tokens that its last page still takes
     held       pages it has now
+    tables     page tables that grow
 
     The peak is just before one of them ends (as in LightLLM's past-future scheduler): when the one with r tokens
     remaining ends, all with at least r have grown by r, and those with less have given theirs back.
@@ -54,4 +55,4 @@ def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_
     count = np.arange(1, len(remaining) + 1)
     taken = np.maximum(count * remaining - np.cumsum(spare) + count * (page_size - 1), 0) // page_size
     given_back = held.sum() - np.cumsum(held)
-    return int(max(0, (taken - given_back).max(initial=0)))
+    return int(max(0, (taken * tables - given_back).max(initial=0)))

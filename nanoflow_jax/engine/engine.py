@@ -63,6 +63,7 @@ class Engine:
     root           key of the empty prefix for prefix caching; None: off
     deterministic  output tokens keep to decode rows, also when computed again
     offload        where evicted pages go; None: nowhere
+    windows        of each page table (`models.layout.PageTables`)
     on_step        called with a StepRecord after each step
     """
 
@@ -80,12 +81,15 @@ class Engine:
         root: Key | None = None,
         deterministic: bool = False,
         offload: OffloadStore | None = None,
+        windows: tuple[int | None, ...] = (None,),
         on_step: Callable[[StepRecord], None] | None = None,
     ):
         self.runner, self.tables, self.offload = runner, tables, offload
         self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
         self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
-        self.running = SlotTable(runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows)
+        self.running = SlotTable(
+            runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows, len(windows)
+        )
         self.scheduler = Scheduler(
             shapes,
             PagePool(runner.num_pages, self._evicted if offload is not None else None),
@@ -99,6 +103,7 @@ class Engine:
             ),
             root,
             deterministic,
+            windows,
         )
         self._flight: _Flight | None = None
         self._biases: dict[Request, list[int]] = {}
@@ -291,7 +296,7 @@ class Engine:
         if request.slot is not None:
             self.scheduler.preempt(request.slot)
         self.scheduler.drop_pending(request)
-        self.scheduler.pool.forget(request.keys)
+        self.scheduler.forget(request)
         return True
 
     def _fail(self, request: Request, error: Exception) -> None:
@@ -353,7 +358,7 @@ class Engine:
     def _end(self, request: Request, finished: list[Request]) -> None:
         self.scheduler.remove(request)
         if request.finish_reason == "error":  # NaN may be in its pages
-            self.scheduler.pool.forget(request.keys)
+            self.scheduler.forget(request)
         self._quarantine.remove(request)
         self.scheduler.finished(request)
         self._texts.pop(request, None)
@@ -438,7 +443,9 @@ def _add_logprobs(into: Any, source: TokenLogprobs, start: int, stop: int, top: 
     into.add(logprobs, ranks, np.asarray(source.top_tokens)[rows, :top], np.asarray(source.top_logprobs)[rows, :top])
 
 
-def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int, quantum: int = 8) -> list[StepShape]:
+def step_shapes(
+    tokens_per_step: int, decode_slots: int, pages_per_request: int, quantum: int = 8, tables: int = 1
+) -> list[StepShape]:
     """The compiled shapes: few decode rows or all of them, each with no prefill, a little, or all that the budget
     leaves.
 
@@ -452,5 +459,5 @@ def step_shapes(tokens_per_step: int, decode_slots: int, pages_per_request: int,
         little = max(-(-64 // quantum), tokens_per_step // (16 * quantum)) * quantum
         for prefill in sorted({0, min(most, little), most}):
             segments = max(1, min(64, prefill // 16))
-            shapes.append(StepShape(decode, prefill, segments if prefill else 0, pages_per_request))
+            shapes.append(StepShape(decode, prefill, segments if prefill else 0, pages_per_request, tables))
     return shapes

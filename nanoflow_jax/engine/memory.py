@@ -11,7 +11,8 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from nanoflow_jax.config import ConfigError, ModelConfig
-from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
+from nanoflow_jax.cost import footprint
+from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.parallel.mesh import valid_sizes
@@ -65,8 +66,8 @@ def usable_memory(stats: Mapping[str, int] | None, utilization: float) -> int | 
 
 
 def page_bytes(config: ModelConfig, devices: int, page_size: int, kv_cache_dtype: str = "auto") -> int:
-    """Bytes of one page of all layers on one device."""
-    return page_size * kv_bytes_per_token(config, devices, page_dtype(config, kv_cache_dtype).itemsize)
+    """Bytes of one page on one device."""
+    return footprint.page_bytes(config, devices, page_size, page_dtype(config, kv_cache_dtype).itemsize)
 
 
 def check_weights(config: ModelConfig, infos: ModelParams, devices: int, limit: int) -> None:

@@ -18,6 +18,11 @@ import numpy as np
 Key = bytes
 
 
+def key_of_table(key: Key, table: int) -> Key:
+    """Of the page that holds the same tokens for the layers of another page table."""
+    return key + bytes([table]) if table else key
+
+
 def root_key(*what: str) -> Key:
     """Where chains start: whatever makes pages of the same tokens differ (model, dtype, plan, ...)."""
     return hashlib.blake2b("\0".join(what).encode(), digest_size=16).digest()
@@ -83,13 +88,14 @@ class PagePool:
         self._num_free += len(pages)
 
     def release(self, pages: np.ndarray) -> None:
-        """One user less of each page; pages in order of the sequence, so that its end is evicted before its start."""
-        users = self._users[pages] - 1
+        """One user less of each page, for each time that it is named; pages in order of the sequence, so that its end
+        is evicted before its start."""
+        np.subtract.at(self._users, pages, 1)
+        users = self._users[pages]
         if users.min(initial=0) < 0:
             raise RuntimeError(f"page {int(pages[users.argmin()])} is freed twice")
-        self._users[pages] = users
         free = []
-        for page in pages[users == 0][::-1].tolist():
+        for page in dict.fromkeys(pages[users == 0][::-1].tolist()):
             if page in self._key_of:
                 self._kept[page] = None
             else:

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.layout import ModelParams, page_tables
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Program, compile_step
@@ -63,15 +63,15 @@ class Runner:
         )
         self.state: StepState = self._zeros()
         _RUNNERS.add(self)
-        # One page of all layers: [layers, 2 (K, V), KV groups, page_size, d].
+        # One page: [depth, 2 (K, V), KV groups, page_size, d], of as many layers as share one.
         self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
-        first = np.arange(program.spec.config.num_layers, dtype=np.int32) * num_pages  # page of each layer
+        first = np.arange(page_tables(program.spec.config).depth, dtype=np.int32) * num_pages  # page of each layer
         self._extract = jax.jit(partial(_extract, first), out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
         self._insert = jax.jit(partial(_insert, first), donate_argnums=(0,))
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page, all layers, on all devices."""
+        """Bytes of one page on all devices."""
         return 2 * self.state.cache.k.nbytes // self.num_pages
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from nanoflow_jax.engine.admission import Expectation, peak_pages
-from nanoflow_jax.engine.pages import Key, PagePool, next_keys
+from nanoflow_jax.engine.pages import Key, PagePool, key_of_table, next_keys
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.step.batch import StepShape
@@ -85,6 +86,8 @@ class Scheduler:
     root      key of the empty prefix; None: no prefix is shared or found again
     by_phase  tokens of the output always go through decode rows, also when they are computed again (deterministic
               mode: prefill rows might round differently)
+    windows   of the layers of each page table, None where they see all; what lies below one is given back, and pages
+              of a prompt are taken chunk by chunk
     """
 
     shapes: Sequence[StepShape]
@@ -93,6 +96,7 @@ class Scheduler:
     hooks: Hooks
     root: Key | None = None
     by_phase: bool = False
+    windows: tuple[int | None, ...] = (None,)
     waiting: deque[Request] = field(default_factory=deque)  # by order of arrival
     admitting: Request | None = None  # whose admission is under way
     orphans: dict[tuple[int, int], Request] = field(default_factory=dict)  # (slot, epoch): preempted, token in flight
@@ -104,6 +108,11 @@ class Scheduler:
         self._most_prefill = max(s.prefill_rows for s in self.shapes)
         self._most_segments = max(s.prefill_segments for s in self.shapes)
         self.expectation = Expectation()
+        self._whole = np.array([window is None for window in self.windows])
+        # Pages that the window of a decode row touches, at most.
+        self._window_pages = np.array(
+            [np.iinfo(np.int32).max if w is None else -(-(w - 1) // self.page_size) + 1 for w in self.windows]
+        )
 
     @property
     def has_work(self) -> bool:
@@ -111,6 +120,11 @@ class Scheduler:
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
+
+    def _pages_of(self, tokens: Any) -> Any:
+        """Pages of sequences of so many tokens [...] that decode, in all tables: at most."""
+        entries = -(-np.asarray(tokens) // self.page_size)
+        return np.minimum(entries[..., None], self._window_pages).sum(axis=-1)
 
     def add(self, request: Request) -> None:
         """Queues a request by its number. A new one goes to the end of what may be a long queue, one that was
@@ -126,6 +140,7 @@ class Scheduler:
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None when nothing can run before the step in flight has been booked."""
         run = self.running
+        self._drop_pages()
         decode = self._secure_pages(self._due())
         prefilling = run.in_order(run.active & ((run.computed < run.prefill_end) | ~run.in_table)).tolist()
         self._admit(prefilling)
@@ -145,17 +160,47 @@ class Scheduler:
         more = (run.computed + 1 < run.length) | (run.length < run.max_length)
         return np.flatnonzero((run.computed < run.length) & more & (run.computed >= run.prefill_end) & run.in_table)
 
-    def _secure_pages(self, due: np.ndarray) -> np.ndarray:
-        """Gives each due slot the page of its next token; slots preempted for that are no longer due."""
+    def _drop_pages(self) -> None:
+        """Gives back the pages that no row to come sees. Steps in flight may still read them: they run before whatever
+        is written there."""
         run = self.running
-        starting = due[run.computed[due] // self.page_size >= run.num_pages[due]]
-        while (pages := self.pool.allocate(len(starting))) is None:
+        for table, window in enumerate(self.windows):
+            if window is not None:
+                first = self._first_seen(run.computed, window)
+                slots = np.flatnonzero(first > run.dropped[:, table])
+                if len(slots):
+                    self.pool.release(run.drop(table, slots, np.minimum(first, run.filled[:, table])[slots]))
+
+    def _first_seen(self, position: Any, window: int) -> Any:
+        """The first entry of a page table that a row at `position` sees."""
+        return np.maximum(position - window + 1, 0) // self.page_size
+
+    def _secure_pages(self, due: np.ndarray) -> np.ndarray:
+        """Gives each due slot the pages of its next token, and each that prefills those of its next chunk; slots
+        preempted for that are no longer due."""
+        run = self.running
+        lacking = np.zeros(run.filled.shape, np.int32)
+        lacking[due] = (run.computed[due] // self.page_size + 1)[:, None] - run.filled[due]
+        if not self._whole.all():  # elsewhere a prompt has all its pages
+            slots = np.flatnonzero(run.active & (run.computed < run.prefill_end))
+            lacking[slots] = self._chunk_entries(run.computed[slots], run.prefill_end[slots])[:, None]
+            lacking[slots] -= run.filled[slots]
+        lacking = np.maximum(lacking, 0)
+        while (pages := self.pool.allocate(int(lacking.sum()))) is None:
             victim = int(np.where(run.active, run.number, -1).argmax())
             self.preempt(victim)
-            due, starting = due[due != victim], starting[starting != victim]
-        run.pages[starting, run.num_pages[starting]] = pages
-        run.num_pages[starting] += 1
+            due, lacking[victim] = due[due != victim], 0
+        at = 0
+        for table, counts in enumerate(lacking.T):
+            if len(slots := np.flatnonzero(counts)):
+                counts = counts[slots]
+                run.fill(table, slots, counts, pages[at : at + counts.sum()])
+                at += counts.sum()
         return due
+
+    def _chunk_entries(self, computed: Any, end: Any) -> Any:
+        """Entries of a page table that the largest chunk from `computed` on needs."""
+        return -(-np.minimum(end, computed + self._most_prefill) // self.page_size)
 
     def _chunks(self, prefilling: list[int], shape: StepShape) -> list[Chunk]:
         run, budget, chunks = self.running, shape.prefill_rows, []
@@ -208,37 +253,64 @@ class Scheduler:
             segments -= 1
 
     def _try_admit(self, request: Request) -> int | None:
-        run, pool = self.running, self.pool
+        run, pool, size = self.running, self.pool, self.page_size
         keys = self._keys(request)
-        hits = pool.find(keys)
+        count, hits = self._find(keys)
         offloaded = 0
-        if self.hooks.offloaded is not None and len(hits) < len(keys):
-            offloaded = self.hooks.offloaded(keys[len(hits) :])
-        needed = self.pages_for(len(request.tokens)) - len(hits)
+        if self.hooks.offloaded is not None and count < len(keys):
+            offloaded = self.hooks.offloaded(keys[count:])
+        end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
+        chunk = int(self._chunk_entries(count * size, end))
+        lacking = np.where(self._whole, self.pages_for(len(request.tokens)), max(chunk, count)) - count
+        shared = [page for pages in hits for page in pages]
         # Shared pages that nobody uses now will not be available any more.
-        available = pool.num_available - sum(pool.is_kept(page) for page in hits)
-        if needed > available or not self._fits_later(request, needed, available):
+        available = pool.num_available - sum(pool.is_kept(page) for page in shared)
+        needed = int(lacking.sum())
+        own = lacking + [len(pages) for pages in hits]
+        if needed > available or not self._fits_later(request, own, needed, available):
             self.stats.refused_for_pages += 1
             return None
         biases = self.hooks.biases(request)
         if biases is None:
             return None
-        pool.share(hits)
+        pool.share(shared)
         pages = pool.allocate(needed)
         assert pages is not None
         restored = 0
         if offloaded and self.hooks.restore is not None:
-            wanted = keys[len(hits) : len(hits) + offloaded]
+            wanted = keys[count : count + offloaded]
             restored = self.hooks.restore(wanted, pages[:offloaded])
             pool.register(pages[:restored].tolist(), wanted[:restored])
-        found = (len(hits) + restored) * self.page_size
+        found = (count + restored) * size
         request.shared = found > 0
-        self._count(request, len(hits) * self.page_size, restored * self.page_size)
-        end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
-        owned = np.concatenate([np.array(hits, np.int32), pages])
-        slot = run.enter(request, owned, found, end, biases)
+        self._count(request, count * size, restored * size)
+        parts = np.split(pages, np.cumsum(lacking)[:-1])
+        owned = [
+            (count - len(old), np.concatenate([np.array(old, np.int32), new]))
+            for old, new in zip(hits, parts, strict=True)
+        ]
+        slot = run.enter(request, owned, int(self._pages_of(request.max_length)), found, end, biases)
         self.hooks.enter(request)
         return slot
+
+    def _find(self, keys: list[Key]) -> tuple[int, list[list[int]]]:
+        """The longest prefix that a request can go on from: how many of `keys` it has, and of each table its pages, the
+        last of which is of the last key. Where layers have a window, they are those that the next row sees."""
+        of_tables = [[key_of_table(key, table) for key in keys] for table in range(len(self.windows))]
+        count, first = len(keys), [0] * len(of_tables)
+        for table in np.flatnonzero(self._whole).tolist():
+            count = len(self.pool.find(of_tables[table][:count]))
+        settled = False
+        while not settled:
+            settled = True
+            for table, window in enumerate(self.windows):
+                if window is not None:
+                    first[table] = int(self._first_seen(count * self.page_size, window))
+                    here = range(first[table], count)
+                    missing = next((i for i in reversed(here) if of_tables[table][i] not in self.pool), None)
+                    if missing is not None:  # it goes on before that page, at the latest
+                        count, settled = missing, False
+        return count, [self.pool.find(own[at:count]) for own, at in zip(of_tables, first, strict=True)]
 
     def _count(self, request: Request, cached: int, restored: int) -> None:
         stats = self.stats
@@ -250,8 +322,9 @@ class Scheduler:
             stats.prompt_tokens += request.prompt_length
             stats.cached_tokens += cached
 
-    def _fits_later(self, request: Request, needed: int, available: int) -> bool:
-        """Whether, by what is expected of their lengths, all running requests and this one will find their pages.
+    def _fits_later(self, request: Request, own: np.ndarray, needed: int, available: int) -> bool:
+        """Whether, by what is expected of their lengths, all running requests and this one will find their pages. own:
+        that it would enter with, of each table; of them, `needed` new ones.
 
         With nothing running the answer is yes: the pool holds any one request.
         """
@@ -259,8 +332,8 @@ class Scheduler:
         if run.num_running == 0:
             return True
         # First the cheap question: would there be enough if all became as long as they may?
-        own = self.pages_for(request.max_length) - self.pages_for(len(request.tokens))
-        if needed + own + int((run.most_pages - run.num_pages).sum()) <= available:
+        growing = max(0, int(self._pages_of(request.max_length) - own.sum()))
+        if needed + growing + int(np.maximum(run.most_pages - run.num_pages, 0).sum()) <= available:
             return True
         slots = np.flatnonzero(run.active)
 
@@ -272,10 +345,23 @@ class Scheduler:
         length = with_own(run.length, len(request.tokens))
         prompt = with_own(run.prompt_length, request.prompt_length)
         most = with_own(run.max_length, request.max_length)
-        held = with_own(run.num_pages, self.pages_for(len(request.tokens)))
+        held = with_own(run.num_pages, int(own.sum()))
         left = self.expectation.remaining(length - prompt, most - prompt)
-        # What growing takes beyond the pages that are held now.
-        return needed + peak_pages(left, held * self.page_size - length, held, self.page_size) <= available
+
+        def growth(tables: np.ndarray) -> int:
+            """What growing of these tables takes beyond the pages that are held now."""
+            if not tables.any():
+                return 0
+            filled = with_own(run.filled[:, tables].min(axis=1), self.pages_for(len(request.tokens)))  # soon, at least
+            return peak_pages(left, filled * self.page_size - length, held, self.page_size, int(tables.sum()))
+
+        # Those below a window stop growing: two bounds, and the smaller one holds.
+        peak = growth(np.ones_like(self._whole))
+        if not self._whole.all():
+            room = np.minimum((-(-(length + left) // self.page_size))[:, None], self._window_pages[~self._whole])
+            there = np.vstack([(run.filled - run.dropped)[slots], own])[:, ~self._whole]
+            peak = min(peak, growth(self._whole) + int(np.maximum(room - there, 0).sum()))
+        return needed + peak <= available
 
     # -- prefixes
 
@@ -306,7 +392,15 @@ class Scheduler:
         assert request is not None
         first, last = start // self.page_size, stop // self.page_size
         self._extend_keys(request, run.tokens[slot], last)
-        self.pool.register(run.pages[slot, first:last].tolist(), request.keys[first:last])
+        for table in range(len(self.windows)):
+            here = max(first, int(run.dropped[slot, table]))
+            keys = [key_of_table(key, table) for key in request.keys[here:last]]
+            self.pool.register(run.pages[slot, table, here:last].tolist(), keys)
+
+    def forget(self, request: Request) -> None:
+        """What the request's pages hold is of no use to another."""
+        for table in range(len(self.windows)):
+            self.pool.forget([key_of_table(key, table) for key in request.keys])
 
     # -- leaving
 

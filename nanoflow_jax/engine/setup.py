@@ -35,7 +35,7 @@ from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
-from nanoflow_jax.models.layout import ModelParams, kv_groups
+from nanoflow_jax.models.layout import ModelParams, PageTables, kv_groups, page_tables
 from nanoflow_jax.models.params import is_info, rank_infos
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.mesh import AXIS
@@ -87,7 +87,7 @@ class Sizes:
     one_shape: bool
 
     def slots(self, length: int) -> SlotSizes:
-        return SlotSizes(self.decode_slots, BIAS_ROWS, self.pages(length))
+        return SlotSizes(self.decode_slots, BIAS_ROWS, self.tables.count * self.pages(length))
 
     def program(self, length: int, num_pages: int) -> Program:
         """Where a request has at most `length` tokens."""
@@ -96,11 +96,24 @@ class Sizes:
     def shapes(self, length: int) -> list[StepShape]:
         """Of the steps, where a request has at most `length` tokens."""
         rows, quantum = self.options.tokens_per_step, row_quantum(self.devices)
-        shapes = step_shapes(rows, self.decode_slots, self.pages(length), quantum)
+        shapes = step_shapes(rows, self.decode_slots, self.pages(length), quantum, self.tables.count)
         return [max(shapes, key=_size)] if self.one_shape else shapes
 
+    @property
+    def tables(self) -> PageTables:
+        return page_tables(self.spec.config)
+
     def pages(self, tokens: int) -> int:
+        """Of a sequence, in one page table."""
         return -(-tokens // self.options.page_size)
+
+    def request_pages(self, tokens: int) -> int:
+        """Of a sequence, in all page tables, at most: of a window, with the largest chunk after it."""
+        chunk = self.options.tokens_per_step
+        windowed = (
+            tokens if w is None else min(tokens, w - 1 + chunk + self.options.page_size) for w in self.tables.windows
+        )
+        return sum(self.pages(kept) for kept in windowed)
 
     def page_bytes(self) -> int:
         return page_bytes(self.spec.config, self.devices, self.options.page_size, self.options.kv_cache_dtype)
@@ -146,6 +159,7 @@ def build_engine(
     return make(
         runner, shapes, SamplerTables(runner), tokenizer, max_model_len=max_model_len, vocab_size=config.vocab_size,
         eos_token_ids=eos_token_ids, seed=options.seed, root=root, deterministic=options.deterministic, offload=offload,
+        windows=sizes.tables.windows,
     )  # fmt: skip
 
 
@@ -174,15 +188,10 @@ def _sizes(
     if options.deterministic:
         _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
     max_length = config.max_length if options.max_model_len is None else options.max_model_len
-    windowed = config.max_length < config.full_length
     if not 1 < max_length <= config.max_length:
-        until = ", its sliding window (longer sequences are not supported)" if windowed else ""
-        raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}{until}")
-    if windowed:
-        logger.info(
-            "sliding_window: sequences are at most its %d tokens, of the model's %d: longer ones are not supported",
-            config.max_length, config.full_length,
-        )  # fmt: skip
+        raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}")
+    if options.kv_offload_gib and page_tables(config).windows != (None,):
+        raise ConfigError("kv_offload_gib: pages of layers with a sliding window cannot be offloaded yet; accepted: 0")
     config = config.for_length(max_length)
     source = None if folder is None else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
@@ -208,7 +217,7 @@ def _sizes(
         one_shape=one_shape or options.deterministic,
     )  # fmt: skip
     check_requested(
-        config, devices, usable or host_memory() // len(mesh.local_devices), page=sizes.page_bytes(),
+        config, devices, usable or host_memory() // len(mesh.local_devices), page=sizes.page_bytes() * sizes.tables.count,
         page_size=options.page_size, tokens_per_step=options.tokens_per_step, decode_slots=decode_slots,
         kv_cache_tokens=options.kv_cache_tokens,
     )  # fmt: skip
@@ -225,11 +234,11 @@ def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
     """How many pages there are, the same in all processes, and the tokens that a request may have. Raises
     ConfigError."""
     options, page_size, limit = sizes.options, sizes.options.page_size, sizes.max_length
-    most_pages = -(-sizes.decode_slots * (limit + page_size) // page_size)  # more could not be used at once
+    most_pages = sizes.decode_slots * sizes.request_pages(limit + page_size)  # more could not be used at once
     if options.kv_cache_tokens is not None:
-        num_pages = options.kv_cache_tokens // page_size
+        num_pages = options.kv_cache_tokens // page_size * sizes.tables.count
     elif sizes.usable is None:
-        num_pages = min(CPU_CACHE_TOKENS // page_size, most_pages)
+        num_pages = min(CPU_CACHE_TOKENS // page_size * sizes.tables.count, most_pages)
     else:
 
         def temporaries(pages: int) -> int:
@@ -237,7 +246,7 @@ def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
             steps = compile_steps(sizes.program(limit, pages), [largest], options.progress)
             return steps[largest].memory_analysis().temp_size_in_bytes
 
-        needed = sizes.pages(limit) if options.max_model_len is not None else 1
+        needed = sizes.request_pages(limit) if options.max_model_len is not None else 1
         planned = plan_pages(
             sizes.usable, weight_bytes(sizes.infos, sizes.mesh.size),
             _slot_bytes(sizes.spec.config, sizes.devices, sizes.slots(limit)),
@@ -247,14 +256,15 @@ def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
         num_pages = planned.num_pages
     if processes is not None:
         num_pages = min(map(int, processes.exchange(str(num_pages))))
-    if num_pages * page_size < limit:
-        if options.max_model_len is not None or num_pages * page_size < 2:
+    if num_pages < (needed := sizes.request_pages(limit)):
+        fits = [n for n in range(sizes.pages(limit)) if sizes.request_pages(n * page_size) <= num_pages]
+        if options.max_model_len is not None or fits[-1] * page_size < 2:
             raise ConfigError(
                 f"kv_cache_tokens: {num_pages} pages of {page_size} tokens "
                 f"cannot hold one request of max_model_len = {limit}; "
-                f"accepted: at least {sizes.pages(limit) * page_size}, or a smaller max_model_len"
+                f"accepted: at least {-(-needed // sizes.tables.count) * page_size}, or a smaller max_model_len"
             )
-        limit = num_pages * page_size
+        limit = fits[-1] * page_size
     return num_pages, limit
 
 

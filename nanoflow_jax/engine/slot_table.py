@@ -4,6 +4,7 @@ requests."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,9 +17,9 @@ NEVER = np.iinfo(np.int64).max
 
 class SlotTable:
     """State per slot. The pages hold the keys and values of tokens [0, computed), as soon as the steps dispatched so
-    far have run."""
+    far have run; in page tables whose layers have a window, of the last ones."""
 
-    def __init__(self, slots: int, max_model_len: int, page_size: int, num_biases: int):
+    def __init__(self, slots: int, max_model_len: int, page_size: int, num_biases: int, tables: int = 1):
         self.count, self.page_size, self._num_biases = slots, page_size, num_biases
 
         def zeros(*shape: int, dtype: type = np.int32) -> np.ndarray:
@@ -36,7 +37,10 @@ class SlotTable:
         self.prompt_length = zeros()
         self.max_length = zeros()
         self.in_table = np.zeros(slots, bool)  # the device has its page table
-        self.pages = zeros(-(-max_model_len // page_size))
+        # Pages [slot, table, entry]: those of entries [dropped, filled) are held, num_pages in all tables.
+        self.pages = zeros(tables, -(-max_model_len // page_size))
+        self.dropped = zeros(tables)
+        self.filled = zeros(tables)
         self.num_pages = zeros()
         self.most_pages = zeros()  # of a sequence of max_length
         self.stops = np.full((STOPS, slots), -1, np.int32)
@@ -69,9 +73,16 @@ class SlotTable:
         return slots if len(slots) < 2 else slots[np.argsort(self.number[slots])]
 
     def enter(
-        self, request: Request, pages: np.ndarray, computed: int, prefill_end: int, biases: tuple[int, int]
+        self,
+        request: Request,
+        pages: Sequence[tuple[int, np.ndarray]],
+        most_pages: int,
+        computed: int,
+        prefill_end: int,
+        biases: tuple[int, int],
     ) -> int:
-        """Gives a request a slot. biases: rows of the bias table until `min_tokens` is reached, and then."""
+        """Gives a request a slot. pages: of each table, its first entry and those that it holds from there on;
+        most_pages: that it may come to hold; biases: rows of the bias table until `min_tokens` is reached, and then."""
         slot, params, tokens = self._free.pop(), request.params, request.tokens
         request.slot = slot
         self.requests[slot] = request
@@ -81,9 +92,11 @@ class SlotTable:
         self.computed[slot], self.prefill_end[slot] = computed, prefill_end
         self.prompt_length[slot], self.max_length[slot] = request.prompt_length, request.max_length
         self.in_table[slot] = False
-        self.pages[slot, : len(pages)] = pages
-        self.num_pages[slot] = len(pages)
-        self.most_pages[slot] = -(-request.max_length // self.page_size)
+        for table, (first, held) in enumerate(pages):
+            self.pages[slot, table, first : first + len(held)] = held
+            self.dropped[slot, table], self.filled[slot, table] = first, first + len(held)
+        self.num_pages[slot] = (self.filled[slot] - self.dropped[slot]).sum()
+        self.most_pages[slot] = most_pages
         stops = sorted(request.stop_tokens)
         self.stops[:, slot] = -1
         self.stops[: min(len(stops), STOPS), slot] = stops[:STOPS]
@@ -111,6 +124,7 @@ class SlotTable:
         self.number[slot] = NEVER
         self.known[slot] = self.length[slot] = self.computed[slot] = 0
         self.num_pages[slot] = self.most_pages[slot] = 0
+        self.dropped[slot] = self.filled[slot] = 0
         self.epoch[slot] += 1
         self._free.append(slot)
         return request
@@ -126,12 +140,28 @@ class SlotTable:
                 request.slot = None
                 found.append(request)
         epoch = self.epoch + 1
-        self.__init__(self.count, self.tokens.shape[1], self.page_size, self._num_biases)
+        self.__init__(self.count, self.tokens.shape[1], self.page_size, self._num_biases, self.pages.shape[1])
         self.epoch = epoch
         return sorted(found, key=lambda r: r.number)
 
     def pages_of(self, slot: int) -> np.ndarray:
-        return self.pages[slot, : self.num_pages[slot]].copy()
+        """All that it holds, table by table, each in order of the sequence."""
+        bounds = zip(self.pages[slot], self.dropped[slot], self.filled[slot], strict=True)
+        return np.concatenate([table[first:last] for table, first, last in bounds])
+
+    def drop(self, table: int, slots: np.ndarray, first: np.ndarray) -> np.ndarray:
+        """Slots [n] hold no entries before first [n] any more. Returns their pages."""
+        rows, entries = _ranges(slots, self.dropped[slots, table], first)
+        self.num_pages[slots] -= first - self.dropped[slots, table]
+        self.dropped[slots, table] = first
+        return self.pages[rows, table, entries]
+
+    def fill(self, table: int, slots: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> None:
+        """Gives slots [n] `counts` [n] more pages each, of `pages`."""
+        rows, entries = _ranges(slots, self.filled[slots, table], self.filled[slots, table] + counts)
+        self.pages[rows, table, entries] = pages
+        self.filled[slots, table] += counts
+        self.num_pages[slots] += counts
 
     def append(self, slots: np.ndarray, tokens: np.ndarray) -> np.ndarray:
         """Books one sampled token of each slot [n]. Returns which of them it ends, bool [n]: an end token or the
@@ -147,3 +177,11 @@ class SlotTable:
         for stops in self.stops[: self.num_stops]:
             ended |= stops[slots] == tokens
         return ended
+
+
+def _ranges(slots: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(slot, entry) for every entry of [first, last) of each slot."""
+    counts = last - first
+    ends = np.cumsum(counts)
+    within = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
+    return np.repeat(slots, counts), np.repeat(first, counts) + within

@@ -21,7 +21,8 @@ def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes:
     again = np.flatnonzero(positions < running.known[slots])  # tokens that the host knows: computed once more
     inputs.token_ids[again] = running.tokens[slots[again], positions[again]]
     inputs.positions[:n] = positions
-    inputs.write_pages[:n] = running.pages[slots, positions // page_size]
+    write_pages = inputs.write_pages.reshape(running.pages.shape[1], -1)
+    write_pages[:, :n] = running.pages[slots, :, positions // page_size].T
     inputs.slots[:n] = slots
     row, first = shape.decode_rows, shape.decode_rows
     for segment, chunk in enumerate(step.prefill):
@@ -30,9 +31,12 @@ def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes:
         chunk_positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
         inputs.token_ids[rows] = running.tokens[slot, chunk.start : chunk.stop]
         inputs.positions[rows] = chunk_positions
-        inputs.write_pages[rows] = running.pages[slot, chunk_positions // page_size]
-        held = running.num_pages[slot]
-        inputs.prefill_table[segment, :held] = running.pages[slot, :held]
+        write_pages[:, rows] = running.pages[slot, :, chunk_positions // page_size].T
+        for table, pages, dropped, filled in zip(
+            inputs.prefill_table[segment].reshape(len(write_pages), -1), running.pages[slot], running.dropped[slot],
+            running.filled[slot], strict=True,
+        ):  # fmt: skip
+            table[dropped:filled] = pages[dropped:filled]
         row += count
         inputs.prefill_starts[segment + 1] = row - first
         inputs.slots[first + segment] = slot

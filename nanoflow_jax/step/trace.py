@@ -217,8 +217,7 @@ class Tracer:
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
         self.inputs = [
-            _kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages)
-            for table in range(self.tables.count)
+            _kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
         self.order = IssueOrder(spec.enforce_order)
         self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -2,7 +2,7 @@
 
 It keeps what a device keeps: the contents of the pages, and per slot the latest token, the page table and the token
 counts. A "key and value" is a digest of its token, its position and the one before it *as found through the page
-table*; a sampled token is a digest of all contents found so. Whatever the host gets wrong (a page, a table, a slot, a
+tables*; a sampled token is a digest of all contents found so, in tables with a window of those that it holds. Whatever the host gets wrong (a page, a table, a slot, a
 token, a prefix that is not there) gives another token than `alone`, which knows nothing of pages.
 """
 
@@ -27,6 +27,7 @@ LONGEST = 512
 _MASK = 2**64 - 1
 _WEIGHTS = np.random.default_rng(0).integers(1, 2**63, LONGEST, np.uint64)
 
+Windows = tuple[int | None, ...]
 Bias = tuple[frozenset[int], tuple[tuple[int, float], ...]]  # forbidden tokens, and the others' biases
 NO_BIAS: Bias = (frozenset(), ())
 
@@ -39,13 +40,19 @@ def mix(*values: int) -> int:
     return state
 
 
-def key_value(before: int, token: int, position: int, decoded: bool) -> int:
-    return mix(before, token, position, decoded)
+def key_value(before: int, token: int, position: int, decoded: bool, table: int) -> int:
+    return mix(before, token, position, decoded + 2 * table)
 
 
-def attend(contents: np.ndarray) -> int:
-    """contents [n] uint64, of positions 0 to n - 1."""
-    return int((contents * _WEIGHTS[: len(contents)]).sum())
+def sees_before(window: int | None) -> bool:
+    """Whether a row sees the one before it."""
+    return window is None or window > 1
+
+
+def attend(contents: np.ndarray, window: int | None = None) -> int:
+    """contents [n] uint64, of positions 0 to n - 1; the last `window` of them count."""
+    first = 0 if window is None else max(0, len(contents) - window)
+    return int((contents[first:] * _WEIGHTS[first : len(contents)]).sum())
 
 
 def choose(attention: int, settings: Sequence[float], bias: Bias, history: int) -> int:
@@ -104,19 +111,30 @@ class Letters:
 
 
 def alone(
-    prompt: Sequence[int], params: SamplingParams, *, seed: int, max_length: int, phases: bool, scored_from: int = 0
+    prompt: Sequence[int],
+    params: SamplingParams,
+    *,
+    seed: int,
+    max_length: int,
+    phases: bool,
+    scored_from: int = 0,
+    windows: Windows = (None,),
 ) -> Answer:
-    """max_length: of prompt and output; phases: rows that decode round differently."""
+    """max_length: of prompt and output; phases: rows that decode round differently; windows: of each page table."""
     answer = Answer([], "length", [], [])
     stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
     strings = [params.stop] if isinstance(params.stop, str) else list(params.stop or ())
     penalised = bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1)
-    contents: list[int] = []
+    contents: list[list[int]] = [[] for _ in windows]
     tokens = list(prompt)
     for position in range(max_length):
         decoded = phases and position >= len(prompt)
-        contents.append(key_value(contents[-1] if contents else 0, tokens[position], position, decoded))
-        attention = attend(np.array(contents, np.uint64))
+        before = sum(of[-1] for of, window in zip(contents, windows, strict=True) if of and sees_before(window))
+        for table, of in enumerate(contents):
+            of.append(key_value(before, tokens[position], position, decoded, table))
+        attention = sum(
+            attend(np.array(of, np.uint64), window) for of, window in zip(contents, windows, strict=True)
+        )
         if position + 1 < len(prompt):
             answer.prompt_scores.append(score(attention, tokens[position + 1]))
         elif len(tokens) < max_length:
@@ -153,8 +171,11 @@ class FakeRunner:
     at_once  a failing step raises when it is dispatched; else when its tokens are read
     """
 
-    def __init__(self, sizes: SlotSizes, num_pages: int, page_size: int, phases: bool = False):
+    def __init__(
+        self, sizes: SlotSizes, num_pages: int, page_size: int, phases: bool = False, windows: Windows = (None,)
+    ):
         self.sizes, self.num_pages, self.page_size, self.phases = sizes, num_pages, page_size, phases
+        self.windows = windows
         self.fails: Callable[[StepInputs], bool] = lambda inputs: False
         self.at_once = True
         self.num_steps = 0
@@ -165,7 +186,8 @@ class FakeRunner:
         rng, slots = np.random.default_rng(1), self.sizes.slots
         self.contents = rng.integers(1, 2**63, (self.num_pages, self.page_size), np.uint64)
         self.tokens = rng.integers(0, VOCAB, slots, np.int32)
-        self.tables = rng.integers(0, self.num_pages, (slots, self.sizes.pages_per_request), np.int32)
+        shape = (slots, len(self.windows), self.sizes.table_width // len(self.windows))
+        self.tables = rng.integers(0, self.num_pages, shape, np.int32)
         self.history = [mix(slot, 5) for slot in range(slots)]
         self.biases: list[Bias] = [(frozenset(), ((0, float(row)),)) for row in range(self.sizes.bias_rows)]
         self.broken = False
@@ -196,13 +218,15 @@ class FakeRunner:
             assert mine.shape == wanted.shape and mine.dtype == wanted.dtype, name
         written = np.flatnonzero(inputs.write_pages != self.num_pages)
         assert ((inputs.write_pages >= 0) & (inputs.write_pages <= self.num_pages)).all()
-        places = inputs.write_pages[written] * self.page_size + inputs.positions[written] % self.page_size
+        slots = np.tile(inputs.positions % self.page_size, len(self.windows))
+        places = inputs.write_pages[written] * self.page_size + slots[written]
         assert len(set(places.tolist())) == len(places), "two rows write to the same place"
         slots = inputs.slots[inputs.slots != self.sizes.slots].tolist()
         assert len(set(slots)) == len(slots), "a slot is in the step twice"
 
     def _step(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         size, decode = self.page_size, shape.decode_rows
+        write_pages = inputs.write_pages.reshape(len(self.windows), -1)
         sampled = np.zeros(shape.sampled_rows, np.int32)
         logprobs, scores = _no_logprobs(shape.sampled_rows), _no_logprobs(shape.prefill_rows)
         rows: list[tuple[int, range]] = [(place, range(place, place + 1)) for place in range(decode)]
@@ -214,22 +238,27 @@ class FakeRunner:
                 assert place < decode or not its_rows, "rows of no slot"
                 continue
             if place >= decode:
-                self.tables[slot] = inputs.prefill_table[place - decode]
+                self.tables[slot] = inputs.prefill_table[place - decode].reshape(len(self.windows), -1)
             attention = 0
             for row in its_rows:
-                position, page = int(inputs.positions[row]), int(inputs.write_pages[row])
+                position, pages = int(inputs.positions[row]), write_pages[:, row]
                 token = int(inputs.token_ids[row])
                 if place < decode:
-                    self.tables[slot, position // size] = page
+                    self.tables[slot, :, position // size] = pages
                     token = int(self.tokens[slot]) if token < 0 else token
-                table = self.tables[slot]
-                before = self.contents[table[(position - 1) // size], (position - 1) % size] if position else 0
-                self.contents[page, position % size] = key_value(
-                    int(before), token, position, self.phases and place < decode
-                )
+                before = 0
+                for table, window in zip(self.tables[slot], self.windows, strict=True):
+                    if position and sees_before(window):
+                        before += int(self.contents[table[(position - 1) // size], (position - 1) % size])
+                decoded = self.phases and place < decode
+                for number, page in enumerate(pages):
+                    self.contents[page, position % size] = key_value(before, token, position, decoded, number)
                 target = int(inputs.targets[row - decode]) if place >= decode else -1
                 if target >= 0 or row == its_rows[-1]:
-                    attention = attend(self.contents[table[: position // size + 1]].reshape(-1)[: position + 1])
+                    attention = sum(
+                        attend(self.contents[table[: position // size + 1]].reshape(-1)[: position + 1], window)
+                        for table, window in zip(self.tables[slot], self.windows, strict=True)
+                    )
                 if target >= 0:
                     scores.logprob[row - decode] = score(attention, target)
                     scores.top_tokens[row - decode, : int(inputs.target_logprobs[0])] = target

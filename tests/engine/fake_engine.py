@@ -17,7 +17,7 @@ from nanoflow_jax.engine.scheduler import ScheduledStep
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.slots import SlotSizes
-from tests.engine.fake_device import EOS, VOCAB, FakeRunner, FakeStore, FakeTables, Letters, alone
+from tests.engine.fake_device import EOS, VOCAB, FakeRunner, FakeStore, FakeTables, Letters, Windows, alone
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Load:
     offload: int = 0  # pages; 0: none
     damage: int = 0
     bias_rows: int = 4
+    windows: Windows = (None,)  # of each page table
 
 
 @dataclass
@@ -65,9 +66,8 @@ class Drive:
     def __post_init__(self) -> None:
         load = self.load
         self.jobs = sorted(load.jobs, key=lambda job: job.arrival)
-        width = load.shapes[0].pages_per_request
-        self.runner = FakeRunner(SlotSizes(load.slots, load.bias_rows, width), load.num_pages, load.page_size)
-        self.runner.phases = load.by_phase
+        sizes = SlotSizes(load.slots, load.bias_rows, load.shapes[0].table_width)
+        self.runner = FakeRunner(sizes, load.num_pages, load.page_size, load.by_phase, load.windows)
         self.tables = FakeTables(self.runner)
         self.store = FakeStore(load.offload, load.damage) if load.offload else None
         fakes: list[Any] = [self.runner, self.tables, Letters(), self.store]
@@ -83,6 +83,7 @@ class Drive:
             root=root_key("a model") if load.caching else None,
             deterministic=load.by_phase,
             offload=fakes[3],
+            windows=load.windows,
             on_step=self._record,
         )
         self.updates: Counter[int] = Counter()
@@ -168,15 +169,23 @@ class Drive:
         numbers = [int(run.number[c.slot]) for c in step.prefill]
         assert numbers == sorted(numbers), "prompts are not in order"
         for slot, position in zip(step.decode.tolist(), step.positions.tolist(), strict=True):
-            assert position // self.load.page_size < run.num_pages[slot], "no page for a row"
+            assert position // self.load.page_size < run.filled[slot].min(), "no page for a row"
+            self._check_seen(slot, position)
             if self.load.by_phase:
                 assert position >= run.prompt_length[slot], "a prompt's token in a decode row"
         for chunk in step.prefill:
             request = run.requests[chunk.slot]
             assert request is not None
-            assert chunk.stop <= run.num_pages[chunk.slot] * self.load.page_size, "no page for a row"
+            assert chunk.stop <= run.filled[chunk.slot].min() * self.load.page_size, "no page for a row"
+            self._check_seen(chunk.slot, chunk.start)
             if self.load.by_phase:
                 assert chunk.stop <= max(chunk.start, run.prompt_length[chunk.slot]), "output in a prefill row"
+
+    def _check_seen(self, slot: int, position: int) -> None:
+        """What a row sees is there, and what it does not is gone."""
+        for window, dropped in zip(self.load.windows, self.engine.running.dropped[slot].tolist(), strict=True):
+            seen = 0 if window is None else max(0, position - window + 1)
+            assert dropped == seen // self.load.page_size, "pages are kept, or given back, that should not be"
 
     def _check_pages(self) -> None:
         """Each page is available, or with those who run; only full pages of a prefix are with several."""
@@ -184,8 +193,13 @@ class Drive:
         users: Counter[int] = Counter()
         for slot in np.flatnonzero(run.active).tolist():
             pages = run.pages_of(slot).tolist()
+            assert len(pages) == run.num_pages[slot]
             users.update(pages)
-            unfinished = pages[int(run.computed[slot]) // size :]
+            unfinished = [
+                page
+                for table, last in zip(run.pages[slot], run.filled[slot], strict=True)
+                for page in table[int(run.computed[slot]) // size : last].tolist()
+            ]
             assert all(users[page] == 1 for page in unfinished), "a page that is still written has two users"
         assert len(users) + pool.num_available == pool.num_pages, "a page is lost, or two have it"
 
@@ -206,7 +220,7 @@ class Drive:
             job = self.jobs[number]
             wanted = alone(
                 job.prompt, job.params, seed=job.params.seed or 0, max_length=job.max_length,
-                phases=self.load.by_phase, scored_from=job.scored_from,
+                phases=self.load.by_phase, scored_from=job.scored_from, windows=self.load.windows,
             )  # fmt: skip
             output = request.output_token_ids
             assert request.slot is None

@@ -74,25 +74,29 @@ def loads(draw: st.DrawFn) -> Load:
     page_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
     their_jobs = draw(st.lists(jobs(), min_size=1, max_size=16))
     needed = -(-model_len(their_jobs) // page_size)  # the pool holds the longest request; often hardly more
-    num_pages = needed + draw(st.one_of(st.integers(0, 4), st.integers(0, 3 * needed)))
+    windows = draw(st.sampled_from([(None,), (None,), (None, 3), (2,), (1, None), (5, None, 9)]))
     if draw(st.booleans()):
         slots = draw(st.integers(1, 2)) * 8
-        shapes = step_shapes(slots + draw(st.integers(1, 8)) * 8, slots, needed)
+        shapes = step_shapes(slots + draw(st.integers(1, 8)) * 8, slots, needed, tables=len(windows))
     else:
         rows = sorted(draw(st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True)))
         prefill = [0, *sorted(draw(st.lists(st.integers(1, 30), min_size=1, max_size=3, unique=True)))]
         segments = draw(st.integers(1, 5))
         slots = rows[-1]
-        shapes = [StepShape(d, p, segments if p else 0, needed) for d in rows for p in prefill]
+        shapes = [StepShape(d, p, segments if p else 0, needed, len(windows)) for d in rows for p in prefill]
     by_phase = draw(st.booleans())
     if by_phase and draw(st.booleans()):
         shapes = [max(shapes, key=lambda s: s.rows)]
+    chunk = max(shape.prefill_rows for shape in shapes)
+    least = sum(needed if w is None else min(needed, -(-(w - 1 + chunk) // page_size) + 1) for w in windows)
+    num_pages = least + draw(st.one_of(st.integers(0, 4), st.integers(0, 3 * least)))
     caching = draw(st.booleans())
     return Load(
         shapes, num_pages, page_size, their_jobs, slots, caching, by_phase,
-        offload=draw(st.sampled_from([0, 3, 1000])) if caching else 0,
+        offload=draw(st.sampled_from([0, 3, 1000])) if caching and windows == (None,) else 0,
         damage=draw(st.sampled_from([0, 0, 3])),
         bias_rows=draw(st.sampled_from([2, 5])),
+        windows=windows,
     )  # fmt: skip
 
 
@@ -303,7 +307,7 @@ def _grows_without_saying(original: Any) -> Any:
     def build(step: ScheduledStep, running: SlotTable, num_pages: int, sizes: SlotSizes) -> StepInputs:
         inputs = original(step, running, num_pages, sizes)
         for row, (slot, position) in enumerate(zip(step.decode.tolist(), step.positions.tolist(), strict=True)):
-            inputs.write_pages[row] = running.pages[slot, max(0, position // running.page_size - 1)]
+            inputs.write_pages[row] = running.pages[slot, 0, max(0, position // running.page_size - 1)]
         return inputs
 
     return build

@@ -66,7 +66,7 @@ def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledSt
         request.scored_from = int(rng.integers(0, 4))
         pages = np.array([free.pop() for _ in range(-(-(tokens + 1) // PAGE))], np.int32)
         biases = (int(rng.integers(BIASES)), int(rng.integers(BIASES + 1)))
-        return running.enter(request, pages, 0, tokens, biases)
+        return running.enter(request, [(0, pages)], len(pages), 0, tokens, biases)
 
     for _ in range(rng.integers(0, 3)):  # slots that have no row in the step
         enter(3)
@@ -101,7 +101,7 @@ def slow(step: ScheduledStep, running: SlotTable) -> tuple[dict[str, dict[Any, A
         known = position < running.known[slot]
         wanted["token_ids"][row] = running.tokens[slot, position] if known else -1
         wanted["positions"][row] = position
-        wanted["write_pages"][row] = running.pages[slot, position // PAGE]
+        wanted["write_pages"][row] = running.pages[slot, 0, position // PAGE]
 
     def settings(place: int, slot: int, length: int) -> None:
         request = running.requests[slot]
@@ -271,7 +271,7 @@ def test_resolve_by_definition(shape: StepShape, devices: int) -> None:
         scheduled, running = random_step(rng, shape)
         inputs = build_inputs(scheduled, running, NUM_PAGES, SIZES)
         tokens = rng.integers(0, 1000, SLOTS, np.int32)
-        tables = rng.integers(0, NUM_PAGES, (SLOTS, SIZES.pages_per_request), np.int32)
+        tables = rng.integers(0, NUM_PAGES, (SLOTS, SIZES.table_width), np.int32)
         counts, biases = np.zeros((SLOTS, 16), np.uint16), np.zeros((BIASES, 16), np.float32)
         batch, state = program(pack(inputs), SlotState(tokens, tables, counts, biases))
         wanted, after = resolved(inputs, tokens, tables, shape)
