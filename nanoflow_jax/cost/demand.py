@@ -84,7 +84,7 @@ class Demand:
         if not self.decode_rows:
             return StepLoad(0, tokens, 0.0, self.prefill_context)
         wanted = tokens * self.decode_rows / (self.decode_rows + self.prefill_rows)
-        most = math.inf if most_resident is None else max(0.0, most_resident - self.prefill_rows) / self._held
+        most = math.inf if most_resident is None else max(0.0, most_resident - self.prefill_rows) / self.held
         most = min(most, math.inf if decode_slots is None else decode_slots)
         if wanted <= most:
             rows = max(quantum, min(round(wanted / quantum) * quantum, tokens - quantum))
@@ -96,9 +96,9 @@ class Demand:
 
     def resident(self, load: StepLoad) -> float:
         """Tokens of KV in pages during such a step: of the requests that decode, and of a prompt on its way in."""
-        return load.decode_rows * self._held + (self.prefill_rows if load.prefill_rows else 0.0)
+        return load.decode_rows * self.held + (self.prefill_rows if load.prefill_rows else 0.0)
 
     @property
-    def _held(self) -> float:
+    def held(self) -> float:
         """By one request: its context, and half a page that is not full."""
         return self.decode_context + PAGE_SIZE / 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
@@ -12,6 +14,11 @@ from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
+
+
+def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """A period of the layers' windows."""
+    return tuple(layer.attention.window for layer in config.pattern)
 
 
 def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -> float:
@@ -70,11 +77,15 @@ class Shapes:
 
 @dataclass(frozen=True)
 class OpCosts:
-    """Each op of a step on `rows` rows, alone on the GPU, by one latency model."""
+    """Each op of a step on `rows` rows, alone on the GPU, by one latency model.
+
+    windows  of the layers, repeated over them; attention's costs are those of a layer, or the mean of all
+    """
 
     model: LatencyModel
     shapes: Shapes
     load: StepLoad
+    windows: tuple[int | None, ...] = (None,)
 
     def gemm(self, name: str, rows: int) -> Prediction:
         """name: of `Shapes.gemms`."""
@@ -105,17 +116,34 @@ class OpCosts:
         s = self.shapes
         return self.model.append(rows, s.kv_heads, s.head_dim, kv_bytes=(s.element_bytes + s.page_bytes) / 2)
 
-    def decode_attention(self, rows: int, sms: int | None = None) -> Prediction:
+    def decode_attention(self, rows: int, sms: int | None = None, layer: int | None = None) -> Prediction:
         s = self.shapes
-        return self.model.decode_attention(
-            rows, self.load.decode_context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes, sms=sms
+        return self._mean(
+            self.load.decode_context,
+            layer,
+            lambda context: self.model.decode_attention(
+                rows, context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes, sms=sms
+            ),
         )
 
-    def prefill_attention(self, rows: int) -> Prediction:
+    def prefill_attention(self, rows: int, layer: int | None = None) -> Prediction:
         s = self.shapes
-        return self.model.prefill_attention(
-            rows, self.load.prefill_context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes
+        return self._mean(
+            self.load.prefill_context,
+            layer,
+            lambda context: self.model.prefill_attention(
+                rows, context, s.q_heads, s.kv_heads, s.head_dim, kv_bytes=s.page_bytes
+            ),
         )
+
+    def _mean(self, context: float, layer: int | None, cost: Callable[[float], Prediction]) -> Prediction:
+        """Of a mean context, no window sees more than its own size; None: over all layers."""
+        windows = self.windows if layer is None else (self.windows[layer % len(self.windows)],)
+        counts = Counter(context if window is None else min(context, window) for window in windows)
+        found = [(cost(seen), count / len(windows)) for seen, count in counts.items()]
+        first, _ = found[0]
+        means = {name: sum(getattr(one, name) * share for one, share in found) for name in ("us", "flops", "bytes")}
+        return first if len(found) == 1 else replace(first, **means)
 
     def transpose(self, rows: int) -> Prediction:
         """Attention output is turned before GEMV.AG."""

@@ -109,7 +109,7 @@ class Scheduler:
         self._most_segments = max(s.prefill_segments for s in self.shapes)
         self.expectation = Expectation()
         self._whole = np.array([window is None for window in self.windows])
-        # Pages that the window of a decode row touches, at most.
+        # Pages that a sequence keeps while it decodes, at most.
         self._window_pages = np.array(
             [np.iinfo(np.int32).max if w is None else -(-(w - 1) // self.page_size) + 1 for w in self.windows]
         )
@@ -161,12 +161,13 @@ class Scheduler:
         return np.flatnonzero((run.computed < run.length) & more & (run.computed >= run.prefill_end) & run.in_table)
 
     def _drop_pages(self) -> None:
-        """Gives back the pages that no row to come sees. Steps in flight may still read them: they run before whatever
-        is written there."""
+        """Gives back the pages below the window of the first row of the newest page: no row to come sees them, nor does
+        a request that goes on from the pages that are whole now. Steps in flight may still read them: they run before
+        whatever is written there."""
         run = self.running
         for table, window in enumerate(self.windows):
             if window is not None:
-                first = self._first_seen(run.computed, window)
+                first = self._first_seen(run.computed // self.page_size * self.page_size, window)
                 slots = np.flatnonzero(first > run.dropped[:, table])
                 if len(slots):
                     self.pool.release(run.drop(table, slots, np.minimum(first, run.filled[:, table])[slots]))

@@ -108,12 +108,9 @@ class Sizes:
         return -(-tokens // self.options.page_size)
 
     def request_pages(self, tokens: int) -> int:
-        """Of a sequence, in all page tables, at most: of a window, with the largest chunk after it."""
-        chunk = self.options.tokens_per_step
-        windowed = (
-            tokens if w is None else min(tokens, w - 1 + chunk + self.options.page_size) for w in self.tables.windows
-        )
-        return sum(self.pages(kept) for kept in windowed)
+        """Of a sequence, in all page tables, at most: below a window, those of the largest chunk are kept, too."""
+        whole, chunk = self.pages(tokens), self.pages(self.options.tokens_per_step)
+        return sum(whole if w is None else min(whole, self.pages(w - 1) + chunk + 1) for w in self.tables.windows)
 
     def page_bytes(self) -> int:
         return page_bytes(self.spec.config, self.devices, self.options.page_size, self.options.kv_cache_dtype)
@@ -217,9 +214,9 @@ def _sizes(
         one_shape=one_shape or options.deterministic,
     )  # fmt: skip
     check_requested(
-        config, devices, usable or host_memory() // len(mesh.local_devices), page=sizes.page_bytes() * sizes.tables.count,
-        page_size=options.page_size, tokens_per_step=options.tokens_per_step, decode_slots=decode_slots,
-        kv_cache_tokens=options.kv_cache_tokens,
+        config, devices, usable or host_memory() // len(mesh.local_devices), decode_slots=decode_slots,
+        page=sizes.page_bytes() * sizes.tables.count, page_size=options.page_size,
+        tokens_per_step=options.tokens_per_step, kv_cache_tokens=options.kv_cache_tokens,
     )  # fmt: skip
     if backend == "mosaic":  # what takes seconds comes after what can be refused at once
         heads = Heads(

@@ -12,17 +12,18 @@ from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
-from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
+from nanoflow_jax.cost.footprint import kv_bytes_per_token, page_bytes, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
 from nanoflow_jax.hardware import Hardware, load_hardware
+from nanoflow_jax.inspect.costs import Costs
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
 from nanoflow_jax.inspect.small import text as small_text
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
 from nanoflow_jax.models.infos import param_infos
-from nanoflow_jax.models.layout import kv_groups
+from nanoflow_jax.models.layout import kv_groups, page_tables
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
 from nanoflow_jax.plan.ops import APPEND
@@ -33,7 +34,7 @@ from nanoflow_jax.step.compile import Option, Program, compile_step
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
-from nanoflow_jax.timeline.totals import InnerLayer, of_all_layers
+from nanoflow_jax.timeline.totals import InnerLayer, of_all_layers, whole_periods
 
 PAGE_SIZE = 64
 MEMORY_UTILIZATION = 0.9
@@ -43,7 +44,8 @@ MEMORY_UTILIZATION = 0.9
 class StepMemory:
     """Bytes on one GPU. kv_pages: the pool the step was compiled with; temporaries: of the layers compiled, and all
     layers may need more; kv_tokens: how many tokens fit beside weights and temporaries in `MEMORY_UTILIZATION` of the
-    memory; headroom: what is then left without any page (negative: the model does not fit)."""
+    memory, at kv_bytes_per_token, the mean of requests of the context; headroom: what is then left without any page
+    (negative: the model does not fit)."""
 
     weights: int
     kv_pages: int
@@ -69,9 +71,10 @@ class InspectedLayer(InnerLayer):
     small: tuple[SmallKernels, ...]
 
     @staticmethod
-    def of_report(report: Report) -> InspectedLayer:
+    def of_report(report: Report, period: int = 1) -> InspectedLayer:
+        """period: of the kinds of layers."""
         every = [layer.layer for layer in report.totals.layers if layer.layer is not None]
-        inner = InnerLayer.of(report.totals, every[1:-1] or every)
+        inner = InnerLayer.of(report.totals, whole_periods(every[1:-1] or every, period))
         moved = [c for c in report.collectives if c.layer in inner.layers]
         found = [f for f in report.findings if f.layer in inner.layers]
         count = len(inner.layers)
@@ -101,6 +104,7 @@ class StepInspection:
     kv_cache_dtype: str
     layers: int
     model_layers: int
+    period: int  # of the kinds of layers
     compile_seconds: float
     memory: StepMemory
     report: Report
@@ -119,7 +123,7 @@ class StepInspection:
 
     @property
     def inner_layer(self) -> InspectedLayer:
-        return InspectedLayer.of_report(self.report)
+        return InspectedLayer.of_report(self.report, self.period)
 
     def to_json(self) -> dict[str, Any]:
         data = self.report.to_json()
@@ -186,7 +190,8 @@ def inspect_step(
     tokens            rows of the step, decode_tokens of them decode (default: the plan's own, else 5/8)
     context           tokens of context that each row attends to, for the cost of attention (the program does not
                       depend on it)
-    layers            compile only this many layers (all are alike, and 80 take minutes); None: all
+    layers            compile only this many layers (they repeat, and 80 take minutes; two more than a period of their
+                      kinds show each kind); None: all
     attention_backend of decode attention: "mosaic" on Hopper, "xla"; "auto" takes Mosaic where the GPU has it
     kv_cache_dtype    of the KV pages: "auto" (the model's), "fp8" or "fp8_e4m3"
     quantization      of the layers' weights: None, or "fp8"
@@ -215,8 +220,9 @@ def inspect_step(
         raise ConfigError(f"decode_tokens: {decode_tokens} must be from 0 to tokens = {tokens}")
     prefill = tokens - decode_tokens
     shape = StepShape(
-        decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1
-    )
+        decode_tokens, prefill, max(1, min(64, prefill // 16)) if prefill else 0, -(-context // PAGE_SIZE) + 1,
+        page_tables(config).count,
+    )  # fmt: skip
 
     pages_dtype = page_dtype(config, kv_cache_dtype)
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
@@ -226,9 +232,9 @@ def inspect_step(
     )
     weights = weight_bytes(infos, devices)
     item = pages_dtype.itemsize
-    per_token = kv_bytes_per_token(config, devices, item)
-    pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // (per_token * PAGE_SIZE), 16)
-    rows = PAGE_SIZE * kv_groups(config, devices) // devices * config.num_layers  # of a page, as 32-bit indices count
+    page = page_bytes(config, devices, PAGE_SIZE, item)
+    pool = max(int(hardware.memory_bytes * MEMORY_UTILIZATION - weights) * 3 // 4 // page, 16)
+    rows = PAGE_SIZE * kv_groups(config, devices) // devices * page_tables(config).depth  # of a page, 32 bits count
     pages = min(pool, (2**31 - 1) // rows)
 
     started = time.monotonic()
@@ -236,7 +242,7 @@ def inspect_step(
     spec = StepSpec(
         config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order, expected_context=context
     )
-    sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.pages_per_request)
+    sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.table_width)
     lowered = Program(spec, mesh, infos, sizes, pages, PAGE_SIZE).lower(shape)
     with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
         options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
@@ -258,9 +264,10 @@ def inspect_step(
         budgets=budgets,
     )
     best = optimum(full, hardware, calibrated=True)
-    totals = of_all_layers(report.totals, InspectedLayer.of_report(report), full.num_layers, devices, tokens, best)
+    inner = InspectedLayer.of_report(report, len(full.pattern))
+    totals = of_all_layers(report.totals, inner, full.num_layers, devices, tokens, best)
     report = replace(report, totals=totals)
-    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * PAGE_SIZE * per_token, item)
+    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * page, item, context)
     return StepInspection(
         model=name,
         plan=plan,
@@ -273,6 +280,7 @@ def inspect_step(
         kv_cache_dtype=pages_dtype.name,
         layers=config.num_layers,
         model_layers=full.num_layers,
+        period=len(full.pattern),
         compile_seconds=seconds,
         memory=memory,
         report=report,
@@ -325,10 +333,11 @@ def _memory(
     temporaries: int,
     kv_pages: int,
     item: int,
+    context: int,
 ) -> StepMemory:
     infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     weights = weight_bytes(infos, devices)
-    per_token = kv_bytes_per_token(config, devices, item)
+    per_token = round(kv_bytes_per_token(config, devices, item, context))
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
     return StepMemory(
         weights, kv_pages, temporaries, hardware.memory_bytes, headroom, per_token, max(0, headroom // per_token)
@@ -343,16 +352,19 @@ def attention_costs(
     model: LatencyModel,
     item: int = 2,
     sms: int | None = None,
-) -> dict[tuple[str, int], Prediction]:
-    """Each attention piece and KV append of one layer on one device, every row with `context` tokens before it; item:
+) -> Costs:
+    """Each attention piece of every layer and KV append on one device, every row with `context` tokens before it; item:
     bytes of an element of the pages; sms: the most that decode attention uses, None: all."""
-    costs = OpCosts(model, Shapes.of(config, devices, item), StepLoad(1, 0, context, context))
-    found = {}
+    load = StepLoad(1, 0, context, context)
+    costs = OpCosts(model, Shapes.of(config, devices, item), load, layer_windows(config))
+    found: dict[tuple[str, int] | tuple[str, int, int | None], Prediction] = {}
     for piece in pieces:
         if piece.op == "KQV":
             found[APPEND, piece.piece] = costs.append(piece.rows)
         elif piece.op == "GEMV":
-            found["GEMV", piece.piece] = costs.decode_attention(piece.rows, sms)
+            for layer in range(config.num_layers):
+                found["GEMV", piece.piece, layer] = costs.decode_attention(piece.rows, sms, layer)
         elif piece.op == "PF":
-            found["PF", piece.piece] = costs.prefill_attention(piece.rows)
+            for layer in range(config.num_layers):
+                found["PF", piece.piece, layer] = costs.prefill_attention(piece.rows, layer)
     return found

@@ -16,7 +16,6 @@ from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
 from nanoflow_jax.models.quantised import quantised_info
 from nanoflow_jax.parallel.mesh import AXIS
 
-
 # Hugging Face's names, in the order in which a layer meets them. One of them has two meanings.
 _NORMS = {
     "before": ("input_layernorm", "post_attention_layernorm"),

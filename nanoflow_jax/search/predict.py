@@ -97,14 +97,15 @@ class Throughput:
 
 def kv_capacity(
     config: ModelConfig, plan: SchedulePlan, hardware: Hardware, devices: int, rows: int,
-    utilization: float = MEMORY_UTILIZATION,
+    utilization: float = MEMORY_UTILIZATION, context: float | None = None,
 ) -> int:  # fmt: skip
-    """Tokens of KV that fit on `devices` GPUs beside weights and a step's temporaries; negative: the weights do not."""
+    """Tokens of KV that fit on `devices` GPUs beside weights and a step's temporaries; negative: the weights do not.
+    context: tokens of a request, of which layers with a window keep only some; None: all are kept."""
     infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     width = BYTES[config.dtype]
     left = hardware.memory_bytes * utilization - weight_bytes(infos, devices)
     temporaries = RESIDUALS * rows * config.hidden_size * width
-    return int((left - temporaries) // kv_bytes_per_token(config, devices, width))
+    return int((left - temporaries) // kv_bytes_per_token(config, devices, width, context))
 
 
 def average_step(
@@ -112,7 +113,7 @@ def average_step(
 ) -> StepLoad:
     """A step of at most `rows` rows, as workload and memory allow it, for any plan that keeps one layout of O."""
     plain = SchedulePlan("plain", (NanoBatch(None, "reduce"),))
-    capacity = kv_capacity(config, plain, hardware, devices, rows)
+    capacity = kv_capacity(config, plain, hardware, devices, rows, context=demand.held)
     return demand.step(rows, capacity, decode_slots, row_quantum(devices))
 
 
@@ -134,7 +135,7 @@ def predict(
     rows = tokens_per_step or plan.tokens_per_step or TOKENS_PER_STEP
 
     def at(rows: int) -> tuple[Simulation, KVRoom]:
-        capacity = kv_capacity(config, plan, model.hardware, devices, rows)
+        capacity = kv_capacity(config, plan, model.hardware, devices, rows, context=demand.held)
         longest = demand.prefill_rows + demand.decode_rows
         if capacity < longest:
             raise ConfigError(
@@ -173,7 +174,9 @@ def context_grid(
     for count in slots:
         rows, prefill = [], round(count * prefill_share / (1 - prefill_share) / quantum) * quantum
         for context in contexts:
-            fits = count * context <= kv_capacity(config, plan, model.hardware, devices, count + prefill)
+            fits = count * context <= kv_capacity(
+                config, plan, model.hardware, devices, count + prefill, context=context
+            )
             load = StepLoad(count, prefill, context, context / 2)
             rate = simulate_step(plan, config, model, devices, load, runtime=runtime).tokens_per_second_per_gpu
             rows.append(rate if fits else None)

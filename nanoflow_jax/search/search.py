@@ -22,7 +22,7 @@ from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows
 from nanoflow_jax.plan.ops import COLLECTIVE, OPS, STRATEGIES
 from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
@@ -184,7 +184,7 @@ class Finder:
     def __init__(self, name: str, config: ModelConfig, model: LatencyModel, devices: int, load: StepLoad, space: Space):
         self.name, self.model, self.devices = name, model, devices
         self.load, self.space = load, space
-        self.costs = OpCosts(model, Shapes.of(config, devices), load)
+        self.costs = OpCosts(model, Shapes.of(config, devices), load, layer_windows(config))
         self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
         self.speeds = Speeds(model)
         self.bounds: dict[tuple, float] = {}
@@ -279,7 +279,7 @@ class Finder:
         return [_chain(i + 1, deferred, pieces) for i, deferred in enumerate(s.deferred)]
 
     def jobs(self, plan: SchedulePlan, layers: int = 3) -> tuple[Job, ...]:
-        return build_jobs(plan, self.costs, layers, self.shares, one_in_flight=False)
+        return build_jobs(plan, self.costs, layers, self.shares, one_in_flight=False, alike=True)
 
     def bound(self, s: Structure) -> float:
         """Whatever the order, so that it does not matter when D.AG is issued."""

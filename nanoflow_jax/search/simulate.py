@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.timeline.jobs import Shares, build_jobs
 from nanoflow_jax.timeline.played import timeline
 from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Collective, Event, Timed, Timeline
-from nanoflow_jax.timeline.totals import InnerLayer, Totals, add_up, of_all_layers
+from nanoflow_jax.timeline.totals import InnerLayer, Totals, add_up, of_all_layers, whole_periods
 
-LAYERS = 6  # enough for inner ones that neither end of the step touches
+INNER = 3  # layers at least, or whole periods of the kinds of layers, that neither end of the step touches
 ATTENTION_SHARE = 0.4  # of the SMs, for decode attention on NanoFlow's memory lane where the plan does not say
 
 
@@ -84,18 +84,21 @@ def simulate_step(
     *,
     runtime: str = "library",
     shares: Shares | None = None,
-    layers: int = LAYERS,
+    layers: int | None = None,
 ) -> Simulation:
-    """layers: how many are simulated (at least 4, or all); runtime, shares: see `jobs`. Raises ConfigError."""
-    layers = min(config.num_layers, layers)
+    """layers: how many are simulated (at least 4, or all), None: enough; runtime, shares: see `jobs`. Raises
+    ConfigError."""
+    period = len(config.pattern)
+    layers = min(config.num_layers, layers or 2 + -(-INNER // period) * period + 1)
     if layers < min(config.num_layers, 4):
         raise ConfigError(f"layers: {layers} is not accepted; a steady state needs at least 4")
     hardware = model.hardware
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
-    jobs = build_jobs(plan, OpCosts(model, Shapes.of(config, devices), load), layers, shares, runtime)
+    costs = OpCosts(model, Shapes.of(config, devices), load, layer_windows(config))
+    jobs = build_jobs(plan, costs, layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
     totals = add_up(played, devices)
-    inner = InnerLayer.of(totals, range(2, layers - 1) if layers >= 4 else range(layers))
+    inner = InnerLayer.of(totals, whole_periods(range(2, layers - 1), period) if layers >= 4 else range(layers))
     best = optimum(config, hardware, calibrated=True)
     totals = of_all_layers(totals, inner, config.num_layers, devices, load.rows, best)
     return Simulation(plan, load, hardware.name, devices, runtime, layers, inner, played, totals)

@@ -43,7 +43,8 @@ class SlotSizes:
 
 @struct.dataclass
 class SlotState:
-    """S slots, M entries of a request's page tables, V vocabulary padded to the mesh, K bias rows. Donated to each step."""
+    """S slots, M entries of a request's page tables, V vocabulary padded to the mesh, K bias rows. Donated to each
+    step."""
 
     tokens: Any  # [S] int32: the latest token of the slot's request
     tables: Any  # [S, M] int32: its pages

@@ -45,9 +45,9 @@ from nanoflow_jax.step.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 @struct.dataclass
 class KVCache:
-    """Pages of all layers, `[depth * num_pages, KV groups, page_size, d]`, split over the groups; a layer's begin at its
-    place times num_pages (`models.layout.PageTables`: with layers of one kind, `depth` is their number and the place
-    theirs). Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
+    """Pages of all layers, `[depth * num_pages, KV groups, page_size, d]`, split over the groups; a layer's begin at
+    its place times num_pages (`models.layout.PageTables`: with layers of one kind, `depth` is their number and the
+    place theirs). Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
 
     One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
     """
@@ -432,8 +432,8 @@ class _KernelInputs(NamedTuple):
 def _kernel_inputs(
     pieces: tuple[OpPiece, ...], batch: StepBatch, shape: StepShape, table: int, num_pages: int
 ) -> _KernelInputs:
-    """Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to the
-    kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
+    """Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to
+    the kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
     """
     writes, contexts = {}, {}
     width, first = shape.pages_per_request, table * shape.rows

@@ -82,16 +82,20 @@ def build_jobs(
     shares: Shares,
     runtime: str = "library",
     one_in_flight: bool = True,
+    alike: bool = False,
 ) -> tuple[Job, ...]:
-    """Jobs of a step of so many layers, in issue order. one_in_flight False: without what the library waits for between
-    collectives, which depends on the order. Raises ConfigError for an unknown runtime, or a scattered nano-batch that
-    does not divide."""
+    """Jobs of a step of so many layers, in issue order. Raises ConfigError for an unknown runtime, or a scattered
+    nano-batch that does not divide.
+
+    one_in_flight  False: without what the library waits for between collectives, which depends on the order
+    alike          every layer is the mean of the kinds that there are
+    """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
     lanes = runtime == "nanoflow"
     load, devices = costs.load, costs.shapes.devices
     pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
-    machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes)
+    machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes, alike)
     machine.head(StepProgram(machine, pieces, layers, devices).run())
     return tuple(machine.jobs)
 
@@ -107,6 +111,7 @@ class JobMaker:
         shares: Shares,
         lanes: bool,
         one_in_flight: bool,
+        alike: bool = False,
     ):
         self.costs, self.shares, self.lanes = costs, shares, lanes
         self.devices = costs.shapes.devices
@@ -123,6 +128,8 @@ class JobMaker:
         self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
         self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
         self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
+        self.alike = alike
+        self.layer: int | None = None  # None: the mean of all
 
     # -- kinds of jobs
 
@@ -173,6 +180,7 @@ class JobMaker:
 
     def begin(self, layer: int) -> None:
         self.made.clear()
+        self.layer = None if self.alike else layer
 
     # -- ends of a step
 
@@ -234,7 +242,7 @@ class JobMaker:
 
     def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
         needs = self._reads(piece.start, piece.stop)
-        prediction = self.costs.decode_attention(piece.rows, self.sms)
+        prediction = self.costs.decode_attention(piece.rows, self.sms, self.layer)
         if not self.lane:
             return self.run("attention", prediction, needs)
         share, capped = self.shares.attention, self.sms is not None
@@ -247,7 +255,7 @@ class JobMaker:
     def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[Jobs]) -> Jobs:
         """A chunk's later rows see its earlier ones."""
         needs = self._reads(self.first_prefill, piece.stop)
-        return self.run("attention", self.costs.prefill_attention(piece.rows), needs)
+        return self.run("attention", self.costs.prefill_attention(piece.rows, self.layer), needs)
 
     # -- GEMMs after attention
 

@@ -37,6 +37,11 @@ class LayerTotals(Times):
     layer: int | None
 
 
+def whole_periods(layers: Sequence[int], period: int) -> Sequence[int]:
+    """As many of the layers as hold every kind equally often; all, where they are too few for that."""
+    return layers[: len(layers) // period * period] or layers
+
+
 @dataclass(frozen=True)
 class InnerLayer(Times):
     """Averages per layer over `layers`, those that repeat: what each of them adds to a step."""

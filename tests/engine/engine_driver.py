@@ -93,7 +93,7 @@ def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int, hopefu
     monkeypatch.setattr(scheduler, "pool", PagePool(num_pages, evicted))
     monkeypatch.setattr(scheduler, "expectation", Expectation())
     if hopeful:
-        monkeypatch.setattr(Scheduler, "_fits_later", lambda self, request, needed, available: needed <= available)
+        monkeypatch.setattr(Scheduler, "_fits_later", lambda self, request, own, needed, available: needed <= available)
     stats = SchedulerStats()
     monkeypatch.setattr(scheduler, "stats", stats)
     return stats

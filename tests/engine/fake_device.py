@@ -1,9 +1,10 @@
 """A device simulated in NumPy, for tests of the real engine without a model.
 
-It keeps what a device keeps: the contents of the pages, and per slot the latest token, the page table and the token
+It keeps what a device keeps: the contents of the pages, and per slot the latest token, the page tables and the token
 counts. A "key and value" is a digest of its token, its position and the one before it *as found through the page
-tables*; a sampled token is a digest of all contents found so, in tables with a window of those that it holds. Whatever the host gets wrong (a page, a table, a slot, a
-token, a prefix that is not there) gives another token than `alone`, which knows nothing of pages.
+tables*; a sampled token is a digest of all contents found so, in tables with a window of those that it holds. Whatever
+the host gets wrong (a page, a table, a slot, a token, a prefix that is not there) gives another token than `alone`,
+which knows nothing of pages.
 """
 
 from __future__ import annotations
@@ -132,9 +133,7 @@ def alone(
         before = sum(of[-1] for of, window in zip(contents, windows, strict=True) if of and sees_before(window))
         for table, of in enumerate(contents):
             of.append(key_value(before, tokens[position], position, decoded, table))
-        attention = sum(
-            attend(np.array(of, np.uint64), window) for of, window in zip(contents, windows, strict=True)
-        )
+        attention = sum(attend(np.array(of, np.uint64), window) for of, window in zip(contents, windows, strict=True))
         if position + 1 < len(prompt):
             answer.prompt_scores.append(score(attention, tokens[position + 1]))
         elif len(tokens) < max_length:

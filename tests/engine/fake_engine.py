@@ -182,10 +182,11 @@ class Drive:
                 assert chunk.stop <= max(chunk.start, run.prompt_length[chunk.slot]), "output in a prefill row"
 
     def _check_seen(self, slot: int, position: int) -> None:
-        """What a row sees is there, and what it does not is gone."""
+        """What a row sees is there, and what the first of its page does not is gone."""
         for window, dropped in zip(self.load.windows, self.engine.running.dropped[slot].tolist(), strict=True):
-            seen = 0 if window is None else max(0, position - window + 1)
-            assert dropped == seen // self.load.page_size, "pages are kept, or given back, that should not be"
+            size = self.load.page_size
+            seen = 0 if window is None else max(0, position // size * size - window + 1)
+            assert dropped == seen // size, "pages are kept, or given back, that should not be"
 
     def _check_pages(self) -> None:
         """Each page is available, or with those who run; only full pages of a prefix are with several."""

@@ -88,7 +88,9 @@ def loads(draw: st.DrawFn) -> Load:
     if by_phase and draw(st.booleans()):
         shapes = [max(shapes, key=lambda s: s.rows)]
     chunk = max(shape.prefill_rows for shape in shapes)
-    least = sum(needed if w is None else min(needed, -(-(w - 1 + chunk) // page_size) + 1) for w in windows)
+    least = sum(
+        needed if w is None else min(needed, -(-(w - 1) // page_size) + -(-chunk // page_size) + 1) for w in windows
+    )
     num_pages = least + draw(st.one_of(st.integers(0, 4), st.integers(0, 3 * least)))
     caching = draw(st.booleans())
     return Load(
@@ -421,3 +423,38 @@ def test_broken_twins_are_found(name: str, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises((AssertionError, RuntimeError, IndexError, ValueError)):
         for load in LOADS.values():
             Drive(load).go().check_answers()
+
+
+def test_a_long_sequence_holds_what_its_windows_see() -> None:
+    """A prompt of 300 tokens in chunks of 8, then 100 tokens: full pages grow, those of a window of 10 do not."""
+    jobs = [Job(tuple(range(30)) * 10, plain(100))]
+    drive = Drive(Load([StepShape(2, 8, 1, 100, 2)], 130, 4, jobs, 2, windows=(None, 10)))
+    most = [0, 0]
+
+    def watch(drive: Drive) -> None:
+        held = (drive.engine.running.filled - drive.engine.running.dropped).max(axis=0).tolist()
+        phase = int(drive.engine.running.computed.max()) > 310
+        most[phase] = max(most[phase], held[1])
+
+    drive.go(watch).check_answers()
+    assert most == [5, 4]  # 9 tokens before a chunk and its 8, which starts with a page; then 9 and their row
+
+
+def test_what_fell_out_of_a_window_is_not_found() -> None:
+    """The pages below it are others' by now; those inside it are found when a chat goes on from its end."""
+    params = plain(40)
+    prompt = tuple(BASES[0][:9])
+    said = alone(prompt, params, seed=params.seed or 0, max_length=49, phases=False, windows=(6,)).output
+    assert len(said) == 40
+    early = Job((*prompt, *said[:20], 1), plain(4), arrival=60)
+    late = Job((*prompt, *said, 1), plain(4), arrival=60)
+    other = Job(tuple(BASES[1][:9]), plain(100))
+    drive = Drive(Load([StepShape(3, 8, 2, 60, 1)], 60, 2, [Job(prompt, params), other, early, late], 3, windows=(6,)))
+    drive.go().check_answers()
+    assert drive.requests[2].metrics.num_cached_tokens <= 8  # of the prompt
+    assert drive.requests[3].metrics.num_cached_tokens == 48
+
+
+def test_two_sequences_leave_a_shared_page_at_once() -> None:
+    jobs = [Job(tuple(BASES[0][:12]), plain(20), arrival=at) for at in (0, 3, 3)]
+    Drive(Load([StepShape(4, 16, 4, 40, 2)], 60, 4, jobs, 4, windows=(None, 9))).go().check_answers()

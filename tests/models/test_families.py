@@ -75,10 +75,9 @@ def test_rope_frequencies_of_published_settings() -> None:
     ],
 )
 def test_windows(fields: dict[str, Any], windows: list[int | None]) -> None:
-    """Which layers have one; a sequence ends where it would begin to count."""
+    """Which layers have one."""
     config = parse_config(fields)
     assert [layer.attention.window for layer in config.pattern] == windows
-    assert config.max_length == min(config.full_length, *(w or config.full_length for w in windows))
 
 
 def test_defaults_of_families() -> None:
