@@ -74,8 +74,6 @@ def decode_attention(
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        if window is not None:
-            raise ValueError(f"window: {window} is not accepted with backend 'mosaic' yet; accepted: None")
         if interpret is None:
             check_mosaic_gpu("decode_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
@@ -92,6 +90,7 @@ def decode_attention(
             scale=scale,
             k_scale=k_scale,
             v_scale=v_scale,
+            window=window,
             tuning=tuning,
             sm_budget=sm_budget,
             expected_context=expected_context,

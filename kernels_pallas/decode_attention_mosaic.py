@@ -2,7 +2,8 @@
 
 One program per SM, two warpgroups: one issues the copies, one computes, so copies run ahead across rows. A program
 walks, with a stride, over work items (row, KV head, split): a contiguous range of the row's pages and the query heads
-of one KV head.
+of one KV head. With a window, a row's pages are those that the window touches: no others are read, and splits are cut
+over these. The first of them may begin before the window, which costs a second comparison in the mask.
 
 GQA has too few query heads for wgmma's M of 64, so the 64 tokens of a page are M and the heads are N (8 or 16, padded):
 S^T[tokens, heads] = K Q^T, then O^T[d, heads] = V^T P^T. The softmax runs down the columns, online, in float32. A step
@@ -39,7 +40,7 @@ from kernels_pallas.decode_plan import (
     UPCAST_SLOTS,
     Plan,
     check_mosaic,
-    cut_windows,
+    cut_blocks,
     expected_us,
     make_plan,
 )
@@ -102,6 +103,7 @@ def decode_attention_mosaic(
     scale: float,
     k_scale: jax.Array | None,
     v_scale: jax.Array | None,
+    window: int | None = None,
     tuning: DecodeTuning,
     sm_budget: int | None = None,
     expected_context: int | None = None,
@@ -115,8 +117,8 @@ def decode_attention_mosaic(
     """
     check_mosaic(q, k_pages, v_pages, page_table, lengths, sm_budget)
     rows, q_heads, d = q.shape
-    plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget)
-    repeats, q = q_heads // plan.kv_heads, cut_windows(plan, q)
+    plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget, window)
+    repeats, q = q_heads // plan.kv_heads, cut_blocks(plan, q)
     # Together, by a kernel of XLA's: a part of an array of the caller's need not be aligned as Mosaic's calls ask for.
     scales = () if k_scale is None or v_scale is None else (jnp.stack((k_scale, v_scale)),)
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.

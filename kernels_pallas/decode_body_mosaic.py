@@ -59,7 +59,7 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
     to_log2 = plan.scale * LOG2_E
 
     def body(
-        q: Any,  # [windows, heads, d] bf16, global memory
+        q: Any,  # [blocks, heads, d] bf16, global memory
         k_pages: Any,  # [pages * kv_heads, 64, d] bf16 or fp8
         v_pages: Any,  # [pages * kv_heads, 64, d]
         table: Any,  # [rows, M] int32
@@ -102,8 +102,9 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             """First page of the split and how many it has (0 beyond the length)."""
             pages = plan.pages(length)
             size = plan.split_pages(pages)
-            first = split * size
-            return first, jnp.clip(pages - first, 0, size)
+            begin = split * size
+            count = jnp.clip(pages - begin, 0, size)
+            return begin if plan.window is None else begin + plan.first_page(length), count
 
         def load(turn: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             steps_done, items_done = carry
@@ -117,7 +118,7 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
                 pl.when(items_done >= Q_SLOTS)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                 into = raw_s if plan.fp8 else q_s
-                plgpu.copy_gmem_to_smem(q.at[plan.window(q_row)], into.at[slot], q_full.at[slot])
+                plgpu.copy_gmem_to_smem(q.at[plan.block(q_row)], into.at[slot], q_full.at[slot])
 
             def step(i: jax.Array, _: None) -> None:
                 number = steps_done + i
@@ -197,6 +198,9 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             asked = ask(jnp.minimum(turn + 1, turns - 1))
             first, count = page_range(length, split)
             visible = jnp.minimum(length - first * PAGE_SIZE, count * PAGE_SIZE)  # tokens of this split
+            lowest = (
+                None if plan.window is None else plan.first_token(length) - first * PAGE_SIZE
+            )  # a token of the split
             q_slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
             pl.when(count > 0)(lambda: plgpu.barrier_wait(queries_full.at[q_slot]))
 
@@ -220,7 +224,10 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 else:
                     s = s * to_log2
                 token = plgpu.broadcasted_iota(jnp.int32, (tokens, heads), 0, layout=WGMMA)
-                s = jnp.where(token < left, s, -jnp.inf)
+                seen = token < left
+                if lowest is not None:
+                    seen &= token >= lowest - i * tokens
+                s = jnp.where(seen, s, -jnp.inf)
                 new_top = jnp.maximum(top, s.max(axis=0))  # finite: a step has a token at least
                 keep = jnp.exp2(top - new_top)
                 p = jnp.exp2(s - lax.broadcast_in_dim(new_top, s.shape, (1,)))

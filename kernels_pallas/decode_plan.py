@@ -38,6 +38,7 @@ class Plan:
     programs: int
     scale: float
     fp8: bool  # pages of float8_e4m3fn
+    window: int | None  # tokens that a row sees; None: all
 
     @property
     def tokens(self) -> int:
@@ -48,13 +49,13 @@ class Plan:
     def items(self) -> int:
         return self.rows * self.kv_heads * self.splits
 
-    def window(self, item: jax.Array) -> jax.Array:
+    def block(self, item: jax.Array) -> jax.Array:
         """Which `heads` rows of the queries hold the heads of an item (row and KV head). Tiles have 8 rows: the others
         are those of the item's neighbours, and become columns that are not written."""
         return lax.div(item * self.repeats, jnp.int32(self.heads))
 
     def offset(self, item: jax.Array) -> jax.Array:
-        """Where the heads of an item are in its window."""
+        """Where the heads of an item are in its block."""
         return lax.rem(item * self.repeats, jnp.int32(self.heads))
 
     def lse_of_heads(self, lse: jax.Array) -> jax.Array:
@@ -74,7 +75,7 @@ class Plan:
     def work(self) -> DecodeWork:
         return DecodeWork(
             items=self.rows * self.kv_heads,
-            row_pages=self.row_pages,
+            row_pages=self.seen_pages,
             heads=self.heads,
             head_dim=self.head_dim,
             itemsize=1 if self.fp8 else 2,
@@ -90,9 +91,24 @@ class Plan:
         """Of the weights, and of V where wgmma reads it."""
         return jnp.float16 if self.fp8 else jnp.bfloat16
 
+    @property
+    def seen_pages(self) -> int:
+        """Pages of the longest row that it sees a token of, wherever in a page its window begins."""
+        return self.row_pages if self.window is None else min(self.row_pages, -(-(self.window - 1) // PAGE_SIZE) + 1)
+
+    def first_token(self, length: jax.Array) -> jax.Array:
+        """The first token that a row sees, with a window."""
+        assert self.window is not None
+        return jnp.maximum(length - self.window, 0)
+
+    def first_page(self, length: jax.Array) -> Any:
+        """The page that holds it. Those before are not read."""
+        return 0 if self.window is None else lax.div(self.first_token(length), jnp.int32(PAGE_SIZE))
+
     def pages(self, length: jax.Array) -> jax.Array:
-        """Pages of a row; a length beyond the page table ends with it."""
-        return jnp.minimum(ceil_div(length, PAGE_SIZE), self.row_pages)
+        """Pages of a row from its first one on; a length beyond the page table ends with it."""
+        pages = jnp.minimum(ceil_div(length, PAGE_SIZE), self.row_pages)
+        return pages if self.window is None else jnp.maximum(pages - self.first_page(length), 0)
 
     def split_pages(self, pages: Any) -> Any:
         """Pages of one split of a row that has `pages` of them."""
@@ -107,7 +123,13 @@ class Plan:
 
 
 def make_plan(
-    q: jax.Array, k_pages: jax.Array, page_table: jax.Array, scale: float, tuning: DecodeTuning, sm_budget: int | None
+    q: jax.Array,
+    k_pages: jax.Array,
+    page_table: jax.Array,
+    scale: float,
+    tuning: DecodeTuning,
+    sm_budget: int | None,
+    window: int | None = None,
 ) -> Plan:
     rows, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]
@@ -130,17 +152,20 @@ def make_plan(
         programs=sms,
         scale=scale,
         fp8=fp8,
+        window=window,
     )
     plan = replace(plan, splits=choose_splits(plan.work, sms, tuning))
     return replace(plan, programs=min(sms, plan.items))
 
 
 def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
-    """Microseconds of a call whose rows have `context` tokens each: K and V, the queries and the result."""
+    """Microseconds of a call whose rows have `context` tokens each: K and V of those they see, the queries and the
+    result."""
     expected = tuning.expected_fp8 if plan.fp8 else tuning.expected
     if expected is None:
         return None
-    kv = 2 * plan.rows * context * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
+    seen = context if plan.window is None else min(context, plan.window)
+    kv = 2 * plan.rows * seen * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
     rows = plan.rows * plan.kv_heads * plan.repeats * plan.head_dim * 2 * 2
     return expected.us(moved=kv + rows, sms=plan.programs, all_sms=tuning.sms)
 
@@ -168,8 +193,8 @@ def two_terms(q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return high, (wide - high.astype(jnp.float32)).astype(FP8), power(exponent - 7)
 
 
-def cut_windows(plan: Plan, q: jax.Array) -> jax.Array:
-    """q [rows, q_heads, d] as windows [n, heads, d], which needs no copy where heads fill them."""
+def cut_blocks(plan: Plan, q: jax.Array) -> jax.Array:
+    """q [rows, q_heads, d] as blocks [n, heads, d], which needs no copy where heads fill them."""
     rows, d = q.shape[0], q.shape[2]
     q = q.reshape(rows, plan.kv_heads, -1, d)
     more_heads = plan.repeats - q.shape[2]

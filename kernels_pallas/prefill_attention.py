@@ -80,8 +80,6 @@ def prefill_attention(
     first_page = check_first_page(first_page)
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        if window is not None:
-            raise ValueError(f"window: {window} is not accepted with backend 'mosaic' yet; accepted: None")
         if interpret is None:
             check_mosaic_gpu("prefill_attention")
         # Here, not above: whoever uses the XLA path need not load Mosaic.
@@ -97,6 +95,7 @@ def prefill_attention(
             lengths,
             first_page=first_page,
             scale=scale,
+            window=window,
             tuning=tuning,
             sm_budget=sm_budget,
             expected_context=expected_context,

@@ -8,7 +8,8 @@ otherwise 64 tokens x 2 heads, or 128 tokens of one.
 Technique (FlashAttention-3, Shah et al. 2024): P stays in registers as wgmma's A operand; the scores of a step and the
 values of the step before are multiplied together while the softmax runs; the two warpgroups take turns to issue their
 products, so that one's softmax runs beside the other's. Steps go from the diagonal back to the first token: what needs
-a mask comes first.
+a mask comes first. With a window, a tile's steps end with the page that holds the first key of its first row: no page
+before that is read, and the steps that its last row does not see whole have a mask again.
 
 The tiles depend on the packing, so XLA lists them, heaviest first, and programs take them in snake order.
 """
@@ -108,6 +109,7 @@ def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | Non
     rows are few tiles, and not every SM has one."""
     if tuning.expected is None:
         return None
+    context = context if plan.window is None else min(context, plan.window)
     flops = 4 * plan.tokens * context * plan.q_heads * plan.head_dim
     rows = 2 * plan.tokens * plan.q_heads * plan.head_dim * 2
     kv = 2 * max(1, plan.tokens // 128) * context * plan.kv_heads * plan.head_dim * 2
@@ -125,6 +127,7 @@ def prefill_attention_mosaic(
     *,
     first_page: jax.Array,
     scale: float,
+    window: int | None = None,
     tuning: PrefillTuning,
     sm_budget: int | None = None,
     expected_context: int | None = None,
@@ -154,6 +157,7 @@ def prefill_attention_mosaic(
         sms=tuning.sms if sm_budget is None else min(sm_budget, tuning.sms),
         scale=scale,
         ping_pong=tuning.ping_pong,
+        window=window,
     )
     q = q.reshape((tokens, -1, UNIT, d) if packed else (-1, UNIT, q_heads, d))
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.

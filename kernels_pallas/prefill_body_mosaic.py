@@ -16,12 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.plain_rows import plain_row
 from kernels_pallas.prefill_tiles import (
     BEGIN,
-    COLUMNS,
     END,
     FIRST,
     GROUPS,
     KEYS,
     LENGTH,
+    PAGE,
     PAGE_SIZE,
     ROWS,
     SEGMENT,
@@ -74,7 +74,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
         k_pages: Any,  # [pages * kv_heads, 64, d] bf16
         v_pages: Any,  # [pages * kv_heads, 64, d] bf16
         table: Any,  # [segments, M] int32
-        tiles: Any,  # [tiles, COLUMNS] int32
+        tiles: Any,  # [tiles, plan.columns] int32
         first_page: Any,  # [1] int32, added to the table's entries
         out: Any,  # as q
         k_s: Any,  # [stages, STEP, d] bf16, shared memory
@@ -99,7 +99,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             place = jnp.where(_rem(turn, 2) == 0, program, plan.programs - 1 - program)
             item = turn * plan.programs + place
             tile = _div(jnp.minimum(item, plan.items - 1), plan.head_groups)
-            columns = [tiles[tile, c] for c in range(COLUMNS)]
+            columns = [tiles[tile, c] for c in range(plan.columns)]
             inside = item < plan.items
             columns[END] = jnp.where(inside, columns[END], columns[BEGIN])
             steps = jnp.where(inside, _div(columns[KEYS] + (STEP - 1), STEP), 0)
@@ -116,6 +116,10 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             columns, head, steps = item_of(turn)
             segment, count = columns[SEGMENT], _div(columns[KEYS] + (PAGE_SIZE - 1), PAGE_SIZE)
             kv_head, base = _div(head, plan.repeats), first_page[0]
+
+            def in_table(page: jax.Array) -> jax.Array:
+                """Where a page of the tile's is in its segment's table."""
+                return page if plan.window is None else columns[PAGE] + page
 
             @pl.when(steps > 0)
             def _() -> None:
@@ -136,7 +140,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 number = steps_done + i
                 slot, first = _rem(number, stages), 2 * (steps - 1 - i)
                 # A step short of a page takes the one before again, out of L2: the softmax masks it.
-                numbers = [table[segment, jnp.minimum(first + j, count - 1)] + base for j in range(2)]
+                numbers = [table[segment, in_table(jnp.minimum(first + j, count - 1))] + base for j in range(2)]
                 places = [number * plan.kv_heads + kv_head for number in numbers]
                 for pages, into, full, free in ((k_pages, k_s, k_full, k_free), (v_pages, v_s, v_full, v_free)):
                     pl.when(number >= stages)(partial(plgpu.barrier_wait, free.at[slot]))
@@ -195,7 +199,14 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 # Bits 1 and 2 of a column's number are the thread's, the others the register's. Told apart, columns are
                 # compared as constants; whole numbers would stay in 32 registers through everything.
                 key = plgpu.broadcasted_iota(jnp.int32, scores, 1, layout=WGMMA)
-                return lambda s: jnp.where((key & ~6) <= last - (key & 6), s, -jnp.inf)
+
+                def mask(s: jax.Array) -> jax.Array:
+                    seen = (key & ~6) <= last - (key & 6)
+                    if plan.window is not None:
+                        seen &= (key & ~6) > last - plan.window - (key & 6)
+                    return jnp.where(seen, s, -jnp.inf)
+
+                return mask
 
             def first_scores(ref: Any) -> jax.Array:
                 take_turn(lambda: plgpu.wgmma(ref, queries, k_s.at[slot].transpose((1, 0))))
@@ -253,11 +264,18 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
 
             acc = plgpu.layout_cast(jnp.zeros(values, jnp.float32), WGMMA)
             state = acc, top, p.sum(axis=1), p.astype(jnp.bfloat16)
-            # Steps that every token of the tile sees whole need no mask; they are the last ones.
+            # Steps that every token of the tile sees whole need no mask; they are the last ones, but for those at the
+            # lower edge of a window.
             whole = _div(jnp.maximum(columns[BEGIN] + columns[SHIFT] + 1, 0), STEP)
-            unmasked = jnp.clip(steps - whole, 1, steps)
+            unmasked, edge = jnp.clip(steps - whole, 1, steps), steps
+            if plan.window is not None:
+                cut = _div(jnp.maximum(columns[END] + columns[SHIFT] - plan.window, 0) + (STEP - 1), STEP)
+                edge = jnp.maximum(steps - cut, unmasked)
             state = lax.fori_loop(1, unmasked, lambda i, state: step(i, state, True), state)
-            acc, _, total, p16 = lax.fori_loop(unmasked, steps, lambda i, state: step(i, state, False), state)
+            state = lax.fori_loop(unmasked, edge, lambda i, state: step(i, state, False), state)
+            if plan.window is not None:
+                state = lax.fori_loop(edge, steps, lambda i, state: step(i, state, True), state)
+            acc, _, total, p16 = state
             plgpu.barrier_arrive(q_free.at[q_slot])
             last = _rem(steps_done + steps - 1, stages)
 

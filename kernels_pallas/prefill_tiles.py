@@ -14,8 +14,8 @@ UNIT = 8  # rows of one copy of queries or results: a row of wgmma's tiles
 UNITS = 8  # of one warpgroup
 ROWS = UNIT * UNITS
 
-# Columns of the list of tiles.
-FIRST, BEGIN, END, KEYS, LENGTH, SHIFT, SEGMENT, COLUMNS = range(8)
+# Columns of the list of tiles; PAGE with a window alone.
+FIRST, BEGIN, END, KEYS, LENGTH, SHIFT, SEGMENT, PAGE = range(8)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Plan:
     sms: int
     scale: float
     ping_pong: bool
+    window: int | None = None  # tokens that a query sees; None: all
 
     @property
     def repeats(self) -> int:
@@ -72,6 +73,11 @@ class Plan:
         return (self.tokens + (self.align - 1) * parts) // self.tile_tokens + parts
 
     @property
+    def columns(self) -> int:
+        """Of the list of tiles."""
+        return PAGE if self.window is None else PAGE + 1
+
+    @property
     def items(self) -> int:
         return self.tiles * self.head_groups
 
@@ -81,11 +87,13 @@ class Plan:
 
 
 def list_tiles(plan: Plan, row_starts: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Tiles of every segment and of the padding, most steps first: [tiles, COLUMNS] int32.
+    """Tiles of every segment and of the padding, most steps first: [tiles, plan.columns] int32.
 
     FIRST   first token of the tile, BEGIN and END bound those it answers for (BEGIN == END: none)
     KEYS    tokens of context to read, of the LENGTH that the segment has
     SHIFT   what added to a token gives its position in the context
+    PAGE    with a window, the page of the segment that holds the first key of the tile's first token: none before it is
+            read, and KEYS, LENGTH and SHIFT count from its beginning
     """
     starts = row_starts
     ends = jnp.concatenate([row_starts[1:], jnp.full((1,), plan.tokens, jnp.int32)])
@@ -101,7 +109,16 @@ def list_tiles(plan: Plan, row_starts: jax.Array, lengths: jax.Array) -> jax.Arr
     shift = (lengths - ends)[segment]
     keys = jnp.where(segment < plan.segments, jnp.clip(end + shift, 0, plan.row_pages * PAGE_SIZE), 0)
     keys = jnp.where(begin < end, keys, 0)
-    columns = (first, begin, end, keys, lengths[segment], shift, jnp.minimum(segment, plan.segments - 1))
+    length, pages = lengths[segment], ()
+    if plan.window is not None:
+        page = jnp.where(keys > 0, jnp.maximum(begin + shift - (plan.window - 1), 0) // PAGE_SIZE, 0)
+        keys, length, shift = (
+            jnp.maximum(keys - page * PAGE_SIZE, 0),
+            length - page * PAGE_SIZE,
+            shift - page * PAGE_SIZE,
+        )
+        pages = (page,)
+    columns = (first, begin, end, keys, length, shift, jnp.minimum(segment, plan.segments - 1), *pages)
     work = (keys + STEP - 1) // STEP * 2 + (begin < end).astype(
         jnp.int32
     )  # what only writes zeros goes before what does nothing

@@ -86,7 +86,7 @@ LENGTHS = (0, 1, 64 * 36 + 1, 64 * 20, 10**6)
     [(1, 8, 128, 2), (2, 4, 64, 7), (1, 16, 64, AT_ONCE + 3), (3, 2, 128, AT_ONCE)],
 )
 def test_equals_definition(kv_heads: int, repeats: int, d: int, splits: int) -> None:
-    """Splits of one round of loads and of two, heads that share a window of queries; what was never written is NaN."""
+    """Splits of one round of loads and of two, heads that share a block of queries; what was never written is NaN."""
     plan = make(len(LENGTHS), kv_heads, repeats, d, splits)
     parts, lse = parts_of(plan, LENGTHS)
     assert np.isnan(np.asarray(lse)).any()

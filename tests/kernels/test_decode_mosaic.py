@@ -69,7 +69,7 @@ def _no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     ],
 )
 def test_equals_definition(repeats: int, kv_heads: int, head_dim: int, tuning: DecodeTuning) -> None:
-    """Head layouts (windows filled, shared, padded, cut off by the last row) x head sizes x splits x steps of one and
+    """Head layouts (blocks filled, shared, padded, cut off by the last row) x head sizes x splits x steps of one and
     two pages, over ragged lengths. Whatever a request does not own is NaN, and pages come in random order."""
     rng = np.random.default_rng(repeats * head_dim)
     paged = make_paged(rng, RAGGED, kv_heads=kv_heads, page_size=64, head_dim=head_dim, dtype="bfloat16")
@@ -114,7 +114,7 @@ def test_broken_twins_fail_and_neighbours_do_not_matter() -> None:
         assert errors.max(axis=1).min() > TOLERANCES["bfloat16"], f"{name}: a row passes ({errors.max(axis=1)})"
     alone = run(q, keys, values, table, lengths * jnp.array([0, 1, 0], jnp.int32))[0]
     np.testing.assert_array_equal(np.asarray(alone)[1], right[1])
-    # Four heads are half a window: row 0's are read for row 1 too.
+    # Four heads are half a block: row 0's are read for row 1 too.
     beside = run(q.at[0].set(jnp.nan), keys, values, table, lengths)[0]
     np.testing.assert_array_equal(np.asarray(beside)[1:], right[1:])
     beyond = run(q, keys, values, table, lengths + 1000)[0]  # than the page table: it ends there

@@ -160,7 +160,7 @@ def test_broken_twins_fail(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, changes in twins.items():
             assert error(run, **changes).min() > TOLERANCES["bfloat16"], name
 
-    # Two heads are a quarter of a window: row 0's are read for row 1 too.
+    # Two heads are a quarter of a block: row 0's are read for row 1 too.
     given = (*fp8.pages, jnp.asarray(fp8.exact.page_table), jnp.asarray(fp8.exact.lengths))
     right, beside = (run(x, *given, k_scale=k_scale, v_scale=v_scale)[0] for x in (q, q.at[0].set(jnp.nan)))
     np.testing.assert_array_equal(np.asarray(beside)[1], np.asarray(right)[1])
