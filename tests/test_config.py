@@ -231,13 +231,13 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
         (
             {"architectures": ["GemmaForCausalLM"]},
             "architectures",
-            "accepted: ['GraniteForCausalLM', 'LlamaForCausalLM'",
+            "accepted: ['Gemma3ForCausalLM', 'Gemma3ForCond",
         ),
-        ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures", "accepted: ['GraniteForCausalLM', 'Llama"),
+        ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures", "accepted: ['Gemma3ForCausalLM', 'Gemma3"),
         ({"architectures": "LlamaForCausalLM"}, "architectures", "must be list"),
         ({"model_type": "mistral"}, "model_type", "accepted: 'llama'"),
         # unknown fields, and known ones at values that would change the answer
-        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", "unknown field"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", "is not supported; accepted: None"),
         ({"num_experts": 8}, "num_experts", "unknown field"),
         ({"hidden_act": "gelu"}, "hidden_act", "accepted: 'silu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config", "accepted: None"),

@@ -241,6 +241,91 @@ def test_published_files_load(name: str) -> None:
     assert config.eos_token_ids and config.num_layers == fields["num_hidden_layers"]
 
 
+def with_vision(name: str, model_type: str, text: Fields, **beside: Any) -> Fields:
+    return {
+        "architectures": [f"{name}ForConditionalGeneration"], "model_type": model_type, "text_config": text,
+        "vision_config": {"hidden_size": 1152}, "image_token_index": 10, "torch_dtype": "bfloat16", **beside,
+    }  # fmt: skip
+
+
+def kinds(layers: int, every: int) -> list[str]:
+    return ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+
+
+GEMMA3_27B = {
+    "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "model_type": "gemma3_text",
+    "num_attention_heads": 32, "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+}  # fmt: skip
+OF_GEMMA3 = {"boi_token_index": 255999, "eoi_token_index": 256000, "mm_tokens_per_image": 256, "eos_token_id": [1, 106]}
+WINDOWED: dict[str, tuple[Fields, float, int, list[int | None]]] = {
+    "Gemma 3 27B": (with_vision("Gemma3", "gemma3", GEMMA3_27B, **OF_GEMMA3), 27009, 131072, [1024] * 5 + [None]),
+    "Gemma 3 27B, a newer revision": (
+        with_vision(
+            "Gemma3", "gemma3",
+            {
+                **GEMMA3_27B, "rope_scaling": None, "_sliding_window_pattern": 6, "attn_logit_softcapping": None,
+                "final_logit_softcapping": None, "rope_local_base_freq": 10000, "rope_theta": 1000000,
+                "vocab_size": 262208, "layer_types": kinds(62, 6), "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "full_attention": {"factor": 8.0, "rope_type": "linear"},
+                    "sliding_attention": {"rope_type": "default"},
+                },
+            },
+            **OF_GEMMA3,
+        ),
+        27009, 131072, [1024] * 5 + [None],
+    ),
+    "OLMo 3 32B": (
+        published(
+            100278, 5120, 27648, 64, 40, 8, 65536, architectures=["Olmo3ForCausalLM"], model_type="olmo3",
+            sliding_window=4096, layer_types=kinds(64, 4), rope_theta=500000, rms_norm_eps=1e-06,
+            rope_scaling={
+                "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                "original_max_position_embeddings": 8192, "rope_type": "yarn",
+            },
+        ),
+        32234, 65536, [4096] * 3 + [None],
+    ),
+    "Ministral 3 14B": (
+        with_vision(
+            "Mistral3", "mistral3",
+            {
+                "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 16384,
+                "max_position_embeddings": 262144, "model_type": "ministral3", "num_attention_heads": 32,
+                "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05, "sliding_window": None,
+                "tie_word_embeddings": False, "vocab_size": 131072, "attention_dropout": 0.0,
+                "rope_parameters": {
+                    "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+                    "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1e9,
+                    "rope_type": "yarn", "type": "yarn",
+                },
+            },
+            tie_word_embeddings=False, multimodal_projector_bias=False, projector_hidden_act="gelu",
+            spatial_merge_size=2, vision_feature_layer=-1,
+        ),
+        13506, 262144, [None],
+    ),
+    "Mistral 7B v0.1": (
+        published(
+            32000, 4096, 14336, 32, 32, 8, 32768, architectures=["MistralForCausalLM"], model_type="mistral",
+            sliding_window=4096, attention_bias=None,
+        ),
+        7242, 32768, [4096],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_published_files_with_windows_load(name: str) -> None:
+    """And those whose text model is one of the families, beside a vision tower."""
+    fields, millions, length, windows = WINDOWED[name]
+    config = parse_config(fields)
+    assert round(config.num_params / 1e6) == millions
+    assert config.max_length == length
+    assert [layer.attention.window for layer in config.pattern] == windows
+
+
 # name: (config.json, the field that is named and what is accepted). Each would give other logits.
 REFUSED: dict[str, tuple[Fields, str]] = {
     "Granite 3 under LLaMA's name": (
@@ -257,7 +342,7 @@ REFUSED: dict[str, tuple[Fields, str]] = {
     ),
     "Gemma, which is another family": (
         published(256000, 2048, 16384, 18, 8, 1, 8192, architectures=["GemmaForCausalLM"], model_type="gemma"),
-        r"^architectures: \['GemmaForCausalLM'\] is not supported; accepted: \['GraniteForCausalLM', 'Llama.*'Seed",
+        r"^architectures: \['GemmaForCausalLM'\] is not supported; accepted: \['Gemma3ForCausalLM', 'Gemma3.*'Seed",
     ),
     "Llama-3.1-405B-Instruct-FP8": (
         published(

@@ -21,8 +21,8 @@ FREE = frozenset(
 READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 CONTROL = frozenset(["while", "conditional", "call"])
-# By (op, piece) for every layer, or by (op, piece, layer).
-Costs = Mapping[tuple[str, int] | tuple[str, int, int | None], Prediction | tuple[float, float]]
+# By (op, piece), of every layer alike, or a list of each layer's own.
+Costs = Mapping[tuple[str, int], Prediction | tuple[float, float] | list[Prediction]]
 
 
 @dataclass(frozen=True)
@@ -205,12 +205,11 @@ class CostModel:
 
     def given(self, piece: Piece | None, sharers: Mapping[Piece, int]) -> Cost | None:
         """Cost that the caller gave for a piece, this kernel's or loop's share of it."""
-        if piece is None:
+        if piece is None or (piece.op, piece.piece) not in self.costs:
             return None
-        of_all = self.costs.get((piece.op, piece.piece))
-        given, parts = self.costs.get((piece.op, piece.piece, piece.layer), of_all), max(sharers[piece], 1)
-        if given is None:
-            return None
+        given, parts = self.costs[piece.op, piece.piece], max(sharers[piece], 1)
+        if isinstance(given, list):
+            given = given[piece.layer or 0]
         if isinstance(given, Prediction):
             flops, moved = given.flops / parts, given.bytes / parts
             prediction = replace(given, us=given.us / parts, flops=flops, bytes=moved)

@@ -16,7 +16,6 @@ from nanoflow_jax.cost.footprint import kv_bytes_per_token, page_bytes, weight_b
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
 from nanoflow_jax.hardware import Hardware, load_hardware
-from nanoflow_jax.inspect.costs import Costs
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
@@ -352,19 +351,18 @@ def attention_costs(
     model: LatencyModel,
     item: int = 2,
     sms: int | None = None,
-) -> Costs:
+) -> dict[tuple[str, int], Prediction | list[Prediction]]:
     """Each attention piece of every layer and KV append on one device, every row with `context` tokens before it; item:
     bytes of an element of the pages; sms: the most that decode attention uses, None: all."""
     load = StepLoad(1, 0, context, context)
     costs = OpCosts(model, Shapes.of(config, devices, item), load, layer_windows(config))
-    found: dict[tuple[str, int] | tuple[str, int, int | None], Prediction] = {}
+    layers = range(config.num_layers)
+    found: dict[tuple[str, int], Prediction | list[Prediction]] = {}
     for piece in pieces:
         if piece.op == "KQV":
             found[APPEND, piece.piece] = costs.append(piece.rows)
         elif piece.op == "GEMV":
-            for layer in range(config.num_layers):
-                found["GEMV", piece.piece, layer] = costs.decode_attention(piece.rows, sms, layer)
+            found["GEMV", piece.piece] = [costs.decode_attention(piece.rows, sms, layer) for layer in layers]
         elif piece.op == "PF":
-            for layer in range(config.num_layers):
-                found["PF", piece.piece, layer] = costs.prefill_attention(piece.rows, layer)
+            found["PF", piece.piece] = [costs.prefill_attention(piece.rows, layer) for layer in layers]
     return found

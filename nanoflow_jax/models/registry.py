@@ -59,19 +59,41 @@ FAMILIES = {
 }
 
 
+# Models with a vision tower, whose text model is one of the families.
+WITH_VISION = {"Gemma3ForConditionalGeneration": "gemma3", "Mistral3ForConditionalGeneration": "mistral3"}
+_OF_VISION = {
+    "vision_config", "boi_token_index", "eoi_token_index", "image_token_index", "image_token_id", "mm_tokens_per_image",
+    "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "vision_feature_layer",
+}  # fmt: skip
+
+
 def parse_config(fields: dict[str, Any]) -> ModelConfig:
-    """Hugging Face fields -> ModelConfig. Raises ConfigError for an unknown family, an unknown field, or a value that
-    this library does not run. Without a name of its family it is LLaMA."""
-    read = Fields(fields)
+    """Hugging Face fields -> ModelConfig; of a model with a vision tower, its text model's. Raises ConfigError for an
+    unknown family, an unknown field, or a value that this library does not run. Without a name of its family it is
+    LLaMA."""
+    read = Fields(_text_fields(fields))
     of = {name: family for family in FAMILIES.values() for name in family.architectures}
     architectures = read.take("architectures", list, [])
     if len(architectures) > 1 or not all(isinstance(a, str) and a in of for a in architectures):
-        raise ConfigError(f"architectures: {architectures} is not supported; accepted: {sorted(of)}")
+        accepted = sorted((*of, *WITH_VISION))
+        raise ConfigError(f"architectures: {architectures} is not supported; accepted: {accepted}")
     model_type = read.take("model_type", str, of[architectures[0]].name if architectures else "llama")
     accepted = [of[a].name for a in architectures] or sorted(FAMILIES)
     if model_type not in accepted:
         raise ConfigError(f"model_type: {model_type!r} is not supported; accepted: {', '.join(map(repr, accepted))}")
     return FAMILIES[model_type].read_config(read)
+
+
+def _text_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the text model, with those beside it that are its own."""
+    architectures, text = fields.get("architectures"), fields.get("text_config")
+    if not (isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in WITH_VISION):
+        return fields
+    if not isinstance(text, dict) or fields.get("model_type") != WITH_VISION[architectures[0]]:
+        known = WITH_VISION[architectures[0]]
+        raise ConfigError(f"text_config: {architectures[0]} needs one, beside model_type {known!r}")
+    beside = {k: v for k, v in fields.items() if k not in _OF_VISION | {"text_config", "architectures", "model_type"}}
+    return {**beside, **text}
 
 
 def read_config(path: str | Path) -> ModelConfig:

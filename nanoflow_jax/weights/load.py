@@ -15,6 +15,7 @@ from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, is_info
 from nanoflow_jax.weights.orbax_files import OrbaxFiles, is_checkpoint
 from nanoflow_jax.weights.safetensors_files import SafetensorsFiles
 from nanoflow_jax.weights.source import DTYPES, OnProgress, WeightSource, check_tensors
+from nanoflow_jax.weights.text_part import text_part
 
 CHUNK_BYTES = 16 << 20  # values are assembled and cast in pieces of about this many bytes
 
@@ -22,7 +23,7 @@ CHUNK_BYTES = 16 << 20  # values are assembled and cast in pieces of about this 
 def open_weights(folder: str | Path) -> WeightSource:
     """Opens safetensors or a converted checkpoint. Raises WeightsError if the folder holds neither, or is damaged."""
     folder = Path(folder)
-    return OrbaxFiles(folder) if is_checkpoint(folder) else SafetensorsFiles(folder)
+    return OrbaxFiles(folder) if is_checkpoint(folder) else text_part(SafetensorsFiles(folder))
 
 
 def model_digest(folder: str | Path) -> str:
