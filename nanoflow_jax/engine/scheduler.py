@@ -290,7 +290,7 @@ class Scheduler:
             (count - len(old), np.concatenate([np.array(old, np.int32), new]))
             for old, new in zip(hits, parts, strict=True)
         ]
-        slot = run.enter(request, owned, int(self._pages_of(request.max_length)), found, end, biases)
+        slot = run.enter(request, owned, found, end, biases, int(self._pages_of(request.max_length)))
         self.hooks.enter(request)
         return slot
 

@@ -76,13 +76,13 @@ class SlotTable:
         self,
         request: Request,
         pages: Sequence[tuple[int, np.ndarray]],
-        most_pages: int,
         computed: int,
         prefill_end: int,
         biases: tuple[int, int],
+        most_pages: int,
     ) -> int:
-        """Gives a request a slot. pages: of each table, its first entry and those that it holds from there on;
-        most_pages: that it may come to hold; biases: rows of the bias table until `min_tokens` is reached, and then."""
+        """Gives a request a slot. pages: of each table, its first entry and those that it holds from there on; biases:
+        rows of the bias table until `min_tokens` is reached, and then; most_pages: that it may come to hold."""
         slot, params, tokens = self._free.pop(), request.params, request.tokens
         request.slot = slot
         self.requests[slot] = request

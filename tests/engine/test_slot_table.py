@@ -23,7 +23,7 @@ def request(
 
 def enter(running: SlotTable, r: Request, biases: tuple[int, int] = (0, 0)) -> int:
     pages = np.arange(-(-len(r.tokens) // PAGE), dtype=np.int32) + 10 * r.number
-    return running.enter(r, [(0, pages)], len(pages), 0, len(r.tokens), biases)
+    return running.enter(r, [(0, pages)], 0, len(r.tokens), biases, len(pages))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

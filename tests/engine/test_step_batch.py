@@ -66,7 +66,7 @@ def random_step(rng: np.random.Generator, shape: StepShape) -> tuple[ScheduledSt
         request.scored_from = int(rng.integers(0, 4))
         pages = np.array([free.pop() for _ in range(-(-(tokens + 1) // PAGE))], np.int32)
         biases = (int(rng.integers(BIASES)), int(rng.integers(BIASES + 1)))
-        return running.enter(request, [(0, pages)], len(pages), 0, tokens, biases)
+        return running.enter(request, [(0, pages)], 0, tokens, biases, len(pages))
 
     for _ in range(rng.integers(0, 3)):  # slots that have no row in the step
         enter(3)
