@@ -18,7 +18,6 @@ the dtype of each tensor says it.
 from __future__ import annotations
 
 import logging
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -242,7 +241,9 @@ def find_weight_scales(table: Mapping[str, Tensor], config: ModelConfig) -> dict
 
 
 def _weight_scale(source: Source, name: str, weight: tuple[int, ...], block: tuple[int, int] | None) -> WeightScale:
-    rows, columns = weight[0], math.prod(weight[1:])
+    if len(weight) != 2:
+        raise ConfigError(f"{name}: shape {weight}; accepted: rows and columns")
+    rows, columns = weight
     if source.shape in ((), (1,), (1, 1), (rows,), (rows, 1)):
         return WeightScale(source, None)
     accepted = f"a scalar, or ({rows}, 1), one of each output channel"
