@@ -240,3 +240,5 @@ def test_the_bound_of_activations_is_applied(folders: dict[str, tuple[Path, Tens
     step = driver(folder, "two_gather_one_reduce", 1)
     assert np.median(errors(step, step.params, by_definition(folder, meant, BOUND))) < MOST[1]
     assert np.median(errors(step, step.params, by_definition(folder, meant))) > 2 * MOST[1]
+    step = driver(folder, "two_gather_one_reduce", 8)
+    assert np.median(errors(step, step.params, by_definition(folder, meant, BOUND))) < MOST[8]
