@@ -65,7 +65,7 @@ class LLM:
         dtype = options.dtype
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
-        self.config = replace(config, dtype=dtype, quantization=options.quantization)
+        self.config = replace(config, dtype=dtype, quantization=options.quantization or config.quantization)
         self.mesh = make_mesh(self.config, options.tensor_parallel_size)
         if isinstance(options.plan, SchedulePlan):
             self.plan = options.plan

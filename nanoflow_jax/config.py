@@ -122,12 +122,30 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Fp8Checkpoint:
+    """A checkpoint whose layers come in fp8 (`models.fp8_formats`).
+
+    format  its `quant_method`
+    block   rows and columns of a weight that share a scale; None: whole rows, or the whole weight
+    activation_bound
+            magnitudes of activations beyond it are cut off ahead of their rounding (fbgemm_fp8's `activation_scale_ub`)
+    """
+
+    format: str
+    block: tuple[int, int] | None = None
+    activation_bound: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A decoder. Sizes are global (before any sharding).
 
     family   its name in `models.registry`
     pattern  the kinds of layers, repeated over `num_layers`
     dtype    of activations, and of weights but for those of the layers where `quantization` is "fp8"
+    quantization, fp8_checkpoint
+             how the layers run, and how their weights come; None: both in `dtype`. `read_config` gives the former as
+             the checkpoint is, but None for scales of blocks, which no fp8 GEMM here has
     embedding_multiplier, residual_multiplier, logits_divisor
              of the embedding's rows ("sqrt": the root of hidden_size, rounded to dtype), of what a block adds to the
              residual, and of the logits
@@ -152,6 +170,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     dtype: str
     quantization: str | None = None
+    fp8_checkpoint: Fp8Checkpoint | None = None
     embedding_multiplier: float | Literal["sqrt"] = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0

@@ -151,8 +151,9 @@ class LLMOptions:
     )] = "auto"  # fmt: skip
     quantization: Annotated[str | None, About(
         'of the weights: "fp8", half the bytes and twice the FLOP/s on Hopper. Those of layers are rounded to '
-        "float8_e4m3fn as they are loaded, with a scale per output channel, and activations as they run, per token",
-        _one_of(None, "fp8"), none="none, as the checkpoint", identity=True,
+        "float8_e4m3fn as they are loaded, with a scale per output channel, and activations as they run, per token; "
+        "those of an fp8 checkpoint are taken as they are",
+        _one_of(None, "fp8"), none="as the checkpoint", identity=True,
     )] = None  # fmt: skip
     kv_cache_dtype: Annotated[str, About(
         'of the KV pages: "auto" (the model\'s), or "fp8" ("fp8_e4m3"), half the bytes. K and V are rounded to '

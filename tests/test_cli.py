@@ -19,6 +19,7 @@ import pytest
 
 from nanoflow_jax import LLM, api
 from nanoflow_jax.cli import main
+from nanoflow_jax.models.registry import read_config
 
 SMALL = [
     *("--tensor-parallel-size", "2", "--max-model-len", "512", "--decode-slots", "8", "--tokens-per-step", "72"),
@@ -295,7 +296,7 @@ OPTIONS = {
         "--process-id",
         "--peer-timeout",
     ],
-    "convert": ["--revision", "--dtype", "--quiet"],
+    "convert": ["--revision", "--dtype", "--quantization", "--quiet"],
 }
 
 
@@ -340,6 +341,10 @@ def test_convert_and_generate_from_it(cli: Cli, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == files
     refused(cli("convert", "./no/such/model", str(tmp_path / "other"), "--quiet"), "./no/such/model")
     refused(cli("convert", "tiny", str(tmp_path / "other"), "--dtype", "int4", "--quiet"), "dtype", "int4")
+    refused(cli("convert", "tiny", str(tmp_path / "other"), "--quantization", "int4"), "quantization", "int4", "'fp8'")
+    fp8 = tmp_path / "fp8"
+    assert cli("convert", "tiny", str(fp8), "--quantization", "fp8", "--quiet")[0] == 0
+    assert read_config(fp8 / "config.json").quantization == "fp8"
     assert not (tmp_path / "other").exists()
 
 

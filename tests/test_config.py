@@ -240,7 +240,12 @@ def llama3_rope(**changes: Any) -> dict[str, Any]:
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping", "is not supported; accepted: None"),
         ({"num_experts": 8}, "num_experts", "unknown field"),
         ({"hidden_act": "gelu"}, "hidden_act", "accepted: 'silu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config", "accepted: None"),
+        (
+            {"quantization_config": {"quant_method": "awq"}},
+            "quantization_config.quant_method",
+            "accepted: 'compressed-",
+        ),
+        ({"quantization_config": "fp8"}, "quantization_config", "must be dict, not str"),
         ({"sliding_window": 4096}, "sliding_window", "accepted: None"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder", "accepted: False"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor", "accepted: 1"),

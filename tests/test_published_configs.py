@@ -229,6 +229,26 @@ LOADS: dict[str, tuple[Fields, int, int]] = {
         },
         32762, 40960,
     ),
+    "Llama-3.1-405B-Instruct-FP8": (
+        published(
+            128256, 16384, 53248, 126, 128, 8, 131072, rope_scaling=LLAMA3_ROPE, rope_theta=500000.0,
+            quantization_config={
+                "activation_scale_ub": 1200.0, "quant_method": "fbgemm_fp8",
+                "modules_to_not_convert": ["lm_head", *(f"model.layers.{i}.self_attn.q_proj" for i in range(126))],
+            },
+        ),
+        405853, 131072,
+    ),
+    "Qwen3-8B-FP8": (
+        {
+            **QWEN3, "hidden_size": 4096, "intermediate_size": 12288, "num_attention_heads": 32,
+            "num_hidden_layers": 36, "max_window_layers": 36,
+            "quantization_config": {
+                "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
+            },
+        },
+        8191, 40960,
+    ),
 }  # fmt: skip
 
 
@@ -344,12 +364,9 @@ REFUSED: dict[str, tuple[Fields, str]] = {
         published(256000, 2048, 16384, 18, 8, 1, 8192, architectures=["GemmaForCausalLM"], model_type="gemma"),
         r"^architectures: \['GemmaForCausalLM'\] is not supported; accepted: \['Gemma3ForCausalLM', 'Gemma3.*'Seed",
     ),
-    "Llama-3.1-405B-Instruct-FP8": (
-        published(
-            128256, 16384, 53248, 126, 128, 8, 131072,
-            quantization_config={"activation_scale_ub": 1200.0, "quant_method": "fbgemm_fp8"},
-        ),
-        r"^quantization_config: .*fbgemm_fp8.* is not supported; accepted: None$",
+    "Qwen2.5-32B-Instruct-AWQ": (
+        {**QWEN25_32B, "quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm"}},
+        r"^quantization_config\.quant_method: 'awq' is not supported; accepted: 'compressed-tensors', ",
     ),
     "interleaved rotary pairs": (
         published(49152, 576, 1536, 30, 9, 3, 8192, rope_interleaved=True), r"^rope_interleaved: True is not supported",

@@ -213,7 +213,7 @@ def _options(args: argparse.Namespace) -> ThroughputOptions:
     names = ("requests", "seconds", "rank_of", "one_shape", "accept_unsteady", "temperature", "inspect")
     return ThroughputOptions(
         **llm_options(args).arguments(),
-        config=replace(config, dtype=dtype, num_layers=layers, quantization=args.quantization),
+        config=replace(config, dtype=dtype, num_layers=layers, quantization=args.quantization or config.quantization),
         model_layers=config.num_layers,
         workload=_workload(args),
         hardware=load_hardware(args.gpu) if args.gpu else None,

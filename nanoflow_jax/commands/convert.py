@@ -18,6 +18,9 @@ def add(commands: Any) -> None:
     p.add_argument("output", metavar="FOLDER", help="the checkpoint's folder; it must not exist, or be empty")
     p.add_argument("--revision", help="branch, tag or commit of a Hub id")
     p.add_argument("--dtype", default="auto", help="auto (as stored; float16 becomes bfloat16), bfloat16 or float32")
+    p.add_argument(
+        "--quantization", help="fp8: layers' weights rounded to float8_e4m3fn, half the bytes (default: as stored)"
+    )
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")
     p.set_defaults(run=_run, cpu_devices=1)
 
@@ -41,7 +44,10 @@ def _run(args: argparse.Namespace) -> int:
         seen = done
 
     try:
-        folder = convert(resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype, progress=report)
+        folder = convert(
+            resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype, progress=report,
+            quantization=args.quantization,
+        )  # fmt: skip
     finally:
         if bar is not None:
             bar.__exit__()

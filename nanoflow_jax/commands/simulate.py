@@ -91,7 +91,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
         raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
     else:
         model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
-    hardware, config = model.hardware, replace(config, quantization=args.quantization)
+    hardware, config = model.hardware, replace(config, quantization=args.quantization or config.quantization)
     check_quantization(config, hardware.capability)
     check_divides(config, args.devices)
     if args.devices > hardware.node_size:

@@ -33,6 +33,7 @@ from nanoflow_jax.engine.multiprocess import FollowerEngine, LeaderEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
+from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, PageTables, kv_groups, page_tables
@@ -193,8 +194,9 @@ def _sizes(
     source = None if folder is None else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
-    )
+        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales,
+        weight_scales=None if source is None else find_weight_scales(source.table, config),
+    )  # fmt: skip
     if source is not None:
         check_tensors(source, config, infos)  # before sizes of config.json that are wrong are told as too large
     if rank_of is not None:

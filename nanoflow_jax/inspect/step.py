@@ -193,7 +193,7 @@ def inspect_step(
                       kinds show each kind); None: all
     attention_backend of decode attention: "mosaic" on Hopper, "xla"; "auto" takes Mosaic where the GPU has it
     kv_cache_dtype    of the KV pages: "auto" (the model's), "fp8" or "fp8_e4m3"
-    quantization      of the layers' weights: None, or "fp8"
+    quantization      of the layers' weights: None (the model's), or "fp8"
     options           compiler options added to, or replacing, the project's own
     enforce_order     False leaves the issue order to XLA
     latency           the model that times ops; None: the roofline of the GPU's figures
@@ -201,7 +201,8 @@ def inspect_step(
     Raises ConfigError naming what cannot be used.
     """
     name, full = model_config(model)
-    full = replace(full, dtype="bfloat16" if full.dtype == "float16" else full.dtype, quantization=quantization)
+    dtype, quantization = "bfloat16" if full.dtype == "float16" else full.dtype, quantization or full.quantization
+    full = replace(full, dtype=dtype, quantization=quantization)
     check_quantization(full, load_hardware(gpu).capability if isinstance(gpu, str) else gpu.capability)
     plan = load_plan(plan) if isinstance(plan, str) else plan
     hardware = load_hardware(gpu) if isinstance(gpu, str) else gpu

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, Layer, ModelConfig, token_id_tuple
+from nanoflow_jax.models.fp8_formats import read_fp8_checkpoint
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # layer_types
 
@@ -48,7 +49,6 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
     "use_mrope": (False,),
-    "quantization_config": (None,),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
     "is_encoder_decoder": (False,),
@@ -125,6 +125,8 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: 
     """What all families say alike: sizes, tokens, dtype. Ends the reading: a field that nobody has read is refused.
     `more`: what else ModelConfig has."""
     heads = read.positive("num_attention_heads")
+    quantised = read.take("quantization_config", dict, None)
+    fp8 = None if quantised is None else read_fp8_checkpoint(quantised)
     config = ModelConfig(
         family=family,
         vocab_size=read.positive("vocab_size"),
@@ -141,6 +143,8 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: 
         bos_token_id=read.take("bos_token_id", int, None),
         eos_token_ids=token_id_tuple("eos_token_id", read.take("eos_token_id", (int, list), None)),
         dtype=_read_dtype(read),
+        quantization="fp8" if fp8 is not None and fp8.block is None else None,
+        fp8_checkpoint=fp8,
         **more,
     )
     if config.num_heads % config.num_kv_heads:

@@ -10,10 +10,12 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import Layer, ModelConfig
+from nanoflow_jax.models.fp8_formats import WeightScale
 from nanoflow_jax.models.kv_scales import kv_scales_info
 from nanoflow_jax.models.layout import LayerParams, ModelParams, kv_groups, padded_vocab
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
 from nanoflow_jax.models.quantised import quantised_info
+from nanoflow_jax.models.stored_fp8 import stored_info
 from nanoflow_jax.parallel.mesh import AXIS
 
 # Hugging Face's names, in the order in which a layer meets them. One of them has two meanings.
@@ -34,11 +36,13 @@ def param_infos(
     o_by_input: bool = True,
     dtype: Any = None,
     kv_scales: Mapping[str, tuple[int, ...]] | None = None,
+    weight_scales: Mapping[str, WeightScale] | None = None,
 ) -> ModelParams:
     """Declares every weight for a mesh of `devices`.
 
     o_by_output, o_by_input  which layouts of O the plan needs
     kv_scales                with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
+    weight_scales            of an fp8 checkpoint that is to be loaded (`fp8_formats.find_weight_scales`)
     """
     dtype = jnp.dtype(dtype or config.dtype)
     norm_dtype = jnp.dtype(jnp.float32) if config.norm_offset else dtype  # of what was added, no bit is lost
@@ -115,7 +119,10 @@ def param_infos(
         return None if config.qk_norm is None else projection_norms()
 
     def gemm(info: ParamInfo) -> Any:
-        return info if config.quantization is None else quantised_info(info)
+        if weight_scales is not None:
+            return stored_info(info, weight_scales, config)
+        bound = config.fp8_checkpoint and config.fp8_checkpoint.activation_bound
+        return info if config.quantization is None else quantised_info(info, bound)
 
     def layer(i: int, kind: Layer) -> LayerParams:
         attention, mlp = kind.attention, kind.mlp

@@ -2,7 +2,8 @@
 alike.
 
 Checkpoints calibrated for an fp8 cache bring them, as scalars or per head, under one of the names below (ModelOpt's,
-vLLM's own, llm-compressor's). Without them every scale is 1: whatever lies beyond ±448 is cut off there.
+vLLM's own, llm-compressor's and its older one). Without them every scale is 1: whatever lies beyond ±448 is cut off
+there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, Source
 from nanoflow_jax.parallel.mesh import AXIS
 
-NAMES = ("self_attn.{0}_proj.{0}_scale", "self_attn.attn.{0}_scale", "self_attn.{0}_scale")
-_PATTERN = re.compile(r"^model\.layers\.\d+\.self_attn\.((k_proj\.|attn\.)?k_scale|(v_proj\.|attn\.)?v_scale)$")
+NAMES = (
+    "self_attn.{0}_proj.{0}_scale", "self_attn.attn.{0}_scale", "self_attn.{0}_scale", "self_attn.{0}_proj.output_scale"
+)  # fmt: skip
+_PATTERN = re.compile(
+    r"^model\.layers\.\d+\.self_attn\.((k_proj\.|attn\.)?k_scale|(v_proj\.|attn\.)?v_scale|[kv]_proj\.output_scale)$"
+)
 
 
 def is_kv_scale(name: str) -> bool:

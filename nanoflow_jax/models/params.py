@@ -26,10 +26,11 @@ FP8_SPREAD = 64.0  # of random values: a seventh of the largest
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the Hugging Face checkpoint: its name and its shape there."""
+    """A tensor of the Hugging Face checkpoint: its name, its shape there, and whether it is in fp8."""
 
     name: str
     shape: tuple[int, ...]
+    fp8: bool = False
 
 
 @dataclass(frozen=True)

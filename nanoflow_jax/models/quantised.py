@@ -3,6 +3,7 @@ token at run time. Known to `ParamInfo`s, which make them, and to `parts.contrac
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.models.params import FP8, FP8_SPREAD, Index, ParamInfo, ReadSlice
+from nanoflow_jax.models.params import FP8, FP8_SPREAD, Index, ParamInfo, ReadSlice, Source
 
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST = 2.0**-40  # a scale; rows of zeros have it
@@ -22,10 +23,12 @@ LEAST = 2.0**-40  # a scale; rows of zeros have it
 
 @struct.dataclass
 class Quantised:
-    """values [..., K] float8_e4m3fn and scale [...] float32: the weight is values * scale[..., None]."""
+    """values [..., K] float8_e4m3fn and scale [...] float32: the weight is values * scale[..., None]. Magnitudes beyond
+    `bound` in what it is multiplied with are cut off."""
 
     values: Any
     scale: Any
+    bound: float | None = struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,11 +36,15 @@ class Quantised:
 
 
 type Weight = jax.Array | Quantised
+type Read = Callable[[ReadSlice, Index], np.ndarray]
+type Sources = tuple[Source, ...]
 
 
-def quantise_rows(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantise_rows(x: jax.Array, axis: int, bound: float | None = None) -> tuple[jax.Array, jax.Array]:
     """x, and the largest magnitude along `axis` as scale: (float8_e4m3fn of x's shape, float32 without `axis`)."""
     x32 = x.astype(jnp.float32)
+    if bound is not None:
+        x32 = jnp.clip(x32, -bound, bound)
     scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=axis) / LARGEST, LEAST)
     return (x32 / jnp.expand_dims(scale, axis)).astype(FP8), scale
 
@@ -45,35 +52,50 @@ def quantise_rows(x: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 def contract_fp8(x: jax.Array, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
     """x [n, K] (axis 1) or [K, n] (axis 0), weight [..., K] -> [n, N]: fp8 products, float32 sums, scales of token and
     channel on the result, which is in `out_dtype` ahead of them too: in float32 it would be twice the bytes."""
-    rows, token = quantise_rows(x, axis)
+    rows, token = quantise_rows(x, axis, weight.bound)
     values = weight.values.reshape(-1, weight.shape[-1])
     product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=out_dtype)
     return (product.astype(jnp.float32) * token[:, None] * weight.scale.reshape(1, -1)).astype(out_dtype)
 
 
-def quantised_info(info: ParamInfo) -> Any:
+def weight_scale(weight: np.ndarray) -> np.ndarray:
+    """Of each row of float32 [..., K]: [...]."""
+    return np.maximum(np.abs(weight).max(axis=-1) / np.float32(LARGEST), np.float32(LEAST))
+
+
+def rounded(weight: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """float32 [..., K] over the scales [...] of its rows, float8_e4m3fn."""
+    return (weight / scale[..., None]).astype(ml_dtypes.float8_e4m3fn)
+
+
+def quantised_info(info: ParamInfo, bound: float | None = None) -> Quantised:
     """The same weight in fp8, quantised from the checkpoint's as it streams in. The scale of a channel is that of its
     whole row, however the row is split."""
 
     def whole(read_slice: ReadSlice, index: Index) -> tuple[np.ndarray, np.ndarray]:
         row = np.asarray(info.read(read_slice, (*index, slice(0, info.shape[-1]))), np.float32)
-        return row, np.maximum(np.abs(row).max(axis=-1) / np.float32(LARGEST), np.float32(LEAST))
+        return row, weight_scale(row)
 
     def values(read_slice: ReadSlice, index: Index) -> np.ndarray:
         row, scale = whole(read_slice, index[:-1])
-        return (row[..., index[-1]] / scale[..., None]).astype(ml_dtypes.float8_e4m3fn)
+        return rounded(row[..., index[-1]], scale)
 
-    def scales(read_slice: ReadSlice, index: Index) -> np.ndarray:
-        return whole(read_slice, index)[1]
+    return fp8_infos(info, values, info.sources, lambda read, index: whole(read, index)[1], info.sources, bound)
 
+
+def fp8_infos(
+    info: ParamInfo, values: Read, sources: Sources, scales: Read, scale_sources: Sources, bound: float | None
+) -> Quantised:
+    """`info`'s weight as two: how values and scales are read, and from which tensors."""
     return Quantised(
-        replace(info, dtype=jnp.dtype(FP8), read=values),
+        replace(info, dtype=jnp.dtype(FP8), sources=sources, read=values),
         ParamInfo(
             info.shape[:-1],
             jnp.dtype(jnp.float32),
             P(*info.spec[: len(info.shape) - 1]),
             info.shape[-1] ** -0.5 / FP8_SPREAD,
-            info.sources,
+            scale_sources,
             scales,
         ),
+        bound,
     )

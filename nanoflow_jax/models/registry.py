@@ -102,6 +102,9 @@ def read_config(path: str | Path) -> ModelConfig:
     if not path.exists():
         raise ConfigError(f"{path}: no such file; a model folder needs a config.json")
     fields = read_json_object(path)
+    beside = path.with_name("hf_quant_config.json")  # ModelOpt's, which newer versions repeat in config.json
+    if fields.get("quantization_config") is None and beside.is_file():
+        fields["quantization_config"] = {"quant_method": "modelopt", **read_json_object(beside)}
     try:
         return parse_config(fields)
     except ConfigError as error:

@@ -11,16 +11,20 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanoflow_jax.models.fp8_formats import SCALE, find_weight_scales, fp8_dynamic, is_gemm_weight
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales, is_kv_scale
+from nanoflow_jax.models.quantised import rounded, weight_scale
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.output_files import no_link
@@ -28,11 +32,12 @@ from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.load import open_weights
 from nanoflow_jax.weights.source import (
     DTYPES,
+    FP8,
     OnProgress,
     WeightsError,
     WeightSource,
     check_tensors,
-    expected_shapes,
+    expected_tensors,
     one_line,
 )
 
@@ -45,39 +50,57 @@ _NOT_COPIED = ("config.json", "*.index.json", orbax_files.MANIFEST)
 
 
 def convert(
-    model_folder: str | Path, output: str | Path, dtype: str = "auto", progress: OnProgress | None = None
-) -> Path:
+    model_folder: str | Path, output: str | Path, dtype: str = "auto", progress: OnProgress | None = None,
+    quantization: str | None = None,
+) -> Path:  # fmt: skip
     """Writes a checkpoint of `model_folder` (safetensors or another checkpoint) to the new folder `output`; returns it.
 
     dtype: "float32", "bfloat16", or "auto": each tensor's own, but bfloat16 for float16, as which the library runs it;
     the config.json written says so too.
+    quantization: "fp8" rounds the weights of the layers, exactly as `LLM(quantization="fp8")` does while it loads, and
+    writes them with their scales and a config.json that says so: half the bytes. A checkpoint that comes in fp8 is
+    written as it is, as all are by None.
     `output` appears only when it is complete: it is written beside its final place and renamed last; what an
     interrupted conversion to the same `output` left is removed. Host memory stays at about one block.
     Ctrl-C is seen between two blocks. Raises ConfigError for a bad config.json, WeightsError for bad weights or an
     `output` that is not new or empty.
     """
     with held_interrupts() as check_interrupt:
-        return _convert(Path(model_folder), Path(os.path.abspath(output)), dtype, progress, check_interrupt)
+        output = Path(os.path.abspath(output))
+        return _convert(Path(model_folder), output, dtype, quantization, progress, check_interrupt)
 
 
 def _convert(
-    model_folder: Path, output: Path, dtype: str, progress: OnProgress | None, check_interrupt: Callable[[], None]
+    model_folder: Path,
+    output: Path,
+    dtype: str,
+    quantization: str | None,
+    progress: OnProgress | None,
+    check_interrupt: Callable[[], None],
 ) -> Path:
     if dtype not in ("auto", "float32", "bfloat16"):
         raise WeightsError(f"dtype: {dtype!r} is not supported; accepted: 'auto' (as stored), 'float32', 'bfloat16'")
+    if quantization not in (None, "fp8"):
+        raise WeightsError(f"quantization: {quantization!r} is not supported; accepted: None (as stored), 'fp8'")
     config = read_config(model_folder / "config.json")
     source = open_weights(model_folder)
     kv_scales = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
-    infos = param_infos(config, devices=1, kv_scales=kv_scales)
+    scales = find_weight_scales(source.table, config)
+    infos = param_infos(config, devices=1, kv_scales=kv_scales, weight_scales=scales)
     check_tensors(source, config, infos)
-    blocks: dict[str, list[str]] = {}
-    for name in expected_shapes(infos):
-        blocks.setdefault(_block(name), []).append(name)
+    quantise = quantization is not None and scales is None
+    kept = {scale.source.name for scale in (scales or {}).values()}
+    blocks: dict[str, list[_Tensor]] = {}
+    for name in expected_tensors(infos):
+        stored = DTYPES[source.table[name].dtype] if name in kept else _stored_dtype(source, name, dtype)
+        if quantise and is_gemm_weight(name):
+            stored = DTYPES[FP8]
+        blocks.setdefault(_block(name), []).append(_Tensor(name, source.table[name].shape, stored))
 
     try:
         with _workspace(output) as folder:
-            tensors = _write_blocks(source, folder, blocks, dtype, progress, check_interrupt)
-            config_json = _copy_side_files(model_folder, folder, dtype)
+            tensors = _write_blocks(source, folder, blocks, progress, check_interrupt)
+            config_json = _copy_side_files(model_folder, folder, dtype, quantise)
             manifest = {
                 "format": orbax_files.FORMAT,
                 "version": orbax_files.VERSION,
@@ -104,11 +127,24 @@ def _block(name: str) -> str:
     return "embedding" if "embed" in name else "head"
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """One of the model that is converted; dtype: as which it is written. fp8 of another is rounded, and a second one is
+    written beside it, its scales."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def _write_blocks(
     source: WeightSource,
     folder: Path,
-    blocks: dict[str, list[str]],
-    dtype: str,
+    blocks: dict[str, list[_Tensor]],
     progress: OnProgress | None,
     check_interrupt: Callable[[], None],
 ) -> dict[str, Any]:
@@ -116,19 +152,18 @@ def _write_blocks(
     import orbax.checkpoint as ocp  # here: its import takes seconds, and reading does not need it
 
     tensors: dict[str, Any] = {}
-    dtypes = {name: _stored_dtype(source, name, dtype) for names in blocks.values() for name in names}
-    sizes = {name: math.prod(source.table[name].shape) * dtypes[name].itemsize for name in dtypes}
-    done, total = 0, sum(sizes.values())
+    done, total = 0, sum(tensor.nbytes for members in blocks.values() for tensor in members)
     (folder / orbax_files.WEIGHTS).mkdir()
     with _quiet(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True)) as checkpointer:
-        for block, names in blocks.items():
+        for block, members in blocks.items():
             stored = {}  # of the last block, freed before the next is read
             check_interrupt()
-            for name in names:
-                stored[name], sample = _read_whole(source, name, dtypes[name])
-                shape = list(source.table[name].shape)
-                tensors[name] = {"shape": shape, "dtype": dtypes[name].name, "block": block, "sample_sha256": sample}
-            options = {name: ocp.SaveArgs(chunk_byte_size=orbax_files.CHUNK_BYTES) for name in names}
+            for tensor in members:
+                for name, values in _read_whole(source, tensor).items():
+                    entry = {"shape": list(values.shape), "dtype": values.dtype.name, "block": block}
+                    tensors[name] = {**entry, "sample_sha256": _sample(values)}
+                    stored[name] = _padded(values)
+            options = {name: ocp.SaveArgs(chunk_byte_size=orbax_files.CHUNK_BYTES) for name in stored}
             path = (folder / orbax_files.WEIGHTS / block).resolve()
             try:
                 checkpointer.save(path, args=ocp.args.PyTreeSave(stored, save_args=options))
@@ -136,7 +171,7 @@ def _write_blocks(
                 code = re.search(r"os_error_code='(\d+)'", str(error))
                 what = os.strerror(int(code[1])) if code else one_line(error)
                 raise WeightsError(f"{path}: could not be written ({what})") from None
-            done += sum(sizes[name] for name in names)
+            done += sum(tensor.nbytes for tensor in members)
             if progress is not None:
                 progress(block, done, total)
     return tensors
@@ -144,21 +179,29 @@ def _write_blocks(
 
 def _stored_dtype(source: WeightSource, name: str, dtype: str) -> np.dtype:
     own = source.table[name].dtype
-    if is_kv_scale(name):
+    if is_kv_scale(name) or own == FP8:
         return DTYPES[own]
     return DTYPES[dtype if dtype != "auto" else "bfloat16" if own == "float16" else own]
 
 
-def _read_whole(source: WeightSource, name: str, dtype: np.dtype) -> tuple[np.ndarray, str]:
-    """A tensor in its stored dtype and shape (zero rows at the end), and the digest of its sample."""
-    values = source.read_slice(name, tuple(slice(0, size) for size in source.table[name].shape))
-    values = np.require(values, dtype, ["C", "A"])
+def _read_whole(source: WeightSource, tensor: _Tensor) -> dict[str, np.ndarray]:
+    """What is written for a tensor: itself, or itself in fp8 and the scales [N, 1] float32 of its rows."""
+    values = source.read_slice(tensor.name, tuple(slice(0, size) for size in tensor.shape))
+    if tensor.dtype != DTYPES[FP8] or values.dtype == tensor.dtype:
+        return {tensor.name: np.require(values, tensor.dtype, ["C", "A"])}
+    values = values.astype(np.float32)
+    scale = weight_scale(values)
+    return {tensor.name: rounded(values, scale), tensor.name + SCALE: scale[:, None]}
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    """In the stored shape: zero rows at the end."""
     shape = orbax_files.stored_shape(values.shape, values.itemsize)
     if shape == values.shape:
-        return values, _sample(values)
+        return values
     padded = np.zeros(shape, values.dtype)
     padded[: len(values)] = values
-    return padded, _sample(values)
+    return padded
 
 
 def _sample(values: np.ndarray) -> str:
@@ -168,7 +211,7 @@ def _sample(values: np.ndarray) -> str:
     return hashlib.sha256(values[rows].tobytes()).hexdigest()
 
 
-def _copy_side_files(model_folder: Path, folder: Path, dtype: str) -> dict[str, Any]:
+def _copy_side_files(model_folder: Path, folder: Path, dtype: str, quantised: bool) -> dict[str, Any]:
     """Copies what makes `folder` a model folder of its own; returns the fields of the config.json written."""
     for path in sorted(model_folder.iterdir()):
         wanted = any(path.match(pattern) for pattern in _COPIED) and not any(path.match(p) for p in _NOT_COPIED)
@@ -180,6 +223,8 @@ def _copy_side_files(model_folder: Path, folder: Path, dtype: str) -> dict[str, 
     if dtype != "auto":
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
+    if quantised:
+        fields["quantization_config"] = fp8_dynamic()
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     return fields
 
@@ -203,7 +248,16 @@ def _workspace(output: Path) -> Iterator[Path]:
             folder.mkdir()
             yield folder
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """Also from under orbax's other writers, which may still be ending when one has failed."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)
 
 
 def _remove_leftovers(parent: Path, prefix: str) -> None:

@@ -13,12 +13,15 @@ import ml_dtypes
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.models.fp8_formats import is_activation_scale
 from nanoflow_jax.models.kv_scales import is_kv_scale
-from nanoflow_jax.models.params import Index, is_info
+from nanoflow_jax.models.params import Index, Source, is_info
 
 OnProgress = Callable[[str, int, int], None]  # (what is done now, bytes done, bytes in all)
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+FP8 = "float8_e4m3fn"
+FLOATS = ("float32", "bfloat16", "float16")  # of all tensors but the fp8 weights of a checkpoint that comes quantised
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in (*FLOATS, FP8)}
 
 # Buffers that old checkpoints hold; they follow from config.json.
 _ROTARY = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
@@ -64,15 +67,15 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def expected_shapes(infos: Any) -> dict[str, tuple[int, ...]]:
-    """The checkpoint tensors that a tree of ParamInfo is made of, with their shapes."""
+def expected_tensors(infos: Any) -> dict[str, Source]:
+    """The checkpoint tensors that a tree of ParamInfo is made of, by name."""
     leaves = jax.tree.leaves(infos, is_leaf=is_info)
-    return {source.name: source.shape for info in leaves for source in info.sources}
+    return {source.name: source for info in leaves for source in info.sources}
 
 
 def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None:
     """Accounts for every tensor. Raises WeightsError for a missing or unknown one, or a wrong shape or dtype."""
-    expected = expected_shapes(infos)
+    expected = expected_tensors(infos)
     used = (name for name in source.table if not _ignored(name, config))
     layers = {int(found[1]) for name in used if (found := _LAYER.match(name))}
     if layers and len(layers) == max(layers) + 1 != config.num_layers:
@@ -89,18 +92,19 @@ def check_tensors(source: WeightSource, config: ModelConfig, infos: Any) -> None
         if missing == [TIED_HEAD]:
             hint = "needed because tie_word_embeddings is false in config.json"
         raise WeightsError(f"{source.folder}: tensors do not match the model: {'; '.join(parts)} ({hint})")
-    for name, shape in expected.items():
-        tensor = source.table[name]
-        if tensor.dtype not in DTYPES:
-            accepted = ", ".join(DTYPES)
-            raise WeightsError(f"{tensor.file}: {name} has dtype {tensor.dtype}; accepted: {accepted}")
-        if tensor.shape != shape:
-            raise WeightsError(f"{tensor.file}: {name} has shape {tensor.shape}; config.json asks for {shape}")
+    for name, wanted in expected.items():
+        tensor, accepted = source.table[name], (FP8,) if wanted.fp8 else FLOATS
+        if tensor.dtype not in accepted:
+            raise WeightsError(f"{tensor.file}: {name} has dtype {tensor.dtype}; accepted: {', '.join(accepted)}")
+        if tensor.shape != wanted.shape:
+            raise WeightsError(f"{tensor.file}: {name} has shape {tensor.shape}; config.json asks for {wanted.shape}")
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor that no weight is made of may be there: rotary buffers, the copy of a tied embedding, scales of
-    fp8 KV pages where the pages are not."""
+    fp8 KV pages where the pages are not, static scales of activations that are quantised per token."""
+    if config.fp8_checkpoint is not None and is_activation_scale(name):
+        return True
     return is_rotary_buffer(name) or is_kv_scale(name) or (name == TIED_HEAD and config.tie_word_embeddings)
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax import LLM, SamplingParams
+from nanoflow_jax.config import EMBEDDED
 from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.cost.shapes import optimum
 from nanoflow_jax.engine.setup import prefix_root
@@ -27,6 +29,7 @@ from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.weights import convert
 from tests.reference.checkpoints import PROMPT_LENGTHS, load_reference, write_checkpoint
 from tests.step.step_driver import Driver, Packer, against_reference, logits_of
 from tests.tolerances import row_errors
@@ -167,17 +170,25 @@ def test_random_weights_have_the_size_of_others() -> None:
     assert np.isfinite(weight).all()
 
 
-def test_an_llm_multiplies_by_them() -> None:
-    """Not only accepted: the weights on the devices are in fp8, and the answers are those that are asked for."""
-    llm = LLM(
-        "tiny", quantization="fp8", tensor_parallel_size=2, max_model_len=64, decode_slots=8, tokens_per_step=32,
-        page_size=16, kv_cache_tokens=512, deterministic=True, progress=False,
-    )  # fmt: skip
-    found = Counter(array.dtype.name for array in llm.engine.runner._params)
-    assert found["float8_e4m3fn"] == 4 * llm.config.num_layers
+def test_an_llm_multiplies_by_them(tmp_path: Path) -> None:
+    """Not only accepted: the weights on the devices are in fp8, and the answers are those that are asked for. A
+    checkpoint that was written so needs no option, and gives the same weights."""
+    options: dict[str, Any] = {
+        "tensor_parallel_size": 2, "max_model_len": 64, "decode_slots": 8, "tokens_per_step": 32, "page_size": 16,
+        "kv_cache_tokens": 512, "deterministic": True, "progress": False,
+    }  # fmt: skip
+    folder = convert(EMBEDDED["tiny"], tmp_path / "fp8", quantization="fp8")
     prompts = ["12+30=", "47+85=", "sort 52917="]
-    answers = [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8))]
-    assert answers == ["42", "132", "12579"]
+    weights = []
+    for model, quantization in (("tiny", "fp8"), (str(folder), None)):
+        llm = LLM(model, quantization=quantization, **options)
+        weights.append(llm.engine.runner._params)
+        found = Counter(array.dtype.name for array in weights[-1])
+        assert found["float8_e4m3fn"] == 4 * llm.config.num_layers
+        answers = [o.outputs[0].text for o in llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=8))]
+        assert answers == ["42", "132", "12579"]
+    for a, b in zip(*weights, strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_what_depends_on_them() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from nanoflow_jax.config import ModelConfig
+from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, page_tables
@@ -69,7 +70,8 @@ class Driver:
     @cached_property
     def config(self) -> ModelConfig:
         config = read_config(self.folder / "config.json").for_length(self.length)
-        return replace(config, dtype=self.dtype, quantization=self.quantization, **dict(self.config_changes))
+        quantization = self.quantization or config.quantization
+        return replace(config, dtype=self.dtype, quantization=quantization, **dict(self.config_changes))
 
     @property
     def length(self) -> int:
@@ -82,13 +84,12 @@ class Driver:
 
     @cached_property
     def infos(self) -> ModelParams:
-        plan, scales = self.plan, None
+        plan, scales, table = self.plan, None, open_weights(self.folder).table
         if self.kv_cache_dtype != "auto":
-            table = open_weights(self.folder).table
             scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
             self.config, self.devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input,
-            dtype=self.dtype, kv_scales=scales,
+            dtype=self.dtype, kv_scales=scales, weight_scales=find_weight_scales(table, self.config),
         )  # fmt: skip
 
     @cached_property

@@ -37,6 +37,7 @@ from nanoflow_jax.weights import orbax_files
 from nanoflow_jax.weights.orbax_files import OrbaxFiles
 from nanoflow_jax.weights.safetensors_files import INDEX_FILE, SINGLE_FILE, SafetensorsFiles
 from nanoflow_jax.workload import load_workload
+from tests.reference.fp8_checkpoints import BLOCKS, FORMS
 from tests.system.mutants import mutants, read_lines, write_json, write_lines, write_toml, write_yaml
 
 LONGEST = 500  # characters of a message
@@ -61,6 +62,12 @@ class Kind:
 
 def _configs(pattern: str) -> list[bytes]:
     return [path.read_bytes() for path in sorted(configs_root().glob(pattern))]
+
+
+def _fp8_configs() -> list[bytes]:
+    fields = json.loads((TINY / "config.json").read_text())
+    forms = [form.config for form in (FORMS | BLOCKS).values() if not form.beside]
+    return [write_json({**fields, "quantization_config": config}) for config in forms]
 
 
 def _read_toml(data: bytes) -> Any:
@@ -230,6 +237,11 @@ KINDS = {
     kind.name: kind
     for kind in (
         Kind("config.json", lambda: _configs("models/*.json"), read_config),
+        Kind("fp8_config.json", _fp8_configs, read_config),
+        Kind(
+            "hf_quant_config.json", lambda: [write_json(form.config) for form in FORMS.values() if form.beside],
+            lambda path: read_config(path.with_name("config.json")), prepare=_copied("config.json"),
+        ),
         Kind(
             "generation_config.json",
             lambda: [
