@@ -7,7 +7,7 @@ and every barrier's phase wraps. `python -m kernels_pallas.bench.check` asks for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,6 +31,8 @@ CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; 
 PADDING = 3
 APPENDED = 261  # rows, more than a program's blocks in flight
 NORMED, PARTS, EPS = 101, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
+WIDEST = 1000  # tokens: of a wider window than this, this one is checked, which cuts the longest context
+WINDOWED = ("decode_attention", "prefill_attention")  # kernels that know windows
 FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
 
 
@@ -40,27 +42,35 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual."""
+    """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual; windows: of the model's attention,
+    where it has some, in tokens: each is checked besides attention to everything."""
 
     q_heads: int
     kv_heads: int
     head_dim: int
     fp8: bool = False
     hidden: int = 2048
+    windows: tuple[int, ...] = ()
+
+    def checked_windows(self, kernel: str) -> list[int | None]:
+        """None is all that there is."""
+        return [None, *(sorted({min(window, WIDEST) for window in self.windows}) if kernel in WINDOWED else ())]
 
 
 @dataclass(frozen=True)
 class Variant:
     """A way to run a kernel. sm_budget: None is all SMs; splits: of each row of decode attention, which alone has them:
-    whole rows and split ones are two kernels."""
+    whole rows and split ones are two kernels; window: tokens that a query sees, None is all."""
 
     sm_budget: int | None
     splits: int = 1
+    window: int | None = None
 
     @property
     def text(self) -> str:
         sms = "all SMs" if self.sm_budget is None else f"sm_budget {self.sm_budget}"
-        return sms if self.splits == 1 else f"{sms}, {self.splits} splits"
+        splits = "" if self.splits == 1 else f", {self.splits} splits"
+        return sms + splits + ("" if self.window is None else f", window {self.window}")
 
 
 # With few SMs a program has many items.
@@ -116,8 +126,9 @@ class _Pages:
         return wide * self.scales[name][None, :, None, None] if self.scales else wide
 
 
-def _make(heads: Heads) -> _Pages:
-    """Random contexts in random pages. What nobody owns is large, so that reading it shows."""
+def _make(heads: Heads, lows: Sequence[int] = ()) -> _Pages:
+    """Random contexts in random pages. What nobody owns is large, so that reading it shows. Of a context with a window,
+    the pages that lie wholly below token `low` hold NaN, so that reading them shows though they are masked."""
     rng = np.random.default_rng(0)
     count = len(LENGTHS) * ROW_PAGES
     pages = rng.standard_normal((2, FIRST_PAGE + count, heads.kv_heads, PAGE_TOKENS, heads.head_dim), np.float32)
@@ -126,6 +137,8 @@ def _make(heads: Heads) -> _Pages:
         slots = np.arange(ROW_PAGES * PAGE_TOKENS).reshape(ROW_PAGES, PAGE_TOKENS) >= length
         pages[:, FIRST_PAGE + table[row]] += 30 * slots[None, :, None, :, None]
     pages[:, :FIRST_PAGE] += 30
+    for row, low in enumerate(lows):
+        pages[:, FIRST_PAGE + table[row, : low // PAGE_TOKENS]] = np.nan
     if not heads.fp8:
         k, v = (jnp.asarray(x, jnp.bfloat16) for x in pages)
         return _Pages(k, v, jnp.asarray(table), {})
@@ -141,19 +154,21 @@ def _queries(heads: Heads, rows: int) -> jax.Array:
     return jnp.asarray(values, jnp.bfloat16)
 
 
-def _decode(heads: Heads, mosaic: dict[str, Any]) -> Check:
-    given = _make(heads)
+def _decode(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
+    given = _make(heads, [max(0, n - window) for n in LENGTHS] if window else ())
     tuning = mosaic.get("tuning") or DECODE[DEFAULT_GPU]
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
-        widest = -(-ROW_PAGES // variant.splits)  # a longer row is split, however few SMs there are
+        pages = ROW_PAGES if window is None else min(ROW_PAGES, -(-(window - 1) // PAGE_TOKENS) + 1)
+        widest = -(-pages // variant.splits)  # a longer row is split, however few SMs there are
         split = replace(tuning, max_splits=variant.splits, min_split_pages=1, max_split_pages=widest)
         options = mosaic | {"tuning": split, "sm_budget": variant.sm_budget}
-        return decode_attention(*arrays, **given.options(), **options)
+        return decode_attention(*arrays, **given.options(), window=window, **options)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
-        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=jnp.int32(FIRST_PAGE))
+        first_page = jnp.int32(FIRST_PAGE)
+        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
 
     def error(got: Any, want: Any) -> float:
         lse = jnp.where(got[1] == want[1], 0.0, jnp.abs(got[1] - want[1]))  # -inf of empty rows
@@ -163,15 +178,17 @@ def _decode(heads: Heads, mosaic: dict[str, Any]) -> Check:
     return Check((_queries(heads, len(LENGTHS)), given.k, given.v, given.table, lengths), run, reference, error)
 
 
-def _prefill(heads: Heads, mosaic: dict[str, Any]) -> Check:
-    given, contexts = _make(heads), len(CHUNKS)
+def _prefill(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
+    firsts = [n - c + 1 for n, c in zip(LENGTHS, CHUNKS, strict=False)]  # what the first row of each chunk sees at most
+    given, contexts = _make(heads, [max(0, n - window) for n in firsts] if window else ()), len(CHUNKS)
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
-        return prefill_attention(*arrays, **given.options(), **mosaic, sm_budget=variant.sm_budget)
+        return prefill_attention(*arrays, **given.options(), window=window, **mosaic, sm_budget=variant.sm_budget)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
-        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=jnp.int32(FIRST_PAGE))
+        first_page = jnp.int32(FIRST_PAGE)
+        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
 
     starts = jnp.asarray(np.cumsum((0, *CHUNKS)), jnp.int32)
     lengths = jnp.asarray(LENGTHS[:contexts], jnp.int32)
@@ -259,7 +276,7 @@ def _same_bits(got: Any, want: Any) -> bool:
     return bool(_same(got, want))
 
 
-_CHECKS: dict[str, Callable[[Heads, dict[str, Any]], Check]] = {
+_CHECKS: dict[str, Callable[..., Check]] = {
     "decode_attention": _decode,
     "prefill_attention": _prefill,
     "append_kv": _append,
@@ -267,9 +284,12 @@ _CHECKS: dict[str, Callable[[Heads, dict[str, Any]], Check]] = {
 }
 
 
-def make_check(kernel: str, heads: Heads, *, tuning: Any = None, interpret: Any = None) -> Check:
-    """Inputs of one kernel and what judges it; the arguments are those of `check_kernel`."""
-    return _CHECKS[kernel](heads, {"backend": "mosaic", "tuning": tuning, "interpret": interpret})
+def make_check(
+    kernel: str, heads: Heads, *, window: int | None = None, tuning: Any = None, interpret: Any = None
+) -> Check:
+    """Inputs of one kernel and what judges it; the arguments are those of `check_kernel`. `window`: of WINDOWED's."""
+    mosaic = {"backend": "mosaic", "tuning": tuning, "interpret": interpret}
+    return _CHECKS[kernel](heads, mosaic, window) if kernel in WINDOWED else _CHECKS[kernel](heads, mosaic)
 
 
 def check_variants(
@@ -281,12 +301,27 @@ def check_variants(
     tuning: Any = None,
     interpret: Any = None,
 ) -> Iterator[tuple[Variant, float]]:
-    """Yields each variant and its error, one after another. `repeats`: more runs of each, the same in every bit.
+    """Yields each variant and its error, one after another, and all of them again for each window of the heads'.
+    `repeats`: more runs of each, the same in every bit.
 
     Raises KernelError as `check_kernel` does.
     """
+    for window in heads.checked_windows(kernel):
+        again = tuple(replace(variant, window=window) for variant in variants)
+        yield from _check_window(kernel, heads, window, again, repeats, tuning, interpret)
+
+
+def _check_window(
+    kernel: str,
+    heads: Heads,
+    window: int | None,
+    variants: tuple[Variant, ...],
+    repeats: int,
+    tuning: Any,
+    interpret: Any,
+) -> Iterator[tuple[Variant, float]]:
     try:
-        check = make_check(kernel, heads, tuning=tuning, interpret=interpret)
+        check = make_check(kernel, heads, window=window, tuning=tuning, interpret=interpret)
         want = jax.jit(check.reference)(*check.arrays)
     except Exception as error:
         raise KernelError(f"{kernel}: the XLA path failed: {_first_line(error)}") from error

@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("kernel", choices=KERNELS)
     parser.add_argument("--fp8", action="store_true", help="pages of float8_e4m3fn")
+    parser.add_argument("--window", type=int, help="of attention, too: tokens that a query sees")
     parser.add_argument("--repeats", type=int, default=0, help="more runs of each, compared bit for bit (default: 0)")
     parser.add_argument("--smallest", action="store_true", help="one variant for one model: for compute-sanitizer")
     parser.add_argument("--tuning", choices=sorted(DECODE), help="of the GPU (default: of the one at hand)")
@@ -95,7 +96,10 @@ def chosen(options: argparse.Namespace) -> tuple[tuple[Heads, ...], tuple[Varian
         variants += THOROUGH[options.kernel]
     models = TINY if options.interpret else MODELS
     models = models[:1] if options.smallest else models
-    return tuple(replace(heads, fp8=options.fp8) for heads in models), variants[:1] if options.smallest else variants
+    windows = () if options.window is None else (options.window,)
+    return tuple(replace(heads, fp8=options.fp8, windows=windows) for heads in models), variants[
+        :1
+    ] if options.smallest else variants
 
 
 def tuning_of(options: argparse.Namespace, gpu: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,21 +17,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import kernels_pallas
 from kernels_pallas import self_check
 from kernels_pallas.add_norm_mosaic import make_plan
+from kernels_pallas.bench import check as command
 from kernels_pallas.decode_attention_mosaic import Q_SLOTS
 from kernels_pallas.self_check import (
     KERNELS,
     QUICK,
     THOROUGH,
+    WIDEST,
+    WINDOWED,
     Heads,
     KernelError,
     Variant,
     check_kernel,
     check_variants,
+    make_check,
 )
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PAGE_TOKENS, PREFILL, PREFILL_STEP_PAGES
 
 BF16 = Heads(q_heads=2, kv_heads=1, head_dim=64)
 FP8 = Heads(q_heads=4, kv_heads=2, head_dim=64, fp8=True)
+SLIDING = replace(BF16, windows=(100,))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +47,21 @@ def test_kernels_pass(kernel: str, heads: Heads) -> None:
     error = check_kernel(kernel, heads, interpret=plgpu.InterpretGPUParams())
     assert error < 5e-3
     assert (error == 0) == (kernel == "append_kv")
+
+
+@pytest.mark.parametrize("kernel", WINDOWED)
+def test_windowed_kernels_pass(kernel: str) -> None:
+    """Wide windows are checked as one that cuts contexts; what lies below it is not read."""
+    heads = replace(BF16, windows=(4096, 5000))
+    assert heads.checked_windows(kernel) == [None, WIDEST]
+    assert max(self_check.LENGTHS) > WIDEST + PAGE_TOKENS
+    check = make_check(kernel, heads, window=WIDEST, interpret=plgpu.InterpretGPUParams())
+    got = jax.jit(partial(check.run, QUICK[kernel][-1]))(*check.arrays)
+    assert check.error(got, jax.jit(check.reference)(*check.arrays)) < 5e-3
+
+
+def test_other_kernels_know_no_window() -> None:
+    assert all(SLIDING.checked_windows(kernel) == [None] for kernel in KERNELS if kernel not in WINDOWED)
 
 
 def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
@@ -148,11 +169,22 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
         BF16,
         lambda f, x, u, w, **more: (f(x, u, w, **more)[0], stale_rows(f(x, u, w, **more)[1], 48)),
     ),
+    "a window ignored": ("decode_attention", SLIDING, lambda f, *args, window, **more: f(*args, **more)),
+    "a window too wide by one": (
+        "decode_attention",
+        SLIDING,
+        lambda f, *args, window, **more: f(*args, window=window and window + 1, **more),
+    ),
+    "a window too narrow by one": (
+        "prefill_attention",
+        SLIDING,
+        lambda f, *args, window, **more: f(*args, window=window and window - 1, **more),
+    ),
     "first page ignored in append": ("append_kv", BF16, lambda f, *args, first_page, **more: f(*args, **more)),
 }
 
 
-@pytest.mark.parametrize(("kernel", "heads"), [*((kernel, BF16) for kernel in KERNELS), ("decode_attention", FP8)])
+@pytest.mark.parametrize(("kernel", "heads"), [*((kernel, SLIDING) for kernel in KERNELS), ("decode_attention", FP8)])
 def test_the_stand_in_of_the_twins_passes(kernel: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     as_mosaic(monkeypatch, kernel, lambda f, *arrays, **more: f(*arrays, **more))
     assert check_kernel(kernel, heads) < self_check.TOLERANCE / 2
@@ -221,3 +253,11 @@ def test_what_the_checks_cover() -> None:
     for kernel in KERNELS:
         assert {v.sm_budget for v in (*QUICK[kernel], *THOROUGH[kernel])} == {1, 2, 7, None}
     assert {v.splits for v in QUICK["decode_attention"]} == {1, 3}
+
+
+def test_the_command_takes_a_window() -> None:
+    options = command._parser().parse_args(["decode_attention", "--window", "1024", "--smallest"])
+    heads, _ = command.chosen(options)
+    assert [one.windows for one in heads] == [(1024,)]
+    heads, _ = command.chosen(command._parser().parse_args(["decode_attention"]))
+    assert all(one.windows == () for one in heads)

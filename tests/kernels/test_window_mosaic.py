@@ -196,7 +196,7 @@ def prefill(q: jax.Array, paged: Paged, window: int) -> np.ndarray:
     return np.asarray(jax.jit(call)(q, paged.k_pages, paged.v_pages, *integers))
 
 
-@pytest.mark.parametrize(("window", "repeats", "head_dim"), [(1, 8, 64), (325, 8, 128), (70, 4, 64), (64, 1, 64)])
+@pytest.mark.parametrize(("window", "repeats", "head_dim"), [(1, 8, 64), (325, 8, 128), (70, 4, 64), (64, 3, 64)])
 def test_prefill(window: int, repeats: int, head_dim: int) -> None:
     """Windows of one token, of three steps (from the first row of a page on), within a step, of a page; tiles of 16 on.
     What a window off by one would give is far outside, in each row that it cuts."""
