@@ -292,14 +292,14 @@ def one_rope(config: ModelConfig) -> tuple[tuple[str, Any], ...]:
         ("mistral_window", windows(lambda window: window + 1)),
         ("mistral_window", windows(lambda window: window - 1)),
         ("gemma3", windows(lambda window: window + 1)),
-        ("olmo3", windows(lambda window: None)),
+        ("olmo3", windows(lambda window: window - 1)),
         ("olmo3", one_rope),
         ("gemma3_new_rope", one_rope),
-        ("gemma3", lambda config: (("norms", "after"),)),
+        ("olmo2", lambda config: (("norms", "before"),)),
         ("gemma3", lambda config: (("embedding_multiplier", 1.0),)),
         ("gemma3", attention(qk_norm=None)),
         ("gemma3", lambda config: (("pattern", tuple(replace(at, mlp=Mlp()) for at in config.pattern)),)),
-        ("ministral3", attention(query_growth=0.0)),
+        ("ministral3_tied", attention(query_growth=0.0)),
     ],
 )
 def test_families_without_what_makes_them_fail(case: str, changes: Changes, driver_of: GetDriver) -> None:
@@ -309,6 +309,15 @@ def test_families_without_what_makes_them_fail(case: str, changes: Changes, driv
     found = logits_of(broken, whole_prompts(reference, driver), params)
     errors = row_errors(*against_reference(found, reference, "float32"))
     assert np.median(errors) > TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize("how", ["in each other's place", "without their 1"])
+def test_norms_of_gemma_fail(how: str, driver_of: GetDriver) -> None:
+    reference, driver = load_reference("gemma3"), driver_of("gemma3", "float32")
+    norms = driver.params.norms
+    broken = norms[:, jnp.array([0, 2, 1, 3])] if how.startswith("in") else norms - 1
+    found = logits_of(driver, whole_prompts(reference, driver), replace(driver.params, norms=broken))
+    assert np.median(row_errors(*against_reference(found, reference, "float32"))) > TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize(
