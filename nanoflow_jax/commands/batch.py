@@ -135,7 +135,7 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
         return str(_kept(output, args.restart).get("plan", UNKNOWN))
     import jax
 
-    config = read_config(folder / "config.json")
+    config = replace(read_config(folder / "config.json"), quantization=args.quantization)
     rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
     return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
 

@@ -63,6 +63,7 @@ def add_target(p: Any) -> None:
     p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
     p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
     p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
+    p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
     p.add_argument(
         "--workload",
         default="constant:1024:512",
@@ -79,7 +80,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
     from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.profile.measured import load_profile
-    from nanoflow_jax.step.attention import check_quantization
+    from nanoflow_jax.step.attention import check_quantization, page_dtype
     from nanoflow_jax.workload import load_workload
 
     name, config = model_config(args.model)
@@ -93,6 +94,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
         model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
     hardware, config = model.hardware, replace(config, quantization=args.quantization)
     check_quantization(config, hardware.capability)
+    page_dtype(config, args.kv_cache_dtype)
     check_divides(config, args.devices)
     if args.devices > hardware.node_size:
         raise ConfigError(
@@ -118,7 +120,7 @@ def _run(args: argparse.Namespace) -> int:
 
     name, config, model, demand = read_target(args)
     rows = args.tokens_per_step or TOKENS_PER_STEP
-    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots)
+    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots, args.kv_cache_dtype)
     plans = [
         named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
         for plan in (args.plan, *args.compare)
@@ -127,6 +129,7 @@ def _run(args: argparse.Namespace) -> int:
         predict(
             name, config, plan, model, args.devices, demand,
             tokens_per_step=args.tokens_per_step, decode_slots=args.decode_slots, runtime=args.runtime,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
         for plan in plans
     ]  # fmt: skip
@@ -153,8 +156,8 @@ def text(result: Throughput) -> str:
     limit = "; memory limits the requests" if kv.limits else ""
     return "\n".join(
         [
-            f"{result.model}, plan {s.plan.name}, {result.demand.name}, {s.devices} x {s.hardware}, "
-            f"{s.runtime} runtime: predicted from {result.latency_source}",
+            f"{result.model}{_precision(result)}, plan {s.plan.name}, {result.demand.name}, {s.devices} x "
+            f"{s.hardware}, {s.runtime} runtime: predicted from {result.latency_source}",
             f"{s.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
             f"{s.tokens_per_second_per_gpu / result.optimum:.1%} of the optimum {result.optimum:,.0f}; "
             f"bound by {inner.bound_by}",
@@ -166,6 +169,12 @@ def text(result: Throughput) -> str:
             f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
         ]
     )
+
+
+def _precision(result: Throughput) -> str:
+    """Where it is not the model's own."""
+    weights = f", {result.quantization} weights" if result.quantization else ""
+    return weights + (f", {result.kv_cache_dtype} pages" if result.kv_cache_dtype != "auto" else "")
 
 
 def compare(results: Sequence[Throughput]) -> str:
@@ -192,7 +201,8 @@ def compare(results: Sequence[Throughput]) -> str:
     s = first.simulation
     return "\n".join(
         [
-            f"{first.model}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: predicted from "
+            f"{first.model}{_precision(first)}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: "
+            "predicted from "
             f"{first.latency_source}",
             *(
                 "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))

@@ -19,3 +19,9 @@ def weight_bytes(infos: ModelParams, devices: int) -> int:
 def kv_bytes_per_token(config: ModelConfig, devices: int, item: int) -> int:
     """Of one token in all layers; item: of one element of the pages."""
     return 2 * config.num_layers * kv_groups(config, devices) // devices * config.head_dim * item
+
+
+def request_kv_bytes(config: ModelConfig, devices: int, item: int, tokens: int) -> int:
+    """Of a request of so many tokens in all layers, on one device; item: of one element of the pages. What a token
+    costs is asked here only, because it need not be the same for each."""
+    return tokens * kv_bytes_per_token(config, devices, item)

@@ -85,14 +85,16 @@ def simulate_step(
     runtime: str = "library",
     shares: Shares | None = None,
     layers: int = LAYERS,
+    page_bytes: int | None = None,
 ) -> Simulation:
-    """layers: how many are simulated (at least 4, or all); runtime, shares: see `jobs`. Raises ConfigError."""
+    """layers: how many are simulated (at least 4, or all); runtime, shares: see `jobs`; page_bytes: of an element of
+    the pages, None: as the activations. Raises ConfigError."""
     layers = min(config.num_layers, layers)
     if layers < min(config.num_layers, 4):
         raise ConfigError(f"layers: {layers} is not accepted; a steady state needs at least 4")
     hardware = model.hardware
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
-    jobs = build_jobs(plan, OpCosts(model, Shapes.of(config, devices), load), layers, shares, runtime)
+    jobs = build_jobs(plan, OpCosts(model, Shapes.of(config, devices, page_bytes), load), layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
     totals = add_up(played, devices)
     inner = InnerLayer.of(totals, range(2, layers - 1) if layers >= 4 else range(layers))
