@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive
+from nanoflow_jax.commands.options import positive, table
 
 if TYPE_CHECKING:
     from nanoflow_jax.config import ModelConfig
@@ -51,7 +51,15 @@ def add(commands: Any) -> None:
 
 
 def add_target(p: Any) -> None:
-    """Options of model, GPU and workload, which `simulate` and `search` share."""
+    """Options of model, GPU, workload and precision, which `simulate` and `search` share."""
+    add_machine(p)
+    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
+    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
+    p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
+
+
+def add_machine(p: Any) -> None:
+    """Of these, what leaves open how the GPUs are used."""
     p.add_argument(
         "--model", default="llama-3.1-70b", help="'tiny', a name in configs/models, a config.json, or a folder with one"
     )
@@ -61,9 +69,6 @@ def add_target(p: Any) -> None:
     )
     p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
     p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
-    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
-    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
-    p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
     p.add_argument(
         "--workload",
         default="constant:1024:512",
@@ -72,15 +77,32 @@ def add_target(p: Any) -> None:
 
 
 def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
-    """The model's name and config, the latency model of its GPU, and the workload's demand. Raises ConfigError."""
+    """The model's name and config in the precision asked for, the latency model of its GPU, and the workload's demand.
+    Raises ConfigError."""
+    from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.parallel.mesh import check_divides
+    from nanoflow_jax.step.attention import check_quantization, page_dtype
+
+    name, config, model, demand = read_machine(args)
+    hardware, config = model.hardware, replace(config, quantization=args.quantization)
+    check_quantization(config, hardware.capability)
+    page_dtype(config, args.kv_cache_dtype)
+    check_divides(config, args.devices)
+    if args.devices > hardware.node_size:
+        raise ConfigError(
+            f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
+        )
+    return name, config, model, demand
+
+
+def read_machine(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
+    """The same, of the options of `add_machine`."""
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.cost.demand import Demand
     from nanoflow_jax.cost.latency import RooflineModel
     from nanoflow_jax.hardware import load_hardware
     from nanoflow_jax.models.registry import model_config
-    from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.profile.measured import load_profile
-    from nanoflow_jax.step.attention import check_quantization, page_dtype
     from nanoflow_jax.workload import load_workload
 
     name, config = model_config(args.model)
@@ -92,16 +114,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
         raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
     else:
         model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
-    hardware, config = model.hardware, replace(config, quantization=args.quantization)
-    check_quantization(config, hardware.capability)
-    page_dtype(config, args.kv_cache_dtype)
-    check_divides(config, args.devices)
-    if args.devices > hardware.node_size:
-        raise ConfigError(
-            f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
-        )
-    demand = Demand.of(load_workload(args.workload), config.max_position_embeddings)
-    return name, config, model, demand
+    return name, config, model, Demand.of(load_workload(args.workload), config.max_position_embeddings)
 
 
 def check_outputs(*paths: str | None) -> None:
@@ -197,16 +210,12 @@ def compare(results: Sequence[Throughput]) -> str:
                 f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}",
             )
         )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     s = first.simulation
     return "\n".join(
         [
             f"{first.model}{_precision(first)}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: "
             "predicted from "
             f"{first.latency_source}",
-            *(
-                "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-                for row in rows
-            ),
+            table(rows),
         ]
     )

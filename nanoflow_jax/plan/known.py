@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
@@ -14,19 +15,23 @@ AUTO, DEFAULT = "auto", "two_gather_one_reduce"
 
 
 def known_plan(
-    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int
-) -> tuple[SchedulePlan, str]:
+    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int,
+    among: Sequence[SchedulePlan] | None = None,
+) -> tuple[SchedulePlan, str]:  # fmt: skip
     """The plan, and a line that says why it was taken.
 
     gpu: a name of `configs/hardware`, None: a CPU, or a GPU that no file names. Of several plans made for the same
     model and GPU, the one whose share of decode rows, then whose number of rows, is nearest. Where none was made for
     the precision of the weights, one for another is taken: its GEMMs have other lengths, its collectives the same.
+    among: what `plans_with_target` gives, for a caller that asks often.
     """
     if gpu is None:
         return load_plan(DEFAULT), f"plan {DEFAULT}: no plan is known for this device"
     wanted = Target.of(config, gpu, devices)
     alike = [
-        p for p in plans_with_target() if p.target and replace(p.target, quantization=config.quantization) == wanted
+        plan
+        for plan in (plans_with_target() if among is None else among)
+        if plan.target and replace(plan.target, quantization=config.quantization) == wanted
     ]
     exact = [plan for plan in alike if plan.target == wanted]
     option = f" --quantization {config.quantization}" if config.quantization else ""
