@@ -121,7 +121,7 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
             ok = fit is not None and fit.refused is None
             tokens.append(" / ".join(map(_short, fit.kv_tokens.values())) if fit is not None and ok else "-")
         weights = share.quantization or config.dtype
-        rows.append((str(share.devices), weights, f"{share.weight_bytes / GIB:.2f}", kv, *tokens))
+        rows.append((str(share.devices), weights, f"{share.weight_bytes / GIB:.4g}", kv, *tokens))
     plans: dict[str, list[str]] = {}
     for share in found:
         for gpu, fit in share.fits.items():
@@ -131,7 +131,7 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
     sizes, attention = _sizes(config), _attention(config)
     return "\n".join(
         [
-            f"{name}: family {config.family}, {config.num_params / 1e9:.3g} billion parameters, {config.dtype}; a "
+            f"{name}: family {config.family}, {_parameters(config.num_params)} parameters, {config.dtype}; a "
             f"sequence has at most {config.max_length:,} tokens",
             f"mesh sizes that work: {', '.join(map(str, sizes))}",
             f"attention on Hopper: {'Mosaic GPU kernels' if attention is None else f'plain XLA: {attention}'}",
@@ -145,6 +145,10 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
             *(f"  {plan}: {', '.join(where)}" for plan, where in sorted(plans.items())),
         ]
     )
+
+
+def _parameters(count: int) -> str:
+    return f"{count / 1e9:.3g} billion" if count >= 1e9 else f"{count / 1e6:.3g} million"
 
 
 def _short(tokens: int) -> str:
