@@ -72,6 +72,7 @@ class LLM:
         elif options.plan == AUTO:
             rows = (options.tokens_per_step, options.decode_slots, options.deterministic)
             self.plan = auto_plan(self.config, self.mesh.devices.flat[0], self.mesh.size, *rows)
+            self._hint(options)
         else:
             self.plan = load_plan(str(options.plan))
         self.tokenizer = Tokenizer(options.tokenizer or folder)
@@ -82,6 +83,16 @@ class LLM:
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
         self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
+
+    def _hint(self, options: LLMOptions) -> None:
+        """One line where the same GPUs are predicted to be much faster in another layout."""
+        device = self.mesh.devices.flat[0]
+        if device.platform == "gpu" and not options.deterministic:
+            from nanoflow_jax.search.layouts import faster_layout
+
+            hint = faster_layout(str(self.folder), self.config, device, self.mesh.size, options.kv_cache_dtype)
+            if hint is not None:
+                logger.warning("layout: %s", hint)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True

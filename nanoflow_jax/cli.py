@@ -10,7 +10,20 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nanoflow_jax.commands import batch, bench, convert, eval, generate, inspect, lm_eval, profile, search, simulate
+from nanoflow_jax.commands import (
+    batch,
+    bench,
+    convert,
+    eval,
+    generate,
+    inspect,
+    layouts,
+    lm_eval,
+    models,
+    profile,
+    search,
+    simulate,
+)
 from nanoflow_jax.commands.options import Parser
 from nanoflow_jax.system.platform import UTILIZATION, claim_gpu_memory
 from nanoflow_jax.version import __version__
@@ -20,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="nanoflow", description=__doc__)
     parser.add_argument("--version", action="version", version=f"nanoflow_jax {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (generate, convert, inspect, bench, lm_eval, batch, eval, simulate, search, profile):
+    for command in (
+        generate, convert, models, layouts, inspect, bench, lm_eval, batch, eval, simulate, search, profile,
+    ):  # fmt: skip
         command.add(commands)
     args = parser.parse_args(arguments)
     args.arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -141,10 +141,14 @@ def hardware_of(device: Any) -> Hardware | None:
     return hardware_of_device(device.device_kind) if device.platform == "gpu" else None
 
 
+def known_hardware() -> list[Hardware]:
+    """All of `configs/hardware`, by name."""
+    return [load_hardware(path) for path in sorted((configs_root() / "hardware").glob("*.toml"))]
+
+
 def hardware_of_device(kind: str) -> Hardware | None:
     """The hardware file of a GPU that JAX calls `kind`; None when no file names it."""
-    for path in sorted((configs_root() / "hardware").glob("*.toml")):
-        hardware = load_hardware(path)
+    for hardware in known_hardware():
         if hardware.device_name.startswith(kind) or kind.startswith(hardware.device_name):
             return hardware
     return None

@@ -136,6 +136,7 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
     import jax
 
     config = read_config(folder / "config.json")
+    config = replace(config, quantization=args.quantization or config.quantization)
     rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
     return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.plan.known import named_plan
 
     config, hardware = model_config(args.model)[1], load_hardware(args.gpu)
+    config = replace(config, quantization=args.quantization or config.quantization)
     plans = [  # a misspelt one is found out before the others are compiled
         named_plan(plan, config, hardware.name, args.devices, args.tokens, args.decode_tokens)
         for plan in (args.plan, *args.compare)

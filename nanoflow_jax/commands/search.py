@@ -63,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.search.predict import kv_capacity
     from nanoflow_jax.search.search import GRID, Space, search
     from nanoflow_jax.search.simulate import simulate_step
+    from nanoflow_jax.step.attention import page_dtype
 
     check_outputs(args.output)
     if args.output and (not args.output.endswith(".toml") or Path(args.output).exists()):
@@ -73,7 +74,10 @@ def _run(args: argparse.Namespace) -> int:
     gpu, rows, quantum = model.hardware.name, args.tokens_per_step, row_quantum(args.devices)
     if rows % quantum or rows < 2 * quantum:
         raise ConfigError(f"--tokens-per-step: {rows} is not accepted; expected a multiple of {quantum}")
-    capacity = kv_capacity(config, load_plan("sequential"), model.hardware, args.devices, rows)
+    capacity = kv_capacity(
+        config, load_plan("sequential"), model.hardware, args.devices, rows, kv_cache_dtype=args.kv_cache_dtype,
+        request=demand.request,
+    )  # fmt: skip
     if capacity < 1:
         raise ConfigError(f"devices: the weights of {model_name} do not fit on {args.devices} x {gpu}")
     load = demand.step(rows, capacity, quantum=quantum)
@@ -87,25 +91,33 @@ def _run(args: argparse.Namespace) -> int:
         load = replace(load, decode_rows=decode, prefill_rows=rows - decode)
     if args.context:
         load = StepLoad(load.decode_rows, load.prefill_rows, args.context, args.context)
-    name = args.name or (Path(args.output).stem if args.output else f"auto_{model_name}_{args.devices}x{gpu}")
+    weights = f"_{config.quantization}" if config.quantization else ""
+    name = args.name or (Path(args.output).stem if args.output else f"auto_{model_name}_{args.devices}x{gpu}{weights}")
 
+    item = page_dtype(config, args.kv_cache_dtype).itemsize
     started = time.monotonic()
     space = replace(Space.of(args.devices), batches=tuple(sorted(set(args.nano_batches))))
     if args.no_lanes:
         space = replace(space, shares=())
     with _Bar(not args.quiet) as bar:
-        found = search(name, config, model, args.devices, load, space=space, workers=args.workers, progress=bar.report)
+        found = search(
+            name, config, model, args.devices, load,
+            space=space, workers=args.workers, page_bytes=item, progress=bar.report,
+        )  # fmt: skip
     seconds = time.monotonic() - started
 
     plan = found.plan
     baselines = BASELINES if args.devices > 1 else BASELINES_OF_ONE
-    steps = {p.name: simulate_step(p, config, model, args.devices, load) for p in (plan, *map(load_plan, baselines))}
+    steps = {
+        p.name: simulate_step(p, config, model, args.devices, load, page_bytes=item)
+        for p in (plan, *map(load_plan, baselines))
+    }
     batches = ", ".join(
         f"{b.rows} rows {b.attention_output}" if args.devices > 1 else f"{b.rows} rows" for b in plan.nano_batches
     )
     plan = replace(
         plan,
-        description=f"searched for {model_name} on {args.devices} x {gpu}: {batches}",
+        description=f"searched for {model_name}{weights.replace('_', ' in ')} on {args.devices} x {gpu}: {batches}",
         target=Target.of(config, gpu, args.devices),
     )
     remarks = explain(found, steps, load, capacity)
@@ -226,6 +238,8 @@ def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, load: StepL
         tokens=load.rows,
         decode_tokens=load.decode_rows,
         layers=4,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
     )
     print(compare([step]))
     for finding in step.report.findings:

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive
+from nanoflow_jax.commands.options import positive, table
 
 if TYPE_CHECKING:
     from nanoflow_jax.config import ModelConfig
@@ -51,7 +51,15 @@ def add(commands: Any) -> None:
 
 
 def add_target(p: Any) -> None:
-    """Options of model, GPU and workload, which `simulate` and `search` share."""
+    """Options of model, GPU, workload and precision, which `simulate` and `search` share."""
+    add_machine(p)
+    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
+    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
+    p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
+
+
+def add_machine(p: Any) -> None:
+    """Of these, what leaves open how the GPUs are used."""
     p.add_argument(
         "--model", default="llama-3.1-70b", help="'tiny', a name in configs/models, a config.json, or a folder with one"
     )
@@ -61,8 +69,6 @@ def add_target(p: Any) -> None:
     )
     p.add_argument("--profile", metavar="FILE", help="a table of nanoflow profile: its times wherever it has the op")
     p.add_argument("--allow-foreign", action="store_true", help="with --profile: also of another machine or version")
-    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
-    p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
     p.add_argument(
         "--workload",
         default="constant:1024:512",
@@ -71,15 +77,32 @@ def add_target(p: Any) -> None:
 
 
 def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
-    """The model's name and config, the latency model of its GPU, and the workload's demand. Raises ConfigError."""
+    """The model's name and config in the precision asked for, the latency model of its GPU, and the workload's demand.
+    Raises ConfigError."""
+    from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.parallel.mesh import check_divides
+    from nanoflow_jax.step.attention import check_quantization, page_dtype
+
+    name, config, model, demand = read_machine(args)
+    hardware, config = model.hardware, replace(config, quantization=args.quantization or config.quantization)
+    check_quantization(config, hardware.capability)
+    page_dtype(config, args.kv_cache_dtype)
+    check_divides(config, args.devices)
+    if args.devices > hardware.node_size:
+        raise ConfigError(
+            f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
+        )
+    return name, config, model, demand
+
+
+def read_machine(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyModel, Demand]:
+    """The same, of the options of `add_machine`."""
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.cost.demand import Demand
     from nanoflow_jax.cost.latency import RooflineModel
     from nanoflow_jax.hardware import load_hardware
     from nanoflow_jax.models.registry import model_config
-    from nanoflow_jax.parallel.mesh import check_divides
     from nanoflow_jax.profile.measured import load_profile
-    from nanoflow_jax.step.attention import check_quantization
     from nanoflow_jax.workload import load_workload
 
     name, config = model_config(args.model)
@@ -91,15 +114,7 @@ def read_target(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMode
         raise ConfigError("allow-foreign: it is about the table of --profile, which is needed too")
     else:
         model = RooflineModel(gpu or load_hardware(DEFAULT_GPU))
-    hardware, config = model.hardware, replace(config, quantization=args.quantization or config.quantization)
-    check_quantization(config, hardware.capability)
-    check_divides(config, args.devices)
-    if args.devices > hardware.node_size:
-        raise ConfigError(
-            f"devices: {args.devices} is not accepted; a node of {hardware.name} has 1 to {hardware.node_size}"
-        )
-    demand = Demand.of(load_workload(args.workload), config.max_position_embeddings)
-    return name, config, model, demand
+    return name, config, model, Demand.of(load_workload(args.workload), config.max_position_embeddings)
 
 
 def check_outputs(*paths: str | None) -> None:
@@ -118,7 +133,7 @@ def _run(args: argparse.Namespace) -> int:
 
     name, config, model, demand = read_target(args)
     rows = args.tokens_per_step or TOKENS_PER_STEP
-    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots)
+    load = average_step(config, model.hardware, args.devices, demand, rows, args.decode_slots, args.kv_cache_dtype)
     plans = [
         named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
         for plan in (args.plan, *args.compare)
@@ -127,6 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         predict(
             name, config, plan, model, args.devices, demand,
             tokens_per_step=args.tokens_per_step, decode_slots=args.decode_slots, runtime=args.runtime,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
         for plan in plans
     ]  # fmt: skip
@@ -153,8 +169,8 @@ def text(result: Throughput) -> str:
     limit = "; memory limits the requests" if kv.limits else ""
     return "\n".join(
         [
-            f"{result.model}, plan {s.plan.name}, {result.demand.name}, {s.devices} x {s.hardware}, "
-            f"{s.runtime} runtime: predicted from {result.latency_source}",
+            f"{result.model}{_precision(result)}, plan {s.plan.name}, {result.demand.name}, {s.devices} x "
+            f"{s.hardware}, {s.runtime} runtime: predicted from {result.latency_source}",
             f"{s.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, "
             f"{s.tokens_per_second_per_gpu / result.optimum:.1%} of the optimum {result.optimum:,.0f}; "
             f"bound by {inner.bound_by}",
@@ -166,6 +182,12 @@ def text(result: Throughput) -> str:
             f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
         ]
     )
+
+
+def _precision(result: Throughput) -> str:
+    """Where it is not the model's own."""
+    weights = f", {result.quantization} weights" if result.quantization else ""
+    return weights + (f", {result.kv_cache_dtype} pages" if result.kv_cache_dtype != "auto" else "")
 
 
 def compare(results: Sequence[Throughput]) -> str:
@@ -188,15 +210,12 @@ def compare(results: Sequence[Throughput]) -> str:
                 f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}",
             )
         )
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     s = first.simulation
     return "\n".join(
         [
-            f"{first.model}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: predicted from "
+            f"{first.model}{_precision(first)}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: "
+            "predicted from "
             f"{first.latency_source}",
-            *(
-                "  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-                for row in rows
-            ),
+            table(rows),
         ]
     )

@@ -99,6 +99,11 @@ class Demand:
         return load.decode_rows * self.held + (self.prefill_rows if load.prefill_rows else 0.0)
 
     @property
+    def request(self) -> int:
+        """Tokens of KV of the average request at its end."""
+        return round(self.prefill_rows + self.decode_rows)
+
+    @property
     def held(self) -> float:
         """By one request: its context, and half a page that is not full."""
         return self.decode_context + PAGE_SIZE / 2

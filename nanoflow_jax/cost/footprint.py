@@ -16,14 +16,20 @@ def weight_bytes(infos: ModelParams, devices: int) -> int:
     return sum(info.nbytes // (devices if AXIS in info.spec else 1) for info in leaves)
 
 
-def kv_bytes_per_token(config: ModelConfig, devices: int, item: int, context: float | None = None) -> float:
-    """Of one token in all layers; item: of one element of the pages. context: tokens of a sequence, by which layers
-    with a window keep no more than that holds; None: all are kept."""
-    kept = float(config.num_layers)
-    if context is not None:
-        windows = (layer.attention.window for layer in config.layers)
-        kept = sum(1.0 if window is None else min(1.0, window / context) for window in windows)
-    return _layer_bytes(config, devices, item) * kept
+def kv_bytes_per_token(config: ModelConfig, devices: int, item: int, context: int | None = None) -> float:
+    """Of one token, on one device; item: of one element of the pages. context: the mean over a request of so many
+    tokens; None: of one that all layers keep."""
+    if context is None:
+        return config.num_layers * _layer_bytes(config, devices, item)
+    return request_kv_bytes(config, devices, item, context) / context
+
+
+def request_kv_bytes(config: ModelConfig, devices: int, item: int, tokens: int) -> int:
+    """Of a request of so many tokens, on one device; item: of one element of the pages. Layers with a window keep no
+    more than that holds."""
+    windows = (layer.attention.window for layer in config.layers)
+    kept = sum(tokens if window is None else min(tokens, window) for window in windows)
+    return kept * _layer_bytes(config, devices, item)
 
 
 def page_bytes(config: ModelConfig, devices: int, page_size: int, item: int) -> int:

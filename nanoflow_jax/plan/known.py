@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import sys
 import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.plan.plan import SchedulePlan, Target, load_plan
@@ -13,27 +15,40 @@ AUTO, DEFAULT = "auto", "two_gather_one_reduce"
 
 
 def known_plan(
-    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int
-) -> tuple[SchedulePlan, str]:
+    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int,
+    among: Sequence[SchedulePlan] | None = None,
+) -> tuple[SchedulePlan, str]:  # fmt: skip
     """The plan, and a line that says why it was taken.
 
     gpu: a name of `configs/hardware`, None: a CPU, or a GPU that no file names. Of several plans made for the same
-    model and GPU, the one whose share of decode rows, then whose number of rows, is nearest.
+    model and GPU, the one whose share of decode rows, then whose number of rows, is nearest. Where none was made for
+    the precision of the weights, one for another is taken: its GEMMs have other lengths, its collectives the same.
+    among: what `plans_with_target` gives, for a caller that asks often.
     """
     if gpu is None:
         return load_plan(DEFAULT), f"plan {DEFAULT}: no plan is known for this device"
     wanted = Target.of(config, gpu, devices)
-    found = [plan for plan in plans_with_target() if plan.target == wanted]
-    if not found:
-        why = f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search finds one"
+    alike = [
+        plan
+        for plan in (plans_with_target() if among is None else among)
+        if plan.target and replace(plan.target, quantization=config.quantization) == wanted
+    ]
+    exact = [plan for plan in alike if plan.target == wanted]
+    option = f" --quantization {config.quantization}" if config.quantization else ""
+    if not alike:
+        why = f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search{option} finds one"
         return load_plan(DEFAULT), why
 
     def distance(plan: SchedulePlan) -> tuple[float, float]:
         rows, decode = plan.tokens_per_step or tokens_per_step, plan.decode_tokens or 0
         return abs(decode / rows - decode_slots / tokens_per_step), abs(rows - tokens_per_step)
 
-    best = min(found, key=lambda plan: (*distance(plan), plan.name))
-    return best, f"plan {best.name}: searched for this model on {devices} x {gpu} ({best.description})"
+    best = min(exact or alike, key=lambda plan: (*distance(plan), plan.name))
+    why = f"plan {best.name}: searched for this model on {devices} x {gpu} ({best.description})"
+    if not exact:
+        weights = config.quantization or config.dtype
+        why += f"; none is known for weights in {weights}: nanoflow search{option} finds one"
+    return best, why
 
 
 def named_plan(

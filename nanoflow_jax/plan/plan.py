@@ -32,6 +32,7 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     num_layers = 80
     num_heads = 64
     num_kv_heads = 8
+    quantization = "fp8"              # only where the layers' weights are
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class Lane:
 
 @dataclass(frozen=True)
 class Target:
-    """What a plan was made for: a GPU and the sizes of a model."""
+    """What a plan was made for: a GPU, the sizes of a model, and the precision of its layers' weights where that is not
+    the activations'."""
 
     gpu: str
     devices: int
@@ -86,6 +88,7 @@ class Target:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    quantization: str | None = field(default=None, repr=False)  # the plan does the same: its digests stay
 
     @staticmethod
     def of(config: ModelConfig, gpu: str, devices: int) -> Target:
@@ -274,10 +277,14 @@ def _lane(name: str, value: Any) -> Lane:
 
 def _target(value: Any) -> Target:
     table = _typed("for", value, dict)
-    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target)}
-    if odd := sorted(set(table) ^ set(wanted)):
-        raise ConfigError(f"for.{odd[0]}: the table [for] holds exactly {', '.join(wanted)}")
-    return Target(**{name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()})
+    quantization = table.get("quantization")
+    if quantization not in (None, "fp8"):
+        raise ConfigError(f"for.quantization: {quantization!r} is not accepted; expected 'fp8', or no such line")
+    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target) if f.name != "quantization"}
+    if odd := sorted(set(table) - {"quantization"} ^ set(wanted)):
+        raise ConfigError(f"for.{odd[0]}: the table [for] holds {', '.join(wanted)}, and quantization where it is fp8")
+    sizes = {name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()}
+    return Target(**sizes, quantization=quantization)
 
 
 def _check(plan: SchedulePlan) -> None:

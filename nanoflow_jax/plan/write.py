@@ -26,5 +26,6 @@ def plan_toml(plan: SchedulePlan, remarks: list[str]) -> str:
     for op, lane in plan.lanes.items():
         lines += ["", f"[lanes.{op}]", f"stream = {lane.stream}", *([f"sms = {lane.sms}"] if lane.sms else [])]
     if plan.target:
-        lines += ["", "[for]", *(f"{name} = {json.dumps(value)}" for name, value in asdict(plan.target).items())]
+        told = {name: value for name, value in asdict(plan.target).items() if value is not None}
+        lines += ["", "[for]", *(f"{name} = {json.dumps(value)}" for name, value in told.items())]
     return "\n".join(lines) + "\n"

@@ -9,13 +9,14 @@ from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import Demand, StepLoad
-from nanoflow_jax.cost.footprint import kv_bytes_per_token, weight_bytes
+from nanoflow_jax.cost.footprint import request_kv_bytes, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel
 from nanoflow_jax.cost.shapes import BYTES, optimum
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum
 from nanoflow_jax.search.simulate import Simulation, simulate_step
+from nanoflow_jax.step.attention import page_dtype
 
 MEMORY_UTILIZATION = 0.9
 RESIDUALS = 32  # temporaries of a step, in residuals [rows, H]: the compiled steps of docs/results need 13 to 30
@@ -36,11 +37,14 @@ class KVRoom:
 class Throughput:
     """A plan on a workload.
 
+    quantization, kv_cache_dtype  of the layers' weights and of the KV pages, as `LLM` names them
     tokens_per_step  rows of the average step; decode_slots: those that decode, one per running request
     best             (tokens per step, decode slots, tokens/s/GPU) of the sizes tried, by throughput
     """
 
     model: str
+    quantization: str | None
+    kv_cache_dtype: str
     demand: Demand
     simulation: Simulation
     kv: KVRoom
@@ -74,6 +78,8 @@ class Throughput:
             "gpu": s.hardware,
             "devices": s.devices,
             "plan": s.plan.name,
+            "quantization": self.quantization,
+            "kv_cache_dtype": self.kv_cache_dtype,
             "workload": self.demand.name,
             "runtime": s.runtime,
             "tokens_per_second_per_gpu": s.tokens_per_second_per_gpu,
@@ -97,23 +103,28 @@ class Throughput:
 
 def kv_capacity(
     config: ModelConfig, plan: SchedulePlan, hardware: Hardware, devices: int, rows: int,
-    utilization: float = MEMORY_UTILIZATION, context: float | None = None,
+    utilization: float = MEMORY_UTILIZATION, kv_cache_dtype: str = "auto", request: int = 1,
 ) -> int:  # fmt: skip
     """Tokens of KV that fit on `devices` GPUs beside weights and a step's temporaries; negative: the weights do not.
-    context: tokens of a request, of which layers with a window keep only some; None: all are kept."""
+
+    kv_cache_dtype: of the pages, as `LLM` takes it; request: tokens of one, by which a token is priced
+    """
     infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
-    width = BYTES[config.dtype]
     left = hardware.memory_bytes * utilization - weight_bytes(infos, devices)
-    temporaries = RESIDUALS * rows * config.hidden_size * width
-    return int((left - temporaries) // kv_bytes_per_token(config, devices, width, context))
+    temporaries = RESIDUALS * rows * config.hidden_size * BYTES[config.dtype]
+    item = page_dtype(config, kv_cache_dtype).itemsize
+    return int((left - temporaries) * request // request_kv_bytes(config, devices, item, request))
 
 
 def average_step(
-    config: ModelConfig, hardware: Hardware, devices: int, demand: Demand, rows: int, decode_slots: int | None = None
-) -> StepLoad:
+    config: ModelConfig, hardware: Hardware, devices: int, demand: Demand, rows: int, decode_slots: int | None = None,
+    kv_cache_dtype: str = "auto",
+) -> StepLoad:  # fmt: skip
     """A step of at most `rows` rows, as workload and memory allow it, for any plan that keeps one layout of O."""
     plain = SchedulePlan("plain", (NanoBatch(None, "reduce"),))
-    capacity = kv_capacity(config, plain, hardware, devices, rows, context=demand.held)
+    capacity = kv_capacity(
+        config, plain, hardware, devices, rows, kv_cache_dtype=kv_cache_dtype, request=round(demand.held)
+    )
     return demand.step(rows, capacity, decode_slots, row_quantum(devices))
 
 
@@ -128,23 +139,26 @@ def predict(
     tokens_per_step: int | None = None,
     decode_slots: int | None = None,
     runtime: str = "library",
+    kv_cache_dtype: str = "auto",
     sizes: Sequence[int] = STEP_SIZES,
 ) -> Throughput:
     """name: of the model, for the report; tokens_per_step: None is the plan's own; decode_slots: None is what the
     workload and the memory allow. Raises ConfigError when the model does not fit."""
     rows = tokens_per_step or plan.tokens_per_step or TOKENS_PER_STEP
+    item = page_dtype(config, kv_cache_dtype).itemsize
 
     def at(rows: int) -> tuple[Simulation, KVRoom]:
-        capacity = kv_capacity(config, plan, model.hardware, devices, rows, context=demand.held)
-        longest = demand.prefill_rows + demand.decode_rows
-        if capacity < longest:
+        capacity = kv_capacity(
+            config, plan, model.hardware, devices, rows, kv_cache_dtype=kv_cache_dtype, request=round(demand.held)
+        )
+        if capacity < demand.request:
             raise ConfigError(
                 f"devices: the weights of {name} leave room for {max(0, capacity)} tokens of KV on {devices} x "
-                f"{model.hardware.name}, and a request has {longest:.0f}; accepted: more GPUs, or larger ones"
+                f"{model.hardware.name}, and a request has {demand.request}; accepted: more GPUs, or larger ones"
             )
         wanted = demand.step(rows, decode_slots=decode_slots, quantum=row_quantum(devices))
         load = demand.step(rows, capacity, decode_slots, row_quantum(devices))
-        simulation = simulate_step(plan, config, model, devices, load, runtime=runtime)
+        simulation = simulate_step(plan, config, model, devices, load, runtime=runtime, page_bytes=item)
         return simulation, KVRoom(capacity, round(demand.resident(load)), load.decode_rows < wanted.decode_rows)
 
     simulation, kv = at(rows)
@@ -156,6 +170,8 @@ def predict(
     load = tried[best].load
     return Throughput(
         name,
+        config.quantization,
+        kv_cache_dtype,
         demand,
         simulation,
         kv,
@@ -175,7 +191,7 @@ def context_grid(
         rows, prefill = [], round(count * prefill_share / (1 - prefill_share) / quantum) * quantum
         for context in contexts:
             fits = count * context <= kv_capacity(
-                config, plan, model.hardware, devices, count + prefill, context=context
+                config, plan, model.hardware, devices, count + prefill, request=max(1, context)
             )
             load = StepLoad(count, prefill, context, context / 2)
             rate = simulate_step(plan, config, model, devices, load, runtime=runtime).tokens_per_second_per_gpu

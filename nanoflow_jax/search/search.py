@@ -123,13 +123,15 @@ def search(
     *,
     space: Space | None = None,
     workers: int = 1,
+    page_bytes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Found:
     """name: of the plan; load: of the step that it is for; workers: processes, which do not change the result (more
-    than one needs a main module that can be imported, as `multiprocessing` says); progress: called with (structures
-    done, all). Raises ConfigError for a load that leaves nothing to cut."""
+    than one needs a main module that can be imported, as `multiprocessing` says); page_bytes: of an element of the KV
+    pages, None: as the activations; progress: called with (structures done, all). Raises ConfigError for a load that
+    leaves nothing to cut."""
     space = space or Space.of(devices)
-    finder = Finder(name, config, model, devices, load, space)
+    finder = Finder(name, config, model, devices, load, space, page_bytes)
     structures = list(finder.structures())
     if not structures:
         raise ConfigError(f"search: {load.rows} rows cannot be cut as asked; accepted: fewer nano-batches, more rows")
@@ -181,10 +183,13 @@ class _Orders:
 class Finder:
     """Structures of a space, their bounds and the best of them; arguments: see `search`."""
 
-    def __init__(self, name: str, config: ModelConfig, model: LatencyModel, devices: int, load: StepLoad, space: Space):
+    def __init__(
+        self, name: str, config: ModelConfig, model: LatencyModel, devices: int, load: StepLoad, space: Space,
+        page_bytes: int | None = None,
+    ):  # fmt: skip
         self.name, self.model, self.devices = name, model, devices
         self.load, self.space = load, space
-        self.costs = OpCosts(model, Shapes.of(config, devices), load, layer_windows(config))
+        self.costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
         self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
         self.speeds = Speeds(model)
         self.bounds: dict[tuple, float] = {}

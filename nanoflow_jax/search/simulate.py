@@ -85,16 +85,17 @@ def simulate_step(
     runtime: str = "library",
     shares: Shares | None = None,
     layers: int | None = None,
+    page_bytes: int | None = None,
 ) -> Simulation:
-    """layers: how many are simulated (at least 4, or all), None: enough; runtime, shares: see `jobs`. Raises
-    ConfigError."""
+    """layers: how many are simulated (at least 4, or all), None: enough; runtime, shares: see `jobs`; page_bytes: of an
+    element of the pages, None: as the activations. Raises ConfigError."""
     period = len(config.pattern)
     layers = min(config.num_layers, layers or 2 + -(-INNER // period) * period + 1)
     if layers < min(config.num_layers, 4):
         raise ConfigError(f"layers: {layers} is not accepted; a steady state needs at least 4")
     hardware = model.hardware
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
-    costs = OpCosts(model, Shapes.of(config, devices), load, layer_windows(config))
+    costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
     jobs = build_jobs(plan, costs, layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
     totals = add_up(played, devices)

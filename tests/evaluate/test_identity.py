@@ -44,12 +44,16 @@ def write(path: Path, lines: list[Json]) -> None:
 
 
 def test_the_manifest_names_the_plan_that_runs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What plan="auto" takes on the GPUs that are there, when nothing asks for bitwise the same."""
+    """What plan="auto" takes on the GPUs that are there for such weights, when nothing asks for bitwise the same."""
     gpus, plan = load_hardware("h200"), load_plan("sequential")
     asked: list[tuple[Any, ...]] = []
-    flags = [flag for flag in FLAGS if flag != "--deterministic"]
+    flags = [*(flag for flag in FLAGS if flag != "--deterministic"), "--quantization", "fp8"]
     monkeypatch.setattr(api, "hardware_of", lambda _: gpus)
-    monkeypatch.setattr(api, "known_plan", lambda *sizes: (asked.append(sizes[1:]), (plan, "it is known"))[1])
+    monkeypatch.setattr(
+        api,
+        "known_plan",
+        lambda config, *sizes: (asked.append((config.quantization, *sizes)), (plan, "it is known"))[1],
+    )
 
     class Chosen(Exception):
         pass
@@ -66,7 +70,7 @@ def test_the_manifest_names_the_plan_that_runs(cli: Cli, tmp_path: Path, monkeyp
     digest = hashlib.sha256(repr(plan).encode()).hexdigest()[:16]
     for path in (tmp_path / "out.jsonl", tmp_path / "eval" / "addition.samples.jsonl"):
         assert Manifest.read(manifest_path(path)).identity["plan"] == f"sequential {digest}"
-    assert asked == [("h200", 1, 40, 8)] * 2
+    assert asked == [("fp8", "h200", 1, 40, 8)] * 2
 
 
 def test_an_llm_takes_the_plan_that_the_manifest_names(monkeypatch: pytest.MonkeyPatch) -> None:
