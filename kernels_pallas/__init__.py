@@ -4,7 +4,8 @@ imports nothing from nanoflow_jax.
 Shapes, everywhere: R rows (one query token each), Hq query heads, Hkv KV heads (Hq a multiple; query heads of one KV
 head are neighbours), d head size, pages `[num_pages, Hkv, page_size, d]`: the tokens of one KV head in one page are
 contiguous, one tile for a bulk copy. A page table row lists a request's pages in order; its entries past the length
-are never used.
+are never used, and
+with a window (`window=`) neither are those of pages that no row sees.
 
 Pages hold bfloat16 (the XLA paths take any float), or float8_e4m3fn with one static scale per KV head: K is
 k_pages * k_scale[head], V is v_pages * v_scale[head], both [Hkv] float32 and given by the caller (per layer, say the

@@ -50,7 +50,7 @@ def decode_attention(
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     window      tokens that a row sees, its own included (a sliding window): [lengths[r] - window, lengths[r]); None is
-                all. Pages wholly below are not read, and their entries may be any in [0, N)
+                all. Pages wholly below may hold anything, and their entries may be any in [0, N)
     backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
                 128, at most 16 query heads per KV head (`kernels_pallas.targets` says which GPU has it)
 

@@ -2,8 +2,8 @@
 
 Runs on every device. Memory is bounded by one block of context, whatever the lengths; the loop ends at the longest
 length present. A block past a row's length changes nothing, bit for bit, so a row's answer does not depend on its
-neighbours' lengths. With a window, a tile's blocks begin at the first page that one of its rows sees: the loop is as
-long as the window, however long the contexts, and pages below are not read.
+neighbours' lengths. With a window, a tile's blocks begin with the first one that one of its rows sees: the loop is as
+long as the window, however long the contexts. What lies below the window in that block is masked.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ def attend_paged(
     tiles, n, q_heads, d = q.shape
     _, kv_heads, page_size, _ = k_pages.shape
     repeats = q_heads // kv_heads
+    pages = page_table.shape[1]
+    if window is not None:  # no larger than the windows of n neighbours
+        pages = min(pages, (window + n - 3) // page_size + 2)
+    block_pages = max(1, min(BLOCK_TOKENS // page_size, pages))
     if window is not None:
-        page_table, visible = _from_window(page_table, visible, window, page_size)
-    block_pages = max(1, min(BLOCK_TOKENS // page_size, page_table.shape[1]))
+        page_table, visible = _from_window(page_table, visible, window, page_size, block_pages)
     blocks = -(-page_table.shape[1] // block_pages)
     table = jnp.pad(page_table, ((0, 0), (0, blocks * block_pages - page_table.shape[1])))
     block = block_pages * page_size
@@ -95,13 +98,17 @@ def attend_paged(
     return unfold(out).astype(q.dtype), unfold(lse)[..., 0]
 
 
-def _from_window(page_table: jax.Array, visible: jax.Array, window: int, page_size: int) -> tuple[jax.Array, jax.Array]:
-    """`attend_paged`'s page_table and visible, both from the first page on that a row of the tile sees."""
-    width = page_table.shape[1]
-    lowest = jnp.where(visible > 0, jnp.maximum(visible - window, 0), width * page_size).min(axis=1)
-    begin = jnp.minimum(lowest // page_size, width - 1)
-    # As many pages as the windows of n neighbours may touch, whatever token of a page the first begins with.
-    width = min(width, (window + visible.shape[1] - 3) // page_size + 2)
-    page = jnp.minimum(begin[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], page_table.shape[1] - 1)
+def _from_window(
+    page_table: jax.Array, visible: jax.Array, window: int, page_size: int, block_pages: int
+) -> tuple[jax.Array, jax.Array]:
+    """`attend_paged`'s page_table and visible, both from the first block on that a row of the tile sees. Blocks stay
+    where they are in the context: a row's answer does not depend on where its tile begins."""
+    pages, block = page_table.shape[1], block_pages * page_size
+    lowest = jnp.where(visible > 0, jnp.maximum(visible - window, 0), pages * page_size).min(axis=1)
+    begin = jnp.minimum(lowest // block, (pages - 1) // block_pages) * block_pages
+    # As many blocks as the windows of n neighbours may touch, whatever token of a block the first begins with.
+    most = (window + visible.shape[1] - 3) // block + 2
+    width = min(most, -(-pages // block_pages)) * block_pages
+    page = jnp.minimum(begin[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], pages - 1)
     visible = jnp.maximum(visible - (begin * page_size)[:, None], 0)
     return jnp.take_along_axis(page_table, page, axis=1), visible

@@ -57,7 +57,7 @@ def prefill_attention(
     scale       multiplies the scores; 1 / sqrt(d) by default
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     window      tokens that a row sees, its own included (a sliding window): up to it from position - window + 1 on;
-                None is all. Pages wholly below every row's are not read, and their entries may be any in [0, N)
+                None is all. Pages wholly below every row's may hold anything, their entries be any in [0, N)
     backend     "xla" everywhere; "mosaic" on Hopper: q and pages of bf16, page size 64, head size 64 or 128
                 (`kernels_pallas.targets` says which GPU has it)
 

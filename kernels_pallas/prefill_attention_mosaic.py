@@ -8,8 +8,8 @@ otherwise 64 tokens x 2 heads, or 128 tokens of one.
 Technique (FlashAttention-3, Shah et al. 2024): P stays in registers as wgmma's A operand; the scores of a step and the
 values of the step before are multiplied together while the softmax runs; the two warpgroups take turns to issue their
 products, so that one's softmax runs beside the other's. Steps go from the diagonal back to the first token: what needs
-a mask comes first. With a window, a tile's steps end with the page that holds the first key of its first row: no page
-before that is read, and the steps that its last row does not see whole have a mask again.
+a mask comes first. With a window, a tile's steps end with the one that holds the first key of its first row: no page
+before that key's is read, and the steps that its last row does not see whole have a mask again.
 
 The tiles depend on the packing, so XLA lists them, heaviest first, and programs take them in snake order.
 """

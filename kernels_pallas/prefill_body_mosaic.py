@@ -118,8 +118,11 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             kv_head, base = _div(head, plan.repeats), first_page[0]
 
             def in_table(page: jax.Array) -> jax.Array:
-                """Where a page of the tile's is in its segment's table."""
-                return page if plan.window is None else columns[PAGE] + page
+                """Where a page of the tile's steps is in its segment's table. Instead of one below the window, which
+                may hold anything, the one after it: the softmax masks it."""
+                if plan.window is None:
+                    return page
+                return jnp.maximum((columns[PAGE] & ~1) + page, columns[PAGE])
 
             @pl.when(steps > 0)
             def _() -> None:
@@ -226,6 +229,8 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             @pl.when(left < STEP)
             def _() -> None:
                 page_left = left - role * PAGE_SIZE
+                if plan.window is not None:  # the last page may stand where one below the window does
+                    page_left = jnp.where((role + _rem(columns[PAGE] + 1, 2) == 0) & (steps == 1), 0, page_left)
                 page = v_s.at[slot, pl.ds(role * PAGE_SIZE, PAGE_SIZE)]
                 pl.when(page_left < PAGE_SIZE)(lambda: _clear_tail(page, page_left))
                 plgpu.commit_smem()

@@ -93,7 +93,8 @@ def list_tiles(plan: Plan, row_starts: jax.Array, lengths: jax.Array) -> jax.Arr
     KEYS    tokens of context to read, of the LENGTH that the segment has
     SHIFT   what added to a token gives its position in the context
     PAGE    with a window, the page of the segment that holds the first key of the tile's first token: none before it is
-            read, and KEYS, LENGTH and SHIFT count from its beginning
+            read. KEYS, LENGTH and SHIFT count from the beginning of its step. Steps stay where they are in the context:
+            a row's answer does not depend on where its tile begins
     """
     starts = row_starts
     ends = jnp.concatenate([row_starts[1:], jnp.full((1,), plan.tokens, jnp.int32)])
@@ -112,11 +113,8 @@ def list_tiles(plan: Plan, row_starts: jax.Array, lengths: jax.Array) -> jax.Arr
     length, pages = lengths[segment], ()
     if plan.window is not None:
         page = jnp.where(keys > 0, jnp.maximum(begin + shift - (plan.window - 1), 0) // PAGE_SIZE, 0)
-        keys, length, shift = (
-            jnp.maximum(keys - page * PAGE_SIZE, 0),
-            length - page * PAGE_SIZE,
-            shift - page * PAGE_SIZE,
-        )
+        before = page * PAGE_SIZE // STEP * STEP
+        keys, length, shift = jnp.maximum(keys - before, 0), length - before, shift - before
         pages = (page,)
     columns = (first, begin, end, keys, length, shift, jnp.minimum(segment, plan.segments - 1), *pages)
     work = (keys + STEP - 1) // STEP * 2 + (begin < end).astype(

@@ -106,6 +106,23 @@ def test_chunked_equals_whole() -> None:
         assert_rows_close(got[: stop - start], want[start:stop], "float32")
 
 
+def test_where_a_chunk_begins_does_not_matter() -> None:
+    """Bitwise, as deterministic mode needs it after a prefix hit: blocks are the same wherever a tile's rows begin."""
+    window, rng = 21, np.random.default_rng(9)
+    paged = make_paged(rng, [70], kv_heads=2, page_size=PAGE)
+    q = random_queries(rng, 40, 4)
+    _, *pages, table, lengths = decode_args(q, paged)
+    run = jax.jit(partial(prefill_attention, window=window))
+    answers = []
+    for first in (0, 4, 12, 28):
+        rows = jnp.zeros_like(q).at[: 40 - first].set(q[first:])
+        answers.append(
+            run(rows, *pages, table, jnp.array([0, 40 - first], jnp.int32), lengths)[30 - first : 40 - first]
+        )
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
+
+
 def test_a_row_does_not_depend_on_its_neighbours() -> None:
     """Bitwise, though with a window rows begin with different pages."""
     q, paged = decode_inputs(21)
