@@ -224,6 +224,7 @@ def _sizes(
         heads = Heads(
             q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
             head_dim=config.head_dim, fp8=pages == FP8, hidden=config.hidden_size,
+            windows=tuple(sorted({w for w in sizes.tables.windows if w is not None})),
         )  # fmt: skip
         check_mosaic_kernels(backends, heads, mesh.local_devices[0])
     return sizes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +26,11 @@ class TextPart:
     def __init__(self, source: WeightSource):
         self._source = source
         self._stored = {_text_name(name): name for name in source.table if not name.startswith(_OTHERS)}
+        self.table: Mapping[str, TensorInfo] = {name: source.table[stored] for name, stored in self._stored.items()}
 
     @property
     def folder(self) -> Path:
         return self._source.folder
-
-    @cached_property
-    def table(self) -> Mapping[str, TensorInfo]:
-        return {name: self._source.table[stored] for name, stored in self._stored.items()}
 
     def read_slice(self, name: str, index: Index) -> np.ndarray:
         return self._source.read_slice(self._stored[name], index)
