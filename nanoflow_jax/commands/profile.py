@@ -63,7 +63,8 @@ def _run(args: argparse.Namespace) -> int:
     here = hardware_of_device(jax.devices()[0].device_kind)
     if args.plan == "all":
         every = [load_plan(path.stem) for path in sorted((configs_root() / "plans").glob("*.toml"))]
-        plans = [plan for plan in every if plan.target is None or (here and plan.target.gpu == here.name)]
+        own = (here.name, config.quantization) if here else None
+        plans = [p for p in every if p.target is None or (p.target.gpu, p.target.quantization) == own]
     else:
         devices = args.devices or len(jax.devices())
         plans = [named_plan(args.plan, config, here.name if here else None, devices, args.tokens_per_step)]
