@@ -91,7 +91,7 @@ def test_kv_heads_are_replicated(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = json.loads((EMBEDDED["tiny"] / "config.json").read_text())
     for more, words in (
-        ({"architectures": ["Gemma3ForCausalLM"]}, "architectures: ['Gemma3ForCausalLM'] is not supported"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "architectures: ['Gemma2ForCausalLM'] is not supported"),
         ({"num_key_value_heads": 3}, "num_key_value_heads: 3 must divide"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(fields | more))
