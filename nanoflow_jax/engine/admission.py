@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from nanoflow_jax.engine.windows import Windows
+
 MEMORY = 256  # finished requests that count; older ones fade
 PRIOR_SHARE = 0.5  # of the tokens it may produce, before anything is known
 PRIOR_WEIGHT = 8
@@ -56,3 +58,30 @@ def peak_pages(remaining: np.ndarray, spare: np.ndarray, held: np.ndarray, page_
     taken = np.maximum(count * remaining - np.cumsum(spare) + count * (page_size - 1), 0) // page_size
     given_back = held.sum() - np.cumsum(held)
     return int(max(0, (taken * tables - given_back).max(initial=0)))
+
+
+def peak_growth(
+    remaining: np.ndarray, length: np.ndarray, filled: np.ndarray, held: np.ndarray, windows: Windows
+) -> int:
+    """The most pages in all tables, beyond those held now, that requests [n] will need at once.
+
+    remaining     [n] tokens that each will still produce
+    length        [n] tokens that it has
+    filled, held  [n, tables] entries up to which it has pages, and pages that it holds
+    """
+    size, all_held = windows.page_size, held.sum(axis=1)
+
+    def of(tables: np.ndarray) -> int:
+        """Where these tables grow with every page."""
+        if not tables.any():
+            return 0
+        spare = filled[:, tables].min(axis=1) * size - length
+        return peak_pages(remaining, spare, all_held, size, int(tables.sum()))
+
+    bound = of(np.ones_like(windows.whole))
+    if windows.whole.all():
+        return bound
+    # Those with a window stop growing: another bound, and the smaller one holds.
+    windowed = ~windows.whole
+    at_most = np.minimum((-(-(length + remaining) // size))[:, None], windows.kept[windowed])
+    return min(bound, of(windows.whole) + int(np.maximum(at_most - held[:, windowed], 0).sum()))

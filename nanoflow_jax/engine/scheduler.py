@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from nanoflow_jax.engine.admission import Expectation, peak_pages
-from nanoflow_jax.engine.pages import Key, PagePool, key_of_table, next_keys
+from nanoflow_jax.engine.admission import Expectation, peak_growth
+from nanoflow_jax.engine.pages import Key, PagePool, next_keys
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.slot_table import SlotTable
+from nanoflow_jax.engine.windows import Windows
 from nanoflow_jax.step.batch import StepShape
 
 
@@ -108,11 +109,7 @@ class Scheduler:
         self._most_prefill = max(s.prefill_rows for s in self.shapes)
         self._most_segments = max(s.prefill_segments for s in self.shapes)
         self.expectation = Expectation()
-        self._whole = np.array([window is None for window in self.windows])
-        # Pages that a sequence keeps while it decodes, at most.
-        self._window_pages = np.array(
-            [np.iinfo(np.int32).max if w is None else -(-(w - 1) // self.page_size) + 1 for w in self.windows]
-        )
+        self._windows = Windows(self.windows, self.page_size)
 
     @property
     def has_work(self) -> bool:
@@ -120,11 +117,6 @@ class Scheduler:
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)
-
-    def _pages_of(self, tokens: Any) -> Any:
-        """Pages of sequences of so many tokens [...] that decode, in all tables: at most."""
-        entries = -(-np.asarray(tokens) // self.page_size)
-        return np.minimum(entries[..., None], self._window_pages).sum(axis=-1)
 
     def add(self, request: Request) -> None:
         """Queues a request by its number. A new one goes to the end of what may be a long queue, one that was
@@ -161,20 +153,14 @@ class Scheduler:
         return np.flatnonzero((run.computed < run.length) & more & (run.computed >= run.prefill_end) & run.in_table)
 
     def _drop_pages(self) -> None:
-        """Gives back the pages below the window of the first row of the newest page: no row to come sees them, nor does
-        a request that goes on from the pages that are whole now. Steps in flight may still read them: they run before
-        whatever is written there."""
+        """Gives back the pages below windows. Steps in flight may still read them: they run before whatever is written
+        there."""
         run = self.running
-        for table, window in enumerate(self.windows):
-            if window is not None:
-                first = self._first_seen(run.computed // self.page_size * self.page_size, window)
-                slots = np.flatnonzero(first > run.dropped[:, table])
-                if len(slots):
-                    self.pool.release(run.drop(table, slots, np.minimum(first, run.filled[:, table])[slots]))
-
-    def _first_seen(self, position: Any, window: int) -> Any:
-        """The first entry of a page table that a row at `position` sees."""
-        return np.maximum(position - window + 1, 0) // self.page_size
+        for table in np.flatnonzero(~self._windows.whole).tolist():
+            first = self._windows.first_kept(table, run.computed)
+            slots = np.flatnonzero(first > run.dropped[:, table])
+            if len(slots):
+                self.pool.release(run.drop(table, slots, first[slots]))
 
     def _secure_pages(self, due: np.ndarray) -> np.ndarray:
         """Gives each due slot the pages of its next token, and each that prefills those of its next chunk; slots
@@ -182,7 +168,7 @@ class Scheduler:
         run = self.running
         lacking = np.zeros(run.filled.shape, np.int32)
         lacking[due] = (run.computed[due] // self.page_size + 1)[:, None] - run.filled[due]
-        if not self._whole.all():  # elsewhere a prompt has all its pages
+        if not self._windows.whole.all():  # elsewhere a prompt has all its pages
             slots = np.flatnonzero(run.active & (run.computed < run.prefill_end))
             lacking[slots] = self._chunk_entries(run.computed[slots], run.prefill_end[slots])[:, None]
             lacking[slots] -= run.filled[slots]
@@ -256,13 +242,13 @@ class Scheduler:
     def _try_admit(self, request: Request) -> int | None:
         run, pool, size = self.running, self.pool, self.page_size
         keys = self._keys(request)
-        count, hits = self._find(keys)
+        count, hits = self._windows.find(pool, keys)
         offloaded = 0
         if self.hooks.offloaded is not None and count < len(keys):
             offloaded = self.hooks.offloaded(keys[count:])
         end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
         chunk = int(self._chunk_entries(count * size, end))
-        lacking = np.where(self._whole, self.pages_for(len(request.tokens)), max(chunk, count)) - count
+        lacking = np.where(self._windows.whole, self.pages_for(len(request.tokens)), max(chunk, count)) - count
         shared = [page for pages in hits for page in pages]
         # Shared pages that nobody uses now will not be available any more.
         available = pool.num_available - sum(pool.is_kept(page) for page in shared)
@@ -290,28 +276,9 @@ class Scheduler:
             (count - len(old), np.concatenate([np.array(old, np.int32), new]))
             for old, new in zip(hits, parts, strict=True)
         ]
-        slot = run.enter(request, owned, found, end, biases, int(self._pages_of(request.max_length)))
+        slot = run.enter(request, owned, found, end, biases, self._windows.pages(request.max_length))
         self.hooks.enter(request)
         return slot
-
-    def _find(self, keys: list[Key]) -> tuple[int, list[list[int]]]:
-        """The longest prefix that a request can go on from: how many of `keys` it has, and of each table its pages, the
-        last of which is of the last key. Where layers have a window, they are those that the next row sees."""
-        of_tables = [[key_of_table(key, table) for key in keys] for table in range(len(self.windows))]
-        count, first = len(keys), [0] * len(of_tables)
-        for table in np.flatnonzero(self._whole).tolist():
-            count = len(self.pool.find(of_tables[table][:count]))
-        settled = False
-        while not settled:
-            settled = True
-            for table, window in enumerate(self.windows):
-                if window is not None:
-                    first[table] = int(self._first_seen(count * self.page_size, window))
-                    here = range(first[table], count)
-                    missing = next((i for i in reversed(here) if of_tables[table][i] not in self.pool), None)
-                    if missing is not None:  # it goes on before that page, at the latest
-                        count, settled = missing, False
-        return count, [self.pool.find(own[at:count]) for own, at in zip(of_tables, first, strict=True)]
 
     def _count(self, request: Request, cached: int, restored: int) -> None:
         stats = self.stats
@@ -333,36 +300,18 @@ class Scheduler:
         if run.num_running == 0:
             return True
         # First the cheap question: would there be enough if all became as long as they may?
-        growing = max(0, int(self._pages_of(request.max_length) - own.sum()))
+        growing = max(0, self._windows.pages(request.max_length) - int(own.sum()))
         if needed + growing + int(np.maximum(run.most_pages - run.num_pages, 0).sum()) <= available:
             return True
         slots = np.flatnonzero(run.active)
-
-        def with_own(values: np.ndarray, own: int) -> np.ndarray:
-            joined = np.empty(len(slots) + 1, np.int32)
-            joined[:-1], joined[-1] = values[slots], own
-            return joined
-
-        length = with_own(run.length, len(request.tokens))
-        prompt = with_own(run.prompt_length, request.prompt_length)
-        most = with_own(run.max_length, request.max_length)
-        held = with_own(run.num_pages, int(own.sum()))
-        left = self.expectation.remaining(length - prompt, most - prompt)
-
-        def growth(tables: np.ndarray) -> int:
-            """What growing of these tables takes beyond the pages that are held now."""
-            if not tables.any():
-                return 0
-            filled = with_own(run.filled[:, tables].min(axis=1), self.pages_for(len(request.tokens)))  # soon, at least
-            return peak_pages(left, filled * self.page_size - length, held, self.page_size, int(tables.sum()))
-
-        # Those below a window stop growing: two bounds, and the smaller one holds.
-        peak = growth(np.ones_like(self._whole))
-        if not self._whole.all():
-            room = np.minimum((-(-(length + left) // self.page_size))[:, None], self._window_pages[~self._whole])
-            there = np.vstack([(run.filled - run.dropped)[slots], own])[:, ~self._whole]
-            peak = min(peak, growth(self._whole) + int(np.maximum(room - there, 0).sum()))
-        return needed + peak <= available
+        entered = self.pages_for(len(request.tokens))  # soon, at least
+        length = np.append(run.length[slots], len(request.tokens))
+        produced = length - np.append(run.prompt_length[slots], request.prompt_length)
+        most = np.append(run.max_length[slots], request.max_length) - length + produced
+        filled = np.vstack([run.filled[slots], np.full_like(own, entered)])
+        held = np.vstack([(run.filled - run.dropped)[slots], own])
+        left = self.expectation.remaining(produced, most)
+        return needed + peak_growth(left, length, filled, held, self._windows) <= available
 
     # -- prefixes
 
@@ -393,15 +342,11 @@ class Scheduler:
         assert request is not None
         first, last = start // self.page_size, stop // self.page_size
         self._extend_keys(request, run.tokens[slot], last)
-        for table in range(len(self.windows)):
-            here = max(first, int(run.dropped[slot, table]))
-            keys = [key_of_table(key, table) for key in request.keys[here:last]]
-            self.pool.register(run.pages[slot, table, here:last].tolist(), keys)
+        self._windows.register(self.pool, run.pages[slot], run.dropped[slot], request.keys, first, last)
 
     def forget(self, request: Request) -> None:
         """What the request's pages hold is of no use to another."""
-        for table in range(len(self.windows)):
-            self.pool.forget([key_of_table(key, table) for key in request.keys])
+        self._windows.forget(self.pool, request.keys)
 
     # -- leaving
 
