@@ -136,13 +136,24 @@ def test_published_files(fields: dict[str, Any], billions: float, rope: RopeConf
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("llama_2_70b", 68.98), ("llama_3_1_8b", 8.03), ("llama_3_1_70b", 70.55)]
+    ("name", "billions", "kv_heads"),
+    [
+        ("llama_2_70b", 68.98, 8),
+        ("llama_3_1_8b", 8.03, 8),
+        ("llama_3_1_70b", 70.55, 8),
+        ("qwen2_5_32b", 32.76, 8),
+        ("qwen2_5_72b", 72.71, 8),
+        ("qwen3_32b", 32.76, 8),
+        ("mistral_large_2411", 122.61, 8),
+        ("olmo_3_32b", 32.23, 8),
+        ("gemma_3_27b", 27.01, 16),  # the text model
+    ],
 )
-def test_configs_of_the_repository(name: str, billions: float) -> None:
+def test_configs_of_the_repository(name: str, billions: float, kv_heads: int) -> None:
     """configs/models/*.json parse and have the published number of weights."""
     config = read_config(config_path("models", name))
     assert config.num_params / 1e9 == pytest.approx(billions, abs=0.006)
-    assert config.num_kv_heads == 8
+    assert config.num_kv_heads == kv_heads
 
 
 def test_defaults() -> None:

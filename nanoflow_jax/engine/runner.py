@@ -21,9 +21,10 @@ from nanoflow_jax.models.layout import ModelParams, page_tables
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Program, compile_step
+from nanoflow_jax.step.kernel_inputs import NO_PAGE
 from nanoflow_jax.step.sampler import StepOutput
 from nanoflow_jax.step.slots import StepInputs, pack
-from nanoflow_jax.step.trace import NO_PAGE, KVCache, StepState
+from nanoflow_jax.step.trace import KVCache, StepState
 from nanoflow_jax.system.progress import Progress
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock

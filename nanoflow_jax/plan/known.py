@@ -11,7 +11,7 @@ from dataclasses import replace
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.plan.plan import SchedulePlan, Target, load_plan
 
-AUTO, DEFAULT = "auto", "two_gather_one_reduce"
+AUTO, DEFAULT, UNCUT = "auto", "two_gather_one_reduce", "sequential"
 
 
 def known_plan(
@@ -22,27 +22,36 @@ def known_plan(
 
     gpu: a name of `configs/hardware`, None: a CPU, or a GPU that no file names. Of several plans made for the same
     model and GPU, the one whose share of decode rows, then whose number of rows, is nearest. Where none was made for
-    the precision of the weights, one for another is taken: its GEMMs have other lengths, its collectives the same.
+    the precision of the weights, one for another is taken: its GEMMs have other lengths, its collectives the same. Nor
+    for the model: one that was searched for another on this GPU hides more than one that was not searched at all
+    (docs/search.md). One GPU has nothing to hide: there, nothing is cut.
     among: what `plans_with_target` gives, for a caller that asks often.
     """
     if gpu is None:
         return load_plan(DEFAULT), f"plan {DEFAULT}: no plan is known for this device"
     wanted = Target.of(config, gpu, devices)
-    alike = [
-        plan
-        for plan in (plans_with_target() if among is None else among)
-        if plan.target and replace(plan.target, quantization=config.quantization) == wanted
-    ]
-    exact = [plan for plan in alike if plan.target == wanted]
+    found = [(plan, plan.target) for plan in (plans_with_target() if among is None else among) if plan.target]
+    alike = [plan for plan, target in found if replace(target, quantization=config.quantization) == wanted]
+    exact = [plan for plan, target in found if target == wanted]
     option = f" --quantization {config.quantization}" if config.quantization else ""
-    if not alike:
-        why = f"plan {DEFAULT}: none is known for this model on {devices} x {gpu}; nanoflow search{option} finds one"
-        return load_plan(DEFAULT), why
+    unknown = f"none is known for this model on {devices} x {gpu}; nanoflow search{option} finds one"
+    others = [(plan, target) for plan, target in found if target.gpu == gpu and target.devices > 1]
+    if not alike and (devices == 1 or not others):
+        plan = load_plan(UNCUT if devices == 1 else DEFAULT)
+        return plan, f"plan {plan.name}: {unknown}"
 
     def distance(plan: SchedulePlan) -> tuple[float, float]:
         rows, decode = plan.tokens_per_step or tokens_per_step, plan.decode_tokens or 0
         return abs(decode / rows - decode_slots / tokens_per_step), abs(rows - tokens_per_step)
 
+    if not alike:
+
+        def strangeness(made: tuple[SchedulePlan, Target]) -> tuple[bool, bool]:
+            return made[1].devices != devices, made[1].quantization != config.quantization
+
+        nearest = min(map(strangeness, others))
+        best = min((made[0] for made in others if strangeness(made) == nearest), key=lambda p: (*distance(p), p.name))
+        return best, f"plan {best.name}: searched for another model or mesh on this GPU; {unknown}"
     best = min(exact or alike, key=lambda plan: (*distance(plan), plan.name))
     why = f"plan {best.name}: searched for this model on {devices} x {gpu} ({best.description})"
     if not exact:

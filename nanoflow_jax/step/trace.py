@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -34,6 +34,7 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.kernel_inputs import clip_segments, expected_context, kernel_inputs, pack_kqv, unpack_kqv
 from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, MLP, REDUCE, SCATTER, StepProgram, Update
 from nanoflow_jax.step.logprobs import score_rows
 from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_rows
@@ -66,7 +67,6 @@ _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "scale"
 _prefill_attention = jax.jit(prefill_attention, static_argnames=(*_STATIC, "scale"), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
 _add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
-NO_PAGE = 2**30  # beyond every pool, and so is the sum with a layer's first page
 
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
@@ -208,7 +208,7 @@ class Tracer:
         self.devices = collectives.device_count()
         backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
         self.options = backends.options(
-            spec.gpu, spec.expected_context or _expected_context(spec.shape, self.num_pages, cache.k.shape[2])
+            spec.gpu, spec.expected_context or expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
         # Only the Mosaic kernel has a lane: XLA's loop cannot leave SMs free, and a CPU has no streams.
         self.decode_lane = spec.plan.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
@@ -217,7 +217,7 @@ class Tracer:
             spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
         )
         self.inputs = [
-            _kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
+            kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
         self.order = IssueOrder(spec.enforce_order)
         self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -420,72 +420,7 @@ class Tracer:
         return self.order.wait(x)
 
 
-class _KernelInputs(NamedTuple):
-    """Of one page table. writes: of each KQV piece where its K and V go, pages and slots [n]; contexts: of each GEMV
-    piece its page table [n, M] and lengths [n]; prefill_table [S, M]. No layer of the table changes them."""
-
-    writes: dict[int, tuple[jax.Array, jax.Array]]
-    contexts: dict[int, tuple[jax.Array, jax.Array]]
-    prefill_table: jax.Array
-
-
-def _kernel_inputs(
-    pieces: tuple[OpPiece, ...], batch: StepBatch, shape: StepShape, table: int, num_pages: int
-) -> _KernelInputs:
-    """Computed, be it by a maximum that changes nothing: each is then an array of its own. A slice would be handed to
-    the kernels as an address inside the whole, and rows begin at multiples of 32 bytes where the kernels need 256.
-    """
-    writes, contexts = {}, {}
-    width, first = shape.pages_per_request, table * shape.rows
-    entries = slice(table * width, (table + 1) * width)
-    for piece in pieces:
-        rows = slice(piece.start, piece.stop)
-        if piece.op == "KQV":
-            pages = batch.write_pages[first + piece.start : first + piece.stop]
-            writes[piece.piece] = (
-                jnp.where(pages < num_pages, pages, NO_PAGE),
-                jnp.maximum(batch.write_slots[rows], 0),
-            )
-        elif piece.op == "GEMV":
-            contexts[piece.piece] = (
-                jnp.maximum(batch.decode_table[rows, entries], 0),
-                jnp.maximum(batch.decode_lengths[rows], 0),
-            )
-    whole = shape.tables == 1  # and then it begins where a kernel can read it
-    return _KernelInputs(
-        writes, contexts, batch.prefill_table if whole else jnp.maximum(batch.prefill_table[:, entries], 0)
-    )
-
-
-def _expected_context(shape: StepShape, num_pages: int, page_size: int) -> int:
-    """Tokens of context to expect of a row: what the pool gives each decode row, at most a whole page table."""
-    shared = num_pages * page_size // max(shape.decode_rows, 1)
-    return max(1, min(shared, shape.pages_per_request * page_size))
-
-
-def pack_kqv(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """One after another in one vector, so that one kernel makes all three, and those that read them take their part in
-    place."""
-    return jnp.concatenate([x.reshape(-1) for x in (q, k, v)])
-
-
-def unpack_kqv(packed: jax.Array, groups: int, heads: int, d: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [n, h, d], k and v [n, g, d]."""
-    rows = packed.size // ((heads + 2 * groups) * d)
-    first, second = rows * heads * d, rows * (heads + groups) * d
-    q, k, v = packed[:first], packed[first:second], packed[second:]
-    return q.reshape(rows, heads, d), k.reshape(rows, groups, d), v.reshape(rows, groups, d)
-
-
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
     update = whole_rows(update)
     return x + update if bias is None else x + update + bias[None, :]
-
-
-def clip_segments(starts: jax.Array, lengths: jax.Array, first: int, last: int) -> tuple[jax.Array, jax.Array]:
-    """Segments restricted to prefill rows [first, last): their row starts there, and each one's context after its
-    last row there."""
-    clipped = jnp.clip(starts, first, last)
-    cut_off = starts[1:] - clipped[1:]  # rows of the segment past `last`
-    return clipped - first, jnp.maximum(lengths - jnp.maximum(cut_off, 0), 0)

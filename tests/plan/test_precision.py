@@ -41,7 +41,7 @@ def test_auto_takes_the_plan_of_the_precision() -> None:
     [
         (FP8, "b200", 8, "auto_llama_3_1_70b_8xb200_d768", "fp8: nanoflow search --quantization fp8 finds one"),
         (BF16, "h100_sxm", 2, "auto_llama_3_1_70b_2xh100_sxm_fp8", "bfloat16: nanoflow search finds one"),
-        (FP8, "h200", 4, "two_gather_one_reduce", "4 x h200; nanoflow search --quantization fp8 finds one"),
+        (FP8, "h200", 4, "auto_llama_3_1_70b_8xh200_fp8", "4 x h200; nanoflow search --quantization fp8 finds one"),
     ],
 )
 def test_another_precision_is_better_than_none_and_says_so(

@@ -138,7 +138,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "not 2 x 1 bfloat16, 2 x 1 bfloat16 with fp8 pages: the weights do not fit" in lines
     assert main([*asked, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
-    assert data["predicted"] and {at["plan"] for at in data["layouts"]} >= {"sequential", "two_gather_one_reduce"}
+    assert data["predicted"] and {at["plan"] for at in data["layouts"]} >= {
+        "sequential",
+        "auto_llama_3_1_70b_8xh200_fp8",
+    }
     assert main([*asked, "--all"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > len(lines)
     for wrong, words in (
@@ -184,9 +187,9 @@ def test_no_hint(config: Any, device: Any, gpus: int, why: str) -> None:
 
 
 def test_a_hint_is_about_clear_gains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8B on eight A100: eight replicas are 1.7 times as fast."""
+    """8B on eight A100: eight replicas are 1.4 times as fast."""
     a100 = fake("NVIDIA A100-SXM4-80GB")
-    assert "1.7 times as fast" in str(faster_layout("m", SMALL, a100, 8))
+    assert "1.4 times as fast" in str(faster_layout("m", SMALL, a100, 8))
     monkeypatch.setattr(module, "CLEARLY", 1.8)
     assert faster_layout("m", SMALL, a100, 8) is None
 

@@ -108,10 +108,32 @@ def test_auto_finds_what_was_searched_for_the_device() -> None:
     assert "auto_llama_3_1_70b_8xh200" in why
     assert known_plan(model_config("llama_3_3_70b")[1], "h200", 8, 4096, 2304)[0] == plan
     assert known_plan(LLAMA, "h200", 8, 4096, 1024)[0].name == "auto_llama_3_1_70b_8xh200_d768"
-    for config, gpu, devices in ((LLAMA, "h200", 4), (replace(LLAMA, num_layers=32), "h200", 8), (LLAMA, None, 8)):
+    for config, gpu, devices, taken in (
+        (LLAMA, "h200", 4, "auto_llama_3_1_70b_8xh200"),
+        (replace(LLAMA, num_layers=32), "h200", 8, "auto_llama_3_1_70b_8xh200"),
+        (replace(LLAMA, num_layers=32), "h200", 1, "sequential"),
+        (LLAMA, None, 8, "two_gather_one_reduce"),
+        (LLAMA, "a GPU of the user's own", 8, "two_gather_one_reduce"),
+    ):
         plan, why = known_plan(config, gpu, devices, 2048, 1280)
-        assert plan.name == "two_gather_one_reduce"
-        assert "two_gather_one_reduce" in why
+        assert plan.name == taken
+        assert taken in why and (gpu is None or "nanoflow search finds one" in why)
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-72b", "qwen3-32b", "mistral-large-2411", "gemma-3-27b", "llama-3.1-8b"])
+@pytest.mark.parametrize(
+    ("gpu", "devices"), [("h200", 8), ("h200", 2), ("h100_sxm", 8), ("a100_sxm_80", 8), ("b200", 8)]
+)
+def test_a_plan_searched_for_another_model_is_better_than_none(model: str, gpu: str, devices: int) -> None:
+    """Than the plan that was taken before, and than one that hides nothing."""
+    config, latency = model_config(model)[1], RooflineModel(load_hardware(gpu))
+    load = StepLoad(1280, 768, 1024, 512)
+    plan, _ = known_plan(config, gpu, devices, load.rows, load.decode_rows)
+    found, default, uncut = (
+        simulate_step(p, config, latency, devices, load).us
+        for p in (plan, load_plan("two_gather_one_reduce"), load_plan("sequential"))
+    )
+    assert found < 0.97 * min(default, uncut)
 
 
 def test_auto_on_a_cpu_says_what_it_takes(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
