@@ -13,6 +13,7 @@ import hypothesis
 import jax
 import pytest
 
+from nanoflow_jax.step import compile as step_compile
 from nanoflow_jax.system.platform import without_compile_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,11 +26,20 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("busy")
 
 
+# LLVM's optimisations take a quarter of what an engine's steps on the CPU take to compile, and change no result beyond
+# rounding; steps for a GPU are compiled as users have them.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_options = step_compile.compiler_options
+step_compile.compiler_options = lambda platform, plan: FAST if platform == "cpu" else _options(platform, plan)
+
+LONG = ("test_notebooks.py", "test_gpu_session_whole.py", "test_families_on_gpus.py", "test_readme.py")  # few tests
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Notebooks first, then files with many tests: whole files go to test processes in this order, and a long one that
+    """Long files first, then those with many tests: whole files go to test processes in this order, and a long one that
     came last would leave the other processes idle."""
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name != "test_notebooks.py", -tests[item.path], str(item.path)))
+    items.sort(key=lambda item: (item.path.name not in LONG, -tests[item.path], str(item.path)))
 
 
 @pytest.fixture

@@ -87,11 +87,11 @@ def parse_config(fields: dict[str, Any]) -> ModelConfig:
 def _text_fields(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of the text model, with those beside it that are its own."""
     architectures, text = fields.get("architectures"), fields.get("text_config")
-    if not (isinstance(architectures, list) and len(architectures) == 1 and architectures[0] in WITH_VISION):
+    name = architectures[0] if isinstance(architectures, list) and len(architectures) == 1 else None
+    if not isinstance(name, str) or name not in WITH_VISION:
         return fields
-    if not isinstance(text, dict) or fields.get("model_type") != WITH_VISION[architectures[0]]:
-        known = WITH_VISION[architectures[0]]
-        raise ConfigError(f"text_config: {architectures[0]} needs one, beside model_type {known!r}")
+    if not isinstance(text, dict) or fields.get("model_type") != WITH_VISION[name]:
+        raise ConfigError(f"text_config: {name} needs one, beside model_type {WITH_VISION[name]!r}")
     beside = {k: v for k, v in fields.items() if k not in _OF_VISION | {"text_config", "architectures", "model_type"}}
     return {**beside, **text}
 
