@@ -136,7 +136,7 @@ def _predicted(
 ) -> Layout:
     """The layout with a plan. config: in its precision."""
     devices, pages = layout.devices, layout.kv_cache_dtype
-    room = kv_capacity(config, plan, model.hardware, devices, rows, kv_cache_dtype=pages, request=demand.request)
+    room = kv_capacity(config, plan, model.hardware, devices, rows, kv_cache_dtype=pages, request=round(demand.held))
     if room < demand.request:
         few = f"KV has room for {room:,} tokens, a request has {demand.request:,}"
         return replace(layout, plan=plan.name, refused=few if room > 0 else "the weights do not fit")
