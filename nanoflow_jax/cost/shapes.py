@@ -29,7 +29,7 @@ def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -
 @dataclass(frozen=True)
 class Shapes:
     """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of activations and head, weight_dtype of the
-    layers' weights, page_bytes of an element of the pages."""
+    layers' weights, page_bytes of an element of the pages; qk_norm and norms as the model has them."""
 
     hidden: int
     width: int  # of all query heads together, on all devices
@@ -43,6 +43,8 @@ class Shapes:
     page_bytes: int
     dtype: str
     weight_dtype: str
+    qk_norm: str | None
+    norms: str
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
@@ -60,6 +62,8 @@ class Shapes:
             page_bytes=page_bytes or BYTES[config.dtype],
             dtype=HLO_NAMES[config.dtype],
             weight_dtype=HLO_NAMES[config.quantization or config.dtype],
+            qk_norm=config.qk_norm,
+            norms=config.norms,
         )
 
     @property
@@ -111,6 +115,15 @@ class OpCosts:
         """Queries and keys are read and written."""
         s = self.shapes
         return self._elementwise(2 * rows * (s.q_heads + s.kv_heads) * s.head_dim)
+
+    def squares(self, rows: int) -> Prediction:
+        """Of norms of queries and keys: those of KQV's result are summed."""
+        s = self.shapes
+        return self._elementwise(rows * (s.q_heads + 2 * s.kv_heads) * s.head_dim)
+
+    def squares_reduction(self, rows: int) -> Prediction:
+        """Of whole projections: two sums per row, over all devices."""
+        return self.model.collective("all-reduce", rows * 2 * 4, self.shapes.devices)
 
     def append(self, rows: int) -> Prediction:
         s = self.shapes

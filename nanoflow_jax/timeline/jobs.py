@@ -211,7 +211,9 @@ class JobMaker:
     def add_and_norm(
         self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None
     ) -> tuple[Jobs, Jobs]:
-        done = self.run("elementwise", self.costs.norm(rows), x if update is None else update[0])
+        done = x if update is None else update[0]
+        for _ in range(2 if self.costs.shapes.norms == "both" else 1):
+            done = self.run("elementwise", self.costs.norm(rows), done)
         return done, done
 
     def add(self, rows: int, x: Jobs, update: Update[Jobs]) -> Jobs:
@@ -224,7 +226,14 @@ class JobMaker:
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
         self._gemm("KQV", piece.rows, *normed)
-        made = self.run("elementwise", self.costs.rope(piece.rows))
+        factors: Jobs = ()
+        if self.costs.shapes.qk_norm:
+            factors = self.run("elementwise", self.costs.squares(piece.rows))
+        if self.costs.shapes.qk_norm == "projection" and self.devices > 1:
+            summed, share = self.costs.squares_reduction(piece.rows), self.shares.network
+            job = Job(self.name, "collective", NETWORK, summed, factors, share, piece.rows * 8.0, "all-reduce")
+            factors = self._start(job)
+        made = self.run("elementwise", self.costs.rope(piece.rows), factors)
         self.made.append((piece.start, piece.stop, made))
         return made
 

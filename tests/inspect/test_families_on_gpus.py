@@ -6,7 +6,12 @@ from __future__ import annotations
 
 import pytest
 
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.inspect.step import inspect_step
+from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.search.simulate import simulate_step
 
 pytestmark = pytest.mark.aot
 
@@ -22,7 +27,7 @@ pytestmark = pytest.mark.aot
 )
 def test_an_inner_layer_is_as_planned(model: str, tokens: float, layers: int) -> None:
     """Nothing merged, copied, exposed or untraced in it; most of the network beside other work; and KV for 1280
-    requests of 1024 tokens, with room."""
+    requests of 1024 tokens, with room. The simulator says the same but for small kernels."""
     step = inspect_step(model, "h200", "nanoflow_70b", layers=layers)
     inner = step.inner_layer
     assert [f for f in step.report.findings if f.layer in range(1, layers - 1)] == []
@@ -30,3 +35,7 @@ def test_an_inner_layer_is_as_planned(model: str, tokens: float, layers: int) ->
     assert inner.collectives == 5, "GEMV.AG, O.AG; O.AR; and D.AR twice"
     assert step.memory.kv_tokens > tokens > 1280 * 1024
     assert step.attention_backend == "mosaic"
+    load = StepLoad(step.decode_tokens, step.tokens - step.decode_tokens, step.context, step.context)
+    config = model_config(model)[1]
+    simulated = simulate_step(load_plan("nanoflow_70b"), config, RooflineModel(step.hardware), 8, load)
+    assert inner.us == pytest.approx(simulated.inner.us, rel=0.025)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import Prediction, RooflineModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config, parse_config
 from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
@@ -279,3 +281,27 @@ def test_a_grid_leaves_out_what_does_not_fit() -> None:
     assert grid[0][0] is not None
     assert grid[1][1] is None
     assert kv_capacity(LLAMA, load_plan("sequential"), H200.hardware, 8, 2048) < 1280 * 65536
+
+
+def test_norms_and_windows_of_families_have_their_cost() -> None:
+    """Of one layer and one piece, beside LLaMA's jobs: sums of squares for norms of heads; of whole projections an
+    all-reduce, too; a second norm; and attention to no more than the window."""
+    plan, load = SchedulePlan("one", (NanoBatch(None, "reduce"),)), StepLoad(64, 0, 4096, 0)
+
+    def jobs(**changes: Any) -> list[Job]:
+        config = replace(SMALL, num_layers=1, **changes)
+        return list(build_jobs(plan, OpCosts(H200, Shapes.of(config, 8), load, layer_windows(config)), 1, SHARES))
+
+    def with_attention(**changes: Any) -> list[Job]:
+        (layer,) = SMALL.pattern
+        return jobs(pattern=(replace(layer, attention=replace(layer.attention, **changes)),))
+
+    def more(some: list[Job]) -> Counter[tuple[str, str]]:
+        return Counter((j.name, j.kind) for j in some) - Counter((j.name, j.kind) for j in jobs())
+
+    heads, whole = with_attention(qk_norm="head"), with_attention(qk_norm="projection")
+    assert list(more(heads)) == [("L0/KQV.1", "elementwise")]
+    assert sorted(more(whole)) == [("L0/KQV.1", "collective"), ("L0/KQV.1", "elementwise")]
+    assert sorted(more(jobs(norms="both"))) == [("L0/KQV.1", "elementwise"), ("L0/UG.1", "elementwise")]
+    attention = {w: next(j for j in with_attention(window=w) if j.kind == "attention") for w in (None, 8192, 512)}
+    assert attention[None].bytes == attention[8192].bytes == 8 * attention[512].bytes
