@@ -13,7 +13,6 @@ import hypothesis
 import jax
 import pytest
 
-from nanoflow_jax.step import compile as step_compile
 from nanoflow_jax.system.platform import without_compile_cache
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,12 +24,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("busy")
 
-
-# LLVM's optimisations take a quarter of what an engine's steps on the CPU take to compile, and change no result beyond
-# rounding; steps for a GPU are compiled as users have them.
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-_options = step_compile.compiler_options
-step_compile.compiler_options = lambda platform, plan: FAST if platform == "cpu" else _options(platform, plan)
 
 LONG = ("test_notebooks.py", "test_gpu_session_whole.py", "test_families_on_gpus.py", "test_readme.py")  # few tests
 

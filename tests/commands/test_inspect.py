@@ -67,7 +67,7 @@ def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (head,) = (line for line in out.splitlines() if line.startswith("layer "))
     assert head.split() == ["layer", "compute", "memory", "lost", "bubbles", "length"]
     assert "exposed" not in out and "Collectives" not in out
-    assert err.splitlines()[0].startswith("plan two_gather_one_reduce: none is known for this model on 1 x a100")
+    assert err.splitlines()[0].startswith("plan sequential: none is known for this model on 1 x a100")
     lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
     assert lanes == {"compute", "memory", "host"}
 
