@@ -166,23 +166,24 @@ class Scheduler:
         """Gives each due slot the pages of its next token, and each that prefills those of its next chunk; slots
         preempted for that are no longer due."""
         run = self.running
-        lacking = np.zeros(run.filled.shape, np.int32)
-        lacking[due] = (run.computed[due] // self.page_size + 1)[:, None] - run.filled[due]
+        slots, entries = due, run.computed[due] // self.page_size + 1
         if not self._windows.whole.all():  # elsewhere a prompt has all its pages
-            slots = np.flatnonzero(run.active & (run.computed < run.prefill_end))
-            lacking[slots] = self._chunk_entries(run.computed[slots], run.prefill_end[slots])[:, None]
-            lacking[slots] -= run.filled[slots]
-        lacking = np.maximum(lacking, 0)
+            prefilling = np.flatnonzero(run.active & (run.computed < run.prefill_end))
+            chunks = self._chunk_entries(run.computed[prefilling], run.prefill_end[prefilling])
+            slots, entries = np.append(slots, prefilling), np.append(entries, chunks)
+        lacking = np.maximum(entries[:, None] - run.filled[slots], 0)
+        some = lacking.any(axis=1)
+        slots, lacking = slots[some], lacking[some]
         while (pages := self.pool.allocate(int(lacking.sum()))) is None:
             victim = int(np.where(run.active, run.number, -1).argmax())
             self.preempt(victim)
-            due, lacking[victim] = due[due != victim], 0
+            due, left = due[due != victim], slots != victim
+            slots, lacking = slots[left], lacking[left]
         at = 0
         for table, counts in enumerate(lacking.T):
-            if len(slots := np.flatnonzero(counts)):
-                counts = counts[slots]
-                run.fill(table, slots, counts, pages[at : at + counts.sum()])
-                at += counts.sum()
+            total = int(counts.sum())
+            run.fill(table, slots, counts, pages[at : at + total])
+            at += total
         return due
 
     def _chunk_entries(self, computed: Any, end: Any) -> Any:
@@ -248,12 +249,13 @@ class Scheduler:
             offloaded = self.hooks.offloaded(keys[count:])
         end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
         chunk = int(self._chunk_entries(count * size, end))
-        lacking = np.where(self._windows.whole, self.pages_for(len(request.tokens)), max(chunk, count)) - count
+        entries = (self.pages_for(len(request.tokens)), max(chunk, count))  # of tables that keep all, and of others
+        lacking = [entries[window is not None] - count for window in self.windows]
         shared = [page for pages in hits for page in pages]
         # Shared pages that nobody uses now will not be available any more.
         available = pool.num_available - sum(pool.is_kept(page) for page in shared)
-        needed = int(lacking.sum())
-        own = lacking + [len(pages) for pages in hits]
+        needed = sum(lacking)
+        own = [new + len(old) for new, old in zip(lacking, hits, strict=True)]
         if needed > available or not self._fits_later(request, own, needed, available):
             self.stats.refused_for_pages += 1
             return None
@@ -271,11 +273,10 @@ class Scheduler:
         found = (count + restored) * size
         request.shared = found > 0
         self._count(request, count * size, restored * size)
-        parts = np.split(pages, np.cumsum(lacking)[:-1])
-        owned = [
-            (count - len(old), np.concatenate([np.array(old, np.int32), new]))
-            for old, new in zip(hits, parts, strict=True)
-        ]
+        owned, at = [], 0
+        for old, new in zip(hits, lacking, strict=True):
+            owned.append((count - len(old), np.concatenate([np.array(old, np.int32), pages[at : at + new]])))
+            at += new
         slot = run.enter(request, owned, found, end, biases, self._windows.pages(request.max_length))
         self.hooks.enter(request)
         return slot
@@ -290,7 +291,7 @@ class Scheduler:
             stats.prompt_tokens += request.prompt_length
             stats.cached_tokens += cached
 
-    def _fits_later(self, request: Request, own: np.ndarray, needed: int, available: int) -> bool:
+    def _fits_later(self, request: Request, own: list[int], needed: int, available: int) -> bool:
         """Whether, by what is expected of their lengths, all running requests and this one will find their pages. own:
         that it would enter with, of each table; of them, `needed` new ones.
 
@@ -300,7 +301,7 @@ class Scheduler:
         if run.num_running == 0:
             return True
         # First the cheap question: would there be enough if all became as long as they may?
-        growing = max(0, self._windows.pages(request.max_length) - int(own.sum()))
+        growing = max(0, self._windows.pages(request.max_length) - sum(own))
         if needed + growing + int(np.maximum(run.most_pages - run.num_pages, 0).sum()) <= available:
             return True
         slots = np.flatnonzero(run.active)
@@ -308,7 +309,7 @@ class Scheduler:
         length = np.append(run.length[slots], len(request.tokens))
         produced = length - np.append(run.prompt_length[slots], request.prompt_length)
         most = np.append(run.max_length[slots], request.max_length) - length + produced
-        filled = np.vstack([run.filled[slots], np.full_like(own, entered)])
+        filled = np.vstack([run.filled[slots], [entered] * len(own)])
         held = np.vstack([(run.filled - run.dropped)[slots], own])
         left = self.expectation.remaining(produced, most)
         return needed + peak_growth(left, length, filled, held, self._windows) <= available

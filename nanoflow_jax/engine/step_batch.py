@@ -22,7 +22,9 @@ def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes:
     inputs.token_ids[again] = running.tokens[slots[again], positions[again]]
     inputs.positions[:n] = positions
     write_pages = inputs.write_pages.reshape(running.pages.shape[1], -1)
-    write_pages[:, :n] = running.pages[slots, :, positions // page_size].T
+    places = positions // page_size
+    for table, of_table in enumerate(write_pages):
+        of_table[:n] = running.pages[slots, table, places]
     inputs.slots[:n] = slots
     row, first = shape.decode_rows, shape.decode_rows
     for segment, chunk in enumerate(step.prefill):

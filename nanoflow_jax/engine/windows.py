@@ -22,11 +22,13 @@ class Windows:
         self.of_tables, self.page_size = tuple(of_tables), page_size
         self.whole = np.array([window is None for window in of_tables])
         most = np.iinfo(np.int32).max
-        self.kept = np.array([most if w is None else -(-(w - 1) // page_size) + 1 for w in of_tables])
+        self._kept = [most if w is None else -(-(w - 1) // page_size) + 1 for w in of_tables]
+        self.kept = np.array(self._kept)
 
     def pages(self, tokens: int) -> int:
         """Of a sequence of so many tokens that decodes, in all tables, at most."""
-        return int(np.minimum(-(-tokens // self.page_size), self.kept).sum())
+        entries = -(-tokens // self.page_size)
+        return sum(min(entries, kept) for kept in self._kept)
 
     def first_kept(self, table: int, computed: Any) -> Any:
         """The first entry that is kept of sequences [...] with so many tokens computed: what the first row of the
@@ -39,7 +41,10 @@ class Windows:
     def find(self, pool: PagePool, keys: list[Key]) -> tuple[int, list[list[int]]]:
         """The longest prefix that a request can go on from: how many of `keys` it has, and of each table its pages, of
         which the last is of the last key."""
-        own = [[key_of_table(key, table) for key in keys] for table in range(len(self.of_tables))]
+        if self.of_tables == (None,):
+            pages = pool.find(keys)
+            return len(pages), [pages]
+        own = [_of_table(keys, table) for table in range(len(self.of_tables))]
         count = len(keys)
         for table in np.flatnonzero(self.whole).tolist():
             count = len(pool.find(own[table][:count]))
@@ -61,10 +66,15 @@ class Windows:
     ) -> None:
         """Makes entries [first, last) of a sequence findable, where it still has them. pages [tables, entries]; dropped
         [tables]: entries that it has given back; keys: of its entries."""
-        for table, start in enumerate(np.maximum(dropped, first).tolist()):
-            pool.register(pages[table, start:last].tolist(), [key_of_table(key, table) for key in keys[start:last]])
+        for table, gone in enumerate(dropped.tolist()):
+            start = max(gone, first)
+            pool.register(pages[table, start:last].tolist(), _of_table(keys[start:last], table))
 
     def forget(self, pool: PagePool, keys: Sequence[Key]) -> None:
         """What pages with these keys hold is of no use."""
         for table in range(len(self.of_tables)):
-            pool.forget([key_of_table(key, table) for key in keys])
+            pool.forget(_of_table(keys, table))
+
+
+def _of_table(keys: Sequence[Key], table: int) -> list[Key]:
+    return [key_of_table(key, table) for key in keys] if table else list(keys)
