@@ -171,19 +171,20 @@ class Scheduler:
             prefilling = np.flatnonzero(run.active & (run.computed < run.prefill_end))
             chunks = self._chunk_entries(run.computed[prefilling], run.prefill_end[prefilling])
             slots, entries = np.append(slots, prefilling), np.append(entries, chunks)
-        lacking = np.maximum(entries[:, None] - run.filled[slots], 0)
-        some = lacking.any(axis=1)
-        slots, lacking = slots[some], lacking[some]
-        while (pages := self.pool.allocate(int(lacking.sum()))) is None:
+        wanted, total = [], 0
+        for table in range(len(self.windows)):
+            counts = entries - run.filled[slots, table]
+            lacking = np.flatnonzero(counts > 0)
+            if len(lacking):
+                wanted.append((table, slots[lacking], counts[lacking]))
+                total += int(counts[lacking].sum())
+        if (pages := self.pool.allocate(total)) is None:
             victim = int(np.where(run.active, run.number, -1).argmax())
             self.preempt(victim)
-            due, left = due[due != victim], slots != victim
-            slots, lacking = slots[left], lacking[left]
+            return self._secure_pages(due[due != victim])
         at = 0
-        for table, counts in enumerate(lacking.T):
-            total = int(counts.sum())
-            run.fill(table, slots, counts, pages[at : at + total])
-            at += total
+        for table, lacking, counts in wanted:
+            run.fill(table, lacking, counts, pages[at : (at := at + int(counts.sum()))])
         return due
 
     def _chunk_entries(self, computed: Any, end: Any) -> Any:

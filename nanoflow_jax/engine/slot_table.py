@@ -158,7 +158,9 @@ class SlotTable:
 
     def fill(self, table: int, slots: np.ndarray, counts: np.ndarray, pages: np.ndarray) -> None:
         """Gives slots [n] `counts` [n] more pages each, of `pages`."""
-        rows, entries = _ranges(slots, self.filled[slots, table], self.filled[slots, table] + counts)
+        filled = self.filled[slots, table]
+        one_each = len(pages) == len(slots)
+        rows, entries = (slots, filled) if one_each else _ranges(slots, filled, filled + counts)
         self.pages[rows, table, entries] = pages
         self.filled[slots, table] += counts
         self.num_pages[slots] += counts

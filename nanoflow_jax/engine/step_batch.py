@@ -33,12 +33,13 @@ def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes:
         chunk_positions = np.arange(chunk.start, chunk.stop, dtype=np.int32)
         inputs.token_ids[rows] = running.tokens[slot, chunk.start : chunk.stop]
         inputs.positions[rows] = chunk_positions
-        write_pages[:, rows] = running.pages[slot, :, chunk_positions // page_size].T
-        for table, pages, dropped, filled in zip(
-            inputs.prefill_table[segment].reshape(len(write_pages), -1), running.pages[slot], running.dropped[slot],
-            running.filled[slot], strict=True,
-        ):  # fmt: skip
-            table[dropped:filled] = pages[dropped:filled]
+        places = chunk_positions // page_size
+        tables = inputs.prefill_table[segment].reshape(len(write_pages), -1)
+        dropped, filled = running.dropped[slot].tolist(), running.filled[slot].tolist()
+        for table, (first_held, last_held) in enumerate(zip(dropped, filled, strict=True)):
+            own = running.pages[slot, table]
+            write_pages[table, rows] = own[places]
+            tables[table, first_held:last_held] = own[first_held:last_held]
         row += count
         inputs.prefill_starts[segment + 1] = row - first
         inputs.slots[first + segment] = slot
