@@ -346,6 +346,17 @@ def test_published_files_with_windows_load(name: str) -> None:
     assert [layer.attention.window for layer in config.pattern] == windows
 
 
+def test_ropes_by_kind_of_layer() -> None:
+    """Two dialects of one model; what the file leaves out has defaults of its own for each kind."""
+    for name in ("Gemma 3 27B", "Gemma 3 27B, a newer revision"):
+        ropes = [layer.attention.rope for layer in parse_config(WINDOWED[name][0]).pattern]
+        assert [(rope.kind, rope.theta, rope.factor) for rope in ropes] == [("default", 1e4, 1.0)] * 5 + [
+            ("linear", 1e6, 8.0)
+        ]
+    ropes = [layer.attention.rope for layer in parse_config(WINDOWED["OLMo 3 32B"][0]).pattern]
+    assert [(rope.kind, rope.theta) for rope in ropes] == [("default", 5e5)] * 3 + [("yarn", 5e5)]
+
+
 # name: (config.json, the field that is named and what is accepted). Each would give other logits.
 REFUSED: dict[str, tuple[Fields, str]] = {
     "Granite 3 under LLaMA's name": (

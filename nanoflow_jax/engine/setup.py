@@ -33,6 +33,7 @@ from nanoflow_jax.engine.multiprocess import FollowerEngine, LeaderEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
+from nanoflow_jax.engine.windows import Windows
 from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
@@ -109,9 +110,9 @@ class Sizes:
         return -(-tokens // self.options.page_size)
 
     def request_pages(self, tokens: int) -> int:
-        """Of a sequence, in all page tables, at most: below a window, those of the largest chunk are kept, too."""
-        whole, chunk = self.pages(tokens), self.pages(self.options.tokens_per_step)
-        return sum(whole if w is None else min(whole, self.pages(w - 1) + chunk + 1) for w in self.tables.windows)
+        """Of a sequence, in all page tables, at most."""
+        windows = Windows(self.tables.windows, self.options.page_size)
+        return windows.pages_while_chunked(tokens, self.options.tokens_per_step)
 
     def page_bytes(self) -> int:
         return page_bytes(self.spec.config, self.devices, self.options.page_size, self.options.kv_cache_dtype)
@@ -221,13 +222,18 @@ def _sizes(
         tokens_per_step=options.tokens_per_step, kv_cache_tokens=options.kv_cache_tokens,
     )  # fmt: skip
     if backend == "mosaic":  # what takes seconds comes after what can be refused at once
-        heads = Heads(
-            q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
-            head_dim=config.head_dim, fp8=pages == FP8, hidden=config.hidden_size,
-            windows=tuple(sorted({w for w in sizes.tables.windows if w is not None})),
-        )  # fmt: skip
+        heads = heads_of(config, devices, pages == FP8)
         check_mosaic_kernels(backends, heads, mesh.local_devices[0])
     return sizes
+
+
+def heads_of(config: ModelConfig, devices: int, fp8: bool) -> Heads:
+    """What the kernels of one device are checked with; fp8: the pages."""
+    windows = {window for window in page_tables(config).windows if window is not None}
+    return Heads(
+        q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
+        head_dim=config.head_dim, fp8=fp8, hidden=config.hidden_size, windows=tuple(sorted(windows)),
+    )  # fmt: skip
 
 
 def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:

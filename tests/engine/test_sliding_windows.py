@@ -35,6 +35,7 @@ def test_tokens_with_few_pages(case: str, monkeypatch: pytest.MonkeyPatch) -> No
     computed again."""
     llm, reference = llm_of(case, 2), load_reference(case)
     windows = llm.engine.scheduler.windows
+    assert llm.engine.runner.num_pages == 5 * LENGTH // 8 * len(windows)
     least = sum(-(-LENGTH // 8) if window is None else -(-(window - 1) // 8) + 3 for window in windows)
     stats = small_pool(llm, monkeypatch, least, hopeful=True)
     found = tokens(llm.generate(reference.prompts, greedy(), use_tqdm=False))

@@ -283,6 +283,14 @@ def test_a_grid_leaves_out_what_does_not_fit() -> None:
     assert kv_capacity(LLAMA, load_plan("sequential"), H200.hardware, 8, 2048) < 1280 * 65536
 
 
+def test_inner_layers_are_whole_periods() -> None:
+    """Of five layers with a window and one without; where a user simulates more, one kind is not counted twice."""
+    gemma, load = model_config("gemma-3-27b")[1], StepLoad(640, 384, 8192, 4096)
+    usual, more = (simulate_step(load_plan("sequential"), gemma, H200, 8, load, layers=n).inner for n in (None, 10))
+    assert usual.layers == more.layers == tuple(range(2, 8))
+    assert usual.us == pytest.approx(more.us)
+
+
 def test_norms_and_windows_of_families_have_their_cost() -> None:
     """Of one layer and one piece, beside LLaMA's jobs: sums of squares for norms of heads; of whole projections an
     all-reduce, too; a second norm; and attention to no more than the window."""
