@@ -33,10 +33,7 @@ class Windows:
     def pages_while_chunked(self, tokens: int, chunk: int) -> int:
         """Of a sequence of so many tokens whose prompt comes in chunks of so many at most, in all tables, at most."""
         entries, of_chunk = -(-tokens // self.page_size), -(-chunk // self.page_size)
-        return sum(
-            entries if whole else min(entries, kept + of_chunk)
-            for whole, kept in zip(self.whole, self._kept, strict=True)
-        )
+        return sum(min(entries, kept + of_chunk) for kept in self._kept)
 
     def first_kept(self, table: int, computed: Any) -> Any:
         """The first entry that is kept of sequences [...] with so many tokens computed: what the first row of the
