@@ -166,26 +166,32 @@ class Scheduler:
         """Gives each due slot the pages of its next token, and each that prefills those of its next chunk; slots
         preempted for that are no longer due."""
         run = self.running
+        lacking, total = self._lacking(due)
+        while (pages := self.pool.allocate(total)) is None:
+            victim = int(np.where(run.active, run.number, -1).argmax())
+            self.preempt(victim)
+            due = due[due != victim]
+            lacking, total = self._lacking(due)
+        at = 0
+        for table, slots, counts in lacking:
+            run.fill(table, slots, counts, pages[at : (at := at + int(counts.sum()))])
+        return due
+
+    def _lacking(self, due: np.ndarray) -> tuple[list[tuple[int, np.ndarray, np.ndarray]], int]:
+        """Of each table that lacks some: slots, and how many pages each lacks; and how many all lack."""
+        run, found, total = self.running, [], 0
         slots, entries = due, run.computed[due] // self.page_size + 1
         if not self._windows.whole.all():  # elsewhere a prompt has all its pages
             prefilling = np.flatnonzero(run.active & (run.computed < run.prefill_end))
             chunks = self._chunk_entries(run.computed[prefilling], run.prefill_end[prefilling])
             slots, entries = np.append(slots, prefilling), np.append(entries, chunks)
-        wanted, total = [], 0
         for table in range(len(self.windows)):
             counts = entries - run.filled[slots, table]
-            lacking = np.flatnonzero(counts > 0)
-            if len(lacking):
-                wanted.append((table, slots[lacking], counts[lacking]))
-                total += int(counts[lacking].sum())
-        if (pages := self.pool.allocate(total)) is None:
-            victim = int(np.where(run.active, run.number, -1).argmax())
-            self.preempt(victim)
-            return self._secure_pages(due[due != victim])
-        at = 0
-        for table, lacking, counts in wanted:
-            run.fill(table, lacking, counts, pages[at : (at := at + int(counts.sum()))])
-        return due
+            some = np.flatnonzero(counts > 0)
+            if len(some):
+                found.append((table, slots[some], counts[some]))
+                total += int(counts[some].sum())
+        return found, total
 
     def _chunk_entries(self, computed: Any, end: Any) -> Any:
         """Entries of a page table that the largest chunk from `computed` on needs."""
