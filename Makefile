@@ -34,7 +34,7 @@ demo: $(VENV)/base
 	@echo; echo "Chat:"
 	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 --quiet --chat 'What is 25+17?' 'Reverse overlap' 'Thank you'
 
-test: lint types pytest floor
+test: lint types floor pytest
 	@echo "All checks passed."
 
 lint: $(VENV)/dev
@@ -57,7 +57,7 @@ build/floor-$(FLOOR)/made: $(VENV)/base constraints.txt
 	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > build/floor-constraints.txt
 	@$(BIN)/python -m venv --clear build/floor-$(FLOOR)
 	@build/floor-$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint build/floor-constraints.txt transformers==$(FLOOR) jinja2 numpy safetensors pytest hypothesis
+	    --constraint build/floor-constraints.txt transformers==$(FLOOR) jinja2 ml_dtypes numpy safetensors pytest hypothesis
 	@touch $@
 
 notebooks: $(VENV)/dev
