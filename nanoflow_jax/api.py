@@ -13,13 +13,16 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax.chat import PLAIN, ChatSettings, read_template
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.multiprocess import lead
 from nanoflow_jax.engine.outputs import request_output
+from nanoflow_jax.engine.reasoning import find_reasoning
 from nanoflow_jax.engine.request import Request, RequestOutput
 from nanoflow_jax.engine.setup import build_engine
+from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
@@ -37,7 +40,7 @@ from nanoflow_jax.weights.hub import resolve_model
 logger = logging.getLogger("nanoflow_jax")
 
 Prompt = str | Sequence[int]
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its tokens and how to go on
 
@@ -59,6 +62,8 @@ class LLM:
     def __init__(self, options: LLMOptions):
         claim_gpu_memory(options.memory_utilization)
         use_compile_cache()
+        template = read_template(options.chat_template)
+        options = replace(options, chat_template=template)
         lead(options)
         self.folder = folder = resolve_model(str(options.model), options.revision)
         config = read_config(folder / "config.json")
@@ -75,7 +80,8 @@ class LLM:
             self._hint(options)
         else:
             self.plan = load_plan(str(options.plan))
-        self.tokenizer = Tokenizer(options.tokenizer or folder)
+        self.tokenizer = Tokenizer(options.tokenizer or folder, template, options.chat_template_kwargs)
+        self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)
         eos = end_tokens(folder, self.config, self.tokenizer)
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
@@ -112,12 +118,27 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation (a list of {"role", "content"}) or a list of them, through the model's chat
-        template."""
+        """Answers one conversation (a list of {"role", "content"}) or a list of them, through the chat template. A
+        content is a text or a list of text parts ({"type": "text", "text": ...}).
+
+        The other arguments are those of `nanoflow_jax.chat.ChatSettings`, for all conversations. Of each output,
+        `content` is the answer, and `reasoning_content` the thought before it. Raises ValueError, one line.
+        """
         self.last_outputs = []
+        settings = ChatSettings(
+            chat_template, chat_template_kwargs, tools, documents, add_generation_prompt, continue_final_message
+        )
         one = len(messages) > 0 and isinstance(messages[0], Mapping)
-        rendered = [self.tokenizer.chat(m) for m in ([messages] if one else messages)]  # type: ignore[list-item]
+        conversations: Sequence[Any] = [messages] if one else messages
+        rendered = [self.tokenizer.chat(conversation, settings) for conversation in conversations]
         return self._run([self._tokens(p, False) for p in rendered], sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
@@ -139,7 +160,7 @@ class LLM:
                         call.ended.clear()
                         call.grown.clear()
                         groups = {id(group_of[r]): group_of[r] for r in changed}.values()
-                        outputs = [request_output(group, self.tokenizer, self.engine.running) for group in groups]
+                        outputs = [self._output(group, self.engine.running) for group in groups]
                 yield from outputs
         finally:
             call.close()
@@ -178,11 +199,16 @@ class LLM:
         return Work(key, text, tokens, params)
 
     def prepare_chat(
-        self, messages: Sequence[Message], params: SamplingParams, key: Any = None, now: datetime | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams,
+        key: Any = None,
+        now: datetime | None = None,
+        settings: ChatSettings = PLAIN,
     ) -> Work:
         """A conversation for `run_stream`; `now` is the time for templates that write it, the clock's when not given.
         Raises ValueError when it cannot be served."""
-        text, tokens = self._tokens(self.tokenizer.chat(messages, now), False)
+        text, tokens = self._tokens(self.tokenizer.chat(messages, settings, now), False)
         self.engine.check(tokens, params)
         return Work(key, text, tokens, params)
 
@@ -200,7 +226,10 @@ class LLM:
         with held_interrupts() as check_interrupt:
             for item, group in feed(self._calls, work, check_interrupt):
                 scored = item.scored_from is not None
-                yield item, score_of(group[0]) if scored else request_output(group, self.tokenizer)
+                yield item, score_of(group[0]) if scored else self._output(group)
+
+    def _output(self, group: Sequence[Request], running: SlotTable | None = None) -> RequestOutput:
+        return request_output(group, self.tokenizer, self.reasoning, running)
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -274,7 +303,7 @@ class LLM:
         finally:
             for place, group in enumerate(groups):
                 if all(r.finish_reason not in (None, "abort") for r in group):
-                    outputs[place] = request_output(group, self.tokenizer)
+                    outputs[place] = self._output(group)
         return [output for output in outputs if output is not None]
 
     @contextmanager

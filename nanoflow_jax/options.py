@@ -15,6 +15,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Annotated, Any, Concatenate, NamedTuple, get_type_hints
 
+from nanoflow_jax.chat import check_kwargs
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.system.platform import UTILIZATION
@@ -30,6 +31,7 @@ VLLM_NAMES = {
     "swap_space": "kv_offload_gib",
     "cpu_offload_gb": "kv_offload_gib",
     "kv_offloading_size": "kv_offload_gib",
+    "default_chat_template_kwargs": "chat_template_kwargs",
 }
 
 
@@ -59,6 +61,11 @@ def _at_least(low: int) -> Accepted:
 _SHARE = Accepted(lambda v: _number(v) and 0 < v <= 1, "is not accepted; it must be above 0 and at most 1")
 _AMOUNT = Accepted(lambda v: _number(v) and 0 <= v < float("inf"), "is not accepted; it must be a number of at least 0")
 _SWITCH = _one_of(True, False)
+REASONING_PARSERS = ("none", "harmony")  # by name; any other is a pair of tags
+_PARSER = Accepted(
+    lambda v: isinstance(v, str) and (v in REASONING_PARSERS or len(set(v.split())) == len(v.split()) == 2),
+    'is not accepted; it must be "none", "harmony" or two tags with a space between, such as "<think> </think>"',
+)
 
 
 class About(NamedTuple):
@@ -160,12 +167,29 @@ class LLMOptions:
         "float8_e4m3fn with the checkpoint's scales (per layer, or layer and KV head), or with 1 where it has none",
         _one_of("auto", "fp8", "fp8_e4m3"), identity=True,
     )] = "auto"  # fmt: skip
+    chat_template: Annotated[str | Path | None, About(
+        "a Jinja file (or its text) through which conversations become prompts", none="the model's own", identity=True,
+    )] = None  # fmt: skip
+    chat_template_kwargs: Annotated[dict[str, Any] | None, About(
+        'variables of the chat template as a JSON object, such as {"enable_thinking": false}. What a conversation '
+        "brings itself comes before them; one that the template does not know changes nothing",
+        none="those that a conversation brings", identity=True,
+    )] = None  # fmt: skip
+    reasoning_parser: Annotated[str | None, About(
+        "what keeps a thought apart from its answer: two tags such as '<think> </think>', harmony (channels, as "
+        "gpt-oss has them) or none", _PARSER,
+        none="what the tokenizer and the chat template name", identity=True,
+    )] = None  # fmt: skip
     seed: Annotated[int, About("of requests that bring none", _at_least(0), identity=True, flag=False)] = 0
     progress: Annotated[bool, About("show on standard error how far loading and compiling are", flag=False)] = True
 
     def __post_init__(self) -> None:
         for name, about in OPTIONS.items():
             about.check(name, getattr(self, name))
+        try:
+            check_kwargs(self.chat_template_kwargs)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         if self.kv_offload_disk_gib and not self.kv_offload_gib:
             raise ConfigError(
                 "kv_offload_disk_gib: pages reach the disk through the host; kv_offload_gib is needed too"

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nanoflow_jax.chat import PLAIN, ChatSettings, checked_messages
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.system import limited
 from nanoflow_jax.system.reading import one_line
@@ -24,9 +25,18 @@ logger = logging.getLogger("nanoflow_jax")
 
 
 class Tokenizer:
-    """Loads from a folder or Hub id. Raises ConfigError, one line, when there is no usable tokenizer."""
+    """Loads from a folder or Hub id. Raises ConfigError, one line, when there is no usable tokenizer.
 
-    def __init__(self, source: str | Path):
+    chat_template         Jinja text in place of the model's own
+    chat_template_kwargs  variables of the template, where a conversation brings none of the same name
+    """
+
+    def __init__(
+        self,
+        source: str | Path,
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ):
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
         # Not AutoTokenizer: the classes that it picks by name rebuild normalizer and decoder, and ids change with them.
         from transformers import PreTrainedTokenizerFast
@@ -53,6 +63,9 @@ class Tokenizer:
         if self._tokenizer.init_kwargs.get("auto_map"):
             logger.warning("tokenizer: %s names code of its own (auto_map), which is not run", source)
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
+        if chat_template is not None:
+            self._tokenizer.chat_template = chat_template
+        self._chat_defaults = chat_template_kwargs
         self._bytes: dict[int, bytes] = {}
         self._told_of_borders = False
         try:
@@ -148,38 +161,44 @@ class Tokenizer:
 
     # -- conversations
 
-    def chat(self, messages: Sequence[Any], now: datetime | None = None) -> str:
-        """The conversation as the model's template renders it, ready for the assistant's turn.
+    def chat(self, messages: Sequence[Any], settings: ChatSettings = PLAIN, now: datetime | None = None) -> str:
+        """The conversation as the template renders it: what `transformers`' apply_chat_template makes of it, in a
+        process with limits, because templates are programs. Raises ValueError, one line.
 
         now  the time for templates that write it (`strftime_now`); the clock's when not given
         """
-        if not messages:
-            raise ValueError("messages: the conversation is empty; at least one message is needed")
-        for message in messages:
-            if not isinstance(message, Mapping) or not all(
-                isinstance(message.get(k), str) for k in ("role", "content")
-            ):
-                raise ValueError(
-                    f"messages: {message!r} is not accepted; each is a dict with texts 'role' and 'content'"
-                )
-        if self._tokenizer.chat_template is None:
-            raise ValueError("messages: this model has no chat template; use generate")
-        settings: dict[str, Any] = {"add_generation_prompt": True}
-        template = self._tokenizer.get_chat_template()
+        conversation = checked_messages(messages)
+        if self._tokenizer.chat_template is None and settings.chat_template is None:
+            raise ValueError("messages: this model has no chat template; use generate, or name one: chat_template")
+        try:
+            template = self._tokenizer.get_chat_template(settings.chat_template, settings.tools)
+        except ValueError as error:  # several, and none by that name
+            raise ValueError(f"chat_template: {one_line(str(error), 300)}") from None
+        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        variables = {**special, **settings.variables(self._chat_defaults)}
         if now is not None:
             template = _FIXED_TIME + template
-            settings["time_directives"] = _directives(now)
-        return self.render([dict(m) for m in messages], settings, template)
-
-    def render(self, messages: list[dict[str, Any]], settings: dict[str, Any], template: str | None = None) -> str:
-        """What the library's `apply_chat_template` makes of them, in a process with limits: templates are programs.
-        Raises ValueError, one line."""
-        template = self._tokenizer.get_chat_template() if template is None else template
-        special = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+            variables["time_directives"] = _directives(now)
         try:
-            return limited.ask("chat", template=template, messages=messages, settings={**special, **settings})
+            return limited.ask("chat", template=template, messages=conversation, settings=variables)
         except limited.LimitedError as error:  # also how a template refuses a role, or an order of roles
             raise ValueError(f"messages: the model's chat template refuses them ({error})") from None
+
+    @property
+    def chat_template(self) -> str:
+        """Text of the template, of all of them where there are several; empty without one."""
+        found = self._tokenizer.chat_template
+        return "\n".join(found.values()) if isinstance(found, Mapping) else found or ""
+
+    @property
+    def writes_the_time(self) -> bool:
+        """Whether a chat template asks for the time, so that a prompt depends on the day."""
+        return "strftime_now" in self.chat_template
+
+    @cached_property
+    def added_tokens(self) -> dict[int, str]:
+        """Texts of the tokens that were added to the vocabulary, special or not, by their ids."""
+        return {i: token.content for i, token in self._added.items()}
 
 
 def _is_panic(error: BaseException) -> bool:
@@ -199,12 +218,6 @@ def _directives(now: datetime) -> dict[str, str]:
     """What strftime makes of each directive, those without padding ("%-d") first."""
     names = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
     return {name: now.strftime(name) for name in names} | {"%%": "%"}
-
-
-def writes_the_time(folder: Path) -> bool:
-    """Whether a chat template in a model folder asks for the time, so that a prompt depends on the day."""
-    files = [folder / "tokenizer_config.json", *folder.rglob("chat_template*"), *folder.rglob("*.jinja")]
-    return any(b"strftime_now" in path.read_bytes() for path in files if path.is_file())
 
 
 class _Spelling:

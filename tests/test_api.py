@@ -349,7 +349,7 @@ def test_chat(llm: LLM) -> None:
         ([{"role": "user"}], ["messages", "content"]),
         ([{"content": "x"}], ["messages", "role"]),
         ([{"role": "user", "content": None}], ["messages", "None", "content"]),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], ["messages", "content"]),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}], ["messages", "only text"]),
         (["What is 12+30?"], ["messages", "'role'"]),
         ("What is 12+30?", ["messages", "'role'"]),
         ([[]], ["messages", "empty"]),

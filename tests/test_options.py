@@ -22,7 +22,8 @@ DEFAULTS = {
     "max_model_len": None, "tokens_per_step": 2048, "decode_slots": None, "page_size": 64, "kv_cache_tokens": None,
     "memory_utilization": 0.9, "enable_prefix_caching": True, "kv_offload_gib": 0, "kv_offload_disk_gib": 0,
     "kv_offload_folder": None, "deterministic": False, "attention_backend": "auto", "quantization": None,
-    "kv_cache_dtype": "auto", "seed": 0, "progress": True,
+    "kv_cache_dtype": "auto", "chat_template": None, "chat_template_kwargs": None, "reasoning_parser": None, "seed": 0,
+    "progress": True,
 }  # fmt: skip
 COMMANDS = {
     "generate": (generate_command.add, ["12+30="]),
@@ -51,7 +52,11 @@ SAID: dict[str, tuple[list[str], Any]] = {
     "kv_offload_disk_gib": (["--kv-offload-disk-gib", "2"], 2),
     "kv_offload_folder": (["--kv-offload-folder", "spill"], "spill"),
     "enable_prefix_caching": (["--no-prefix-caching"], False),
+    "chat_template": (["--chat-template", "{{ messages }}"], "{{ messages }}"),
+    "chat_template_kwargs": (["--chat-template-kwargs", '{"enable_thinking": false}'], {"enable_thinking": False}),
+    "reasoning_parser": (["--reasoning-parser", "<a> </a>"], "<a> </a>"),
 }
+CHATS = ("chat_template", "chat_template_kwargs", "reasoning_parser")
 NEEDED = {
     "kv_offload_disk_gib": ("kv_offload_gib",),
     "kv_offload_folder": ("kv_offload_gib", "kv_offload_disk_gib"),
@@ -154,7 +159,9 @@ def test_flags_of_benchmarks() -> None:
     common = {"plan": "two_gather_one_reduce"}
     args = parsed(bench.add, "bench", "throughput", "--model", "tiny", "--quiet")
     assert llm_options(args).arguments() == {"model": "tiny", **DEFAULTS, **common, "progress": False}
-    names = {name for name in SAID if not name.startswith("kv_offload") and name not in ("revision", "tokenizer")}
+    names = {
+        name for name in SAID if not name.startswith("kv_offload") and name not in ("revision", "tokenizer", *CHATS)
+    }
     said = {name: SAID[name] for name in names}
     flags = [flag for arguments, _ in said.values() for flag in arguments]
     found = llm_options(parsed(bench.add, "bench", "throughput", *flags, "--seed", "3")).arguments()
@@ -178,5 +185,5 @@ def test_help_says_what_none_is_and_names_flags(monkeypatch: pytest.MonkeyPatch)
 def test_what_belongs_to_a_run() -> None:
     assert list(LLMOptions("tiny").identity()) == [
         "tokenizer", "dtype", "tensor_parallel_size", "plan", "max_model_len", "tokens_per_step", "decode_slots",
-        "page_size", "deterministic", "attention_backend", "quantization", "kv_cache_dtype", "seed",
+        "page_size", "deterministic", "attention_backend", "quantization", "kv_cache_dtype", *CHATS, "seed",
     ]  # fmt: skip

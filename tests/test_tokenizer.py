@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.text import output_text
-from nanoflow_jax.tokenizer import Tokenizer, writes_the_time
+from nanoflow_jax.tokenizer import Tokenizer
 from tests.scripted import LLAMA2_CONFIG, LLAMA3_CONFIG, llama2, llama3, write_tokenizer
 
 LABELS = (None, "LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer", "TokenizersBackend")
@@ -174,11 +174,12 @@ def test_templates_that_write_the_time(tmp_path: Path) -> None:
     other = write_tokenizer(tmp_path / "b", llama3(), LLAMA3_CONFIG)
     third = write_tokenizer(tmp_path / "c", llama3(), LLAMA3_CONFIG)
     (third / "chat_template.jinja").write_text(template)
-    assert [writes_the_time(f) for f in (folder, other, third)] == [True, False, True]
+    assert [Tokenizer(f).writes_the_time for f in (folder, other, third)] == [True, False, True]
+    assert Tokenizer(other, chat_template=template).writes_the_time
     messages = [{"role": "user", "content": "yes"}]
     for f in (folder, third):
         now = datetime(2031, 2, 3, 4, 5)
         tokenizer = Tokenizer(f)
-        assert tokenizer.chat(messages, now) == "\n 03 Feb 2031 04:05, 3 yes"
+        assert tokenizer.chat(messages, now=now) == "\n 03 Feb 2031 04:05, 3 yes"
         before, text, after = datetime.now(), tokenizer.chat(messages), datetime.now()
-        assert text in (tokenizer.chat(messages, before), tokenizer.chat(messages, after))
+        assert text in (tokenizer.chat(messages, now=before), tokenizer.chat(messages, now=after))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nanoflow_jax.evaluate.lines import FileIdentity
     from nanoflow_jax.evaluate.manifest import Manifest
     from nanoflow_jax.evaluate.ray_data import RayOptions
+    from nanoflow_jax.tokenizer import Tokenizer
 
 SAMPLING_OPTIONS = (
     ("max-tokens", int, "tokens to generate at most; 16 for a completion, up to the model's length for a chat"),
@@ -83,15 +84,25 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
+def run_tokenizer(args: argparse.Namespace) -> Tokenizer:
+    """Of a run, with its chat template. Raises ConfigError when there is no such model."""
+    from nanoflow_jax.tokenizer import Tokenizer
+    from nanoflow_jax.weights.hub import resolve_model
+
+    return Tokenizer(args.tokenizer or resolve_model(args.model, args.revision), args.chat_template)
+
+
 def run_manifest(
     args: argparse.Namespace,
+    tokenizer: Tokenizer,
     kind: str,
     output: Path,
     identity: dict[str, Any],
     about: dict[str, Any],
     chats: bool = True,
 ) -> Manifest:
-    """Model, options and `identity`. Reads the model's files; raises ConfigError when there is no such model.
+    """Model, options and `identity`; `tokenizer` is that of the run. Reads the model's files; raises ConfigError when
+    there is no such model.
 
     chats  prompts go through the chat template. Where that writes the time, it is the time at which the run of `output`
            began, on whatever day it is continued
@@ -99,8 +110,8 @@ def run_manifest(
     from importlib.metadata import version
 
     from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.engine.reasoning import find_reasoning
     from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
-    from nanoflow_jax.tokenizer import writes_the_time
     from nanoflow_jax.weights.hub import resolve_model
 
     if args.seed < 0:
@@ -110,8 +121,12 @@ def run_manifest(
         options["tokenizer"] = model_fingerprint(Path(args.tokenizer))
     folder = resolve_model(args.model, args.revision)
     model = model_fingerprint(folder)
-    templates = Path(args.tokenizer or folder)
-    if chats and (not templates.is_dir() or writes_the_time(templates)):
+    reasoning = find_reasoning(tokenizer, args.reasoning_parser)
+    options |= {
+        "chat_template_kwargs": args.chat_template_kwargs or None,
+        "reasoning_parser": None if reasoning is None else str(reasoning),
+    }
+    if chats and tokenizer.writes_the_time:
         identity = {**identity, "chat_time": _begun(output, args.restart)}
     devices = args.tensor_parallel_size or _devices(args)
     options |= {"plan": _plan(args, folder, devices, output), "devices": devices}
@@ -226,7 +241,7 @@ def _run(args: argparse.Namespace) -> int:
     found = identify(source)
     identity = {"input": found.sha256, "sampling": sampling, "served_model_name": served}
     about = {"input": str(source), "input_bytes": found.size, "input_lines": found.lines}
-    manifest = run_manifest(args, "batch", output, identity, about)
+    manifest = run_manifest(args, run_tokenizer(args), "batch", output, identity, about)
     settings = Settings(served, sampling, args.seed, now=chat_time(manifest))
     with Journal.open(
         output,

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.batch import add_run_options, chat_time, run_manifest
+from nanoflow_jax.commands.batch import add_run_options, chat_time, run_manifest, run_tokenizer
 from nanoflow_jax.commands.options import add_model_options, make_llm
 
 if TYPE_CHECKING:
@@ -84,12 +84,12 @@ def _ask(
     from nanoflow_jax.evaluate.report import samples_path
     from nanoflow_jax.evaluate.run_task import run_task
 
-    journals, times = [], []
+    journals, times, tokenizer = [], [], run_tokenizer(args)
     for task, questions in zip(tasks, asked, strict=True):
         rendered = json.dumps([asdict(q) for q in questions], sort_keys=True)
         identity = {"task": task.to_json(), "questions": hashlib.sha256(rendered.encode()).hexdigest()}
         path = samples_path(folder, task.name)
-        manifest = run_manifest(args, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
+        manifest = run_manifest(args, tokenizer, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
         times.append(chat_time(manifest))
         opened = Journal.open(
             path,
@@ -123,6 +123,9 @@ def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other
     failures = [f"- {r.name}, question {f.sample}: {f.error}" for r in results for f in r.failures]
     if failures:
         tables.append("Questions without an answer, counted as wrong:\n\n" + "\n".join(failures))
+    cut = [f"- {r.name}: {r.unfinished_thoughts} of {r.questions}" for r in results if r.unfinished_thoughts]
+    if cut:
+        tables.append("Thoughts that had not ended when the output did, counted as wrong:\n\n" + "\n".join(cut))
     text = "\n\n".join(tables)
     data = _json(args, results, compared)
     write_durably(folder / "results.json", (json.dumps(data, indent=1) + "\n").encode())

@@ -26,10 +26,14 @@ def add(commands: Any) -> None:
     p.add_argument("--input", metavar="FILE", help="read prompts from FILE, one per line ('-': standard input)")
     p.add_argument("--output", metavar="FILE", help="write results to FILE instead of standard output")
     p.add_argument(
-        "--json", action="store_true", help="one JSON object per line: prompt, text, token_ids, finish_reason"
+        "--json",
+        action="store_true",
+        help="one JSON object per line: prompt, text, token_ids, finish_reason; with --chat reasoning_content, content",
     )
     p.add_argument(
-        "--chat", action="store_true", help="each prompt is a user's message, through the model's chat template"
+        "--chat",
+        action="store_true",
+        help="each prompt is a user's message, through the chat template; without --json only the answer is printed",
     )
     sampling = p.add_argument_group("sampling (defaults: the model's generation_config.json, else greedy)")
     sampling.add_argument("--max-tokens", type=positive, default=64, help="tokens to generate at most")
@@ -80,6 +84,7 @@ def _run(args: argparse.Namespace) -> int:
                 record = {
                     "prompt": prompt,
                     "text": done.text,
+                    **({"reasoning_content": done.reasoning_content, "content": done.content} if args.chat else {}),
                     "token_ids": done.token_ids,
                     "finish_reason": done.finish_reason,
                     "prompt_tokens": len(output.prompt_token_ids),
@@ -87,8 +92,15 @@ def _run(args: argparse.Namespace) -> int:
                 }
                 write(json.dumps(record, ensure_ascii=False))
             else:
-                write(done.text if args.chat else prompt + done.text)
+                write((done.content or "") if args.chat else prompt + done.text)
     failed = [(i, o.outputs[0].error) for i, o in enumerate(outputs, start=1) if o.outputs[0].error is not None]
+    for number, output in enumerate(outputs, start=1):
+        if args.chat and (done := output.outputs[0]).content is None and done.error is None:
+            print(
+                f"nanoflow generate: prompt {number}: no answer; its thought had not ended after "
+                f"{len(done.token_ids)} tokens",
+                file=sys.stderr,
+            )
     for number, error in failed:
         print(f"nanoflow generate: prompt {number}: {error}", file=sys.stderr)
     return 1 if failed else 0

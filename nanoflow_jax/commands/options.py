@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from nanoflow_jax.chat import check_kwargs, read_template
 from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
+from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -44,6 +46,35 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    try:
+        found = parse_json(text)
+        if not isinstance(found, dict):
+            raise Malformed(f"a {type(found).__name__}, not an object")
+        check_kwargs(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"{one_line(text, 80)!r} is not a JSON object that can be used: {error}"
+        ) from None
+    return found
+
+
+def template_text(path: str) -> str:
+    try:
+        text = read_template(path)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    assert text is not None
+    return text
+
+
+_READ: dict[str, tuple[str, Any]] = {  # of options: how a flag's argument is called, and what it is read by
+    "chat_template": ("FILE", template_text),
+    "chat_template_kwargs": ("JSON", json_object),
+    "reasoning_parser": ("TAGS", str),
+}
+
+
 def add_option(p: argparse._ActionsContainer, name: str, default: Any = None, *, none: str | None = None) -> None:
     """The flag of an option of `LLM`: `max_model_len` is --max-model-len, `enable_prefix_caching`
     --prefix-caching or --no-prefix-caching.
@@ -63,6 +94,8 @@ def add_option(p: argparse._ActionsContainer, name: str, default: Any = None, *,
         given["type"] = positive
     elif kind is float:
         given["type"] = float
+    elif name in _READ:
+        given["metavar"], given["type"] = _READ[name]
     p.add_argument(flag(name), dest=name, default=default, **given)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nanoflow_jax.engine.reasoning import Marks, Reasoning
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.text import output_text, text_offsets
@@ -11,14 +12,18 @@ from nanoflow_jax.tokenizer import Tokenizer
 
 
 def request_output(
-    requests: Sequence[Request], tokenizer: Tokenizer, running: SlotTable | None = None
+    requests: Sequence[Request],
+    tokenizer: Tokenizer,
+    reasoning: Reasoning | None = None,
+    running: SlotTable | None = None,
 ) -> RequestOutput:
     """The result of one prompt: `requests` are its completions, in order.
 
-    running  where requests that are not done yet have their tokens; None: all are done
+    reasoning  what keeps a thought apart from the answer
+    running    where requests that are not done yet have their tokens; None: all are done
     """
     first = requests[0]
-    completions = [_completion(r, tokenizer, running) for r in requests]
+    completions = [_completion(r, tokenizer, reasoning, running) for r in requests]
     prompt_logprobs = None
     if first.params.prompt_logprobs is not None:
         prompt_logprobs = [None, *logprob_dicts(first.prompt_logprobs, first.prompt_token_ids[1:], tokenizer)]
@@ -27,7 +32,9 @@ def request_output(
     )
 
 
-def _completion(request: Request, tokenizer: Tokenizer, running: SlotTable | None) -> CompletionOutput:
+def _completion(
+    request: Request, tokenizer: Tokenizer, reasoning: Reasoning | None, running: SlotTable | None
+) -> CompletionOutput:
     tokens = request.tokens
     if request.slot is not None and running is not None:
         tokens = running.tokens[request.slot, : running.known[request.slot]]
@@ -35,7 +42,13 @@ def _completion(request: Request, tokenizer: Tokenizer, running: SlotTable | Non
     params = request.params
     output = CompletionOutput(request.index, "", ids, request.finish_reason, request.stop_reason, error=request.error)
     if params.detokenize:
-        output.text = _text(request, ids, tokenizer)
+        output.content = output.text = _text(request, ids, tokenizer)
+        if reasoning is not None:
+            skip = params.skip_special_tokens
+            marks = request.marks = request.marks or Marks(tokenizer, request.prompt_token_ids, skip, reasoning.marks)
+            output.reasoning_content, output.content = reasoning.split(
+                tokenizer, request.prompt_token_ids, marks.take(ids), output.text, bool(request.finish_reason)
+            )
     if params.logprobs is not None:
         output.logprobs = logprob_dicts(request.logprobs, ids, tokenizer)
         output.cumulative_logprob = sum(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))

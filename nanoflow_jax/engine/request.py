@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanoflow_jax.engine.pages import Key
+from nanoflow_jax.engine.reasoning import Marks
 from nanoflow_jax.sampling_params import SamplingParams
 
 
@@ -39,7 +40,12 @@ class Logprob:
 @dataclass
 class CompletionOutput:
     """One generated sequence. `finish_reason`: "stop" (an end token or a stop string), "length", "abort", "error", or
-    None while it is running."""
+    None while it is running.
+
+    text               all of it
+    reasoning_content  what of it is the model's thought; None: it has none, or the model names no tags for it
+    content            what of it is the answer; None: the thought has not ended
+    """
 
     index: int
     text: str
@@ -50,6 +56,8 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # per token: it and the likeliest ones
     text_offsets: list[int] | None = None  # with logprobs, per token: where in `text` it begins
     error: str | None = None  # one line, when finish_reason is "error"
+    reasoning_content: str | None = None
+    content: str | None = None
 
 
 @dataclass
@@ -111,6 +119,7 @@ class Request:
     stop_reason: int | str | None = None
     error: str | None = None
     text: str | None = None  # as far as it was needed while running (stop strings, streams)
+    marks: Marks | None = None  # where tags of thoughts are in the text, where an output has been asked for
     logprobs: LogprobRows = field(default_factory=LogprobRows)
     prompt_logprobs: LogprobRows = field(default_factory=LogprobRows)
     metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(time.monotonic()))

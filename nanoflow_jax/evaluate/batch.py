@@ -102,7 +102,7 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
     try:
         params = llm.default_sampling_params(**wanted)
         if record.messages is not None:
-            return llm.prepare_chat(record.messages, params, record, now=settings.now)
+            return llm.prepare_chat(record.messages, params, record, settings.now, record.chat)
         assert record.prompt is not None
         return llm.prepare(record.prompt, params, record)
     except ValueError as error:

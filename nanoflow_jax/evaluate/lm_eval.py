@@ -17,6 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from nanoflow_jax.api import LLM
+from nanoflow_jax.chat import ChatSettings
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.records import is_off
 from nanoflow_jax.sampling_params import SamplingParams
@@ -94,11 +95,10 @@ class NanoflowLM(TemplateLM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         if self.tokenizer.chat_template is None:
             raise ConfigError(f"apply_chat_template: {self._name!r} has no chat template; leave the option out")
-        settings = {
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": not add_generation_prompt,
-        }
-        return self.llm.tokenizer.render(chat_history, settings)
+        settings = ChatSettings(
+            add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )
+        return self.llm.tokenizer.chat(chat_history, settings)
 
     # -- requests
 
@@ -129,7 +129,9 @@ class NanoflowLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answers alone, without the thoughts before them; an empty text where a thought has not ended."""
         results: list[str] = []
+        unfinished = 0
         for part in self._parts(requests):
             prompts, params = [], []
             for request in part:
@@ -143,11 +145,14 @@ class NanoflowLM(TemplateLM):
                 if done.finish_reason == "error":
                     failed = failed or f"request {output.request_id}: {done.error}"
                     continue
-                results.append(done.text)
+                unfinished += done.content is None
+                results.append(done.content or "")
                 if not request.args[1].get("do_sample"):
-                    self.cache_hook.add_partial("generate_until", request.args, done.text)
+                    self.cache_hook.add_partial("generate_until", request.args, results[-1])
             if failed is not None:  # the others are kept
                 raise RuntimeError(failed)
+        if unfinished:
+            logger.warning("%d of %d outputs have no answer: their thoughts had not ended", unfinished, len(results))
         return results
 
     # -- the parts of these

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import numpy as np
 
+from nanoflow_jax.chat import EFFORTS, PLAIN, ChatSettings, checked_messages
 from nanoflow_jax.evaluate.lines import Line
 from nanoflow_jax.sampling_params import MAX_LOGPROBS
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
@@ -39,19 +40,23 @@ LABELS = (
 SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,), "stream_options": ({},), "echo": (False,), "store": (False,), "best_of": (1,), "suffix": ("",),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "verbosity": ("medium",),
-    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
+    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "use_beam_search": (False,), "num_beams": (1,), "num_return_sequences": (1,), "length_penalty": (1,),
     "early_stopping": (False,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
     "eta_cutoff": (0,), "penalty_alpha": (0,), "encoder_repetition_penalty": (1,), "guidance_scale": (1,),
     "bad_words": ([],), "logits_processors": ([],), "detokenize": (True,), "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,), "documents": ([],), "chat_template_kwargs": ({},),
-    "mm_processor_kwargs": ({},),
+    "return_tokens_as_token_ids": (False,), "mm_processor_kwargs": ({},),
 }  # fmt: skip
 SWITCHED_OFF_IN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    CHAT: {"add_special_tokens": (False,), "add_generation_prompt": (True,), "continue_final_message": (False,)},
-    COMPLETIONS: {"add_special_tokens": (True,)},
-}
-# Fields of a message besides role, content and name, as in answers that are sent back.
+    CHAT: {"add_special_tokens": (False,)},
+    COMPLETIONS: {
+        "add_special_tokens": (True,), "tools": ([],), "documents": ([],), "chat_template_kwargs": ({},),
+    },
+}  # fmt: skip
+# Fields of a chat's body that say how it is rendered (`ChatSettings`), besides reasoning_effort.
+RENDERING = ("chat_template_kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message")
+# Fields of a message; others must be empty, as in answers that are sent back.
+MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
 EMPTY_IN_MESSAGES: tuple[Any, ...] = (None, [], {}, "")
 
 
@@ -70,16 +75,18 @@ class Problem:
 @dataclass(frozen=True)
 class Record:
     """A request. Either `prompt` (text or token ids) or `messages` is set; `sampling` holds what the line asks for,
-    by the names of SamplingParams. digest: of the line's content, however it is spaced and ordered."""
+    by the names of SamplingParams, `chat` how the messages are rendered. digest: of the line's content, however it is
+    spaced and ordered."""
 
     line: int
     custom_id: str | None
     endpoint: str
     prompt: str | list[int] | None
-    messages: list[dict[str, str]] | None
+    messages: list[dict[str, Any]] | None
     sampling: dict[str, Any] = field(default_factory=dict)
     num_bytes: int = 0  # of its line
     digest: str = field(default="", compare=False)
+    chat: ChatSettings = PLAIN
 
     def refused(self, error: ValueError) -> Problem:
         """What came of an error that was told about this record's prompt or settings."""
@@ -184,7 +191,8 @@ def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models:
 
 def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
     body = {name: _whole(value) if name in WHOLE else value for name, value in body.items()}
-    sampling = _body(CHAT, body, models, ("messages", "logprobs", "top_logprobs", "max_completion_tokens"))
+    own = ("messages", "logprobs", "top_logprobs", "max_completion_tokens", "reasoning_effort", *RENDERING)
+    sampling = _body(CHAT, body, models, own)
     if (limit := body.get("max_completion_tokens")) is not None:
         if sampling.get("max_tokens", limit) != limit:
             _refuse("max_completion_tokens", f"{limit!r}, but max_tokens is {sampling['max_tokens']!r}; give one")
@@ -198,39 +206,46 @@ def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Colle
         if top is not None and (type(top) is not int or not 0 <= top <= MAX_LOGPROBS):
             _wrong("top_logprobs", top, f"a whole number from 0 to {MAX_LOGPROBS}")
         sampling["logprobs"] = top or 0
-    return Record(line.number, custom_id, CHAT, None, _messages(body.get("messages")), sampling, len(line.data))
+    messages, chat = _messages(body.get("messages")), _rendering(body)
+    return Record(line.number, custom_id, CHAT, None, messages, sampling, len(line.data), chat=chat)
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
+def _rendering(body: dict[str, Any]) -> ChatSettings:
+    given = {name: body[name] for name in RENDERING if body.get(name) not in (None, [])}
+    if (effort := body.get("reasoning_effort")) is not None:  # which templates know as a variable
+        if effort not in EFFORTS:
+            _wrong("reasoning_effort", effort, f"one of {', '.join(EFFORTS)}")
+        kwargs = given.get("chat_template_kwargs", {})
+        if isinstance(kwargs, dict):
+            if kwargs.get("reasoning_effort", effort) != effort:
+                _refuse("reasoning_effort", f"{effort!r}, but chat_template_kwargs has another; give one")
+            given["chat_template_kwargs"] = {**kwargs, "reasoning_effort": effort}
+    return _checked(lambda: ChatSettings(**given))
+
+
+def _messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         _wrong("messages", messages, "a list of at least one message")
-    found = []
+    kept = []
     for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if not isinstance(message, dict):
             _wrong("messages", message, 'objects {"role": ..., "content": ...}')
-        given = {name for name, value in message.items() if value not in EMPTY_IN_MESSAGES}
-        if unknown := sorted(given - {"role", "content", "name"}):
-            _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: role, content, name")
-        content = message.get("content")
-        if isinstance(content, list):
-            content = "".join(_text_part(part) for part in content)
-        if not isinstance(content, str):
-            _wrong("messages", message, "messages whose content is a text, or a list of text parts")
-        found.append({"role": message["role"], "content": content})
-        if "name" in given:  # for templates that write it
-            if not isinstance(message["name"], str):
-                _wrong("messages", message, "messages whose name is a text")
-            found[-1]["name"] = message["name"]
-    return found
+        given = {name: value for name, value in message.items() if value not in EMPTY_IN_MESSAGES}
+        if unknown := sorted(set(given) - set(MESSAGE)):
+            _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: {', '.join(MESSAGE)}")
+        for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
+            if not isinstance(given.get(name, ""), str):
+                _wrong("messages", message, f"messages whose {name} is a text")
+        kept.append({**given, **{name: message[name] for name in ("role", "content") if name in message}})
+    return _checked(lambda: checked_messages(kept))
 
 
-def _text_part(part: Any) -> str:
-    part = {name: value for name, value in part.items() if value is not None} if isinstance(part, dict) else part
-    if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
-        _wrong("messages", part, '{"type": "text", "text": ...}: only text can be read')
-    if not isinstance(part["text"], str):
-        _wrong("messages", part, '{"type": "text", "text": ...}')
-    return part["text"]
+def _checked[T](make: Callable[[], T]) -> T:
+    """What `nanoflow_jax.chat` makes; its error is about the name with which it begins."""
+    try:
+        return make()
+    except ValueError as error:
+        raise _Refused(str(error).partition(":")[0], str(error)) from None
 
 
 def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tuple[str, ...]) -> dict[str, Any]:

@@ -24,7 +24,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """metrics by name. filter: what was taken of the output, "none" for all of it."""
+    """metrics by name. filter: what was taken of the output, "none" for all of it. unfinished_thoughts: outputs that
+    ended inside their thought; they have no answer and count as wrong."""
 
     name: str
     version: str
@@ -32,6 +33,11 @@ class TaskResult:
     fewshot: int
     metrics: dict[str, Mean]
     failures: tuple[Failure, ...]
+    unfinished_thoughts: int = 0
+
+    @property
+    def questions(self) -> int:
+        return next(iter(self.metrics.values())).n
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,6 +75,7 @@ def summarize(task: Task, path: Path) -> TaskResult:
         fewshot=task.fewshot.count,
         metrics={m: mean([r["scores"][m] for r in records]) for m in task.metrics},
         failures=tuple(Failure(r["sample"], r["error"]["message"]) for r in records if r["error"]),
+        unfinished_thoughts=sum("output" in r and r["output"] is None for r in records),
     )
 
 

@@ -61,9 +61,12 @@ def _chat_choice(output: CompletionOutput, top: int) -> Json:
             likeliest = [_entry(lp) for _, lp in _likeliest(step, top)]
             content.append({**_entry(step[token]), "top_logprobs": likeliest})
         logprobs = {"content": content, "refusal": None}
+    message = {"role": "assistant", "content": output.content, "refusal": None}
+    if output.reasoning_content is not None:
+        message["reasoning_content"] = output.reasoning_content
     return {
         "index": output.index,
-        "message": {"role": "assistant", "content": output.text, "refusal": None},
+        "message": message,
         "logprobs": logprobs,
         "finish_reason": output.finish_reason,
     }

@@ -88,16 +88,18 @@ Judged = tuple[dict[str, Any], dict[str, float], str | None]  # fields of the re
 
 
 def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
-    """By the best of the targets; an output without the answer that `extract` looks for is wrong."""
+    """By the best of the targets: the answer alone, without the thought before it. An output whose thought did not end,
+    or without the answer that `extract` looks for, is wrong."""
     done = output.outputs[0]
     if done.finish_reason == "error":
         return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
+    thought = {} if done.reasoning_content is None else {"reasoning_content": done.reasoning_content}
+    fields = {"output": done.content, **thought, "finish_reason": done.finish_reason}
     try:
-        answer = done.text if task.extract is None else task.extract(done.text)
+        answer = done.content if task.extract is None or done.content is None else task.extract(done.content)
     except ValueError as error:
-        fields = {"output": done.text, "finish_reason": done.finish_reason}
         return fields, dict.fromkeys(task.metrics, 0.0), f"extract.regex: {error}"
-    fields = {"output": done.text, "answer": answer, "finish_reason": done.finish_reason}
+    fields["answer"] = answer
     if answer is None:
         return fields, dict.fromkeys(task.metrics, 0.0), None
     return fields, {m: max(TEXT_METRICS[m](answer, t) for t in sample.targets) for m in task.metrics}, None

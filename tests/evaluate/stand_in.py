@@ -47,7 +47,9 @@ class StandIn:
             raise ValueError(f"prompt: {len(tokens)} tokens; accepted: 1 to {self.max_model_len - 1}")
         return Work(key, prompt if isinstance(prompt, str) else None, tokens, params)
 
-    def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None) -> Work:
+    def prepare_chat(
+        self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None, settings: Any = None
+    ) -> Work:
         return self.prepare("".join(f"{m['role']}:{m['content']};" for m in messages), params, key)
 
     def run_stream(self, work: Iterable[Work | None]) -> Iterator[tuple[Work, RequestOutput]]:
@@ -64,7 +66,8 @@ class StandIn:
         time.sleep(self._pause)
         made = (work.prompt_token_ids[::-1] * 600)[: work.params.max_tokens or 16]
         text = "".join(chr(33 + t % 90) for t in made)
-        outputs = [CompletionOutput(i, f"{text}{work.params.seed}", made, "length") for i in range(work.params.n)]
+        text += str(work.params.seed)
+        outputs = [CompletionOutput(i, text, made, "length", content=text) for i in range(work.params.n)]
         return work, RequestOutput("0", work.prompt, work.prompt_token_ids, outputs, RequestMetrics(0.0))
 
 

@@ -302,7 +302,7 @@ def test_extraction(tmp_path: Path) -> None:
     def judged(text: str, reason: str = "stop", **extract: Any) -> tuple[Any, float, Any]:
         task = load_task(write_task(tmp_path, extract={"regex": "=([0-9]+)", **extract}, target=["7", "8"]))
         sample = samples(task)[0]
-        done = CompletionOutput(0, text, [], reason, error="broken" if reason == "error" else None)
+        done = CompletionOutput(0, text, [], reason, error="broken" if reason == "error" else None, content=text)
         fields, found, error = judge_text(task, sample, RequestOutput("0", "", [], [done], RequestMetrics(0.0)))
         return fields.get("answer"), found["exact_match"], error
 

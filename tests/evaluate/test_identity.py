@@ -106,7 +106,9 @@ def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
     assert cli(*batch, str(tmp_path / "new.jsonl"))[0] == 0
     now = dict(Manifest.read(manifest_path(tmp_path / "new.jsonl")).identity)
     was, output = recorded("out.jsonl", tmp_path, now)
-    later = {"quantization": None}  # options that were not there yet
+    later = dict.fromkeys(
+        ("quantization", "chat_template", "chat_template_kwargs", "reasoning_parser")
+    )  # not there yet
     assert now == {**was.identity, "model": now["model"], "plan": now["plan"], **later}
     whole = output.read_bytes()
     output.write_bytes(whole.splitlines(keepends=True)[0])
@@ -189,7 +191,9 @@ def test_the_time_reaches_the_questions_of_a_chat_task(tmp_path: Path) -> None:
     seen: list[Any] = []
 
     class Noting(StandIn):
-        def prepare_chat(self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None) -> Work:
+        def prepare_chat(
+            self, messages: Any, params: SamplingParams, key: Any = None, now: Any = None, settings: Any = None
+        ) -> Work:
             seen.append(now)
             return super().prepare_chat(messages, params, key)
 

@@ -113,7 +113,9 @@ def test_a_tasks_template_that_never_ends(tmp_path: Path):
 def test_a_tasks_regular_expression_that_never_ends(tmp_path: Path):
     """The question counts as wrong, and the report says why."""
     task = load_task(task_file(tmp_path, extract={"regex": "(a+)+$"}))
-    output = RequestOutput("1", "", [1], [CompletionOutput(0, "a" * 60 + "b", [1], "stop")], RequestMetrics(0.0))
+    output = RequestOutput(
+        "1", "", [1], [CompletionOutput(0, "", [1], "stop", content="a" * 60 + "b")], RequestMetrics(0.0)
+    )
     fields, scores, error = judge_text(task, Sample(0, "0", "", None, ("2",), None), output)
     assert error is not None and error.startswith("extract.regex: it ") and ENDED in error
     assert scores == {"exact_match": 0.0} and fields["output"].endswith("ab")
