@@ -72,9 +72,6 @@ class ChatSettings:
         }  # fmt: skip
 
 
-PLAIN = ChatSettings()
-
-
 def check_kwargs(value: Any, name: str = "chat_template_kwargs") -> None:
     """Raises ValueError, one line, for variables of a template that cannot be passed to it; None is none."""
     if value is None:
@@ -99,6 +96,9 @@ def _check_plain(name: str, value: Any) -> None:
         ) from None
     if size > MOST_BYTES:
         raise ValueError(f"{name}: {size} bytes as JSON; accepted: at most {MOST_BYTES >> 20} MiB")
+
+
+PLAIN = ChatSettings()
 
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class Tags:
         for token in reversed(prompt):
             if self.ids is not None and token == self.ids[0]:
                 return True
-            if token in tokenizer.added_tokens:
+            if tokenizer.added_tokens.get(token, self.begin) != self.begin:
                 break
             tail.append(token)
         if self.ids is not None:

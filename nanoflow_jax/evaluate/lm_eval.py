@@ -21,6 +21,7 @@ from nanoflow_jax.chat import ChatSettings
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate.records import is_off
 from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.system.reading import Malformed, parse_json
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -57,6 +58,11 @@ class NanoflowLM(TemplateLM):
         **options: Any,
     ):
         super().__init__()
+        if isinstance(given := options.get("chat_template_kwargs"), str):  # in a list of name=value
+            try:
+                options["chat_template_kwargs"] = parse_json(given)
+            except Malformed as error:
+                raise ConfigError(f"model_args: chat_template_kwargs: {given!r} is not JSON ({error})") from None
         try:
             self.llm = LLM(pretrained, **options) if llm is None else llm
         except TypeError as error:  # an option that LLM does not have

@@ -94,12 +94,12 @@ def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
     if done.finish_reason == "error":
         return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
     thought = {} if done.reasoning_content is None else {"reasoning_content": done.reasoning_content}
-    fields = {"output": done.content, **thought, "finish_reason": done.finish_reason}
     try:
         answer = done.content if task.extract is None or done.content is None else task.extract(done.content)
     except ValueError as error:
+        fields = {**thought, "output": done.content, "finish_reason": done.finish_reason}
         return fields, dict.fromkeys(task.metrics, 0.0), f"extract.regex: {error}"
-    fields["answer"] = answer
+    fields = {**thought, "output": done.content, "answer": answer, "finish_reason": done.finish_reason}
     if answer is None:
         return fields, dict.fromkeys(task.metrics, 0.0), None
     return fields, {m: max(TEXT_METRICS[m](answer, t) for t in sample.targets) for m in task.metrics}, None
