@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
+MAX_N = 1000  # completions of one prompt, where files ask for them
 MAX_FLOAT = 1e30  # settings stay in float32, and so do logits times a penalty
 MAX_INT = 2**31 - 1
 

@@ -123,7 +123,7 @@ def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other
     failures = [f"- {r.name}, question {f.sample}: {f.error}" for r in results for f in r.failures]
     if failures:
         tables.append("Questions without an answer, counted as wrong:\n\n" + "\n".join(failures))
-    cut = [f"- {r.name}: {r.unfinished_thoughts} of {r.questions}" for r in results if r.unfinished_thoughts]
+    cut = [f"- {r.name}: {r.unfinished_thoughts} of {r.outputs}" for r in results if r.unfinished_thoughts]
     if cut:
         tables.append("Thoughts that had not ended when the output did, counted as wrong:\n\n" + "\n".join(cut))
     text = "\n\n".join(tables)

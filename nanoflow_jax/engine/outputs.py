@@ -41,6 +41,7 @@ def _completion(
     ids = tokens[request.prompt_length :].tolist()
     params = request.params
     output = CompletionOutput(request.index, "", ids, request.finish_reason, request.stop_reason, error=request.error)
+    output.content = ""
     if params.detokenize:
         output.content = output.text = _text(request, ids, tokenizer)
         if reasoning is not None:

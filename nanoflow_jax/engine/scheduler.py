@@ -235,8 +235,8 @@ class Scheduler:
         segments = self._most_segments - len(prefilling)
         while self.waiting and not run.is_full and budget > 0 and segments > 0:
             request = self.waiting[0]
-            if request.pending:  # its last token is still on its way
-                break
+            if request.pending or self._is_computed_now(request, prefilling):
+                break  # its last token, or its prompt's pages, are still on their way
             self.admitting = request
             slot = self._try_admit(request)
             self.admitting = None
@@ -246,6 +246,17 @@ class Scheduler:
             prefilling.append(slot)
             budget -= int(run.prefill_end[slot] - run.computed[slot])
             segments -= 1
+
+    def _is_computed_now(self, request: Request, prefilling: list[int]) -> bool:
+        """Whether a slot is still computing pages that the request will find: those of the same prompt, as of several
+        completions of one."""
+        run, pages = self.running, len(self._keys(request))
+        return pages > 0 and any(
+            int(run.computed[slot]) // self.page_size < pages
+            and (other := run.requests[slot]) is not None
+            and other.prompt_token_ids == request.prompt_token_ids
+            for slot in prefilling
+        )
 
     def _try_admit(self, request: Request) -> int | None:
         run, pool, size = self.running, self.pool, self.page_size

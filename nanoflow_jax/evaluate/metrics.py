@@ -49,6 +49,51 @@ def accuracy_norm(logprobs: Sequence[float], choices: Sequence[str], right: int)
 
 
 TEXT_METRICS: dict[str, Callable[[str, str], float]] = {"exact_match": exact_match, "contains": contains, "f1": f1}
+
+
+def pass_at(k: int, n: int, right: int) -> float:
+    """The probability that at least one of k outputs is right, drawn from n of which `right` are: the unbiased estimate
+    of Chen et al. (2021), 1 - C(n - right, k) / C(n, k)."""
+    return 1.0 - math.comb(n - right, k) / math.comb(n, k)
+
+
+def majority(answers: Sequence[str | None], targets: Sequence[str]) -> float:
+    """The answer that most outputs give is right; of answers given equally often one is drawn, so their share counts.
+    An output without an answer has no vote."""
+    votes = Counter(answer.strip() for answer in answers if answer is not None)
+    most = [answer for answer, count in votes.items() if count == max(votes.values())]
+    return sum(any(exact_match(answer, t) for t in targets) for answer in most) / len(most) if most else 0.0
+
+
+MAJORITY = "majority"
+_PASS = re.compile(r"pass@([1-9][0-9]{0,3})")
+
+
+def passes(metric: str) -> int | None:
+    """The k of "pass@k"; None: it is another metric."""
+    found = _PASS.fullmatch(metric)
+    return int(found[1]) if found else None
+
+
+def score_outputs(metrics: Sequence[str], answers: Sequence[str | None], targets: Sequence[str]) -> dict[str, float]:
+    """Scores of one question by the answers of its n outputs, None where there is none: pass@k and majority of all by
+    exact_match, the mean over the outputs of any other metric, each by the best of the targets."""
+
+    def score(metric: str, answer: str | None) -> float:
+        return 0.0 if answer is None else max(TEXT_METRICS[metric](answer, target) for target in targets)
+
+    found = {}
+    for metric in metrics:
+        if (k := passes(metric)) is not None:
+            right = sum(score("exact_match", answer) == 1 for answer in answers)
+            found[metric] = pass_at(k, len(answers), right)
+        elif metric == MAJORITY:
+            found[metric] = majority(answers, targets)
+        else:
+            found[metric] = sum(score(metric, answer) for answer in answers) / len(answers)
+    return found
+
+
 CHOICE_METRICS: dict[str, Callable[[Sequence[float], Sequence[str], int], float]] = {
     "accuracy": accuracy,
     "accuracy_norm": accuracy_norm,

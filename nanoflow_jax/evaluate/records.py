@@ -17,12 +17,11 @@ import numpy as np
 
 from nanoflow_jax.chat import EFFORTS, PLAIN, ChatSettings, checked_messages
 from nanoflow_jax.evaluate.lines import Line
-from nanoflow_jax.sampling_params import MAX_LOGPROBS
+from nanoflow_jax.sampling_params import MAX_LOGPROBS, MAX_N
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MAX_ID = 512  # characters
-MAX_N = 128  # completions of one prompt, as in the OpenAI interface
 
 # Fields of a body that are fields of SamplingParams, under the same name and with the same meaning.
 SAMPLING = (

@@ -24,8 +24,8 @@ class Failure:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """metrics by name. filter: what was taken of the output, "none" for all of it. unfinished_thoughts: outputs that
-    ended inside their thought; they have no answer and count as wrong."""
+    """metrics by name. filter: what was taken of the output, "none" for all of it. outputs: texts that were
+    generated; of them unfinished_thoughts ended inside their thought, have no answer and count as wrong."""
 
     name: str
     version: str
@@ -33,11 +33,8 @@ class TaskResult:
     fewshot: int
     metrics: dict[str, Mean]
     failures: tuple[Failure, ...]
+    outputs: int = 0
     unfinished_thoughts: int = 0
-
-    @property
-    def questions(self) -> int:
-        return next(iter(self.metrics.values())).n
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,6 +65,8 @@ def summarize(task: Task, path: Path) -> TaskResult:
     records = sorted(read_samples(path), key=lambda r: int(r["id"].rpartition("_")[2]))
     if not records or any(m not in r["scores"] for r in records for m in task.metrics):
         raise ConfigError(f"{path}: not a complete log of task {task.name!r}, judged by {', '.join(task.metrics)}")
+    found = [r["output"] for r in records if "output" in r]
+    outputs = [output if isinstance(output, list) else [output] for output in found]
     return TaskResult(
         name=task.name,
         version=task.version,
@@ -75,7 +74,8 @@ def summarize(task: Task, path: Path) -> TaskResult:
         fewshot=task.fewshot.count,
         metrics={m: mean([r["scores"][m] for r in records]) for m in task.metrics},
         failures=tuple(Failure(r["sample"], r["error"]["message"]) for r in records if r["error"]),
-        unfinished_thoughts=sum("output" in r and r["output"] is None for r in records),
+        outputs=sum(map(len, outputs)),
+        unfinished_thoughts=sum(output.count(None) for output in outputs),
     )
 
 

@@ -12,7 +12,7 @@ from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.evaluate.batch import work_steps
 from nanoflow_jax.evaluate.journal import Journal
-from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
+from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, score_outputs
 from nanoflow_jax.evaluate.prompts import Sample, sample_record
 from nanoflow_jax.evaluate.response import encode_record
 from nanoflow_jax.evaluate.tasks import Task
@@ -89,20 +89,24 @@ Judged = tuple[dict[str, Any], dict[str, float], str | None]  # fields of the re
 
 def judge_text(task: Task, sample: Sample, output: RequestOutput) -> Judged:
     """By the best of the targets: the answer alone, without the thought before it. An output whose thought did not end,
-    or without the answer that `extract` looks for, is wrong."""
-    done = output.outputs[0]
-    if done.finish_reason == "error":
-        return {}, dict.fromkeys(task.metrics, 0.0), done.error or "failed"
-    thought = {} if done.reasoning_content is None else {"reasoning_content": done.reasoning_content}
+    or without the answer that `extract` looks for, is wrong. Of several outputs each field is a list."""
+    if failed := [o.error for o in output.outputs if o.finish_reason == "error"]:
+        return {}, dict.fromkeys(task.metrics, 0.0), failed[0] or "failed"
+    contents = [o.content for o in output.outputs]
+    thoughts = [o.reasoning_content for o in output.outputs]
+    fields = {"reasoning_content": thoughts} if any(t is not None for t in thoughts) else {}
+    fields |= {"output": contents}
+    wrong = None
     try:
-        answer = done.content if task.extract is None or done.content is None else task.extract(done.content)
+        extract = task.extract
+        fields["answer"] = [text if text is None or extract is None else extract(text) for text in contents]
     except ValueError as error:
-        fields = {**thought, "output": done.content, "finish_reason": done.finish_reason}
-        return fields, dict.fromkeys(task.metrics, 0.0), f"extract.regex: {error}"
-    fields = {**thought, "output": done.content, "answer": answer, "finish_reason": done.finish_reason}
-    if answer is None:
-        return fields, dict.fromkeys(task.metrics, 0.0), None
-    return fields, {m: max(TEXT_METRICS[m](answer, t) for t in sample.targets) for m in task.metrics}, None
+        wrong = f"extract.regex: {error}"
+    answers = fields.get("answer", [None] * len(contents))
+    fields["finish_reason"] = [o.finish_reason for o in output.outputs]
+    if len(contents) == 1:
+        fields = {name: values[0] for name, values in fields.items()}
+    return fields, score_outputs(task.metrics, answers, sample.targets), wrong
 
 
 def judge_choices(task: Task, sample: Sample, scores: Sequence[Score]) -> Judged:

@@ -25,8 +25,8 @@ from typing import Any
 
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
-from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, TEXT_METRICS
-from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, MAJORITY, TEXT_METRICS, passes
+from nanoflow_jax.sampling_params import MAX_N, SamplingParams
 from nanoflow_jax.system import limited
 from nanoflow_jax.system.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
 
@@ -205,20 +205,29 @@ def _checked(task: Task) -> Task:
         for name, given in (("generate", task.generate), ("extract", task.extract), ("chat", task.chat)):
             if given:
                 raise ConfigError(f"{name}: it does not go together with choices, which are scored as continuations")
-    accepted = TEXT_METRICS if task.choices is None else CHOICE_METRICS
-    known = isinstance(task.metrics, tuple) and all(isinstance(m, str) and m in accepted for m in task.metrics)
+    accepted = (*TEXT_METRICS, MAJORITY, "pass@K") if task.choices is None else tuple(CHOICE_METRICS)
+    known = isinstance(task.metrics, tuple) and all(
+        isinstance(m, str) and (m in accepted or (task.choices is None and passes(m))) and m != "pass@K"
+        for m in task.metrics
+    )
     if not known or not task.metrics:
         kind = "generated text" if task.choices is None else "choices"
         raise ConfigError(f"metrics: {task.metrics!r} is not accepted; for {kind}: a list of {', '.join(accepted)}")
     if not isinstance(task.generate, Mapping):
         raise ConfigError(f"generate: {task.generate!r} is not accepted; it must be a mapping of sampling settings")
     _known("generate", task.generate, SamplingParams.__dataclass_fields__)
-    if task.generate.get("n", 1) != 1:
-        raise ConfigError("generate.n: one output per question is judged; accepted: 1")
     try:
-        SamplingParams(**task.generate)
+        n = SamplingParams(**task.generate).n
     except ValueError as error:
         raise ConfigError(f"generate.{error}") from None
+    if n > MAX_N:
+        raise ConfigError(f"generate.n: {n} is not accepted; it must be at most {MAX_N}")
+    if n > 1 and "temperature" not in task.generate:  # the model's own may be 0, and all outputs the same
+        raise ConfigError("generate.n: outputs differ by sampling; a temperature above 0 is needed beside it")
+    if wrong := [m for m in task.metrics if (passes(m) or 0) > n]:
+        raise ConfigError(
+            f"metrics: {wrong[0]} needs that many outputs; accepted: at most pass@{n}, or a larger generate.n"
+        )
     return task
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoflow_jax import LLM
+from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine import page_files
 from nanoflow_jax.engine import scheduler as scheduler_module
 from nanoflow_jax.engine.offload import OffloadStore
@@ -93,6 +93,17 @@ def test_a_shared_beginning_in_one_batch(llm: LLM) -> None:
     found = llm.generate([[*base, 3 + i] for i in range(12)], greedy(4), use_tqdm=False)
     assert cached(found)[0] == 0
     assert sum(c == 64 for c in cached(found)) >= 9
+
+
+def test_completions_of_one_prompt_compute_it_once(llm: LLM) -> None:
+    """However many, and however long the prompt: all but the last part of a page is found by all but the first."""
+    prompt = np.random.default_rng(5).integers(0, VOCAB, 100).tolist()
+    params = SamplingParams(n=40, temperature=1.0, seed=1, max_tokens=3, ignore_eos=True)
+    stats = llm.engine.scheduler.stats
+    before = stats.prompt_tokens, stats.cached_tokens
+    llm.generate([prompt, prompt[1:]], params, use_tqdm=False)
+    assert stats.prompt_tokens - before[0] == 40 * (100 + 99)
+    assert stats.cached_tokens - before[1] == 39 * 2 * 96
 
 
 def test_the_crowd_with_and_without(llm: LLM, calm: list[list[int]]) -> None:

@@ -111,6 +111,10 @@ CASES: list[tuple[str, str | None, str, Any, Any]] = [  # style, prompt (None: t
     ("harmony", "<|start|>assistant<|channel|>final<|message|>the", " x<|return|>", None, " x"),
     ("harmony", "<|start|>assistant<|channel|>analysis<|message|>the", " x", "x", None),
     ("harmony", "what is", " the answer", None, " the answer"),
+    ("harmony", "<|start|>assistant<|channel|>analysis<|message|>the<|end|>", "yes", None, "yes"),
+    (
+        "harmony", None, "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|message|>yes<|return|>", "a", "yes",
+    ),
     ("nothing", None, "<think>no</think>yes", None, "<think>no</think>yes"),
 ]  # fmt: skip
 
@@ -289,7 +293,8 @@ def test_eval(llm: LLM, folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         task = tmp_path / f"{name}.yaml"
         task.write_text(
             f"data: {{file: q.jsonl}}\nprompt: '{{{{ prompt }}}}'\ntarget: '{{{{ target }}}}'\nchat: true\n"
-            f"generate: {{max_tokens: {tokens}, temperature: 0}}\nmetrics: [exact_match]\n"
+            f"generate: {{max_tokens: {tokens}, temperature: 0}}\nextract: {{regex: '[a-z]+'}}\n"
+            "metrics: [exact_match]\n"
         )
         assert run(llm, monkeypatch, "eval", str(task), "-o", str(tmp_path / name), "--model", str(folder)) == 0
         out = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,16 @@ from scipy import stats
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.evaluate.metrics import contains, exact_match, f1, mean, paired_difference
+from nanoflow_jax.evaluate.metrics import (
+    contains,
+    exact_match,
+    f1,
+    majority,
+    mean,
+    paired_difference,
+    pass_at,
+    score_outputs,
+)
 from nanoflow_jax.evaluate.plot import plot_results
 from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import Comparison, Failure, TaskResult, compare, results_table
@@ -135,7 +145,12 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"metrics": ["accuracy"]}, ["metrics", "accuracy"]),
     ({"generate": {"max_tokens": 0}}, ["generate.max_tokens", "0"]),
     ({"generate": {"beams": 2}}, ["generate", "'beams'"]),
-    ({"generate": {"n": 2}}, ["generate.n"]),
+    ({"generate": {"n": 2}}, ["generate.n", "a temperature above 0"]),
+    ({"generate": {"n": 2, "temperature": 0}}, ["generate.n"]),
+    ({"generate": {"n": 1001, "temperature": 1}}, ["generate.n", "at most 1000"]),
+    ({"metrics": ["pass@2"]}, ["metrics", "pass@2", "at most pass@1"]),
+    ({"metrics": ["pass@0"]}, ["metrics", "pass@0", "majority, pass@K"]),
+    ({"metrics": ["pass@K"]}, ["metrics", "pass@K"]),
     ({"data": {"problems": "chess", "count": 3}}, ["data.problems", "'chess'", "addition"]),
     ({"data": {"problems": "addition"}}, ["data.count"]),
     ({"data": {"file": "no.jsonl"}}, ["data.file", "no.jsonl"]),
@@ -312,6 +327,50 @@ def test_extraction(tmp_path: Path) -> None:
     assert judged("a=7", group=0) == ("=7", 0.0, None)
     assert judged("nothing") == (None, 0.0, None)
     assert judged("a=7", reason="error") == (None, 0.0, "broken")
+
+
+def test_scores_of_several_outputs() -> None:
+    """pass@k against all ways to draw k of n; majority by votes, those of a tie shared."""
+    for n in range(1, 7):
+        for right in range(n + 1):
+            outputs = [True] * right + [False] * (n - right)
+            for k in range(1, n + 1):
+                drawn = list(itertools.combinations(outputs, k))
+                assert pass_at(k, n, right) == pytest.approx(sum(map(any, drawn)) / len(drawn)), (k, n, right)
+    assert majority(["4", " 4", "5", None, None, None], ["4"]) == 1.0
+    assert majority(["4", "5", "5"], ["4"]) == 0.0
+    assert majority(["4", "5"], ["4"]) == majority(["4", "5"], ["5"]) == 0.5
+    assert majority([None, None], ["4"]) == 0.0
+    answers = ["4", "x", None, "4"]
+    metrics = ("exact_match", "pass@1", "pass@2", "pass@4", "majority", "contains")
+    wanted = {"exact_match": 0.5, "pass@1": 0.5, "pass@2": 5 / 6, "pass@4": 1.0, "majority": 1.0, "contains": 0.5}
+    assert score_outputs(metrics, answers, ["4", "y"]) == pytest.approx(wanted)
+
+
+def test_a_task_with_several_outputs(cli: Cli, llm: LLM, tmp_path: Path) -> None:
+    """All outputs are in the log; the figures are those of `generate`, with the errors of means over questions."""
+    task = write_task(
+        tmp_path, generate={"n": 6, "temperature": 2.5, "max_tokens": 3}, metrics=["exact_match", "pass@4", "majority"],
+        data={"problems": "addition", "split": "test", "seed": 1, "count": 12},
+    )  # fmt: skip
+    status, printed, err = cli("eval", str(task), "-o", str(tmp_path / "run"))
+    assert status == 0, err
+    log = records(tmp_path / "run" / "mine.samples.jsonl")
+    for number, record in enumerate(log):
+        params = SamplingParams(n=6, temperature=2.5, max_tokens=3, seed=number)
+        (direct,) = llm.generate(record["prompt"], params, use_tqdm=False)
+        assert record["output"] == [o.text for o in direct.outputs]
+        assert record["finish_reason"] == [o.finish_reason for o in direct.outputs]
+        right = sum(text.strip() == record["target"] for text in record["output"])
+        assert record["scores"]["exact_match"] == pytest.approx(right / 6)
+        assert record["scores"]["pass@4"] == pytest.approx(1 - math.comb(6 - right, 4) / math.comb(6, 4))
+    assert len({s["scores"]["pass@4"] for s in log}) > 2, "some are always right, some never, some at times"
+    data = json.loads((tmp_path / "run" / "results.json").read_text())["results"]["mine"]["metrics"]
+    for metric, found in data.items():
+        scores = [r["scores"][metric] for r in log]
+        assert found["value"] == pytest.approx(np.mean(scores))
+        assert found["stderr"] == pytest.approx(np.std(scores, ddof=1) / math.sqrt(12))
+        assert f"|{metric}" in printed
 
 
 def test_pictures_show_the_figures() -> None:
