@@ -171,13 +171,13 @@ class LLMOptions:
         "a Jinja file (or its text) through which conversations become prompts", none="the model's own", identity=True,
     )] = None  # fmt: skip
     chat_template_kwargs: Annotated[dict[str, Any] | None, About(
-        'variables of the chat template as a JSON object, such as {"enable_thinking": false}. What a conversation '
-        "brings itself comes before them; one that the template does not know changes nothing",
+        "variables of the chat template (enable_thinking, reasoning_effort, date_string, ...) as a JSON object. What a "
+        "conversation brings itself comes before them; one that the template does not know changes nothing",
         none="those that a conversation brings", identity=True,
     )] = None  # fmt: skip
     reasoning_parser: Annotated[str | None, About(
-        "what keeps a thought apart from its answer: two tags such as '<think> </think>', harmony (channels, as "
-        "gpt-oss has them) or none", _PARSER,
+        "what keeps a thought apart from its answer: two tags such as '<think> </think>', harmony (channels) or none",
+        _PARSER,
         none="what the tokenizer and the chat template name", identity=True,
     )] = None  # fmt: skip
     seed: Annotated[int, About("of requests that bring none", _at_least(0), identity=True, flag=False)] = 0

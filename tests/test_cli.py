@@ -230,6 +230,9 @@ def test_a_bad_model_folder_is_named(cli: Cli, tmp_path: Path) -> None:
         (["generate", "x", "--max-tokens", "ten"], ["--max-tokens", "'ten'"]),
         (["generate", "x", "--temperature", "warm"], ["--temperature", "'warm'"]),
         (["generate", "x", "--beam-width", "4"], ["--beam-width"]),
+        (["generate", "x", "--chat-template", "no.jinja"], ["--chat-template", "no.jinja", "a Jinja file"]),
+        (["generate", "x", "--chat-template-kwargs", "[1]"], ["--chat-template-kwargs", "'[1]'", "JSON object"]),
+        (["batch", "-i", "a", "-o", "b", "--chat-template-kwargs", '{"tools": 1}'], ["-kwargs", "'tools' is not"]),
         (["convert", "tiny"], ["FOLDER"]),
         (["compress", "tiny"], ["compress", "generate", "convert"]),
     ],
@@ -287,6 +290,9 @@ OPTIONS = {
         "--kv-cache-dtype",
         "--quantization",
         "--attention-backend",
+        "--chat-template",
+        "--chat-template-kwargs",
+        "--reasoning-parser",
         "--cpu-devices",
         "--quiet",
         "--verbose",
@@ -393,11 +399,11 @@ def test_process_output_file_and_cpu_devices(tmp_path: Path) -> None:
 def test_quiet_is_quiet(tmp_path: Path) -> None:
     """Nothing on stderr, whatever libraries warn of; without --quiet they may."""
     hush = "import os, sys, warnings, logging; from nanoflow_jax import api, cli; made = api.Tokenizer\n"
-    hush += "def noisy(source):\n"
+    hush += "def noisy(*source):\n"
     hush += "    import transformers\n"
     hush += "    transformers.utils.logging.get_logger('transformers.some').warning('a class is not the same')\n"
     hush += "    warnings.warn('an option is deprecated', UserWarning); logging.getLogger('jax._src').warning('slow')\n"
-    hush += "    return made(source)\n"
+    hush += "    return made(*source)\n"
     hush += "api.Tokenizer = noisy; sys.exit(cli.main(sys.argv[1:]))"
     command = ["-c", hush, "generate", "12+30=", *SMALL]
     unset = dict.fromkeys(("TRANSFORMERS_VERBOSITY", "TF_CPP_MIN_LOG_LEVEL"))  # where other tests have been quiet
