@@ -97,19 +97,19 @@ def sharded(devices: int, function: Callable[..., Any], out: Any) -> Callable[[C
 
 
 @cache
-def _sample_padded(devices: int) -> Callable[[Case], tuple[sampler.Sampled, SlotState]]:
+def _sample_padded(devices: int) -> Callable[[Case], tuple[np.ndarray, SlotState]]:
     return sharded(devices, sampler.sample, (P(), SLOT_SPECS))
 
 
-def sample_on(devices: int, case: Case) -> tuple[sampler.Sampled, np.ndarray]:
-    """What was sampled, and the counts afterwards."""
-    sampled, slots = _sample_padded(devices)(case)
+def sample_on(devices: int, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that were sampled, and the counts afterwards."""
+    tokens, slots = _sample_padded(devices)(case)
     counts = slots.counts if case.counts is None else slots.counts[: len(case.counts)]
-    return jax.tree.map(lambda x: x[: len(case.logits)], sampled), counts
+    return tokens[: len(case.logits)], counts
 
 
 def tokens_on(devices: int, logits: np.ndarray, params: SamplingArrays, *tables: Any) -> np.ndarray:
-    return sample_on(devices, Case(logits, params, *tables))[0].tokens
+    return sample_on(devices, Case(logits, params, *tables))[0]
 
 
 Scores = Callable[[Case], np.ndarray]

@@ -81,7 +81,7 @@ def test_rows_that_are_not_finite_give_no_token(devices: int, lost: bool, monkey
         real = collectives.all_reduce_max
         monkeypatch.setattr(collectives, "all_reduce_max", lambda x: real(_without_nan(x)))
         traced_anew = sharded(devices, sampler.sample, (P(), SLOT_SPECS))
-        sample = lambda _, logits, params: traced_anew(Case(logits, params))[0].tokens[:ROWS]  # noqa: E731
+        sample = lambda _, logits, params: traced_anew(Case(logits, params))[0][:ROWS]  # noqa: E731
     logits, rng = random_logits(8), np.random.default_rng(3)
     params = settings(ROWS, temperature=np.arange(ROWS) % 4 / 2, top_k=np.arange(ROWS) % 3, seed=np.arange(ROWS))
     calm = tokens_on(devices, logits, params)
