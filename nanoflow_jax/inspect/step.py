@@ -42,9 +42,9 @@ MEMORY_UTILIZATION = 0.9
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes on one GPU. kv_pages: the pool the step was compiled with; temporaries: of the layers compiled, and all
-    layers may need more, with what the step gives; kv_tokens: how many tokens fit beside weights and temporaries in `MEMORY_UTILIZATION` of the
-    memory, at kv_bytes_per_token, the mean of requests of the context; headroom: what is then left without any page
-    (negative: the model does not fit)."""
+    layers may need more, with what the step leaves to the programs after it; kv_tokens: how many tokens fit beside
+    weights and temporaries in `MEMORY_UTILIZATION` of the memory, at kv_bytes_per_token, the mean of requests of the
+    context; headroom: what is then left without any page (negative: the model does not fit)."""
 
     weights: int
     kv_pages: int

@@ -8,7 +8,7 @@ inside, the host would wait for each predicate, and dispatch the next step when 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel import collectives
+from nanoflow_jax.step.batch import SamplingArrays
 from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.logprobs import SCORE_CHUNK, Scores, TokenLogprobs, score_chunk, token_logprobs
 from nanoflow_jax.step.sampler import biased, penalized, sample
@@ -60,12 +61,20 @@ class Wanted:
 def wanted(inputs: StepInputs, sizes: SlotSizes) -> Wanted:
     """inputs: NumPy arrays."""
     params = inputs.sampling
-    sampled = params.temperature > 0
-    chosen = None
-    if sampled.any() or biased(params, sizes.bias_rows).any() or penalized(params, sizes.slots).any():
-        chosen = Sample(bool((sampled & (params.top_k > 0)).any()), bool((sampled & (params.top_p < 1)).any()))
     scored = int(np.count_nonzero(inputs.targets >= 0))
-    return Wanted(chosen, bool((params.top_logprobs >= 0).any()), -(-scored // SCORE_CHUNK))
+    return Wanted(
+        sample_wanted(params, sizes.bias_rows, sizes.slots),
+        bool((params.top_logprobs >= 0).any()),
+        -(-scored // SCORE_CHUNK),
+    )
+
+
+def sample_wanted(params: SamplingArrays, bias_rows: int, histories: int) -> Sample | None:
+    """By rows [B] of NumPy arrays; None: the likeliest tokens will do. bias_rows, histories: rows of the tables."""
+    sampled = params.temperature > 0
+    if not (sampled.any() or biased(params, bias_rows).any() or penalized(params, histories).any()):
+        return None
+    return Sample(bool((sampled & (params.top_k > 0)).any()), bool((sampled & (params.top_p < 1)).any()))
 
 
 def build_extra(extra: Extra, spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.stages.Wrapped:
@@ -80,7 +89,7 @@ def build_extra(extra: Extra, spec: StepSpec, mesh: Mesh, infos: ModelParams) ->
             tokens, slots = sample(
                 logits, first_token(logits), inputs.sampling, slots, top_k=extra.top_k, top_p=extra.top_p
             )
-            return slots.replace(tokens=slots.tokens.at[inputs.slots].set(tokens, mode="drop")), tokens
+            return replace(slots, tokens=slots.tokens.at[inputs.slots].set(tokens, mode="drop")), tokens
 
     def logprobs(packed: jax.Array, logits: jax.Array, tokens: jax.Array) -> TokenLogprobs:
         with jax.named_scope("SCORE.1"):

@@ -149,8 +149,8 @@ def test_extreme_settings_stay_finite(devices: int) -> None:
     case = Case(logits, params, counts, biases)
     assert not np.isnan(scores_on(devices)(case)).any()
     sampled, _ = sample_on(devices, case)
-    assert (sampled >= 0).all() and (sampled < VOCAB).all()
-    assert (biases[np.arange(count), sampled] > -np.inf).all()
+    assert (sampled.tokens >= 0).all() and (sampled.tokens < VOCAB).all()
+    assert (biases[np.arange(count), sampled.tokens] > -np.inf).all()
     assert not np.isnan(sampled.logprobs.logprob).any()
 
 

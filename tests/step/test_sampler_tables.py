@@ -324,4 +324,4 @@ def test_the_sampler_obeys_the_tables(devices: int) -> None:
         repetition_penalty=[1, 1, 1, 1, 1, 4, 1],
     )
     sampled, _ = sample_on(devices, Case(logits, params, owner.counts, owner.biases))
-    assert sampled.tolist() == [VOCAB - 1, 6, 5, 2000, 6, 2000, 2000]
+    assert sampled.tokens.tolist() == [VOCAB - 1, 6, 5, 2000, 6, 2000, 2000]
