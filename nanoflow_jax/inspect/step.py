@@ -247,8 +247,8 @@ def inspect_step(
     with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
         options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
-        thunks = dumped_thunks(Path(folder))
-    hlo, analysis = compiled.as_text(), compiled.memory_analysis()
+        hlo, analysis = compiled.as_text(), compiled.memory_analysis()
+        thunks = dumped_thunks(Path(folder), hlo)
     seconds = time.monotonic() - started
     latency = latency or RooflineModel(hardware)
     pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
