@@ -193,7 +193,8 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None, *extr
         rows = f"{shape.decode_rows} + {shape.prefill_rows} rows"
         name = f"{options.model}, {config.num_layers} layers, {plan_name}, {options.attention_backend}, {rows}"
         for extra in (None, *extras):
-            yield f"{name}, {extra}" if extra else name, partial(build, shape=shape, extra=extra)
+            after = f"{options.model}, after a step, {type(extra).__name__}, {rows}"
+            yield after if extra else name, partial(build, shape=shape, extra=extra)
 
 
 def _beside() -> Named:
