@@ -168,7 +168,9 @@ def _step(
     with jax.named_scope("SAMPLE.1"):
         tokens = likeliest(logits, first_token(logits))
         slots = replace(slots, tokens=slots.tokens.at[inputs.slots].set(tokens, mode="drop"))
-    return StepState(cache, slots), StepEnd(tokens, logits, hidden[shape.decode_rows :])
+    with jax.named_scope("SCORE.1"):
+        end = StepEnd(tokens, logits, hidden[shape.decode_rows :])
+    return StepState(cache, slots), end
 
 
 def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_size: int) -> None:
