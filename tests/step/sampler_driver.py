@@ -98,6 +98,9 @@ def sharded(devices: int, function: Callable[..., Any], out: Any) -> Callable[[C
     return call
 
 
+EVERYTHING = Sample(top_k=True, top_p=True)
+
+
 class Chosen(NamedTuple):
     tokens: np.ndarray  # [B]
     logprobs: TokenLogprobs  # [B]
@@ -119,9 +122,11 @@ def make_sample(devices: int, how: Sample | None) -> Callable[[Case], tuple[tupl
 _sample_padded = cache(make_sample)
 
 
-def sample_on(devices: int, case: Case) -> tuple[Chosen, np.ndarray]:
-    """What was sampled, and the counts afterwards."""
-    sampled, slots = _sample_padded(devices, wanted_by(case))(case)
+def sample_on(devices: int, case: Case, *, least: bool = False) -> tuple[Chosen, np.ndarray]:
+    """What was sampled, and the counts afterwards. least: by the smallest program, as the engine, not by one that can
+    do everything (each is compiled)."""
+    how = wanted_by(case)
+    sampled, slots = _sample_padded(devices, how if least or how is None else EVERYTHING)(case)
     counts = slots.counts if case.counts is None else slots.counts[: len(case.counts)]
     return Chosen(*jax.tree.map(lambda x: x[: len(case.logits)], sampled)), counts
 
