@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.step.step_driver import FAST_FLAGS
+
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 MARK = re.compile(r"<!-- not tested: (.+) -->")
@@ -73,8 +75,9 @@ def commands(block: Block) -> list[tuple[str, str]]:
 
 def run(arguments: list[str], folder: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "XLA_FLAGS": FAST_FLAGS}
     return subprocess.run(
-        arguments, cwd=folder, input=text, env={**os.environ, "PATH": path}, capture_output=True, text=True, timeout=400
+        arguments, cwd=folder, input=text, env=environment, capture_output=True, text=True, timeout=400
     )
 
 

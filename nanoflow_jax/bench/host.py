@@ -17,16 +17,17 @@ import numpy as np
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
 from nanoflow_jax.engine.pages import root_key
+from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.logprobs import no_logprobs
-from nanoflow_jax.step.sampler import Sampled, StepOutput
-from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, StepInputs, pack, packed_length, unpack
-from nanoflow_jax.step.trace import CACHE_SPECS, StepState
+from nanoflow_jax.step.extras import Extra, Sample
+from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, packed_length, unpack
+from nanoflow_jax.step.trace import CACHE_SPECS, StepEnd, StepState
 
 PAGE_SIZE = 64
+SAMPLED = Sample(top_k=False, top_p=True)  # as all requests here
 PROMPT, OUTPUT = 614, 1024  # tokens of a request: 768 prefill rows then feed 1280 decode rows
 
 
@@ -54,33 +55,36 @@ class HostReport:
         )
 
 
-class StandInRunner:
-    """As `engine.runner.Runner`, with a program that does nothing but take a step's arguments and return tokens."""
+class StandInRunner(Runner):
+    """With programs that do nothing but take a step's arguments and return tokens."""
 
     def __init__(self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int):
         self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
+        self.on_dispatch = None
         weights = jax.tree.leaves(param_infos(config, 1), is_leaf=is_info)
         self._params = tuple(jnp.zeros(1, jnp.int32) for _ in weights)
-        self._state = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), StepState(CACHE_SPECS, SLOT_SPECS))
-        self.arguments = len(jax.tree.leaves((self._params, self._state))) + 1
+        self.state = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), StepState(CACHE_SPECS, SLOT_SPECS))
+        self.arguments = len(jax.tree.leaves((self._params, self.state))) + 1
+        nothing = jnp.zeros(1, jnp.int32)
 
-        def compiled(shape: StepShape) -> Any:
-            def step(params: Any, state: Any, packed: jax.Array) -> Any:
-                sampling = unpack(packed, shape).sampling
-                tokens = (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % 1000
-                nothing = no_logprobs(0), no_logprobs(0)  # not read: no request asks for them
-                return state, StepOutput(Sampled(tokens, nothing[0]), nothing[1])
+        def choose(packed: jax.Array, shape: StepShape) -> jax.Array:
+            sampling = unpack(packed, shape).sampling
+            return (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % 1000
+
+        self._steps: dict[StepShape, Any] = {}
+        self._extras: dict[tuple[Extra, StepShape], Any] = {}
+        for shape in shapes:
+
+            def step(params: Any, state: Any, packed: jax.Array, shape: StepShape = shape) -> Any:
+                return state, StepEnd(choose(packed, shape), jnp.zeros_like(nothing), jnp.zeros_like(nothing))
+
+            def sample(slots: Any, packed: jax.Array, logits: jax.Array, shape: StepShape = shape) -> Any:
+                return slots, choose(packed, shape)
 
             packed = jax.ShapeDtypeStruct((packed_length(shape),), jnp.int32)
-            lowered = jax.jit(step, donate_argnums=(1,)).lower(self._params, self._state, packed)
-            return lowered.compile()
-
-        self._steps = {shape: compiled(shape) for shape in shapes}
-
-    def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
-        self._state, output = self._steps[shape](self._params, self._state, pack(inputs))
-        output.sampled.tokens.copy_to_host_async()
-        return output
+            self._steps[shape] = jax.jit(step, donate_argnums=1).lower(self._params, self.state, packed).compile()
+            compiled = jax.jit(sample, donate_argnums=0).lower(self.state.slots, packed, nothing).compile()
+            self._extras[SAMPLED, shape] = compiled
 
     def reset(self) -> None:
         pass

@@ -73,7 +73,7 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
     count = options.requests or enough
     requests = options.workload.requests(count, engine.max_model_len, vocabulary, options.seed)
     started = time.perf_counter()
-    warm_up(engine)
+    warm_up(engine, options.temperature)
     warmup_seconds = time.perf_counter() - started
     steps, cut = drive(engine, requests, options.temperature, options.progress, options.seconds)
     steady = True
@@ -195,11 +195,13 @@ def expected_running(
     return max(1, round(min(slots, balanced + prefill / prompt, pages)))
 
 
-def warm_up(engine: Engine) -> None:
-    """Each compiled step once, with rows of padding only: the first call of a program is slower than the others."""
+def warm_up(engine: Engine, temperature: float = 0.0) -> None:
+    """Each program that requests of a temperature run, once, with rows of padding only: what samples is compiled when
+    first wanted, and the first call of a program is slower than the others."""
     runner = engine.runner
     for shape in engine.scheduler.shapes:
         inputs = empty_inputs(shape, runner.num_pages, runner.sizes.slots, runner.sizes.bias_rows)
+        inputs.sampling.temperature[:] = temperature
         jax.block_until_ready(runner.dispatch(shape, inputs).sampled.tokens)
 
 

@@ -308,6 +308,7 @@ class Engine:
         if token < 0:
             raise NotFinite(f"after {length} tokens, the logits are not finite, or none is that of an allowed token")
         if params.logprobs is not None:
+            assert output.sampled.logprobs is not None
             _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
         if request.watched:
             self.updated.append(request)
@@ -334,7 +335,8 @@ class Engine:
     def _process_scores(self, step: ScheduledStep, output: StepOutput, finished: list[Request]) -> None:
         """Logprobs of prompt tokens that the step's chunks have given, to orphans too: their token may end them. Those
         that are not finite end their request."""
-        run, row = self.running, 0
+        run, row, scores = self.running, 0, output.scores
+        assert scores is not None
         for chunk in step.prefill:
             count = chunk.stop - chunk.start
             if self._is_current(step, chunk.slot):
@@ -347,9 +349,9 @@ class Engine:
                 if first < last:
                     at = row + first - chunk.start
                     assert request.params.prompt_logprobs is not None
-                    if np.isfinite(np.asarray(output.scores.logprob)[at : at + last - first]).all():
+                    if np.isfinite(np.asarray(scores.logprob)[at : at + last - first]).all():
                         top = request.params.prompt_logprobs
-                        _add_logprobs(request.prompt_logprobs, output.scores, at, at + last - first, top)
+                        _add_logprobs(request.prompt_logprobs, scores, at, at + last - first, top)
                     elif not self._again(request):
                         self._fail(request, NotFinite("the logits of the prompt are not finite"))
                         self._end(request, finished)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +22,15 @@ from nanoflow_jax.models.layout import ModelParams, page_tables
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Program, compile_step
+from nanoflow_jax.step.extras import Extra, Logprobs, Score, wanted
 from nanoflow_jax.step.kernel_inputs import NO_PAGE
-from nanoflow_jax.step.sampler import StepOutput
+from nanoflow_jax.step.logprobs import no_scores
+from nanoflow_jax.step.sampler import Sampled, StepOutput
 from nanoflow_jax.step.slots import StepInputs, pack
 from nanoflow_jax.step.trace import KVCache, StepState
 from nanoflow_jax.system.progress import Progress
+
+logger = logging.getLogger("nanoflow_jax")
 
 COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
 PAGES_PER_COPY = 8  # pages that one call of the copy programs moves
@@ -42,7 +47,8 @@ def _wait_for_steps() -> None:
 
 
 class Runner:
-    """Runs steps of a few shapes, all compiled before the first one runs. Nothing here waits for the device."""
+    """Runs steps of a few shapes, all compiled before the first one runs; what some rows want beyond the likeliest
+    token (`step.extras`) is compiled when first wanted. Nothing here waits for the device."""
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class Runner:
         progress: bool,
     ):
         mesh, num_pages = program.mesh, program.num_pages
+        self._program, self._extras = program, {}
         self.mesh, self.sizes, self.num_pages, self.page_size = mesh, program.sizes, num_pages, program.page_size
         self._params = tuple(jax.tree.leaves(params))
         self._replicated = replicated(mesh)
@@ -63,6 +70,7 @@ class Runner:
             out_shardings=jax.tree.map(lambda a: a.sharding, abstract),
         )
         self.state: StepState = self._zeros()
+        self._no_scores = jax.jit(no_scores, static_argnums=(0,), out_shardings=self._replicated)
         _RUNNERS.add(self)
         # One page: [depth, 2 (K, V), KV groups, page_size, d], of as many layers as share one.
         self.page_sharding = NamedSharding(mesh, P(None, None, AXIS))
@@ -80,9 +88,28 @@ class Runner:
         packed = pack(inputs)
         if self.on_dispatch is not None:
             self.on_dispatch(packed)
-        self.state, output = self._steps[shape](self._params, self.state, packed)
-        output.sampled.tokens.copy_to_host_async()
-        return output
+        self.state, end = self._steps[shape](self._params, self.state, packed)
+        tokens, logprobs, scores = end.tokens, None, None
+        rows = wanted(inputs, self.sizes)
+        if rows.sample is not None:
+            slots, tokens = self._extra(rows.sample, shape)(self.state.slots, packed, end.logits)
+            self.state = replace(self.state, slots=slots)
+        tokens.copy_to_host_async()
+        if rows.logprobs:
+            logprobs = self._extra(Logprobs(), shape)(packed, end.logits, tokens)
+        if rows.chunks:
+            so_far = self._no_scores(shape.prefill_rows)
+            for _ in range(rows.chunks):
+                so_far = self._extra(Score(), shape)(self._params, packed, end.hidden, so_far)
+            scores = so_far.logprobs
+        return StepOutput(Sampled(tokens, logprobs), scores)
+
+    def _extra(self, extra: Extra, shape: StepShape) -> Any:
+        key = extra, shape
+        if key not in self._extras:
+            logger.info("compiling %s for %d + %d rows", extra, shape.decode_rows, shape.prefill_rows)
+            self._extras[key] = compile_extra(self._program, extra, shape)
+        return self._extras[key]
 
     def reset(self) -> None:
         """Fresh pages and slots: what was in them is lost. After a step that failed or was interrupted."""
@@ -133,6 +160,10 @@ def compile_steps(program: Program, shapes: Sequence[StepShape], progress: bool)
             steps[shape] = compiled
             bar.advance(note=f"{shape.decode_rows} decode + {shape.prefill_rows} prefill rows")
     return steps
+
+
+def compile_extra(program: Program, extra: Extra, shape: StepShape) -> Any:
+    return compile_step(program.lower_extra(extra, shape), program.mesh.devices.flat[0].platform, None)
 
 
 def _extract(first: np.ndarray, cache: KVCache, pages: jax.Array) -> tuple[jax.Array, ...]:

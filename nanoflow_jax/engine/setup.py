@@ -32,7 +32,7 @@ from nanoflow_jax.engine.memory import (
 from nanoflow_jax.engine.multiprocess import FollowerEngine, LeaderEngine
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
-from nanoflow_jax.engine.runner import Runner, compile_steps
+from nanoflow_jax.engine.runner import Runner, compile_extra, compile_steps
 from nanoflow_jax.engine.windows import Windows
 from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
@@ -46,7 +46,7 @@ from nanoflow_jax.plan.ops import ATTENTION, OPS
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import Program
+from nanoflow_jax.step.compile import Program, extras_of, step_bytes
 from nanoflow_jax.step.sampler_tables import SamplerTables
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes, abstract_slots
 from nanoflow_jax.step.trace import StepSpec
@@ -248,9 +248,10 @@ def _pool(sizes: Sizes, processes: Processes | None) -> tuple[int, int]:
     else:
 
         def temporaries(pages: int) -> int:
-            largest = max(sizes.shapes(limit), key=_size)
-            steps = compile_steps(sizes.program(limit, pages), [largest], options.progress)
-            return steps[largest].memory_analysis().temp_size_in_bytes
+            largest, program = max(sizes.shapes(limit), key=_size), sizes.program(limit, pages)
+            step = step_bytes(compile_steps(program, [largest], options.progress)[largest])
+            # An extra of the step before may still have its arrays.
+            return step + max(step_bytes(compile_extra(program, extra, largest)) for extra in extras_of(largest))
 
         needed = sizes.request_pages(limit) if options.max_model_len is not None else 1
         planned = plan_pages(

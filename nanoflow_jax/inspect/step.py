@@ -29,7 +29,7 @@ from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import Option, Program, compile_step
+from nanoflow_jax.step.compile import Option, Program, compile_step, step_bytes
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
@@ -42,9 +42,9 @@ MEMORY_UTILIZATION = 0.9
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes on one GPU. kv_pages: the pool the step was compiled with; temporaries: of the layers compiled, and all
-    layers may need more; kv_tokens: how many tokens fit beside weights and temporaries in `MEMORY_UTILIZATION` of the
-    memory, at kv_bytes_per_token, the mean of requests of the context; headroom: what is then left without any page
-    (negative: the model does not fit)."""
+    layers may need more, with what the step leaves to the programs after it; kv_tokens: how many tokens fit beside
+    weights and temporaries in `MEMORY_UTILIZATION` of the memory, at kv_bytes_per_token, the mean of requests of the
+    context; headroom: what is then left without any page (negative: the model does not fit)."""
 
     weights: int
     kv_pages: int
@@ -247,8 +247,8 @@ def inspect_step(
     with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
         options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
         compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
-        thunks = dumped_thunks(Path(folder))
-    hlo, analysis = compiled.as_text(), compiled.memory_analysis()
+        hlo, analysis = compiled.as_text(), compiled.memory_analysis()
+        thunks = dumped_thunks(Path(folder), hlo)
     seconds = time.monotonic() - started
     latency = latency or RooflineModel(hardware)
     pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
@@ -267,7 +267,7 @@ def inspect_step(
     inner = InspectedLayer.of_report(report, len(full.pattern))
     totals = of_all_layers(report.totals, inner, full.num_layers, devices, tokens, best)
     report = replace(report, totals=totals)
-    memory = _memory(full, plan, hardware, devices, analysis.temp_size_in_bytes, pages * page, item, context)
+    memory = _memory(full, plan, hardware, devices, step_bytes(compiled), pages * page, item, context)
     return StepInspection(
         model=name,
         plan=plan,

@@ -15,7 +15,8 @@ from pathlib import Path
 from nanoflow_jax.step.compile import Option
 
 WAITING = ("Conditional", "While")
-_DUMPED = "*thunk_sequence_after_thunk_passes.txt"
+COUNTED = "CountedWhile"  # a loop whose trip count XLA knows: the host asks nobody
+_DUMPED = "*thunk_sequence*.txt"  # with command buffers, once more after the passes that make them
 _TOP = re.compile(r"(\d+): k(\w+)")
 
 
@@ -28,7 +29,7 @@ class Thunks:
 
     @property
     def host_waits(self) -> int:
-        """Conditionals and loops for which the host waits; a loop whose trip count XLA knows is among them."""
+        """Conditionals and loops for which the host waits."""
         return sum(self.outside.get(kind, 0) for kind in WAITING)
 
     def text(self) -> str:
@@ -39,9 +40,13 @@ class Thunks:
         )
 
 
-def parse_thunks(text: str) -> Thunks:
-    """Reads the dump of a thunk sequence. Raises ValueError when there is no thunk in it."""
+def parse_thunks(text: str, hlo: str = "") -> Thunks:
+    """Reads the dump of a thunk sequence, whose loops are counted ones when all of the program's are (hlo: its text).
+    Raises ValueError when there is no thunk in it."""
     found = [match.group(2) for line in text.splitlines() if (match := _TOP.match(line))]
+    loops = [line for line in hlo.splitlines() if " while(" in line]
+    if loops and all("known_trip_count" in line for line in loops):
+        found = [COUNTED if kind == "While" else kind for kind in found]
     if not found:
         raise ValueError("no thunk at the top level: this is not the dump of a thunk sequence")
     outside = Counter(kind for kind in found if kind != "CommandBuffer")
@@ -53,7 +58,8 @@ def dump_options(folder: Path) -> dict[str, Option]:
     return {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
 
 
-def dumped_thunks(folder: Path) -> Thunks | None:
-    """Of the program compiled last with `dump_options(folder)`; None where this XLA writes no thunk sequence."""
-    files = sorted(folder.glob(_DUMPED), key=lambda path: path.stat().st_mtime_ns)
-    return parse_thunks(files[-1].read_text()) if files else None
+def dumped_thunks(folder: Path, hlo: str) -> Thunks | None:
+    """Of the program compiled last with `dump_options(folder)`, whose text is `hlo`; None where this XLA writes no
+    thunk sequence."""
+    files = sorted(folder.glob(_DUMPED), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return parse_thunks(files[-1].read_text(), hlo) if files else None

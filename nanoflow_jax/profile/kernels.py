@@ -16,9 +16,7 @@ from nanoflow_jax.models import parts
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.profile.points import BYTES, Point
 from nanoflow_jax.step.attention import norm_fits
-from nanoflow_jax.step.batch import SamplingArrays
-from nanoflow_jax.step.sampler import sample
-from nanoflow_jax.step.slots import SlotState
+from nanoflow_jax.step.sampler import likeliest
 
 DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16}
 COLLECTIVES = {
@@ -170,25 +168,11 @@ def _sampling(point: Point) -> Kernel:
     rows, vocab = point["rows"], point["vocab"]
 
     def make(sets: int) -> tuple[Any, list[Any]]:
-        def full(value: float, dtype: Any) -> jax.Array:
-            return jnp.full(rows, value, dtype)
+        return (), [_random(i, (rows, vocab), jnp.float32) for i in range(sets)]
 
-        params = SamplingArrays(
-            temperature=full(0, jnp.float32), top_p=full(1, jnp.float32), top_k=full(0, jnp.int32),
-            min_p=full(0, jnp.float32), seed=full(0, jnp.uint32), position=full(0, jnp.int32),
-            presence_penalty=full(0, jnp.float32), frequency_penalty=full(0, jnp.float32),
-            repetition_penalty=full(1, jnp.float32), history=full(1, jnp.int32), bias=full(1, jnp.int32),
-            top_logprobs=full(-1, jnp.int32),
-        )  # fmt: skip
-        slots = SlotState(
-            tokens=jnp.zeros(1, jnp.int32), tables=jnp.zeros((1, 1), jnp.int32),
-            counts=jnp.zeros((1, vocab), jnp.uint16), biases=jnp.zeros((1, vocab), jnp.float32),
-        )  # fmt: skip
-        return (params, slots), [_random(i, (rows, vocab), jnp.float32) for i in range(sets)]
-
-    def call(shared: Any, logits: jax.Array) -> jax.Array:
+    def call(_: Any, logits: jax.Array) -> jax.Array:
         with collectives.rank_slice(1):
-            return sample(logits, jnp.int32(0), *shared)[0].tokens
+            return likeliest(logits, jnp.int32(0))
 
     return Kernel(make, call, rows * vocab * 4)
 

@@ -1,2 +1,2 @@
-"""One compiled step: the layer program (`layer`), traced on arrays (`trace`), what it is given (`batch`, `slots`), and
-how it ends (`sampler`, `logprobs`)."""
+"""One compiled step: the layer program (`layer`), traced on arrays (`trace`), what it is given (`batch`, `slots`),
+how it ends (`head`), and what rows may want after it (`extras`, `sampler`, `logprobs`)."""

@@ -17,13 +17,15 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from kernels_pallas.expected import LATENCY
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.layout import ModelParams
+from nanoflow_jax.models.layout import ModelParams, padded_vocab
 from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.step.batch import StepShape
+from nanoflow_jax.step.extras import LARGEST, Extra, Logprobs, Sample, build_extra
+from nanoflow_jax.step.logprobs import no_scores
 from nanoflow_jax.step.slots import SlotSizes, abstract_slots, packed_length
-from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, StepState, build_step, cache_shape
+from nanoflow_jax.step.trace import CACHE_SPEC, END_SPECS, KVCache, StepSpec, StepState, build_step, cache_shape
 
 Option = str | int | bool
 
@@ -44,8 +46,8 @@ GPU_OPTIONS: Mapping[str, Option] = {
     "xla_allow_excess_precision": False,
     # Triton GEMMs are chosen by measuring; without the GPU they would be untuned fusions that no deployment runs.
     "xla_gpu_enable_triton_gemm": False,
-    # XLA's own list and the sampler's conditionals and loops: outside of a command buffer the host waits for a
-    # conditional's predicate, so that the next step could not be dispatched before this one is nearly done.
+    # XLA's own list and the conditionals and loops of `step.extras`: outside of a command buffer the host waits for
+    # a predicate, so that the next step could not be dispatched before this one is nearly done.
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
 }
 
@@ -56,11 +58,11 @@ PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 STREAM_OPTIONS: Mapping[str, Option] = {"xla_gpu_enable_command_buffer": ""}
 
 
-def compiler_options(platform: str, plan: SchedulePlan) -> dict[str, Option]:
+def compiler_options(platform: str, plan: SchedulePlan | None) -> dict[str, Option]:
     """Options for `lowered.compile(compiler_options=...)` on platform "gpu" or "cuda"; none elsewhere."""
     if platform not in ("gpu", "cuda"):
         return {}
-    return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan.lanes else {})}
+    return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan is not None and plan.lanes else {})}
 
 
 def abstract_cache(
@@ -90,34 +92,75 @@ class Program:
     @property
     def state(self) -> StepState:
         """Cache and slots as abstract arrays on the mesh."""
-        spec, config = self.spec, self.spec.config
+        spec, config, whole = self.spec, self.spec.config, self._whole_mesh
         fp8 = spec.kv_cache_dtype != "auto"
         dtype = spec.page_dtype if fp8 else self.infos.embedding.dtype
-        whole = self.mesh if spec.rank_of is None else AbstractMesh((spec.rank_of,), (AXIS,))
         cache = abstract_cache(config, whole, dtype, self.num_pages, self.page_size)
-        state = StepState(cache, abstract_slots(config, whole, self.sizes))
-        return state if spec.rank_of is None else jax.tree.map(lambda aval: local_aval(aval, self.mesh), state)
+        return self._local(StepState(cache, abstract_slots(config, whole, self.sizes)))
+
+    @property
+    def _whole_mesh(self) -> Mesh | AbstractMesh:
+        rank_of = self.spec.rank_of
+        return self.mesh if rank_of is None else AbstractMesh((rank_of,), (AXIS,))
+
+    def _local(self, avals: Any) -> Any:
+        """On the mesh, of arrays on the whole one."""
+        if self.spec.rank_of is None:
+            return avals
+        return jax.tree.map(lambda aval: local_aval(aval, self.mesh), avals)
+
+    def _replicated(self, *dims: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=replicated(self.mesh))
+
+    @property
+    def _leaves(self) -> tuple[Any, ...]:
+        return tuple(jax.tree.leaves(abstract_params(self.infos, self.mesh)))
 
     def lower(self, shape: StepShape, *, enforce_order: bool | None = None) -> jax.stages.Lowered:
         """Traces the step of a size. enforce_order: None is what `spec` says."""
         ordered = self.spec.enforce_order if enforce_order is None else enforce_order
         spec = replace(self.spec, shape=shape, enforce_order=ordered)
-        return build_step(spec, self.mesh, self.infos, self.page_size).lower(
-            tuple(jax.tree.leaves(abstract_params(self.infos, self.mesh))),
-            self.state,
-            jax.ShapeDtypeStruct((packed_length(shape),), jnp.int32, sharding=replicated(self.mesh)),
-        )
+        step = build_step(spec, self.mesh, self.infos, self.page_size)
+        return step.lower(self._leaves, self.state, self._replicated(packed_length(shape)))
+
+    def lower_extra(self, extra: Extra, shape: StepShape) -> jax.stages.Lowered:
+        """Traces what some rows want after a step of a size; `Score` needs one with prefill rows."""
+        program = build_extra(extra, replace(self.spec, shape=shape), self.mesh, self.infos)
+        packed, count, config = self._replicated(packed_length(shape)), shape.sampled_rows, self.spec.config
+        vocab, whole = padded_vocab(config, self._whole_mesh.size), self._whole_mesh
+        sharding = NamedSharding(whole, END_SPECS.logits)
+        logits = self._local(jax.ShapeDtypeStruct((count, vocab), jnp.float32, sharding=sharding))
+        if isinstance(extra, Sample):
+            return program.lower(self.state.slots, packed, logits)
+        if isinstance(extra, Logprobs):
+            return program.lower(packed, logits, self._replicated(count))
+        hidden = self._replicated(shape.prefill_rows, config.hidden_size, dtype=self.infos.embedding.dtype)
+        scores = jax.eval_shape(lambda: no_scores(shape.prefill_rows))
+        scores = jax.tree.map(lambda x: self._replicated(*x.shape, dtype=x.dtype), scores)
+        return program.lower(self._leaves, packed, hidden, scores)
+
+
+def extras_of(shape: StepShape) -> tuple[Extra, ...]:
+    """What rows of such a step may want, the largest programs."""
+    return LARGEST if shape.prefill_rows else LARGEST[:2]
+
+
+def step_bytes(compiled: Any) -> int:
+    """Bytes on one device that a compiled program takes beside its arguments: temporaries, and results that take no
+    argument's place."""
+    found = compiled.memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
 
 
 def compile_step(
     lowered: jax.stages.Lowered,
     platform: str,
-    plan: SchedulePlan,
+    plan: SchedulePlan | None,
     *,
     pin_starts: bool = False,
     options: Mapping[str, Option] | None = None,
 ) -> Any:
-    """Compiles a lowered step. `options` are added to, or replace, the project's own.
+    """Compiles a lowered step, or an extra (plan None). `options` are added to, or replace, the project's own.
 
     The order that `IssueOrder` names binds kernels, while a collective's start may still slide by an op or two: XLA
     starts it when its own estimate says it must. `pin_starts` compiles a second time with a profile in which

@@ -42,6 +42,39 @@ def no_logprobs(rows: int) -> TokenLogprobs:
     )
 
 
+@struct.dataclass
+class Scores:
+    """Logprobs of prefill rows [P], of which the first `done` that have a target are there."""
+
+    done: Any  # int32 scalar
+    logprobs: TokenLogprobs
+
+
+def no_scores(rows: int) -> Scores:
+    return Scores(jnp.int32(0), no_logprobs(rows))
+
+
+def score_chunk(head: Head, hidden: jax.Array, targets: jax.Array, top: jax.Array, scores: Scores) -> Scores:
+    """The scores with the logprobs of the next SCORE_CHUNK rows that have a target: all rows' logits never exist
+    together.
+
+    head     hidden [n, H] -> (this device's logits [n, V/p] float32, vocabulary index of its first column)
+    hidden   [P, H]; P is at least 1
+    targets  [P] int32; -1: none, the row is zeros
+    top      int32 scalar: how many of the likeliest to list in each row that has a target, 0 to MAX_LOGPROBS
+    """
+    rows = targets.size
+    chunk = min(SCORE_CHUNK, rows)
+    place = jnp.cumsum(targets >= 0, dtype=jnp.int32) - 1 - scores.done  # of each row that has a target, in the chunk
+    mine = (targets >= 0) & (place >= 0) & (place < chunk)
+    chosen = jnp.full(chunk, rows).at[jnp.where(mine, place, chunk)].set(jnp.arange(rows), mode="drop")
+    tokens = targets.at[chosen].get(mode="fill", fill_value=-1)
+    logits, first = head(hidden.at[chosen].get(mode="clip"))
+    part = token_logprobs(logits, first, tokens, jnp.where(tokens >= 0, top, -1))
+    logprobs = jax.tree.map(lambda whole, x: whole.at[chosen].set(x, mode="drop"), scores.logprobs, part)
+    return Scores(scores.done + chunk, logprobs)
+
+
 def token_logprobs(logits: jax.Array, first: jax.Array, tokens: jax.Array, tops: jax.Array) -> TokenLogprobs:
     """The logprobs of one token per row, the same on all devices.
 
@@ -50,55 +83,7 @@ def token_logprobs(logits: jax.Array, first: jax.Array, tokens: jax.Array, tops:
     tokens  [n] int32
     tops    [n] int32: how many of the likeliest to list, at most MAX_LOGPROBS; negative: no logprobs at all
     """
-    # The predicates are the same on all devices, so all take the same branch and its collectives meet.
-    return lax.cond(
-        jnp.any(tops >= 0), lambda: _token_logprobs(logits, first, tokens, tops), lambda: no_logprobs(tokens.size)
-    )
-
-
-def score_rows(head: Head, hidden: jax.Array, targets: jax.Array, top: jax.Array) -> TokenLogprobs:
-    """The logprobs of one target per row of hidden states, SCORE_CHUNK rows at a time: all rows' logits never exist
-    together.
-
-    head     hidden [n, H] -> (this device's logits [n, V/p] float32, vocabulary index of its first column)
-    hidden   [P, H]; P may be 0
-    targets  [P] int32; -1: none, the row is zeros
-    top      int32 scalar: how many of the likeliest to list in each row that has a target, 0 to MAX_LOGPROBS
-    """
-    rows = targets.size
-    if rows == 0:
-        return no_logprobs(0)
-    chunk = min(SCORE_CHUNK, rows)
-    tops = jnp.where(targets >= 0, top, -1)
-
-    def score(at: jax.Array) -> TokenLogprobs:
-        some, their_tops = (lax.dynamic_slice_in_dim(x, at, chunk) for x in (targets, tops))
-        logits, first = head(lax.dynamic_slice_in_dim(hidden, at, chunk))
-        return _token_logprobs(logits, first, some, their_tops)
-
-    def step(i: jax.Array, scores: TokenLogprobs) -> TokenLogprobs:
-        at = jnp.minimum(i * chunk, rows - chunk)  # the last chunk may repeat rows of the one before
-        wanted = jnp.any(lax.dynamic_slice_in_dim(targets, at, chunk) >= 0)
-        part = lax.cond(wanted, score, lambda _: no_logprobs(chunk), at)
-        place = jnp.arange(rows) - at  # of each row in the chunk
-        mine = (place >= 0) & (place < chunk)
-
-        def put(whole: jax.Array, x: jax.Array) -> jax.Array:
-            # Not an update of a slice, a copy to an offset that XLA's command buffers do not take.
-            here = mine if x.ndim == 1 else mine[:, None]
-            return jnp.where(here, x.at[place].get(mode="clip"), whole)
-
-        return jax.tree.map(put, scores, part)
-
-    return lax.cond(
-        jnp.any(targets >= 0),
-        lambda: lax.fori_loop(0, -(-rows // chunk), step, no_logprobs(rows)),
-        lambda: no_logprobs(rows),
-    )
-
-
-def _token_logprobs(logits: jax.Array, first: jax.Array, tokens: jax.Array, tops: jax.Array) -> TokenLogprobs:
-    n, columns = logits.shape
+    columns = logits.shape[1]
     largest = collectives.all_reduce_max(logits.max(axis=1))
     # Gathered and added in the order of the devices: a reduction's order may depend on where the row stands.
     masses = collectives.all_gather(jnp.exp(logits - largest[:, None]).sum(axis=1))  # [p, n]
@@ -117,19 +102,14 @@ def _token_logprobs(logits: jax.Array, first: jax.Array, tokens: jax.Array, tops
     logit = collectives.all_reduce_max(jnp.where(mine, own, -jnp.inf))
     larger = collectives.all_reduce((logits > logit[:, None]).sum(axis=1, dtype=jnp.int32))
 
-    def lists() -> tuple[jax.Array, jax.Array]:
-        values, ids = _likeliest(logits, first, jnp.max(tops))
-        listed = jnp.arange(MAX_LOGPROBS)[None, :] < tops[:, None]
-        return jnp.where(listed, ids, 0), jnp.where(listed, relative(values), 0.0)
-
-    none = no_logprobs(n)
-    ids, logprobs = lax.cond(jnp.any(tops > 0), lists, lambda: (none.top_tokens, none.top_logprobs))
     wanted = tops >= 0
+    listed = jnp.arange(MAX_LOGPROBS)[None, :] < tops[:, None]
+    values, ids = _likeliest(logits, first, jnp.max(tops))
     return TokenLogprobs(
         logprob=jnp.where(wanted, relative(logit), 0.0),
         rank=jnp.where(wanted, 1 + larger, 0),
-        top_tokens=ids,
-        top_logprobs=logprobs,
+        top_tokens=jnp.where(listed, ids, 0),
+        top_logprobs=jnp.where(listed, relative(values), 0.0),
     )
 
 

@@ -1,9 +1,9 @@
 """Sampling on vocabulary shards: no device ever sees another's logits, only a few numbers per row.
 
 The order is vLLM's: bias, penalties (both act on greedy rows too), temperature, min-p, top-k, top-p, noise. Each part
-runs only when some row of the step wants it, and leaves the rows that do not want it bit for bit as they were; sums
-over the vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the
-neighbours or on the mesh.
+leaves the rows that do not want it bit for bit as they were, so that it may be left out when none does; sums over the
+vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the neighbours or on
+the mesh.
 
 A row whose logits hold NaN or +inf, or leave nothing to choose from, gives token -1, whatever it wants.
 
@@ -24,10 +24,8 @@ from jax import lax
 
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.step.batch import SamplingArrays
-from nanoflow_jax.step.logprobs import MAX_LOGPROBS, TokenLogprobs, score_rows, token_logprobs
+from nanoflow_jax.step.logprobs import TokenLogprobs
 from nanoflow_jax.step.slots import SlotState
-
-__all__ = ["MAX_LOGPROBS", "Sampled", "StepOutput", "TokenLogprobs", "sample", "score_rows"]
 
 BITS_PER_ROUND = 4
 MIN_TEMPERATURE = 1e-30  # below it a quotient could leave float32; the choice is greedy long before
@@ -39,60 +37,63 @@ EVERYTHING = 2**32 - 1  # a weight that no search reaches
 @struct.dataclass
 class Sampled:
     tokens: Any  # [B] int32; -1: none can be chosen
-    logprobs: TokenLogprobs  # [B]
+    logprobs: TokenLogprobs | None  # [B]; None: no row wants them
 
 
 @struct.dataclass
 class StepOutput:
     sampled: Sampled
-    scores: TokenLogprobs  # [P]: of the prefill rows that have a target
+    scores: TokenLogprobs | None  # [P]: of the prefill rows that have a target; None: none has
 
 
-def sample(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> tuple[Sampled, SlotState]:
-    """One token per row, the same on all devices, and the slots with these tokens counted. -1: no token can be chosen,
-    because logits are not finite.
+def likeliest(logits: jax.Array, first: jax.Array) -> jax.Array:
+    """What greedy rows without options choose: int32 [B], the same on all devices. Arguments as `sample`'s."""
+    return _argmax(logits, first, _sound(logits))
 
-    logits  [B, V/p] float32, this device's share; padding entries are -inf
-    first   int32 scalar: vocabulary index of the first column
+
+def sample(
+    logits: jax.Array,
+    first: jax.Array,
+    params: SamplingArrays,
+    slots: SlotState,
+    *,
+    top_k: bool = True,
+    top_p: bool = True,
+) -> tuple[jax.Array, SlotState]:
+    """One token per row, int32 [B], the same on all devices, and the slots with these tokens counted. -1: no token can
+    be chosen, because logits are not finite.
+
+    logits        [B, V/p] float32, this device's share; padding entries are -inf
+    first         int32 scalar: vocabulary index of the first column
+    top_k, top_p  whether some row may want it: False saves the search
 
     No two rows may name the same row of the counts. Both tables have at least one row: XLA's partitioner crashes on a
     split array that has none.
     """
     greedy = params.temperature <= 0
-    special = ~greedy | _biased(params, slots) | _penalized(params, slots)
-
-    def choose(logits: jax.Array) -> jax.Array:
-        adjusted = adjust(logits, params, slots)
-
-        def perturb(x: jax.Array) -> jax.Array:
-            return jnp.where(greedy[:, None], x, temper(x, params) + _gumbel(first, x.shape[1], params))
-
-        # What is chosen from may have lost a NaN (to top-k, say), so the raw logits are looked at.
-        return _argmax(lax.cond(jnp.any(~greedy), perturb, lambda x: x, adjusted), first, _sound(logits))
-
-    # The predicates are the same on all devices, so all take the same branch and its collectives meet.
-    tokens = lax.cond(jnp.any(special), choose, lambda x: _argmax(x, first, _sound(x)), logits)
-    logprobs = token_logprobs(logits, first, tokens, params.top_logprobs)
-    counts = _count(slots.counts, params.history, tokens - first)
-    return Sampled(tokens, logprobs), replace(slots, counts=counts)
+    x = adjust(logits, params, slots)
+    noisy = temper(x, params, top_k=top_k, top_p=top_p) + _gumbel(first, x.shape[1], params)
+    # What is chosen from may have lost a NaN (to top-k, say), so the raw logits are looked at.
+    tokens = _argmax(jnp.where(greedy[:, None], x, noisy), first, _sound(logits))
+    return tokens, replace(slots, counts=_count(slots.counts, params.history, tokens - first))
 
 
 def adjust(logits: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:
     """The logits [B, V/p] after bias and penalties; what a greedy row's token is the largest of."""
-    biased, penalized = _biased(params, slots), _penalized(params, slots)
+    wanted = biased(params, slots.biases.shape[0]), penalized(params, slots.counts.shape[0])
 
     def bias(x: jax.Array) -> jax.Array:
-        return jnp.where(biased[:, None], x + slots.biases.at[params.bias].get(mode="clip"), x)
+        return jnp.where(wanted[0][:, None], x + slots.biases.at[params.bias].get(mode="clip"), x)
 
     def penalize(x: jax.Array) -> jax.Array:
         counts = slots.counts.at[params.history].get(mode="clip")
-        return jnp.where(penalized[:, None], _penalize(x, counts, params), x)
+        return jnp.where(wanted[1][:, None], _penalize(x, counts, params), x)
 
-    logits = lax.cond(jnp.any(biased), bias, lambda x: x, logits)
-    return lax.cond(jnp.any(penalized), penalize, lambda x: x, logits)
+    logits = lax.cond(jnp.any(wanted[0]), bias, lambda x: x, logits)
+    return lax.cond(jnp.any(wanted[1]), penalize, lambda x: x, logits)
 
 
-def temper(logits: jax.Array, params: SamplingArrays) -> jax.Array:
+def temper(logits: jax.Array, params: SamplingArrays, *, top_k: bool = True, top_p: bool = True) -> jax.Array:
     """Logits [B, V/p] over the temperature, the largest of each row 0; -inf for what min-p, top-k or top-p leave
     out. Rows with temperature 0 are meaningless."""
     # Relative to the largest: nothing overflows, however low the temperature. (A row may be -inf throughout.)
@@ -102,17 +103,19 @@ def temper(logits: jax.Array, params: SamplingArrays) -> jax.Array:
     by_p = sampled & (params.top_p < 1)
     by_k = sampled & (params.top_k > 0)
     scaled = jnp.where(jnp.exp(scaled) >= params.min_p[:, None], scaled, -jnp.inf)
-    scaled = lax.cond(jnp.any(by_k), lambda x: _keep_top_k(x, by_k, params.top_k), lambda x: x, scaled)
-    return lax.cond(jnp.any(by_p), lambda x: _keep_top_p(x, by_p, params.top_p), lambda x: x, scaled)
+    scaled = _keep_top_k(scaled, by_k, params.top_k) if top_k else scaled
+    return _keep_top_p(scaled, by_p, params.top_p) if top_p else scaled
 
 
-def _biased(params: SamplingArrays, slots: SlotState) -> jax.Array:
-    return params.bias < slots.biases.shape[0]
+def biased(params: SamplingArrays, rows: int) -> Any:
+    """bool [B], of NumPy or JAX arrays: which rows have a bias. rows: of the bias table."""
+    return params.bias < rows
 
 
-def _penalized(params: SamplingArrays, slots: SlotState) -> jax.Array:
+def penalized(params: SamplingArrays, rows: int) -> Any:
+    """bool [B], of NumPy or JAX arrays: which rows have a penalty. rows: of the token counts."""
     some = (params.presence_penalty != 0) | (params.frequency_penalty != 0) | (params.repetition_penalty != 1)
-    return some & (params.history < slots.counts.shape[0])
+    return some & (params.history < rows)
 
 
 def _penalize(logits: jax.Array, counts: jax.Array, params: SamplingArrays) -> jax.Array:

@@ -34,13 +34,13 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.kernel_inputs import clip_segments, expected_context, kernel_inputs, pack_kqv, unpack_kqv
 from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, MLP, REDUCE, SCATTER, StepProgram, Update
-from nanoflow_jax.step.logprobs import score_rows
 from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_rows
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
-from nanoflow_jax.step.sampler import StepOutput, sample
+from nanoflow_jax.step.sampler import likeliest
 from nanoflow_jax.step.slots import SLOT_SPECS, SlotState, resolve, unpack
 
 
@@ -102,18 +102,33 @@ class StepState:
     slots: SlotState
 
 
+@struct.dataclass
+class StepEnd:
+    """What a step gives: its tokens, and what the programs of `step.extras` go on from. B sampled rows, P prefill rows,
+    V vocabulary padded to the mesh."""
+
+    tokens: Any  # [B] int32: the likeliest; -1: none can be chosen
+    logits: Any  # [B, V] float32, split over V
+    hidden: Any  # [P, H]: of the prefill rows, after the last layer
+
+
+END_SPECS = StepEnd(tokens=P(), logits=P(None, AXIS), hidden=P())
+
+
 def build_step(spec: StepSpec, mesh: Mesh, infos: ModelParams, page_size: int) -> jax.stages.Wrapped:
-    """The engine's step as a jitted function `(leaves, state, packed) -> (state, output)`, state donated.
+    """The engine's step as a jitted function `(leaves, state, packed) -> (state, end)`, state donated.
 
     leaves  those of ModelParams, as a tuple: a call takes hundreds of arrays, and walks a tree at ten times the cost
     packed  int32 vector, a packed `StepInputs` of `spec.shape`
-    output  a `StepOutput`, the same on every device
+    end     a `StepEnd`
+
+    It has no conditional: where one stands outside of a command buffer, the host waits for its predicate.
     """
     state_specs = StepState(CACHE_SPECS, SLOT_SPECS)
     spec = replace(spec, gpu=tuned_gpu(mesh.devices.flat[0].device_kind))
     declared, tree = jax.tree.flatten(infos, is_leaf=is_info)
 
-    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepOutput]:
+    def step(leaves: tuple[jax.Array, ...], state: StepState, packed: jax.Array) -> tuple[StepState, StepEnd]:
         with collectives.rank_slice(spec.rank_of):
             return _step(spec, page_size, jax.tree.unflatten(tree, leaves), state, packed)
 
@@ -121,7 +136,7 @@ def build_step(spec: StepSpec, mesh: Mesh, infos: ModelParams, page_size: int) -
         step,
         mesh=mesh,
         in_specs=(tuple(info.spec for info in declared), state_specs, P()),
-        out_specs=(state_specs, P()),
+        out_specs=(state_specs, END_SPECS),
         check_vma=False,
     )
     return jax.jit(sharded, donate_argnums=(1,))
@@ -142,22 +157,20 @@ def build_logits_step(spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.sta
 
 def _step(
     spec: StepSpec, page_size: int, params: ModelParams, state: StepState, packed: jax.Array
-) -> tuple[StepState, StepOutput]:
+) -> tuple[StepState, StepEnd]:
     shape = spec.shape
     _check_local(spec.config, params, state.cache, page_size)
     inputs = unpack(packed, shape)
     batch, slots = resolve(inputs, state.slots, shape, page_size)
     cache, hidden = _layers(spec, params, state.cache, batch)
     with jax.named_scope("HEAD.1"):
-        local, first = _head(spec.config, params, hidden[batch.sampled])
+        logits = head_logits(spec.config, params, hidden[batch.sampled])
     with jax.named_scope("SAMPLE.1"):
-        sampled, slots = sample(local, first, inputs.sampling, slots)
-        slots = replace(slots, tokens=slots.tokens.at[inputs.slots].set(sampled.tokens, mode="drop"))
+        tokens = likeliest(logits, first_token(logits))
+        slots = replace(slots, tokens=slots.tokens.at[inputs.slots].set(tokens, mode="drop"))
     with jax.named_scope("SCORE.1"):
-        scores = score_rows(
-            partial(_head, spec.config, params), hidden[shape.decode_rows :], inputs.targets, inputs.target_logprobs[0]
-        )
-    return StepState(cache, slots), StepOutput(sampled, scores)
+        end = StepEnd(tokens, logits, hidden[shape.decode_rows :])
+    return StepState(cache, slots), end
 
 
 def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_size: int) -> None:
@@ -173,8 +186,7 @@ def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_
 
 def _logits_step(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     cache, hidden = _layers(spec, params, cache, batch)
-    local, _ = _head(spec.config, params, hidden)
-    gathered = collectives.all_gather(local)  # [p, T, V/p]
+    gathered = collectives.all_gather(head_logits(spec.config, params, hidden))  # [p, T, V/p]
     return cache, gathered.transpose(1, 0, 2).reshape(hidden.shape[0], -1)[:, : spec.config.vocab_size]
 
 
@@ -183,15 +195,6 @@ def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatc
     machine = Tracer(spec, params, cache, batch)
     parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()
     return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-
-def _head(config: ModelConfig, params: ModelParams, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """hidden [n, H] -> this device's logits [n, V/p] float32 (padding -inf), and the vocabulary index of its first."""
-    head = params.embedding if params.head is None else params.head
-    normed = parts.rms_norm(hidden, params.final_norm, config.rms_norm_eps)
-    local = parts.scaled(parts.contract(normed, head, 1, out_dtype=jnp.float32), 1 / config.logits_divisor)
-    first = collectives.device_index() * head.shape[0]
-    return jnp.where((first + jnp.arange(head.shape[0])) < config.vocab_size, local, -jnp.inf), first
 
 
 class Tracer:

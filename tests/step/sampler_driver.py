@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step import sampler
 from nanoflow_jax.step.batch import SamplingArrays
+from nanoflow_jax.step.extras import Sample, sample_wanted
+from nanoflow_jax.step.logprobs import TokenLogprobs, token_logprobs
 from nanoflow_jax.step.sampler_tables import BiasVector
 from nanoflow_jax.step.slots import SLOT_SPECS, SlotState
 
@@ -96,16 +98,43 @@ def sharded(devices: int, function: Callable[..., Any], out: Any) -> Callable[[C
     return call
 
 
-@cache
-def _sample_padded(devices: int) -> Callable[[Case], tuple[sampler.Sampled, SlotState]]:
-    return sharded(devices, sampler.sample, (P(), SLOT_SPECS))
+EVERYTHING = Sample(top_k=True, top_p=True)
 
 
-def sample_on(devices: int, case: Case) -> tuple[sampler.Sampled, np.ndarray]:
-    """What was sampled, and the counts afterwards."""
-    sampled, slots = _sample_padded(devices)(case)
+class Chosen(NamedTuple):
+    tokens: np.ndarray  # [B]
+    logprobs: TokenLogprobs  # [B]
+
+
+def make_sample(devices: int, how: Sample | None) -> Callable[[Case], tuple[tuple[Any, TokenLogprobs], SlotState]]:
+    """As after a step: `how` says which program chooses, None the step itself."""
+
+    def local(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> Any:
+        if how is None:
+            tokens = sampler.likeliest(logits, first)
+        else:
+            tokens, slots = sampler.sample(logits, first, params, slots, top_k=how.top_k, top_p=how.top_p)
+        return (tokens, token_logprobs(logits, first, tokens, params.top_logprobs)), slots
+
+    return sharded(devices, local, (P(), SLOT_SPECS))
+
+
+_sample_padded = cache(make_sample)
+
+
+def sample_on(devices: int, case: Case, *, least: bool = False) -> tuple[Chosen, np.ndarray]:
+    """What was sampled, and the counts afterwards. least: by the smallest program, as the engine, not by one that can
+    do everything (each is compiled)."""
+    how = wanted_by(case)
+    sampled, slots = _sample_padded(devices, how if least or how is None else EVERYTHING)(case)
     counts = slots.counts if case.counts is None else slots.counts[: len(case.counts)]
-    return jax.tree.map(lambda x: x[: len(case.logits)], sampled), counts
+    return Chosen(*jax.tree.map(lambda x: x[: len(case.logits)], sampled)), counts
+
+
+def wanted_by(case: Case) -> Sample | None:
+    """What the host asks for; tables have ROWS rows or more."""
+    tables = (max(ROWS, 0 if x is None else len(x)) for x in (case.biases, case.counts))
+    return sample_wanted(case.params, *tables)
 
 
 def tokens_on(devices: int, logits: np.ndarray, params: SamplingArrays, *tables: Any) -> np.ndarray:
@@ -118,11 +147,16 @@ Scores = Callable[[Case], np.ndarray]
 def make_scores(devices: int, temper: Callable[..., jax.Array] | None = None) -> Scores:
     """The scores that the noise is added to, [B, V]; of greedy rows meaningless."""
 
-    def local(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:
-        return (temper or sampler.temper)(sampler.adjust(logits, params, slots), params)
+    @cache
+    def run(how: Sample | None) -> Callable[[Case], np.ndarray]:
+        searches = {"top_k": how.top_k, "top_p": how.top_p} if how else {}
 
-    run = sharded(devices, local, P(None, AXIS))
-    return lambda case: run(case)[: case.logits.shape[0], : case.logits.shape[1]]
+        def local(logits: jax.Array, first: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:
+            return (temper or partial(sampler.temper, **searches))(sampler.adjust(logits, params, slots), params)
+
+        return sharded(devices, local, P(None, AXIS))
+
+    return lambda case: run(wanted_by(case))(case)[: case.logits.shape[0], : case.logits.shape[1]]
 
 
 scores_on = cache(make_scores)

@@ -37,6 +37,8 @@ FAST_COMPILE: dict[str, str | int | bool] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
+# The same for XLA_FLAGS of other processes. Not for those that compile for a GPU: its code would be another.
+FAST_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in FAST_COMPILE.items())
 
 Chunk = tuple[int, int, int]  # sequence, first position, one past the last
 RowOf = tuple[int, int, int]  # row of the step, sequence, position

@@ -13,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec as P
 from scipy import stats
 
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.step import sampler
 from nanoflow_jax.step.batch import SamplingArrays
-from nanoflow_jax.step.slots import SLOT_SPECS
+from nanoflow_jax.step.extras import Sample
 from tests.step.sampler_driver import (
     MESHES,
     PADDED,
@@ -28,12 +27,13 @@ from tests.step.sampler_driver import (
     Case,
     Scores,
     kept_set,
+    make_sample,
     make_scores,
     margin,
     scores_on,
     settings,
-    sharded,
     tokens_on,
+    wanted_by,
 )
 
 
@@ -76,12 +76,17 @@ def test_greedy_rows_stay_greedy_beside_sampled_ones(devices: int) -> None:
 def test_rows_that_are_not_finite_give_no_token(devices: int, lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever device has the bad number, whatever the row wants, and also where a maximum over devices loses NaN.
     Their neighbours' tokens stay."""
-    sample = tokens_on
+    sample: Callable[[int, np.ndarray, SamplingArrays], np.ndarray] = tokens_on
     if lost:
         real = collectives.all_reduce_max
         monkeypatch.setattr(collectives, "all_reduce_max", lambda x: real(_without_nan(x)))
-        traced_anew = sharded(devices, sampler.sample, (P(), SLOT_SPECS))
-        sample = lambda _, logits, params: traced_anew(Case(logits, params))[0].tokens[:ROWS]  # noqa: E731
+        traced_anew = {how: make_sample(devices, how) for how in (None, Sample(True, False))}
+
+        def anew(_: int, logits: np.ndarray, params: SamplingArrays) -> np.ndarray:
+            case = Case(logits, params)
+            return traced_anew[wanted_by(case)](case)[0][0][:ROWS]
+
+        sample = anew
     logits, rng = random_logits(8), np.random.default_rng(3)
     params = settings(ROWS, temperature=np.arange(ROWS) % 4 / 2, top_k=np.arange(ROWS) % 3, seed=np.arange(ROWS))
     calm = tokens_on(devices, logits, params)

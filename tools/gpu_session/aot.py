@@ -38,6 +38,7 @@ from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.plan.plan import load_plan, row_quantum
 from nanoflow_jax.profile.programs import Bench, compile_pair
 from nanoflow_jax.step.compile import Program, compile_step
+from nanoflow_jax.step.extras import Extra, Logprobs
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
@@ -146,8 +147,8 @@ def _tokens(part: Part, layers: int | None) -> Named:
     model = arguments[arguments.index("--model") + 1] if "--model" in arguments else "tiny"
     chosen = attention_check.setting(model)
     other = replace(chosen.options, attention_backend=chosen.backend)
-    yield from _steps(chosen.options, chosen.plan, layers)
-    yield from _steps(other, chosen.other, layers)
+    yield from _steps(chosen.options, chosen.plan, layers, Logprobs())
+    yield from _steps(other, chosen.other, layers, Logprobs())
 
 
 def run_options(part: Part) -> tuple[ThroughputOptions, str]:
@@ -158,8 +159,8 @@ def run_options(part: Part) -> tuple[ThroughputOptions, str]:
     return command._options(args), args.plan
 
 
-def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Named:
-    """The steps that `engine.setup.build_engine` compiles."""
+def _steps(options: ThroughputOptions, plan_name: str, layers: int | None, *extras: Extra) -> Named:
+    """The steps that `engine.setup.build_engine` compiles, and what their rows want beyond the likeliest tokens."""
     config = replace(options.config, num_layers=min(layers or options.config.num_layers, options.config.num_layers))
     plan, devices, page_size = load_plan(plan_name), options.rank_of or 1, options.page_size
     slots = options.decode_slots or options.tokens_per_step * 5 // 8
@@ -169,7 +170,7 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Na
         shapes = [max(shapes, key=lambda shape: (shape.rows, shape.decode_rows))]
     ranked = options.rank_of is not None
 
-    def build(mesh: Mesh, hardware: Hardware, shape: Any) -> Compiled:
+    def build(mesh: Mesh, hardware: Hardware, shape: Any, extra: Extra | None) -> Compiled:
         infos: Any = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
         spec = StepSpec(
             config, plan, shape, options.attention_backend, options.kv_cache_dtype,
@@ -179,15 +180,21 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None) -> Na
         pages = (options.kv_cache_tokens or 4096 * page_size) // page_size
         began = _spent()
         local = rank_infos(infos, devices) if ranked else infos
-        lowered = Program(spec, mesh, local, sizes, pages, page_size).lower(shape)
-        middle = _spent()
-        compiled = compile_step(lowered, "cuda", plan, pin_starts=ranked, options=saving_options(hardware))
+        program = Program(spec, mesh, local, sizes, pages, page_size)
+        lowered = program.lower(shape) if extra is None else program.lower_extra(extra, shape)
+        middle, chosen = _spent(), saving_options(hardware)
+        if extra is None:
+            compiled = compile_step(lowered, "cuda", plan, pin_starts=ranked, options=chosen)
+        else:
+            compiled = compile_step(lowered, "cuda", None, options=chosen)
         return Compiled(compiled, middle - began, _spent() - middle)
 
     for shape in shapes:
         rows = f"{shape.decode_rows} + {shape.prefill_rows} rows"
         name = f"{options.model}, {config.num_layers} layers, {plan_name}, {options.attention_backend}, {rows}"
-        yield name, partial(build, shape=shape)
+        for extra in (None, *extras):
+            after = f"{options.model}, after a step, {type(extra).__name__}, {rows}"
+            yield after if extra else name, partial(build, shape=shape, extra=extra)
 
 
 def _beside() -> Named:
