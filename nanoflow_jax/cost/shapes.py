@@ -106,6 +106,10 @@ class OpCosts:
         _, k = self.shapes.gemms[name]
         return self._elementwise((2 + 1 / self.shapes.element_bytes) * rows * k)
 
+    def cut(self, rows: int) -> Prediction:
+        """Some rows of a quantised norm are copied."""
+        return self._elementwise(2 / self.shapes.element_bytes * rows * self.shapes.hidden)
+
     def join(self, rows: int) -> Prediction:
         """Heads that were gathered in fp8 are read, and written side by side."""
         return self._elementwise(2 / self.shapes.element_bytes * rows * self.shapes.width)

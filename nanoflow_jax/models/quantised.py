@@ -83,7 +83,7 @@ def join_parts(parts: QuantisedRows) -> QuantisedRows:
     values change their exponent alone, but for those that fall below fp8's least normal number, 2^-14 of the row's
     largest or less, and are rounded again."""
     scale = jnp.max(parts.scale, axis=0)
-    values = (parts.values.astype(jnp.float32) * (parts.scale / scale)[:, :, None]).astype(FP8)
+    values = (parts.values.astype(jnp.float32) * (parts.scale / scale[None])[:, :, None]).astype(FP8)
     return QuantisedRows(values.transpose(1, 0, 2).reshape(values.shape[1], -1), scale, parts.dtype)
 
 

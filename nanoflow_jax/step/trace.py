@@ -32,6 +32,7 @@ from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, join_parts, quantise_part, quantised_for
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.plan.ops import HIDDEN
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
@@ -279,7 +280,7 @@ class Tracer:
         return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
     def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
-        return collectives.all_gather_rows(x)
+        return self.start(GATHER_ROWS, rows, HIDDEN, x)
 
     # -- residual and norm
 

@@ -128,7 +128,8 @@ class JobMaker:
         self.costs, self.shares, self.lanes = costs, shares, lanes
         self.devices = costs.shapes.devices
         self.fp8_gathers = plan.gathers == "fp8"
-        # Nano-batches whose norm is quantised by who reads it.
+        self.nano_batches = {p.piece: p.rows for p in pieces if p.op == "O"}
+        # Of them, those whose norm is quantised by who reads it.
         self.read_whole = {p.piece for p in pieces if p.op == "O.RS" and not self.fp8_gathers}
         self.fused_norm = (
             mosaic_supported(costs.model.hardware.capability, "add_rms_norm")
@@ -254,7 +255,10 @@ class JobMaker:
     # -- attention
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._gemm("KQV", piece.rows, *normed, ready=piece.nano_batch not in self.read_whole)
+        ready = piece.nano_batch not in self.read_whole
+        if self.costs.quantised and ready and piece.rows < self.nano_batches[piece.nano_batch]:
+            normed = [self.run("elementwise", self.costs.cut(piece.rows), *normed)]  # cuBLAS takes no slice in fp8
+        self._gemm("KQV", piece.rows, *normed, ready=ready)
         factors: Jobs = ()
         if self.costs.shapes.qk_norm:
             factors = self.run("elementwise", self.costs.squares(piece.rows))
