@@ -42,11 +42,12 @@ def add_rms_norm(
     tuning      "mosaic" alone; by default that of an H200
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
-    Returns total and normed, both [n, H]; with `quantise` normed is a pair, float8_e4m3fn values [n, H] and a scale
-    [n] float32 per row, as `rows_fp8.quantise_rows` makes them of the rounded norm. The statistics are those of the rounded total, in float32, and normed is
-    rounded before it is multiplied with the weight (with "xla" as far as the compiler does round what it fuses). With
-    "mosaic", a row's result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError
-    naming the argument that does not fit.
+    Returns total and normed, both [n, H]; with `quantise` normed is a pair, float8_e4m3fn values [n, H] and a scale [n]
+    float32 per row, as `rows_fp8.quantise_rows` makes them of the rounded norm ("mosaic" divides to 2 units in the
+    last place of float32). The statistics are those of the rounded total, in float32, and normed is rounded before it
+    is multiplied with the weight (with "xla" as far as the compiler does round what it fuses). With "mosaic", a row's
+    result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError naming the
+    argument that does not fit.
     """
     check_backend(backend, BACKENDS)
     check_mosaic_only(backend, tuning=tuning, interpret=interpret)

@@ -150,8 +150,8 @@ class SchedulePlan:
         """Raises ConfigError where the plan's gathers are in a precision that the model's weights do not have."""
         if self.gathers not in (None, quantization):
             raise ConfigError(
-                f"gathers: plan {self.name!r} gathers in {self.gathers}, and the model's weights are not in it; accepted: "
-                f"quantization={self.gathers!r}, or a plan without gathers"
+                f"gathers: plan {self.name!r} gathers in {self.gathers}, and the model's weights are not in it; "
+                f"accepted: quantization={self.gathers!r}, or a plan without gathers"
             )
 
     @property
@@ -245,7 +245,17 @@ def _line_of(text: str, message: str) -> str:
 
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
-    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes", "gathers", "for"}
+    known = {
+        "description",
+        "tokens_per_step",
+        "decode_tokens",
+        "order",
+        "nano_batches",
+        "splits",
+        "lanes",
+        "gathers",
+        "for",
+    }
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
     batches = _typed("nano_batches", fields.get("nano_batches"), list)

@@ -52,8 +52,8 @@ GPU_OPTIONS: Mapping[str, Option] = {
 PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 
 
-# A gather in fp8 is two, of values and of their scales, for which this makes one: each has a latency. Those of different
-# nano-batches depend on each other, where the order is enforced, and stay apart.
+# A gather in fp8 is two, of values and of their scales, for which this makes one: each has a latency. Those of
+# different nano-batches depend on each other, where the order is enforced, and stay apart.
 FP8_GATHER_OPTIONS: Mapping[str, Option] = {"xla_gpu_all_gather_combine_threshold_bytes": 2**40}
 # For programs with kernels on a stream of their own: command buffers would put them back on one.
 STREAM_OPTIONS: Mapping[str, Option] = {"xla_gpu_enable_command_buffer": ""}

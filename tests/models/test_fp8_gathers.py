@@ -15,7 +15,6 @@ import pytest
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.models import quantised
 from nanoflow_jax.models.quantised import LARGEST, LEAST, QuantisedRows, join_parts, next_power_of_two, quantise_part
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
@@ -25,6 +24,7 @@ from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import StepSpec
 from tests.reference.checkpoints import PROMPT_LENGTHS, load_reference, write_checkpoint
+from tests.reference.fp8_checkpoints import FORMS, write
 from tests.step.step_driver import Driver, Packer, against_reference, logits_of
 from tests.tolerances import row_errors
 
@@ -112,9 +112,7 @@ def test_rows_are_the_same_however_they_are_gathered(
     assert not all(plain[place].tobytes() == turned[place].tobytes() for place in plain)
 
 
-def test_heads_are_as_good_as_their_rounding(
-    logits: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_are_as_good_as_their_rounding(logits: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the gather strategy: a row's heads are on all devices, and rounded a little otherwise."""
     reference = load_reference(CASE)
 
@@ -127,12 +125,21 @@ def test_heads_are_as_good_as_their_rounding(
     assert error(logits(plan("gather"))) > 1.5 * MOST
 
 
-def test_layers_that_stay_in_16_bits_are_gathered_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a checkpoint that leaves a layer out, whatever the plan says."""
+def test_layers_that_stay_in_16_bits_are_gathered_so(tmp_path: Path) -> None:
+    """Of a checkpoint that leaves some out, whatever the plan says."""
+    write(CASE, FORMS["kept"], tmp_path)
+    reference, found = load_reference(CASE), []
+    for gathers in (None, "fp8"):
+        driver = Driver(tmp_path, plan("scatter", gathers), SHAPE, DEVICES)
+        packer = Packer(reference.prompts, SHAPE, driver.num_pages)
+        found.append(
+            logits_of(driver, [packer.pack(prefill=[(s, 0, len(p)) for s, p in enumerate(reference.prompts)])])
+        )
+    plain, fp8 = found
+    assert all(plain[place].tobytes() == fp8[place].tobytes() for place in plain)
     with pytest.raises(TypeError, match="quantised rows are multiplied with a quantised weight"):
-        quantised_x = QuantisedRows(jnp.zeros((2, 4), jnp.float8_e4m3fn), jnp.ones(2), jnp.float32)
-        trace.parts.contract(quantised_x, jnp.zeros((3, 4)), 1)
-    assert quantised.quantised_for(jnp.ones((2, 4)), jnp.ones((3, 4))).dtype == jnp.float32
+        rows = QuantisedRows(jnp.zeros((2, 4), jnp.float8_e4m3fn), jnp.ones(2), jnp.float32)
+        trace.parts.contract(rows, jnp.zeros((3, 4)), 1)
 
 
 # -- plans
@@ -150,8 +157,13 @@ def test_a_plan_says_so_and_is_written_so(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_not_quantised_is_told(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    config, message = model_config("llama-3.1-70b")[1], "gathers: plan 'scatter' gathers in fp8, and the model's weights"
-    with pytest.raises(ConfigError, match=rf"^{message} are not in it; accepted: quantization='fp8', or a plan without"):
+    config, message = (
+        model_config("llama-3.1-70b")[1],
+        "gathers: plan 'scatter' gathers in fp8, and the model's weights",
+    )
+    with pytest.raises(
+        ConfigError, match=rf"^{message} are not in it; accepted: quantization='fp8', or a plan without"
+    ):
         StepSpec(config, plan("scatter"), SHAPE)
     StepSpec(replace(config, quantization="fp8"), plan("scatter"), SHAPE)
     path = tmp_path / "scatter.toml"
