@@ -85,10 +85,12 @@ def test_gathers_in_fp8() -> None:
     for op, (line,) in of.items():
         assert ("f8e4m3fn[" in line, "f32[" in line, "bf16[" in line) == ((False, False, True) if op == "O.AG.1" else (
             True, True, False)), op  # fmt: skip
-    gathered = {str(c.piece): c.bytes for c in found.report.collectives if c.layer == 1 and c.kind == "all-gather"}
+    gathered = {
+        f"{c.op}.{c.nano_batch}": c.bytes for c in found.report.collectives if c.layer == 1 and c.kind == "all-gather"
+    }
     heads, rows = 1024 * (HIDDEN + 8 * 4), 1024 * (HIDDEN + 4)  # a scale of each device's heads, or of a row
     assert gathered == {
-        "L1/GEMV.AG.1": heads, "L1/O.AG.1": 2 * 1024 * HIDDEN, "L1/O.AG.2": rows, "L1/D.AG.2": rows
+        "GEMV.AG.1": heads, "O.AG.1": 2 * 1024 * HIDDEN, "O.AG.2": rows, "D.AG.2": rows
     }  # fmt: skip
     config = replace(model_config(MODEL)[1], quantization="fp8")
     load, model = StepLoad(1280, 768, found.context, found.context), RooflineModel(found.hardware)
