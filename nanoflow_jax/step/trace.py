@@ -304,7 +304,7 @@ class Tracer:
             if update and self.config.norms == "before":
                 more = {"quantise": True, "bound": reader.bound} if quantise else {}
                 x, normed = _add_rms_norm(x, update[0], weight, bias=update[1], eps=eps, **more, **self.options.norm)
-                return x, QuantisedRows(*normed, x.dtype) if quantise else normed
+                return x, QuantisedRows(normed[0], normed[1], x.dtype) if quantise else normed
             x = self._add_normed(block)(x, *update) if update else x
             normed = x if self.config.norms == "after" else parts.rms_norm(x, weight, eps)
             return x, quantised_for(normed, reader) if quantise else normed

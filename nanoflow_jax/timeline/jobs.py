@@ -37,8 +37,8 @@ from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Piece
 SIDE = "stream 1"
 RUNTIMES = ("library", "nanoflow")
 SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
-COLLECTIVES = dict.fromkeys((GATHER, GATHER_HEADS, GATHER_NORMED, GATHER_ROWS), "all-gather")
-COLLECTIVES |= {REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
+GATHERS = (GATHER, GATHER_HEADS, GATHER_NORMED, GATHER_ROWS)
+COLLECTIVES = {**dict.fromkeys(GATHERS, "all-gather"), REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def test_rows_in_fp8(
 ) -> None:
     """What the same rows are in bfloat16, rounded; the sums are untouched."""
     x, update, weight, bias = arguments(rows, row_size, parts)
-    more = {"bias": bias} if biased else {}
+    more: dict[str, Any] = {"bias": bias} if biased else {}
     total, normed = interpreted(tuning, weight_row=2)(x, update, weight, **more)
     want = np.clip(np.asarray(normed, np.float32), *((-bound, bound) if bound else (None, None)))
     fp8 = interpreted(tuning, weight_row=2, quantise=True, bound=bound)
