@@ -15,14 +15,21 @@ import pytest
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.demand import Demand, StepLoad
+from nanoflow_jax.cost.latency import RooflineModel
+from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.quantised import LARGEST, LEAST, QuantisedRows, join_parts, next_power_of_two, quantise_part
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan, parse_plan
 from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.search.layouts import layouts
+from nanoflow_jax.search.orders import best_order
+from nanoflow_jax.search.search import Finder, Space, search
 from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import StepSpec
+from nanoflow_jax.workload import load_workload
 from tests.reference.checkpoints import PROMPT_LENGTHS, load_reference, write_checkpoint
 from tests.reference.fp8_checkpoints import FORMS, write
 from tests.step.step_driver import Driver, Packer, against_reference, logits_of
@@ -180,3 +187,27 @@ def test_auto_takes_the_plan_without_them_where_the_weights_are_not() -> None:
     for quantization in (None, "fp8"):
         found, _ = known_plan(replace(config, quantization=quantization), "h200", 8, 2048, 1280, [made])
         assert (found.name, found.gathers) == ("made", quantization)
+
+
+def test_search_takes_them_where_they_pay() -> None:
+    """The same space without them holds nothing as good; weights in bfloat16 have no choice."""
+    config, model = model_config("llama-3.1-70b")[1], RooflineModel(load_hardware("h200"))
+    load, space = StepLoad(1280, 768, 1024, 1024), Space(batches=(1, 2), grid={1: 128, 2: 512}, shares=())
+    own = replace(config, quantization="fp8")
+    found = search("p", own, model, 8, load, space=space)
+    assert found.plan.gathers == "fp8" and found.gap == 0
+    finder = Finder("p", own, model, 8, load, space)
+    plain = [s for s in finder.structures() if s.gathers is None]
+    assert {s.gathers for s in finder.structures()} == {None, "fp8"} and len(plain) > 10
+    assert min(map(finder.bound, plain)) > 0.97 * found.period_us
+    best = min(best_order(*finder.problem(s)).period for s in plain)
+    assert found.period_us < 0.98 * best
+    assert search("p", config, model, 8, load, space=space).plan.gathers is None
+
+
+def test_layouts_say_which_weights_a_plan_is_not_for() -> None:
+    config, model = model_config("llama-3.1-70b")[1], RooflineModel(load_hardware("h200"))
+    demand = Demand.of(load_workload("constant:1024:512"), config.max_position_embeddings)
+    found = layouts("70b", config, model, 8, demand, plans=["auto_llama_3_1_70b_8xh200_fp8"])
+    refused = {layout.quantization for layout in found if "gathers in fp8" in (layout.refused or "")}
+    assert refused == {None} and any(layout.quantization == "fp8" and not layout.refused for layout in found)
