@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only, check_vector
+from kernels_pallas.rows_fp8 import quantise_rows
 from kernels_pallas.tuning import ADD_NORM, DEFAULT_GPU, AddNormTuning
 
 
@@ -20,10 +21,12 @@ def add_rms_norm(
     bias: jax.Array | None = None,
     weight_row: int = 0,
     eps: float,
+    quantise: bool = False,
+    bound: float | None = None,
     backend: str = "xla",
     tuning: AddNormTuning | None = None,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """total = x + update (+ bias), each sum rounded to x's dtype, and normed = the RMS norm of total times weight.
 
     x           [n, H]
@@ -32,15 +35,19 @@ def add_rms_norm(
                 a stack of norms is copied
     bias        [H], of the projection that the update comes from
     eps         added to the mean of the squares
+    quantise    give normed in fp8, for a GEMM that multiplies it so
+    bound       of it: magnitudes beyond are cut off first
     backend     "xla" or "mosaic" (Hopper: bfloat16, H a multiple of 128 up to 16384, p a divisor of 8 and of
                 H / 128)
     tuning      "mosaic" alone; by default that of an H200
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
-    Returns total and normed, both [n, H]. The statistics are those of the rounded total, in float32, and normed is
-    rounded before it is multiplied with the weight (with "xla" as far as the compiler does round what it fuses). With
-    "mosaic", a row's result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError
-    naming the argument that does not fit.
+    Returns total and normed, both [n, H]; with `quantise` normed is a pair, float8_e4m3fn values [n, H] and a scale [n]
+    float32 per row, as `rows_fp8.quantise_rows` makes them of the rounded norm ("mosaic" divides to 2 units in the
+    last place of float32). The statistics are those of the rounded total, in float32, and normed is rounded before it
+    is multiplied with the weight (with "xla" as far as the compiler does round what it fuses). With "mosaic", a row's
+    result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError naming the
+    argument that does not fit.
     """
     check_backend(backend, BACKENDS)
     check_mosaic_only(backend, tuning=tuning, interpret=interpret)
@@ -53,6 +60,8 @@ def add_rms_norm(
     if weight.ndim not in (1, 2) or weight.shape[-1] != row_size:
         raise ValueError(f"weight: shape {weight.shape} must be [{row_size}] or [R, {row_size}]")
     weight = weight.reshape(-1, row_size)
+    if bound is not None and not (quantise and bound > 0):
+        raise ValueError(f"bound: {bound} is not accepted; accepted: None, or with quantise=True a number above 0")
     if not 0 <= weight_row < weight.shape[0]:
         raise ValueError(f"weight_row: {weight_row} must be in [0, {weight.shape[0]})")
     if bias is not None:
@@ -66,12 +75,14 @@ def add_rms_norm(
 
         tuning = ADD_NORM[DEFAULT_GPU] if tuning is None else tuning
         return add_rms_norm_mosaic(
-            x, update, weight, bias, weight_row=weight_row, eps=eps, tuning=tuning, interpret=interpret
-        )
+            x, update, weight, bias, weight_row=weight_row, eps=eps, quantise=quantise, bound=bound, tuning=tuning,
+            interpret=interpret,
+        )  # fmt: skip
 
     if gathered:
         update = update.transpose(1, 0, 2).reshape(x.shape)
     total = x + update if bias is None else x + update + bias[None, :]
     wide = total.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
-    return total, normed.astype(x.dtype) * lax.slice_in_dim(weight, weight_row, weight_row + 1)
+    normed = normed.astype(x.dtype) * lax.slice_in_dim(weight, weight_row, weight_row + 1)
+    return total, quantise_rows(normed, 1, bound) if quantise else normed

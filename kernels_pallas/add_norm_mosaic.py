@@ -13,6 +13,9 @@ result depends neither on the other rows, nor on its place among them, nor on ho
 Gathered columns come as one tensor copy of a row's parts, not as a copy each: with every copy, all 128 threads arrive
 at its barrier.
 
+In fp8 the norm goes once more through the update's slot: its largest magnitude is found as the squares are, and what
+leaves is one byte an element, from a row of shared memory of the warpgroup's own, and the scale.
+
 The automatic barriers around every store are off (there would be two per chunk): each thread writes over the very
 elements that it read, and what crosses threads is between the explicit barriers of `commit_smem`. The total is read
 again from shared memory, not kept: the longest rows would not fit into the registers.
@@ -32,7 +35,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import FP8, FP8_MAX
 from kernels_pallas.expected import scheduled_as
+from kernels_pallas.rows_fp8 import LEAST
 from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
 
 WARPS = 4  # of a warpgroup
@@ -52,6 +57,8 @@ class Plan:
     weight_row: int
     bias: bool
     eps: float
+    quantise: bool
+    bound: float | None
     warpgroups: int
     stages: int  # rows in shared memory, of each warpgroup
     programs: int
@@ -107,15 +114,19 @@ def _body(plan: Plan) -> Callable[..., None]:
         x: Any,  # [n, *row], row = [chunks, 4, line]; global memory
         update: Any,  # [parts, n, chunks / parts, 4, line]
         weight: Any,  # [R, *row]
-        *rest: Any,  # with a bias [*row]; then total [n, *row] and normed [n, parts, chunks / parts, 4, line], written
+        # With a bias [*row]; then written: total [n, *row] and normed [n, parts, chunks / parts, 4, line], or in fp8
+        # values [n, *row] and scales [n].
+        *rest: Any,
         x_s: Any,  # [warpgroups * stages, *row], shared memory: x, then total
         update_s: Any,  # [warpgroups * stages, parts, chunks / parts, 4, line]: update, then normed
         fixed_s: Any,  # [1 or 2, *row]: weight, bias
         sums_s: Any,  # [warpgroups, 4] float32
         full: Any,  # barriers: [warpgroups * stages]
         fixed_full: Any,  # barrier
+        values_s: Any = None,  # [warpgroups, *row] float8_e4m3fn
+        most_s: Any = None,  # [warpgroups, 4] float32
     ) -> None:
-        *bias, total, normed = rest
+        bias, (total, *normed) = rest[: plan.bias], rest[plan.bias :]
         program, role = lax.axis_index("program"), lax.axis_index("role")
         rows = lax.div(plan.rows - program + (plan.programs - 1), jnp.int32(plan.programs))
         turns = lax.div(rows - role + (plan.warpgroups - 1), jnp.int32(plan.warpgroups))
@@ -129,6 +140,24 @@ def _body(plan: Plan) -> Callable[..., None]:
             row, slot = place(turn)
             bring(x.at[row], x_s.at[slot], full.at[slot])
             bring(update.at[:, row], update_s.at[slot], full.at[slot])
+
+        def wide_norm(x: jax.Array) -> jax.Array:
+            wide = x.astype(jnp.float32)
+            return wide if plan.bound is None else jnp.clip(wide, -plan.bound, plan.bound)
+
+        def quantise_row(role: jax.Array, slot: jax.Array, row: jax.Array, most: jax.Array) -> None:
+            values, scales = normed
+            most_s[role] = most.max(axis=0).max(axis=1)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # all but the total: the last row's values have left
+            plgpu.commit_smem()
+            warps = [most_s[role, warp] for warp in range(WARPS)]
+            largest = jnp.maximum(jnp.maximum(warps[0], warps[1]), jnp.maximum(warps[2], warps[3]))
+            scale = jnp.maximum(largest / FP8_MAX, LEAST)
+            for section, in_part in zip(of_row, of_part, strict=True):
+                values_s[role, section] = (wide_norm(load(update_s.at[slot, *in_part])) / scale).astype(FP8)
+            scales[row] = scale
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(values_s.at[role], values.at[row])
 
         ahead = plan.stages - 1
         pl.loop(jnp.int32(0), jnp.minimum(turns, ahead))(bring_row)
@@ -165,11 +194,18 @@ def _body(plan: Plan) -> Callable[..., None]:
             warps = [sums_s[role, warp] for warp in range(WARPS)]
             square = (warps[0] + warps[1]) + (warps[2] + warps[3])
             scale = lax.rsqrt(square / plan.row_size + plan.eps)
+            most = plgpu.layout_cast(jnp.zeros((size, WARPS, plan.line), jnp.float32), layout)
             for section, in_part in zip(of_row, of_part, strict=True):
                 unit = (load(x_s.at[slot, section]).astype(jnp.float32) * scale).astype(jnp.bfloat16)
-                update_s[slot, *in_part] = unit * load(fixed_s.at[0, section])
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(update_s.at[slot], normed.at[row])
+                unit *= load(fixed_s.at[0, section])
+                update_s[slot, *in_part] = unit
+                if plan.quantise:
+                    most = jnp.maximum(most, jnp.abs(wide_norm(unit)))
+            if plan.quantise:
+                quantise_row(role, slot, row, most)
+            else:
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(update_s.at[slot], normed[0].at[row])
 
         plgpu.wait_smem_to_gmem(0)
 
@@ -177,15 +213,19 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 
 def make_plan(
-    x: jax.Array, update: jax.Array, bias: jax.Array | None, weight_row: int, eps: float, tuning: AddNormTuning
-) -> Plan:
+    x: jax.Array, update: jax.Array, bias: jax.Array | None, weight_row: int, eps: float, tuning: AddNormTuning,
+    quantise: bool = False, bound: float | None = None,
+) -> Plan:  # fmt: skip
     """As many warpgroups as have three rows each in shared memory, and the rows that then fit."""
     n, row_size = x.shape
     row_bytes = 2 * x.dtype.itemsize
     fixed = (1 + (bias is not None)) * row_size * x.dtype.itemsize
-    slots = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed) // (row_bytes * row_size)
     programs = min(tuning.sms, n)
-    warpgroups = min(max(1, slots // 3), tuning.max_warpgroups, -(-n // programs))
+    values = quantise * row_size  # of each warpgroup
+    room = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed - values)
+    warpgroups = min(max(1, room // (3 * row_bytes * row_size + values)), tuning.max_warpgroups, -(-n // programs))
+    room = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed - warpgroups * values)
+    slots = room // (row_bytes * row_size)
     return Plan(
         rows=n,
         row_size=row_size,
@@ -193,6 +233,8 @@ def make_plan(
         weight_row=weight_row,
         bias=bias is not None,
         eps=eps,
+        quantise=quantise,
+        bound=bound,
         warpgroups=warpgroups,
         stages=min(slots // warpgroups, tuning.max_stages),
         programs=programs,
@@ -207,9 +249,11 @@ def add_rms_norm_mosaic(
     *,
     weight_row: int,
     eps: float,
+    quantise: bool,
+    bound: float | None,
     tuning: AddNormTuning,
     interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes.
 
     weight     [R, H], read in place
@@ -218,13 +262,21 @@ def add_rms_norm_mosaic(
     check_mosaic(x, update, weight, bias)
     n, row_size = x.shape
     if n == 0:
-        return x, x
-    plan = make_plan(x, update, bias, weight_row, eps, tuning)
+        return x, (x.astype(FP8), jnp.zeros(0, jnp.float32)) if quantise else x
+    plan = make_plan(x, update, bias, weight_row, eps, tuning, quantise, bound)
     row, parts = plan.row, plan.row_parts
     slots = plan.warpgroups * plan.stages
+    normed_type: list[Any] = [jax.ShapeDtypeStruct((n, *parts), x.dtype)]
+    more: dict[str, Any] = {}
+    if quantise:
+        normed_type = [jax.ShapeDtypeStruct((n, *row), FP8), jax.ShapeDtypeStruct((n,), jnp.float32)]
+        more = {
+            "values_s": plgpu.SMEM((plan.warpgroups, *row), FP8),
+            "most_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
+        }
     kernel = plgpu.kernel(
         _body(plan),
-        out_type=(jax.ShapeDtypeStruct((n, *row), x.dtype), jax.ShapeDtypeStruct((n, *parts), x.dtype)),
+        out_type=(jax.ShapeDtypeStruct((n, *row), x.dtype), *normed_type),
         scratch_types={
             "x_s": plgpu.SMEM((slots, *row), x.dtype),
             "update_s": plgpu.SMEM((slots, *parts), x.dtype),
@@ -232,6 +284,7 @@ def add_rms_norm_mosaic(
             "sums_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
             "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
             "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias),
+            **more,
         },
         grid=(plan.programs,),
         grid_names=("program",),
@@ -245,11 +298,12 @@ def add_rms_norm_mosaic(
     if bias is not None:
         args.append(bias.reshape(row))
     expected = tuning.expected
-    moved = 4 * n * row_size * x.dtype.itemsize
+    moved = n * row_size * (4 * x.dtype.itemsize - quantise)
     us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
     with scheduled_as(us):
-        total, normed = kernel(*args)
-    return total.reshape(x.shape), normed.reshape(x.shape)
+        total, *normed = kernel(*args)
+    total, normed[0] = total.reshape(x.shape), normed[0].reshape(x.shape)
+    return total, tuple(normed) if quantise else normed[0]
 
 
 def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None) -> None:

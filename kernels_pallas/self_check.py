@@ -24,6 +24,7 @@ from kernels_pallas.prefill_attention import prefill_attention
 from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, PAGE_TOKENS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
+FP8_TOLERANCE = 6e-2  # of a row that was rounded to fp8, which alone is 2.7e-2
 ROW_PAGES = 40  # of the longest context: more steps than any tuning has stages, several times
 # Of contexts: one token, none, whole pages, many, and enough rows for a program to have several in turn.
 LENGTHS = (1, 0, 2 * PAGE_TOKENS, ROW_PAGES * PAGE_TOKENS - 57, 3 * PAGE_TOKENS + 7, 64, 0, 321, 65, 130, 2)
@@ -42,13 +43,15 @@ class KernelError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Heads:
-    """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual; windows: of the model's attention,
-    where it has some, in tokens: each is checked besides attention to everything."""
+    """Of one device. `fp8`: pages of float8_e4m3fn; quantised: weights, so that norms are given in fp8, too; hidden: a
+    row of the residual; windows: of the model's attention, where it has some, in tokens: each is checked besides
+    attention to everything."""
 
     q_heads: int
     kv_heads: int
     head_dim: int
     fp8: bool = False
+    quantised: bool = False
     hidden: int = 2048
     windows: tuple[int, ...] = ()
 
@@ -240,17 +243,22 @@ def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     def run(variant: Variant, x: jax.Array, whole: jax.Array, columns: jax.Array, weight: jax.Array) -> Any:
         chosen = replace(tuning, sms=variant.sm_budget or tuning.sms)
         options = mosaic | {"tuning": chosen, "eps": EPS}
-        return [add_rms_norm(x, update, weight, **options) for update in (whole, columns)]
+        found = [add_rms_norm(x, update, weight, **options) for update in (whole, columns)]
+        if heads.quantised:
+            total, (values, scales) = add_rms_norm(x, columns, weight, quantise=True, **options)
+            found.append((total, values.astype(jnp.float32) * scales[:, None]))
+        return found
 
     def reference(x: jax.Array, whole: jax.Array, columns: jax.Array, weight: jax.Array) -> Any:
         total = (x + whole).astype(jnp.float32)
         normed = total / jnp.sqrt((total * total).mean(axis=1, keepdims=True) + EPS)
-        return [(x + whole, normed * weight.astype(jnp.float32)[None])] * 2
+        return [(x + whole, normed * weight.astype(jnp.float32)[None])] * (2 + heads.quantised)
 
     def error(got: Any, want: Any) -> float:
         if not all(_same_bits(mine[0], right[0]) for mine, right in zip(got, want, strict=True)):
             return float("inf")
-        return max(_error(mine[1], right[1]) for mine, right in zip(got, want, strict=True))
+        errors = [_error(mine[1], right[1]) for mine, right in zip(got, want, strict=True)]
+        return max(*errors[:2], *(error * TOLERANCE / FP8_TOLERANCE for error in errors[2:]))
 
     return Check((x, whole, columns, weight), run, reference, error)
 

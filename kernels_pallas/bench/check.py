@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("kernel", choices=KERNELS)
-    parser.add_argument("--fp8", action="store_true", help="pages of float8_e4m3fn")
+    parser.add_argument("--fp8", action="store_true", help="pages, and what norms give, of float8_e4m3fn")
     parser.add_argument("--window", type=int, help="of attention, too: tokens that a query sees")
     parser.add_argument("--repeats", type=int, default=0, help="more runs of each, compared bit for bit (default: 0)")
     parser.add_argument("--smallest", action="store_true", help="one variant for one model: for compute-sanitizer")
@@ -97,7 +97,7 @@ def chosen(options: argparse.Namespace) -> tuple[tuple[Heads, ...], tuple[Varian
     models = TINY if options.interpret else MODELS
     models = models[:1] if options.smallest else models
     windows = () if options.window is None else (options.window,)
-    return tuple(replace(heads, fp8=options.fp8, windows=windows) for heads in models), variants[
+    return tuple(replace(heads, fp8=options.fp8, quantised=options.fp8, windows=windows) for heads in models), variants[
         :1
     ] if options.smallest else variants
 

@@ -106,6 +106,14 @@ class OpCosts:
         _, k = self.shapes.gemms[name]
         return self._elementwise((2 + 1 / self.shapes.element_bytes) * rows * k)
 
+    def cut(self, rows: int) -> Prediction:
+        """Some rows of a quantised norm are copied."""
+        return self._elementwise(2 / self.shapes.element_bytes * rows * self.shapes.hidden)
+
+    def join(self, rows: int) -> Prediction:
+        """Heads that were gathered in fp8 are read, and written side by side."""
+        return self._elementwise(2 / self.shapes.element_bytes * rows * self.shapes.width)
+
     def scale(self, name: str, rows: int) -> Prediction:
         """What an fp8 GEMM gives, times the scales of row and column."""
         n, _ = self.shapes.gemms[name]
@@ -169,6 +177,10 @@ class OpCosts:
     def norm(self, rows: int) -> Prediction:
         return self.model.norm(rows, self.shapes.hidden, element_bytes=self.shapes.element_bytes)
 
+    def norm_quantised(self, rows: int) -> Prediction:
+        """Where one kernel does both: the normed sum is written in one byte."""
+        return self._elementwise((3 + 1 / self.shapes.element_bytes) * rows * self.shapes.hidden)
+
     def embed(self, rows: int) -> Prediction:
         """Rows of the table are read, and written."""
         return self._elementwise(2 * rows * self.shapes.hidden)
@@ -176,8 +188,8 @@ class OpCosts:
     def sampling(self) -> Prediction:
         return self.model.sampling(self.sampled_rows, self.shapes.vocab)
 
-    def collective(self, kind: str, rows: int, columns: int) -> Prediction:
-        return self.model.collective(kind, rows * columns * self.shapes.element_bytes, self.shapes.devices)
+    def collective(self, kind: str, whole_bytes: float) -> Prediction:
+        return self.model.collective(kind, whole_bytes, self.shapes.devices)
 
     def reduction(self) -> Prediction:
         """One of sampling's, of one number per sampled row."""

@@ -232,7 +232,8 @@ def heads_of(config: ModelConfig, devices: int, fp8: bool) -> Heads:
     windows = {window for window in page_tables(config).windows if window is not None}
     return Heads(
         q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
-        head_dim=config.head_dim, fp8=fp8, hidden=config.hidden_size, windows=tuple(sorted(windows)),
+        head_dim=config.head_dim, fp8=fp8, quantised=config.quantization == "fp8", hidden=config.hidden_size,
+        windows=tuple(sorted(windows)),
     )  # fmt: skip
 
 

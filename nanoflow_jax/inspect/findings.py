@@ -203,7 +203,10 @@ def collective_faults(program: _Program) -> Iterator[Finding]:
                 yield Finding(
                     "untraced_collective", None, None, f"{kind} {instruction.name}: op_name {instruction.op_name!r}"
                 )
-            if len(pieces) > 1 or len(instruction.operands) > 1 or _joined(program, computation, instruction):
+            several = (
+                len(instruction.operands) > 1 and len(pieces) != 1
+            )  # values and scales of one piece are one gather
+            if len(pieces) > 1 or several or _joined(program, computation, instruction):
                 what = " and ".join(map(str, pieces)) or f"{len(instruction.operands)} tensors"
                 yield Finding("merged_collective", op, layer, f"{kind} {instruction.name} moves {what}")
             if is_sync(instruction):

@@ -11,7 +11,7 @@ from jax import lax
 
 from nanoflow_jax.config import Attention, RopeConfig
 from nanoflow_jax.models.layout import LayerParams
-from nanoflow_jax.models.quantised import Quantised, Weight, contract_fp8
+from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, Weight, contract_fp8
 from nanoflow_jax.models.rope import rope_frequencies
 
 
@@ -30,11 +30,14 @@ def weighted(normed: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     return normed.astype(dtype) * weight
 
 
-def contract(x: jax.Array, weight: Weight, axis: int, out_dtype: Any = None) -> jax.Array:
+def contract(x: Input, weight: Weight, axis: int, out_dtype: Any = None) -> jax.Array:
     """GEMM of x [n, K] (axis 1) or [K, n] (axis 0) with weight [..., K] -> [n, N], N all its leading dimensions.
-    float32 is computed in full precision everywhere; a quantised weight in fp8."""
+    float32 is computed in full precision everywhere; a quantised weight in fp8, for which x may be quantised already
+    (axis 1)."""
     if isinstance(weight, Quantised):
         return contract_fp8(x, weight, axis, out_dtype or x.dtype)
+    if isinstance(x, QuantisedRows):
+        raise TypeError("x: quantised rows are multiplied with a quantised weight")
     weight = weight.reshape(-1, weight.shape[-1])
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
@@ -47,7 +50,7 @@ def scaled(x: jax.Array, multiplier: float) -> jax.Array:
     return x if multiplier == 1.0 else (x.astype(jnp.float32) * multiplier).astype(x.dtype)
 
 
-def linear(x: jax.Array, weight: Weight, bias: jax.Array | None) -> jax.Array:
+def linear(x: Input, weight: Weight, bias: jax.Array | None) -> jax.Array:
     """x [n, K], weight [..., K], bias [...] or None -> [n, N]."""
     out = contract(x, weight, 1)
     return out if bias is None else out + bias.reshape(1, -1)
@@ -58,7 +61,7 @@ def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Arr
     return split_kqv(fused_kqv(x, layer))
 
 
-def fused_kqv(x: jax.Array, layer: LayerParams) -> jax.Array:
+def fused_kqv(x: Input, layer: LayerParams) -> jax.Array:
     """x [n, H] -> [n, g, r + 2, d]."""
     return linear(x, layer.kqv, layer.kqv_bias).reshape(-1, *layer.kqv.shape[:-1])
 
@@ -95,7 +98,7 @@ def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
     return linear(x, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
 
 
-def gated_mlp_up(x: jax.Array, layer: LayerParams, activation: str = "silu") -> jax.Array:
+def gated_mlp_up(x: Input, layer: LayerParams, activation: str = "silu") -> jax.Array:
     """UG: x [n, H] -> activation(gate) * up, [n, f] of this device's f columns; see `Mlp`."""
     f = layer.ug.shape[1]
     both = linear(x, layer.ug, layer.ug_bias)

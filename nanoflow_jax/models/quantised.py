@@ -15,10 +15,9 @@ from flax import struct
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from kernels_pallas.checks import FP8_MAX as LARGEST
+from kernels_pallas.rows_fp8 import LEAST, quantise_rows
 from nanoflow_jax.models.params import FP8, FP8_SPREAD, Index, ParamInfo, ReadSlice, Source
-
-LARGEST = 448.0  # of float8_e4m3fn
-LEAST = 2.0**-40  # a scale; rows of zeros have it
 
 
 @struct.dataclass
@@ -35,24 +34,64 @@ class Quantised:
         return self.values.shape
 
 
-type Weight = jax.Array | Quantised
 type Read = Callable[[ReadSlice, Index], np.ndarray]
 type Sources = tuple[Source, ...]
 
 
-def quantise_rows(x: jax.Array, axis: int, bound: float | None = None) -> tuple[jax.Array, jax.Array]:
-    """x, and the largest magnitude along `axis` as scale: (float8_e4m3fn of x's shape, float32 without `axis`)."""
+@struct.dataclass
+class QuantisedRows:
+    """What is multiplied with such a weight: values [n, K] float8_e4m3fn and scale [n] float32, made of `dtype`."""
+
+    values: Any
+    scale: Any
+    dtype: Any = struct.field(pytree_node=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+type Weight = jax.Array | Quantised
+type Input = jax.Array | QuantisedRows
+
+
+def quantised_for(x: jax.Array, weight: Weight) -> Input:
+    """x [n, K] as `weight` is multiplied with it: in fp8 if that is."""
+    if not isinstance(weight, Quantised):
+        return x
+    return QuantisedRows(*quantise_rows(x, 1, weight.bound), x.dtype)
+
+
+def quantise_part(x: jax.Array, bound: float | None) -> QuantisedRows:
+    """Some of the columns [n, K/p] of rows, whose other columns other devices have: over a power of two, so that
+    `join_parts` can take one scale for all of a row. Floating point loses nothing by it but a bit of its range."""
     x32 = x.astype(jnp.float32)
     if bound is not None:
         x32 = jnp.clip(x32, -bound, bound)
-    scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=axis) / LARGEST, LEAST)
-    return (x32 / jnp.expand_dims(scale, axis)).astype(FP8), scale
+    scale = next_power_of_two(jnp.maximum(jnp.max(jnp.abs(x32), axis=1) / LARGEST, LEAST))
+    return QuantisedRows((x32 / scale[:, None]).astype(FP8), scale, x.dtype)
 
 
-def contract_fp8(x: jax.Array, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
+def next_power_of_two(x: jax.Array) -> jax.Array:
+    """Of positive, normal float32: the least that is not below."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
+
+
+def join_parts(parts: QuantisedRows) -> QuantisedRows:
+    """values [p, n, K/p] and scale [p, n] of `quantise_part`, gathered -> [n, K]. Over the largest of a row's scales
+    values change their exponent alone, but for those that fall below fp8's least normal number, 2^-14 of the row's
+    largest or less, and are rounded again."""
+    scale = jnp.max(parts.scale, axis=0)
+    values = (parts.values.astype(jnp.float32) * (parts.scale / scale[None])[:, :, None]).astype(FP8)
+    return QuantisedRows(values.transpose(1, 0, 2).reshape(values.shape[1], -1), scale, parts.dtype)
+
+
+def contract_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
     """x [n, K] (axis 1) or [K, n] (axis 0), weight [..., K] -> [n, N]: fp8 products, float32 sums, scales of token and
     channel on the result, which is in `out_dtype` ahead of them too: in float32 it would be twice the bytes."""
-    rows, token = quantise_rows(x, axis, weight.bound)
+    ready = isinstance(x, QuantisedRows)
+    rows, token = (x.values, x.scale) if ready else quantise_rows(x, axis, weight.bound)
     values = weight.values.reshape(-1, weight.shape[-1])
     product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=out_dtype)
     return (product.astype(jnp.float32) * token[:, None] * weight.scale.reshape(1, -1)).astype(out_dtype)

@@ -22,11 +22,19 @@ def known_plan(
 
     gpu: a name of `configs/hardware`, None: a CPU, or a GPU that no file names. Of several plans made for the same
     model and GPU, the one whose share of decode rows, then whose number of rows, is nearest. Where none was made for
-    the precision of the weights, one for another is taken: its GEMMs have other lengths, its collectives the same. Nor
+    the precision of the weights, one for another is taken, less gathers in it: its GEMMs have other lengths. Nor
     for the model: one that was searched for another on this GPU hides more than one that was not searched at all
     (docs/search.md). One GPU has nothing to hide: there, nothing is cut.
     among: what `plans_with_target` gives, for a caller that asks often.
     """
+    plan, why = _known(config, gpu, devices, tokens_per_step, decode_slots, among)
+    return plan if plan.gathers in (None, config.quantization) else replace(plan, gathers=None), why
+
+
+def _known(
+    config: ModelConfig, gpu: str | None, devices: int, tokens_per_step: int, decode_slots: int,
+    among: Sequence[SchedulePlan] | None,
+) -> tuple[SchedulePlan, str]:  # fmt: skip
     if gpu is None:
         return load_plan(DEFAULT), f"plan {DEFAULT}: no plan is known for this device"
     wanted = Target.of(config, gpu, devices)

@@ -14,6 +14,10 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     rows = 640                        # left out when there is one nano-batch: all rows
     attention_output = "gather"       # or "reduce", "scatter": see `ops`
 
+    # Optional, for weights in fp8: what is gathered and then quantised (GEMV.AG; of scatter also O.AG and D.AG) is
+    # quantised first, and goes over the network in fp8 with a scale per token.
+    gathers = "fp8"
+
     # optional: rows of each piece; KQV over all rows, GEMV over decode, PF over prefill rows
     [splits]
     KQV = [256, 384, 768, 640]
@@ -51,6 +55,7 @@ from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
 
 ROW_QUANTUM = 8  # pieces of a rescaled plan start at multiples of this
 MOST_BYTES = 2**20  # of a plan's file
+GATHERS = (None, "fp8")
 SPLIT_ABOVE = 512  # steps of fewer rows are bound by latency and weight reads: they run as one nano-batch
 
 
@@ -128,12 +133,26 @@ class SchedulePlan:
     order: tuple[str, ...] = ()
     lanes: Mapping[str, Lane] = field(default_factory=dict)
     target: Target | None = None
+    gathers: str | None = None  # "fp8", or None: as the activations
 
     def __post_init__(self) -> None:
         _check(self)
 
     def __hash__(self) -> int:
         return hash((self.name, self.nano_batches, self.tokens_per_step, self.decode_tokens, self.order))
+
+    def __repr__(self) -> str:
+        """Without what is None by default, so that digests of plans stay as releases add fields."""
+        shown = (f for f in fields_of(self) if f.name != "gathers" or self.gathers)
+        return f"SchedulePlan({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
+
+    def check_gathers(self, quantization: str | None) -> None:
+        """Raises ConfigError where the plan's gathers are in a precision that the model's weights do not have."""
+        if self.gathers not in (None, quantization):
+            raise ConfigError(
+                f"gathers: plan {self.name!r} gathers in {self.gathers}, and the model's weights are not in it; "
+                f"accepted: quantization={self.gathers!r}, or a plan without gathers"
+            )
 
     @property
     def strategies(self) -> frozenset[str]:
@@ -226,7 +245,17 @@ def _line_of(text: str, message: str) -> str:
 
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
-    known = {"description", "tokens_per_step", "decode_tokens", "order", "nano_batches", "splits", "lanes", "for"}
+    known = {
+        "description",
+        "tokens_per_step",
+        "decode_tokens",
+        "order",
+        "nano_batches",
+        "splits",
+        "lanes",
+        "gathers",
+        "for",
+    }
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
     batches = _typed("nano_batches", fields.get("nano_batches"), list)
@@ -251,8 +280,9 @@ def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     description = _typed("description", fields.get("description", ""), str)
     target = _target(fields["for"]) if "for" in fields else None
     return SchedulePlan(
-        name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, target=target, **sized
-    )
+        name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, target=target,
+        gathers=fields.get("gathers"), **sized,
+    )  # fmt: skip
 
 
 def _typed(name: str, value: Any, kind: type) -> Any:
@@ -289,6 +319,8 @@ def _target(value: Any) -> Target:
 
 def _check(plan: SchedulePlan) -> None:
     """Everything that makes a plan unable to run. Raises ConfigError."""
+    if plan.gathers not in GATHERS:
+        raise ConfigError(f"gathers: {plan.gathers!r} is not accepted; expected 'fp8', or no such line")
     if not plan.nano_batches:
         raise ConfigError("nano_batches: at least one is needed")
     for i, batch in enumerate(plan.nano_batches, start=1):

@@ -136,6 +136,10 @@ def _predicted(
 ) -> Layout:
     """The layout with a plan. config: in its precision."""
     devices, pages = layout.devices, layout.kv_cache_dtype
+    if plan.gathers not in (None, config.quantization):
+        return replace(
+            layout, plan=plan.name, refused=f"the plan gathers in {plan.gathers}, and the weights are not in it"
+        )
     room = kv_capacity(config, plan, model.hardware, devices, rows, kv_cache_dtype=pages, request=round(demand.held))
     if room < demand.request:
         few = f"KV has room for {room:,} tokens, a request has {demand.request:,}"

@@ -34,6 +34,7 @@ from nanoflow_jax.timeline.play import Speeds
 
 GRID = 128  # rows: cuts are multiples, a GEMM's tile
 COARSE = 256  # of three nano-batches
+GATHERING = {"gather", "scatter"}  # strategies whose gathers may be in fp8
 ALIKE = "reduce"  # the strategy of one device, where all are alike: the one with the fewest pieces
 LANE_SHARES = (0.375, 0.5)  # of the SMs, for decode attention on a lane
 SHARES_OF_ONE = tuple(sixteenths / 16 for sixteenths in range(4, 13))  # on one device, where the space is small
@@ -45,13 +46,15 @@ MOST_CUT = 2  # nano-batches, of plans whose KQV and decode attention are also t
 @dataclass(frozen=True)
 class Structure:
     """Rows of the nano-batches, their strategies, whether each's D.AG is deferred to the next layer (scatter only), in
-    how many pieces its KQV and decode attention are; and the SMs' share of decode attention on a lane, 0: none."""
+    how many pieces its KQV and decode attention are; the SMs' share of decode attention on a lane, 0: none; and the
+    precision of the plan's gathers."""
 
     rows: tuple[int, ...]
     strategies: tuple[str, ...]
     deferred: tuple[bool, ...]
     cuts: tuple[int, ...]
     lane: float = 0.0
+    gathers: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -192,6 +195,7 @@ class Finder:
         self.costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
         self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
         self.speeds = Speeds(model)
+        self.gathers = (None, "fp8") if self.costs.quantised else (None,)
         self.bounds: dict[tuple, float] = {}
 
     def structures(self) -> Iterator[Structure]:
@@ -206,8 +210,9 @@ class Finder:
                     if any(s == "scatter" and n % quantum for s, n in zip(chosen, sizes, strict=True)):
                         continue
                     ways = [(False, True) if s == "scatter" else (False,) for s in chosen]
-                    for deferred in product(*ways):
-                        yield Structure(sizes, chosen, deferred, (1,) * count)
+                    gathers = self.gathers if GATHERING & set(chosen) and self.devices > 1 else (None,)
+                    for deferred, precision in product(product(*ways), gathers):
+                        yield Structure(sizes, chosen, deferred, (1,) * count, gathers=precision)
 
     def best_of(
         self, structures: list[Structure], below: float, orders: _Orders, progress: Callable[[int], None]
@@ -267,7 +272,7 @@ class Finder:
         sms = round(s.lane * self.model.hardware.sm_count / 4) * 4
         lanes = {"GEMV": Lane(1, sms)} if s.lane else {}
         splits = {op: sizes for op, sizes in splits.items() if sizes}
-        plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes)
+        plan = SchedulePlan(self.name, batches, "", total, decode, splits, lanes=lanes, gathers=s.gathers)
         return self.ordered(plan, [name for chain in self.chains(s, plan) for name in chain])
 
     def ordered(self, plan: SchedulePlan, order: Sequence[str]) -> SchedulePlan:
@@ -288,7 +293,7 @@ class Finder:
 
     def bound(self, s: Structure) -> float:
         """Whatever the order, so that it does not matter when D.AG is issued."""
-        key = (s.rows, s.strategies, s.cuts, s.lane)
+        key = (s.rows, s.strategies, s.cuts, s.lane, s.gathers)
         if key not in self.bounds:
             plan = self.plan(s)
             nano_batches = {(p.op, p.piece): p.nano_batch for p in self._pieces(plan)}

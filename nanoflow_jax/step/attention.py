@@ -37,10 +37,14 @@ def check_quantization(config: ModelConfig, capability: tuple[int, int] | None) 
         accepted = ", ".join(map(repr, QUANTIZATIONS))
         raise ConfigError(f"quantization: {config.quantization!r} is not supported; accepted: {accepted}")
     if config.quantization == "fp8" and capability is not None and capability < (8, 9):
-        found = ".".join(map(str, capability))
-        raise ConfigError(
-            f"quantization: 'fp8' needs fp8 tensor cores (compute capability 8.9 or more), not {found}; accepted: None"
-        )
+        needed = "fp8 tensor cores (compute capability 8.9 or more: Ada, Hopper and later), not "
+        needed += ".".join(map(str, capability))
+        if config.fp8_checkpoint is not None:
+            raise ConfigError(
+                f"quantization: the checkpoint's weights are in fp8, which needs {needed}; "
+                "accepted: the 16-bit checkpoint"
+            )
+        raise ConfigError(f"quantization: 'fp8' needs {needed}; accepted: None")
 
 
 def why_not_mosaic(config: ModelConfig, capability: tuple[int, int] | None, page_size: int) -> str | None:

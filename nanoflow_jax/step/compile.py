@@ -54,6 +54,9 @@ GPU_OPTIONS: Mapping[str, Option] = {
 PROFILE_OPTION = "xla_gpu_pgle_profile_file_or_directory_path"
 
 
+# A gather in fp8 is two, of values and of their scales, for which this makes one: each has a latency. Those of
+# different nano-batches depend on each other, where the order is enforced, and stay apart.
+FP8_GATHER_OPTIONS: Mapping[str, Option] = {"xla_gpu_all_gather_combine_threshold_bytes": 2**40}
 # For programs with kernels on a stream of their own: command buffers would put them back on one.
 STREAM_OPTIONS: Mapping[str, Option] = {"xla_gpu_enable_command_buffer": ""}
 
@@ -62,7 +65,10 @@ def compiler_options(platform: str, plan: SchedulePlan | None) -> dict[str, Opti
     """Options for `lowered.compile(compiler_options=...)` on platform "gpu" or "cuda"; none elsewhere."""
     if platform not in ("gpu", "cuda"):
         return {}
-    return {**GPU_OPTIONS, **(STREAM_OPTIONS if plan is not None and plan.lanes else {})}
+    if plan is None:
+        return GPU_OPTIONS
+    more = {**(FP8_GATHER_OPTIONS if plan.gathers else {}), **(STREAM_OPTIONS if plan.lanes else {})}
+    return {**GPU_OPTIONS, **more}
 
 
 def abstract_cache(

@@ -22,7 +22,9 @@ from nanoflow_jax.step.rows import Rows, RowSpan
 type Update[V] = tuple[V, V | None]  # what is added to a residual: a collective's result, and a bias
 
 ATTENTION, MLP = 0, 1  # the norms of a layer
-GATHER, GATHER_ROWS, REDUCE, SCATTER = "gather", "gather_rows", "reduce", "scatter"  # collectives
+# Collectives. Of what GATHER_HEADS and GATHER_NORMED give, a GEMM is the only reader.
+GATHER, GATHER_HEADS, GATHER_NORMED, GATHER_ROWS = "gather", "gather_heads", "gather_normed", "gather_rows"
+REDUCE, SCATTER = "reduce", "scatter"
 
 
 class Machine[V](Protocol):
@@ -45,8 +47,11 @@ class Machine[V](Protocol):
         """This device's rows of the first residual, and the norm of all rows."""
         ...
 
-    def add_and_norm(self, layer: int, which: int, rows: int, x: V, update: Update[V] | None) -> tuple[V, V]:
-        """The sum, and its norm ahead of ATTENTION or MLP of a layer."""
+    def add_and_norm(
+        self, layer: int, which: int, rows: int, x: V, update: Update[V] | None, gathered: bool
+    ) -> tuple[V, V]:
+        """The sum, and its norm ahead of ATTENTION or MLP of a layer, as what reads it takes it. gathered: that is
+        GATHER_NORMED."""
         ...
 
     def add(self, rows: int, x: V, update: Update[V]) -> V: ...
@@ -58,7 +63,10 @@ class Machine[V](Protocol):
 
     def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[V]) -> V: ...
     def prefill_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[V]) -> V: ...
-    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[V]) -> V: ...
+    def heads(self, piece: OpPiece, span: RowSpan, attention: Sequence[V]) -> V:
+        """This device's, as GATHER_HEADS takes them."""
+        ...
+
     def o_over_n(self, piece: OpPiece, gathered: V) -> V: ...
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[V]) -> V: ...
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[V]) -> V: ...
@@ -87,7 +95,7 @@ class _Layer[V]:
     in_flight: list[tuple[OpPiece, V]] = field(default_factory=list)  # attention on another stream
     q: Rows[V] = field(default_factory=Rows)  # [n, h, d]
     attention: Rows[V] = field(default_factory=Rows)  # [n, h * d]
-    gathered: dict[int, V] = field(default_factory=dict)  # [w, n]
+    gathered: dict[int, V] = field(default_factory=dict)  # [w, n], or in fp8 [p, n, w/p]
     projected: dict[int, V] = field(default_factory=dict)  # O or D before its collective
     activated: dict[int, V] = field(default_factory=dict)  # [n, F/p]
 
@@ -186,8 +194,8 @@ class StepProgram[V]:
     # -- attention output to residual
 
     def gemv_ag(self, piece: OpPiece, s: _Layer[V]) -> None:
-        local = self.machine.transpose(piece, *s.attention.get(piece.start, piece.stop))
-        s.gathered[piece.piece] = self.machine.start(GATHER_ROWS, piece.rows, OPS[piece.op].columns, local)
+        local = self.machine.heads(piece, *s.attention.get(piece.start, piece.stop))
+        s.gathered[piece.piece] = self.machine.start(GATHER_HEADS, piece.rows, OPS[piece.op].columns, local)
 
     def o(self, piece: OpPiece, s: _Layer[V]) -> None:
         if piece.piece in s.gathered:
@@ -237,9 +245,10 @@ class StepProgram[V]:
         started = self.machine.start(collective, piece.rows, OPS[piece.op].columns, s.projected.pop(piece.piece))
         self.pending[piece.piece] = started, self.machine.bias(piece.op.partition(".")[0])
 
-    def _add_and_norm(self, number: int, layer: int, which: int) -> V:
+    def _add_and_norm(self, number: int, layer: int, which: int, gathered: bool = False) -> V:
         x, update = self.residual[number], self.pending.pop(number, None)
-        self.residual[number], normed = self.machine.add_and_norm(layer, which, self._rows(number), x, update)
+        rows = self._rows(number)
+        self.residual[number], normed = self.machine.add_and_norm(layer, which, rows, x, update, gathered)
         return normed
 
     def _settle(self, number: int, layer: int, which: int) -> None:
@@ -249,8 +258,8 @@ class StepProgram[V]:
 
     def _gather_normed(self, piece: OpPiece, layer: int, which: int) -> None:
         """The same on this device's rows of a scattered residual, and gathers the norm."""
-        normed = self._add_and_norm(piece.piece, layer, which)
-        self.normed.put(piece.start, piece.stop, self.machine.start(GATHER_ROWS, piece.rows, HIDDEN, normed))
+        normed = self._add_and_norm(piece.piece, layer, which, gathered=True)
+        self.normed.put(piece.start, piece.stop, self.machine.start(GATHER_NORMED, piece.rows, HIDDEN, normed))
 
     def _rows(self, number: int) -> int:
         """Of the residual on this device."""

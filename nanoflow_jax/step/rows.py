@@ -22,14 +22,15 @@ class RowSpan:
     sizes: tuple[int, ...]  # rows of the whole pieces
     views: tuple[Callable[[Any], Any] | None, ...]
 
-    def __call__(self, *pieces: jax.Array) -> jax.Array:
+    def __call__(self, *pieces: Any) -> Any:
+        """Of arrays, or of trees whose leaves all have the rows in front."""
         parts = []
         for x, (a, b), size, view in zip(pieces, self.cuts, self.sizes, self.views, strict=True):
             rows = x if view is None else view(x)
             if rows.shape[0] != size:
                 raise ValueError(f"a piece of {size} rows was given {rows.shape[0]}")
-            parts.append(rows if (a, b) == (0, size) else rows[a:b])
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+            parts.append(rows if (a, b) == (0, size) else jax.tree.map(lambda x, a=a, b=b: x[a:b], rows))
+        return parts[0] if len(parts) == 1 else jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
 
 
 class Rows[V]:

@@ -29,14 +29,27 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
+from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, join_parts, quantise_part, quantised_for
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
+from nanoflow_jax.plan.ops import HIDDEN
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
 from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.kernel_inputs import clip_segments, expected_context, kernel_inputs, pack_kqv, unpack_kqv
-from nanoflow_jax.step.layer import ATTENTION, GATHER, GATHER_ROWS, MLP, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.layer import (
+    ATTENTION,
+    GATHER,
+    GATHER_HEADS,
+    GATHER_NORMED,
+    GATHER_ROWS,
+    MLP,
+    REDUCE,
+    SCATTER,
+    StepProgram,
+    Update,
+)
 from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_rows
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
@@ -66,7 +79,7 @@ _STATIC = ("backend", "tuning", "expected_context", "window")
 _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "scale", "sm_budget"), inline=True)
 _prefill_attention = jax.jit(prefill_attention, static_argnames=(*_STATIC, "scale"), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
-_add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps"), inline=True)
+_add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps", "quantise", "bound"), inline=True)
 
 
 def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
@@ -88,6 +101,9 @@ class StepSpec:
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
     gpu: str = DEFAULT_GPU  # whose tuning the kernels take; `build_step` puts the mesh's
     expected_context: int | None = None  # tokens of a row, for the kernels' expected times; None: the pool's share
+
+    def __post_init__(self) -> None:
+        self.plan.check_gathers(self.config.quantization)
 
     @property
     def page_dtype(self) -> Any:
@@ -203,7 +219,7 @@ class Tracer:
     appends_at_once = False
 
     def __init__(self, spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch):
-        self.config, self.shape = spec.config, spec.shape
+        self.config, self.shape, self.fp8_gathers = spec.config, spec.shape, spec.plan.gathers == "fp8"
         self.params, self.batch = params, batch
         self.k_pages, self.v_pages = cache.k, cache.v
         self.tables = page_tables(spec.config)
@@ -223,8 +239,10 @@ class Tracer:
             kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
         self.order = IssueOrder(spec.enforce_order)
-        self.collectives: dict[str, Callable[[jax.Array], jax.Array]] = {
+        self.collectives: dict[str, Callable[[Any], Any]] = {
             GATHER: collectives.all_gather,  # [n, H/p] -> [p, n, H/p]
+            GATHER_HEADS: _gather_heads,
+            GATHER_NORMED: partial(jax.tree.map, collectives.all_gather_rows),
             GATHER_ROWS: collectives.all_gather_rows,
             REDUCE: collectives.all_reduce_in_order if spec.deterministic else collectives.all_reduce,
             SCATTER: collectives.reduce_scatter_rows,
@@ -265,7 +283,7 @@ class Tracer:
         return mine, parts.rms_norm(x, self._norm_weight(0, ATTENTION), self.config.rms_norm_eps)
 
     def gather_last(self, rows: int, x: jax.Array) -> jax.Array:
-        return collectives.all_gather_rows(x)
+        return self.start(GATHER_ROWS, rows, HIDDEN, x)
 
     # -- residual and norm
 
@@ -277,29 +295,24 @@ class Tracer:
         return lax.slice(norms, (layer, at, 0), (layer + 1, at + 1, norms.shape[2])).reshape(-1)
 
     def add_and_norm(
-        self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None
-    ) -> tuple[jax.Array, jax.Array]:
+        self, layer: int, which: int, rows: int, x: jax.Array, update: Update[jax.Array] | None, gathered: bool
+    ) -> tuple[jax.Array, Any]:
         """In one ordered op."""
+        params, weight, eps = self.params.layers[layer], self._norm_weight(layer, which), self.config.rms_norm_eps
+        reader = params.kqv if which == ATTENTION else params.ug
+        quantise = isinstance(reader, Quantised) and (self.fp8_gathers or not gathered)  # else who reads it does
         block = (layer, ATTENTION) if which == MLP else (layer - 1, MLP)  # which the update is of
-        if self.config.norms == "after":
-            x = x if update is None else self.order.run(self._add_normed(block), x, *update)
-            return x, x
-        weight, eps = self._norm_weight(layer, which), self.config.rms_norm_eps
-        if update is None:
-            return x, self.order.run(lambda x: parts.rms_norm(x, weight, eps), x)
-        if self.config.norms == "both":
-            added = self._add_normed(block)
 
-            def add_both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-                x = added(x, update, bias)
-                return x, parts.rms_norm(x, weight, eps)
+        def both(x: jax.Array, *update: Any) -> tuple[jax.Array, Input]:
+            if update and self.config.norms == "before":
+                more = {"quantise": True, "bound": reader.bound} if quantise else {}
+                x, normed = _add_rms_norm(x, update[0], weight, bias=update[1], eps=eps, **more, **self.options.norm)
+                return x, QuantisedRows(normed[0], normed[1], x.dtype) if quantise else normed
+            x = self._add_normed(block)(x, *update) if update else x
+            normed = x if self.config.norms == "after" else parts.rms_norm(x, weight, eps)
+            return x, quantised_for(normed, reader) if quantise else normed
 
-            return self.order.run(add_both, x, *update)
-
-        def both(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-            return _add_rms_norm(x, update, weight, bias=bias, eps=eps, **self.options.norm)
-
-        return self.order.run(both, x, *update)
+        return self.order.run(both, x, *(update or ()))
 
     def add(self, rows: int, x: jax.Array, update: Update[jax.Array]) -> jax.Array:
         last = (self.config.num_layers - 1, MLP)
@@ -391,14 +404,19 @@ class Tracer:
 
     # -- GEMMs after attention
 
-    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
-        """On the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts as it
-        is."""
+    def heads(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> Any:
+        """Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts
+        as it is. In fp8 as it is: O puts the devices' columns side by side with the scales of whole rows."""
+        weight = self.layer.o_by_output
+        if self.fp8_gathers and isinstance(weight, Quantised):
+            return self.order.run(lambda *x: quantise_part(self._scaled(span(*x)), weight.bound), *attention)
         return self.order.run(lambda *x: self._scaled(span(*x)).T, *attention)
 
-    def o_over_n(self, piece: OpPiece, gathered: jax.Array) -> jax.Array:
-        """[w, n] x [H/p, w] -> [n, H/p]."""
+    def o_over_n(self, piece: OpPiece, gathered: Any) -> jax.Array:
+        """[w, n], or in fp8 [p, n, w/p], x [H/p, w] -> [n, H/p]."""
         weight = self.layer.o_by_output
+        if isinstance(gathered, QuantisedRows):
+            return self.order.run(lambda x: parts.contract(join_parts(x), weight, 1), gathered)
         return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
@@ -416,11 +434,18 @@ class Tracer:
 
     # -- collectives and streams
 
-    def start(self, collective: str, rows: int, columns: str, x: jax.Array) -> jax.Array:
+    def start(self, collective: str, rows: int, columns: str, x: Any) -> Any:
         return self.order.start(self.collectives[collective], x)
 
     def wait(self, x: jax.Array) -> jax.Array:
         return self.order.wait(x)
+
+
+def _gather_heads(x: Any) -> Any:
+    """[w/p, n] -> [w, n]; of fp8 [n, w/p] -> [p, n, w/p], and the scales [n] -> [p, n]."""
+    if isinstance(x, QuantisedRows):
+        return jax.tree.map(collectives.all_gather, x)
+    return collectives.all_gather_rows(x)
 
 
 def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -20,14 +20,25 @@ from nanoflow_jax.cost.latency import Prediction
 from nanoflow_jax.cost.shapes import OpCosts
 from nanoflow_jax.plan.ops import HIDDEN, WIDTH
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
-from nanoflow_jax.step.layer import GATHER, GATHER_ROWS, REDUCE, SCATTER, StepProgram, Update
+from nanoflow_jax.step.attention import norm_fits
+from nanoflow_jax.step.layer import (
+    GATHER,
+    GATHER_HEADS,
+    GATHER_NORMED,
+    GATHER_ROWS,
+    REDUCE,
+    SCATTER,
+    StepProgram,
+    Update,
+)
 from nanoflow_jax.step.rows import RowSpan
 from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Piece
 
 SIDE = "stream 1"
 RUNTIMES = ("library", "nanoflow")
 SAMPLER_REDUCTIONS = 2  # of one number per sampled row, in a greedy step
-COLLECTIVES = {GATHER: "all-gather", GATHER_ROWS: "all-gather", REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
+GATHERS = (GATHER, GATHER_HEADS, GATHER_NORMED, GATHER_ROWS)
+COLLECTIVES = {**dict.fromkeys(GATHERS, "all-gather"), REDUCE: "all-reduce", SCATTER: "reduce-scatter"}
 
 
 @dataclass(frozen=True)
@@ -84,14 +95,15 @@ def build_jobs(
     one_in_flight: bool = True,
     alike: bool = False,
 ) -> tuple[Job, ...]:
-    """Jobs of a step of so many layers, in issue order. Raises ConfigError for an unknown runtime, or a scattered
-    nano-batch that does not divide.
+    """Jobs of a step of so many layers, in issue order. Raises ConfigError for an unknown runtime, a scattered
+    nano-batch that does not divide, or gathers in a precision that the weights do not have.
 
     one_in_flight  False: without what the library waits for between collectives, which depends on the order
     alike          every layer is the mean of the kinds that there are
     """
     if runtime not in RUNTIMES:
         raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
+    plan.check_gathers("fp8" if costs.quantised else None)
     lanes = runtime == "nanoflow"
     load, devices = costs.load, costs.shapes.devices
     pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
@@ -115,6 +127,15 @@ class JobMaker:
     ):
         self.costs, self.shares, self.lanes = costs, shares, lanes
         self.devices = costs.shapes.devices
+        self.fp8_gathers = plan.gathers == "fp8"
+        self.nano_batches = {p.piece: p.rows for p in pieces if p.op == "O"}
+        # Of them, those whose norm is quantised by who reads it.
+        self.read_whole = {p.piece for p in pieces if p.op == "O.RS" and not self.fp8_gathers}
+        self.fused_norm = (
+            mosaic_supported(costs.model.hardware.capability, "add_rms_norm")
+            and norm_fits(costs.shapes.hidden, self.devices)
+            and costs.shapes.norms == "before"
+        )
         self.first_prefill = min((p.start for p in pieces if p.op == "PF"), default=0)
         lane = plan.lanes.get("GEMV") if lanes or mosaic_supported(costs.model.hardware.capability) else None
         self.lane = lanes or lane is not None
@@ -141,13 +162,14 @@ class JobMaker:
         self.issued = (len(self.jobs) - 1,)
         return self.issued
 
-    def _gemm(self, name: str, rows: int, *needs: Jobs) -> Jobs:
-        """In fp8, with what makes its operand, and what scales its result where no kernel follows that does (after KQV
-        the rotary embedding, after UG the product)."""
+    def _gemm(self, name: str, rows: int, *needs: Jobs, ready: bool = False) -> Jobs:
+        """In fp8, with what makes its operand if that is not ready, and what scales its result where no kernel follows
+        that does (after KQV the rotary embedding, after UG the product)."""
         if not self.costs.quantised:
             return self.run("gemm", self.costs.gemm(name, rows), *needs)
-        ready = self.run("elementwise", self.costs.quantise(name, rows), *needs)
-        done = self.run("gemm", self.costs.gemm(name, rows), ready)
+        if not ready:
+            needs = (self.run("elementwise", self.costs.quantise(name, rows), *needs),)
+        done = self.run("gemm", self.costs.gemm(name, rows), *needs)
         return done if name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
 
     def _start(self, job: Job) -> Jobs:
@@ -163,8 +185,12 @@ class JobMaker:
         if self.devices == 1:
             return x
         kind, width = COLLECTIVES[collective], {HIDDEN: self.costs.shapes.hidden, WIDTH: self.costs.shapes.width}
-        prediction = self.costs.collective(kind, rows, width[columns])
-        whole = float(rows * width[columns] * self.costs.shapes.element_bytes)
+        row = width[columns] * self.costs.shapes.element_bytes
+        if self.fp8_gathers and collective in (GATHER_HEADS, GATHER_NORMED):
+            scales = self.devices if collective == GATHER_HEADS else 1
+            row = width[columns] + 4 * scales
+        prediction = self.costs.collective(kind, rows * row)
+        whole = float(rows * row)
         return self._start(Job(self.name, "collective", NETWORK, prediction, x, self.shares.network, whole, kind))
 
     def wait(self, x: Jobs) -> Jobs:
@@ -209,12 +235,16 @@ class JobMaker:
     # -- residual and norm
 
     def add_and_norm(
-        self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None
+        self, layer: int, which: int, rows: int, x: Jobs, update: Update[Jobs] | None, gathered: bool
     ) -> tuple[Jobs, Jobs]:
         done = x if update is None else update[0]
+        quantise = self.costs.quantised and (self.fp8_gathers or not gathered)
+        if quantise and self.fused_norm:
+            done = self.run("elementwise", self.costs.norm_quantised(rows), done)
+            return done, done
         for _ in range(2 if self.costs.shapes.norms == "both" else 1):
             done = self.run("elementwise", self.costs.norm(rows), done)
-        return done, done
+        return done, self.run("elementwise", self.costs.quantise("KQV", rows), done) if quantise else done
 
     def add(self, rows: int, x: Jobs, update: Update[Jobs]) -> Jobs:
         return self.run("elementwise", self.costs.norm(rows), update[0])
@@ -225,7 +255,10 @@ class JobMaker:
     # -- attention
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._gemm("KQV", piece.rows, *normed)
+        ready = piece.nano_batch not in self.read_whole
+        if self.costs.quantised and ready and piece.rows < self.nano_batches[piece.nano_batch]:
+            normed = [self.run("elementwise", self.costs.cut(piece.rows), *normed)]  # cuBLAS takes no slice in fp8
+        self._gemm("KQV", piece.rows, *normed, ready=ready)
         factors: Jobs = ()
         if self.costs.shapes.qk_norm:
             factors = self.run("elementwise", self.costs.squares(piece.rows))
@@ -268,19 +301,24 @@ class JobMaker:
 
     # -- GEMMs after attention
 
-    def transpose(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+    def heads(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
+        if self.fp8_gathers:
+            return self.run("elementwise", self.costs.quantise("O over K", piece.rows), *attention)
         if self.lanes:
             return tuple(sorted(set().union(*attention)))
         return self.run("elementwise", self.costs.transpose(piece.rows), *attention)
 
     def o_over_n(self, piece: OpPiece, gathered: Jobs) -> Jobs:
-        return self._gemm("O over N", piece.rows, gathered)
+        if not self.fp8_gathers:
+            return self._gemm("O over N", piece.rows, gathered)
+        joined = self.run("elementwise", self.costs.join(piece.rows), gathered)
+        return self._gemm("O over N", piece.rows, joined, ready=True)
 
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
         return self._gemm("O over K", piece.rows, *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._gemm("UG", piece.rows, *normed)
+        self._gemm("UG", piece.rows, *normed, ready=piece.piece not in self.read_whole)
         return self.run("elementwise", self.costs.silu(piece.rows))
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:

@@ -13,7 +13,7 @@ from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan
 from nanoflow_jax.search.simulate import simulate_step
 
 pytestmark = pytest.mark.aot
@@ -68,6 +68,55 @@ def test_every_gemm_of_a_layer_is_fp8(gpu: str, plan: str, devices: int, pieces:
     if devices == 1:
         assert plain.memory.headroom < 0 < found.memory.headroom
         assert found.memory.kv_tokens > 150_000
+
+
+GATHERED = SchedulePlan(
+    "gathered", (NanoBatch(1024, "gather"), NanoBatch(1024, "scatter")), "", 2048, 1280, gathers="fp8"
+)
+
+
+def test_gathers_in_fp8() -> None:
+    """Of heads and of normed rows: one collective of values and scales, half the bytes, as the simulator counts them;
+    what is added to the residual stays as it is."""
+    found = inspect_step(MODEL, "h200", GATHERED, devices=8, layers=LAYERS, quantization="fp8")
+    starts = [line for line in found.hlo.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    of = {op: [line for line in starts if f"/L1/{op}/" in line] for op in ("GEMV.AG.1", "O.AG.1", "O.AG.2", "D.AG.2")}
+    assert {op: len(lines) for op, lines in of.items()} == dict.fromkeys(of, 1)
+    for op, (line,) in of.items():
+        assert ("f8e4m3fn[" in line, "f32[" in line, "bf16[" in line) == ((False, False, True) if op == "O.AG.1" else (
+            True, True, False)), op  # fmt: skip
+    gathered = {
+        f"{c.op}.{c.nano_batch}": c.bytes for c in found.report.collectives if c.layer == 1 and c.kind == "all-gather"
+    }
+    heads, rows = 1024 * (HIDDEN + 8 * 4), 1024 * (HIDDEN + 4)  # a scale of each device's heads, or of a row
+    assert gathered == {
+        "GEMV.AG.1": heads, "O.AG.1": 2 * 1024 * HIDDEN, "O.AG.2": rows, "D.AG.2": rows
+    }  # fmt: skip
+    config = replace(model_config(MODEL)[1], quantization="fp8")
+    load, model = StepLoad(1280, 768, found.context, found.context), RooflineModel(found.hardware)
+    simulated = simulate_step(GATHERED, config, model, 8, load).inner
+    assert simulated.network_us == pytest.approx(found.inner_layer.network_us, rel=1e-3)
+    assert simulated.us == pytest.approx(found.inner_layer.us, rel=0.06)
+    assert simulated.network_us < 0.85 * simulate_step(
+        replace(GATHERED, gathers=None), config, model, 8, load
+    ).inner.network_us  # fmt: skip
+    bad = {"merged_collective", "transpose_before_collective", "weight_copy", "merged_gemm", "untraced_kernel"}
+    assert not bad & {finding.kind for finding in found.report.findings if finding.layer is not None}
+
+
+def test_two_h100_hold_it() -> None:
+    """In bfloat16 its weights alone are 141 GB of their 170."""
+    plan = load_plan("auto_llama_3_1_70b_2xh100_sxm_fp8_d96")
+    assert plan.tokens_per_step and plan.gathers == "fp8"
+    found = inspect_step(
+        MODEL, "h100_sxm", plan, devices=2, tokens=plan.tokens_per_step, layers=LAYERS, quantization="fp8"
+    )
+    assert found.decode_tokens == plan.decode_tokens
+    assert found.memory.weights < 37e9 and found.memory.kv_tokens > 200_000
+    assert found.hlo.count('"__cublas$lt$matmul$f8"') == 8 * LAYERS
+    assert wide_weights(found.hlo, 2) == []
+    assert found.inner_layer.findings == 0
+    assert not {"weight_copy", "kv_copy"} & {finding.kind for finding in found.report.findings}
 
 
 def test_a_gpu_without_fp8_is_told() -> None:

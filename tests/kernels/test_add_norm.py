@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import add_rms_norm, reference
 from kernels_pallas.expected import LATENCY
+from kernels_pallas.rows_fp8 import quantise_rows
 from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import ADD_NORM, BLOCK_LIMIT, AddNormTuning
 from nanoflow_jax.hardware import load_hardware
@@ -97,6 +98,61 @@ def test_equals_definition(rows: int, row_size: int, parts: int | None, biased: 
     assert same(total, jax.jit(partial(add_rms_norm, eps=EPS))(x, update, weight, **more)[0])
 
 
+def in_wide(rows: Any) -> np.ndarray:
+    values, scales = (np.asarray(a, np.float32) for a in rows)
+    return values * scales[:, None]
+
+
+FP8_ROUNDING = 0.03  # of a row's norm: three bits of mantissa
+
+
+@pytest.mark.parametrize("bound", [None, 1.5])
+@pytest.mark.parametrize(
+    ("rows", "row_size", "parts", "biased", "tuning"),
+    [
+        (13, 1024, 4, True, SMALL),  # 1 element per thread
+        (14, 4096, None, False, replace(SMALL, max_stages=2)),
+        (3, 8192, 8, True, SMALL),  # a bias, and rows in fp8: one warpgroup
+    ],
+)
+def test_rows_in_fp8(
+    rows: int, row_size: int, parts: int | None, biased: bool, tuning: AddNormTuning, bound: float | None
+) -> None:
+    """What the same rows are in bfloat16, rounded; the sums are untouched."""
+    x, update, weight, bias = arguments(rows, row_size, parts)
+    more: dict[str, Any] = {"bias": bias} if biased else {}
+    total, normed = interpreted(tuning, weight_row=2)(x, update, weight, **more)
+    want = np.clip(np.asarray(normed, np.float32), *((-bound, bound) if bound else (None, None)))
+    fp8 = interpreted(tuning, weight_row=2, quantise=True, bound=bound)
+    for run in (fp8, partial(add_rms_norm, eps=EPS, weight_row=2, quantise=True, bound=bound)):
+        again, found = run(x, update, weight, **more)
+        assert same(again, total)
+        assert found[0].dtype == jnp.float8_e4m3fn and found[1].dtype == jnp.float32
+        assert row_errors(in_wide(found), want).max() < FP8_ROUNDING
+        # The largest of a row is 448, and less than a step of bfloat16 off as a number.
+        most = np.abs(np.asarray(found[0], np.float32)).max(axis=1)
+        assert (most == 448).all()
+        np.testing.assert_allclose(np.abs(in_wide(found)).max(axis=1), np.abs(want).max(axis=1), rtol=2**-7)
+    if bound is None:
+        _, found = fp8(x, update, weight, **more)
+        cut = row_errors(
+            in_wide(interpreted(tuning, weight_row=2, quantise=True, bound=0.5)(x, update, weight, **more)[1]), want
+        )
+        moved = row_errors(in_wide((found[0], jnp.roll(found[1], 1))), want)
+        other = row_errors(in_wide(fp8(x, update, jnp.roll(weight, 1, axis=0), **more)[1]), want)
+        per_step = row_errors(in_wide((found[0].at[-1].set(found[0][-2]), found[1])), want)
+        assert min(cut.min(), other.min(), per_step[-1]) > 3 * FP8_ROUNDING and moved.max() > FP8_ROUNDING
+
+
+def test_rows_of_zeros_in_fp8() -> None:
+    zeros = jnp.zeros((3, 1024), jnp.bfloat16)
+    for run in (interpreted(quantise=True), partial(add_rms_norm, eps=EPS, quantise=True)):
+        _, (values, scales) = run(zeros, zeros, jnp.ones(1024, jnp.bfloat16))
+        assert not np.asarray(values, np.float32).any() and (np.asarray(scales) == 2.0**-40).all()
+    values, scales = quantise_rows(jnp.zeros((2, 4)), 1)
+    assert not np.asarray(values, np.float32).any() and (np.asarray(scales) == 2.0**-40).all()
+
+
 def test_every_sum_is_rounded_and_the_norm_is_that_of_the_rounded_sum() -> None:
     """256 + 1 is 256 in bfloat16, and so once more: the norm is 1 to the bit. Of 257 or 258 it would be less.
 
@@ -157,6 +213,8 @@ def test_no_rows() -> None:
     x, update, weight, _ = arguments(0, 1024)
     for run in (interpreted(), partial(add_rms_norm, eps=EPS)):
         assert [a.shape for a in run(x, update, weight)] == [(0, 1024)] * 2
+    _, (values, scales) = interpreted(quantise=True)(x, update, weight)
+    assert values.shape == (0, 1024) and scales.shape == (0,) and values.dtype == jnp.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
@@ -175,6 +233,8 @@ def test_no_rows() -> None:
         ({"bias": jnp.zeros(1024)}, "bias: dtype float32; backend 'mosaic' accepts bfloat16"),
         ({"update": jnp.zeros((16, 3, 64), jnp.bfloat16)}, "update: columns from 16 devices; backend 'mosaic' accepts"),
         ({"backend": "xla", "tuning": SMALL}, "tuning: AddNormTuning("),
+        ({"bound": 2.0}, "bound: 2.0 is not accepted; accepted: None, or with quantise=True a number above 0"),
+        ({"quantise": True, "bound": 0.0}, "bound: 0.0 is not accepted"),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], message: str) -> None:
@@ -224,7 +284,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     for name in ("PTX", "PTXAS", "RESOURCES"):
         monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
 
-    def compiled(gpu: str, rows: int, row_size: int, parts: int | None, biased: bool) -> tuple[str, str]:
+    def compiled(gpu: str, rows: int, row_size: int, parts: int | None, biased: bool, **more: Any) -> tuple[str, str]:
         tuning = ADD_NORM[gpu.split("_", maxsplit=1)[0]]
         # A stack of another size for every GPU: a kernel compiled before would be taken from a cache, without a report.
         shapes = [(rows, row_size), (rows, row_size), (50 + len(gpu), 2, row_size), (row_size,)][: 3 + biased]
@@ -236,7 +296,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
         def call(x: Any, update: Any, weight: Any, *bias: Any) -> Any:
             (given,) = bias or (None,)
             weight = weight.reshape(-1, row_size)
-            return add_rms_norm(x, update, weight, bias=given, weight_row=7, eps=EPS, backend="mosaic", tuning=tuning)
+            options = {"weight_row": 7, "eps": EPS, "backend": "mosaic", "tuning": tuning} | more
+            return add_rms_norm(x, update, weight, bias=given, **options)
 
         sharded = jax.shard_map(call, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
         text = jax.jit(sharded).lower(*placed).compile().as_text() or ""
@@ -286,6 +347,28 @@ def test_compiles_for_hopper(
     (slots,) = (int(n) for n in re.findall(r"num_barriers=(\d+)", report) if int(n) > 1)
     warpgroups = int(re.findall(r"\.maxntid (\d+)", report)[0]) // 128
     assert (slots - warpgroups) * 2 * 2 * row_size >= (64 * 1024 if rows > 132 else 5 * 2 * 2 * row_size)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("gpu", "rows", "row_size", "parts"), [("h200", 1024, 8192, None), ("h100_sxm", 1408, 5120, 2)]
+)
+def test_compiles_in_fp8(
+    gpu: str, rows: int, row_size: int, parts: int | None, compiled: Callable[..., tuple[str, str]]
+) -> None:
+    """One kernel: nothing else reads the norm for its largest magnitude, and nothing else rounds it."""
+    text, report = compiled(gpu, rows, row_size, parts, False, quantise=True)
+    assert text.count('custom_call_target="mosaic_gpu') == 1
+    assert not re.search(r" (copy|copy-start|fusion|transpose|dynamic-slice|reduce)\(", text)
+    assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
+        ("0", "0", "0")
+    ]
+    expected = ADD_NORM[gpu.split("_", maxsplit=1)[0]].expected
+    assert expected is not None
+    us = expected.us(moved=7 * rows * row_size, sms=132, all_sms=132)
+    assert set(re.findall(rf'{LATENCY}="(\d+)"', text)) == {str(round(us * 1000))}
+    (slots,) = (int(n) for n in re.findall(r"num_barriers=(\d+)", report) if int(n) > 1)
+    assert slots // (int(re.findall(r"\.maxntid (\d+)", report)[0]) // 128) >= 3
 
 
 @pytest.mark.aot

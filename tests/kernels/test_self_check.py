@@ -36,6 +36,7 @@ from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PAGE_TOKENS, PREFILL
 
 BF16 = Heads(q_heads=2, kv_heads=1, head_dim=64)
 FP8 = Heads(q_heads=4, kv_heads=2, head_dim=64, fp8=True)
+QUANTISED = replace(BF16, quantised=True)
 SLIDING = replace(BF16, windows=(100,))
 
 
@@ -47,6 +48,12 @@ def test_kernels_pass(kernel: str, heads: Heads) -> None:
     error = check_kernel(kernel, heads, interpret=plgpu.InterpretGPUParams())
     assert error < 5e-3
     assert (error == 0) == (kernel == "append_kv")
+
+
+def test_norms_in_fp8_pass() -> None:
+    """Beside the others; rounding takes half of what is allowed."""
+    error = check_kernel("add_rms_norm", QUANTISED, interpret=plgpu.InterpretGPUParams())
+    assert 5e-3 < error < self_check.TOLERANCE / 2
 
 
 @pytest.mark.parametrize("kernel", WINDOWED)
@@ -86,6 +93,12 @@ def stale_pages(table: Any, stages: int = 12) -> Any:
 def stale_rows(x: Any, rows: int = 96) -> Any:
     """The same of append: a block of rows once more, instead of the one `rows` later."""
     return jnp.concatenate([x[:rows], x[:-rows]])
+
+
+def other_scales(found: Any) -> Any:
+    """A norm in fp8 with the scales of its neighbours."""
+    total, normed = found
+    return (total, (normed[0], jnp.roll(normed[1], 1))) if isinstance(normed, tuple) else found
 
 
 def first_of_each(f: Any, *args: Any, sm_budget: int, **more: Any) -> Any:
@@ -169,6 +182,7 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
         BF16,
         lambda f, x, u, w, **more: (f(x, u, w, **more)[0], stale_rows(f(x, u, w, **more)[1], 48)),
     ),
+    "scales of other rows": ("add_rms_norm", QUANTISED, lambda f, *args, **more: other_scales(f(*args, **more))),
     "a window ignored": ("decode_attention", SLIDING, lambda f, *args, window, **more: f(*args, **more)),
     "a window too wide by one": (
         "decode_attention",
@@ -184,7 +198,10 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("kernel", "heads"), [*((kernel, SLIDING) for kernel in KERNELS), ("decode_attention", FP8)])
+@pytest.mark.parametrize(
+    ("kernel", "heads"),
+    [*((kernel, SLIDING) for kernel in KERNELS), ("decode_attention", FP8), ("add_rms_norm", QUANTISED)],
+)
 def test_the_stand_in_of_the_twins_passes(kernel: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     as_mosaic(monkeypatch, kernel, lambda f, *arrays, **more: f(*arrays, **more))
     assert check_kernel(kernel, heads) < self_check.TOLERANCE / 2

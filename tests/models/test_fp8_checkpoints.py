@@ -100,8 +100,10 @@ def test_quantization_is_accepted_for_what_is_fp8_already(tmp_path: Path) -> Non
     config, params = load(tmp_path, 2, quantization="fp8")
     assert_same_tensors(hugging_face_tensors(dequantised(params), config), meant)
     check_quantization(config, (8, 9))
-    with pytest.raises(ConfigError, match="needs fp8 tensor cores"):
+    message = r"^quantization: the checkpoint's weights are in fp8, which needs fp8 tensor cores \(.*\), not 8\.0; "
+    with pytest.raises(ConfigError, match=message + "accepted: the 16-bit checkpoint$"):
         check_quantization(config, (8, 0))
+    assert check_quantization(replace(config, quantization=None), (8, 0)) is None
 
 
 def test_scales_of_pages_that_come_along(tmp_path: Path) -> None:

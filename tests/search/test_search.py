@@ -88,7 +88,7 @@ def test_a_found_plan_is_a_plan(gpu: str, tmp_path: Path) -> None:
 def test_committed_plans_are_the_best_known() -> None:
     """Each beats every other plan file on its GPU and load, by the model at hand."""
     names = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
-    plans = {name: load_plan(name) for name in names}
+    plans = {name: plan for name in names if (plan := load_plan(name)).gathers is None}  # the weights are in bfloat16
     for gpu in ("a100_sxm_80", "h100_sxm", "h200", "b200"):
         model = RooflineModel(load_hardware(gpu))
         for decode, suffix in ((768, "_d768"), (1280, ""), (1792, "_d1792")):

@@ -20,10 +20,10 @@ from nanoflow_jax.step.attention import why_not_mosaic
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from tools.gpu_session import aot as session_aot
 from tools.gpu_session.aot import GPUS, programs, run_options
-from tools.gpu_session.parts import Part, call_a, good
+from tools.gpu_session.parts import Part, call_a, good, whole_fp8
 
-PARTS: dict[str, Part] = {part.name: part for part in [*call_a(), *good("h100")]}
-STEPS = ("tokens.tiny", "8b.8-layers", "70b.nanoflow_70b", "70b.sequential")
+PARTS: dict[str, Part] = {part.name: part for part in [*call_a(), *good("h100"), whole_fp8("h100")]}
+STEPS = ("tokens.tiny", "8b.8-layers", "fp8.whole", "70b.nanoflow_70b", "70b.sequential")
 
 
 def test_every_part_that_compiles_is_listed() -> None:
@@ -45,6 +45,7 @@ def test_its_steps_compile(name: str) -> None:
         compiled = build(gpu_mesh(hardware, 1), hardware).program
         assert ("mosaic" in compiled.as_text()) == (", mosaic, " in title)
         assert compiled.memory_analysis().temp_size_in_bytes < 0.1 * hardware.memory_bytes
+        assert compiled.as_text().count("__cublas$lt$matmul$f8") == (4 if name == "fp8.whole" else 0)
 
 
 @pytest.mark.aot
@@ -62,13 +63,16 @@ def test_its_runs_fit(gpu: str, name: str) -> None:
     """Weights, slots and the pages that are asked for: within four fifths of the GPU, beyond which XLA's scheduler has
     no memory to plan with."""
     hardware = load_hardware(gpu)
-    part = {part.name: part for part in [*call_a(), *good(tuned_gpu(hardware.device_name))]}[name]
+    tuned = tuned_gpu(hardware.device_name)
+    part = {part.name: part for part in [*call_a(), *good(tuned), whole_fp8(tuned)]}[name]
     options, plan_name = run_options(part)
     config, plan, devices = options.config, load_plan(plan_name), options.rank_of or 1
     assert why_not_mosaic(config, hardware.capability, options.page_size) is None
     infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
     limit = options.workload.limit(config.max_position_embeddings)
-    slots = SlotSizes(options.tokens_per_step * 5 // 8, BIAS_ROWS, -(-limit // options.page_size))
+    slots = SlotSizes(
+        options.decode_slots or options.tokens_per_step * 5 // 8, BIAS_ROWS, -(-limit // options.page_size)
+    )
     assert options.kv_cache_tokens is not None and options.kv_cache_tokens % options.page_size == 0
     pages = options.kv_cache_tokens // options.page_size
     needed = (

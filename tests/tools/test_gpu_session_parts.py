@@ -55,7 +55,7 @@ def test_order_and_needs() -> None:
         "kernels.append-70b-2048", "kernels.decode-70b-1280x1k-fp8", "kernels.decode-70b-1x32k",
         "kernels.append-8b-8192",
     ]  # fmt: skip
-    every = [*parts, *good("h200"), *later("python")]
+    every = [*parts, *good("h200"), *later("python", "h200")]
     assert len({part.name for part in every}) == len(every)
     names: set[str] = set()
     for part in parts:
@@ -99,7 +99,7 @@ def test_every_command_parses(small: bool) -> None:
         "tools.gpu_session.attention_check": attention_check._parser(),
         "nanoflow_jax": commands,
     }
-    for part in [*call_a(), *good("h100"), *call_b({}, None), *later(sys.executable)]:
+    for part in [*call_a(), *good("h100"), *call_b({}, None), *later(sys.executable, "h200")]:
         part = tiny(part) if small else part
         module, arguments = part.arguments[1], part.arguments[2:]
         if module in parsers:

@@ -99,12 +99,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def parts_of(call: str, options: argparse.Namespace, statuses: dict[str, str], gpu: str) -> list[Part]:
+    key = next((key for key in DECODE if key in gpu.lower()), None)
     if call == "b":
         if options.assume:
             statuses = {part.name: "done" if options.assume == "good" else "assumed bad" for part in call_a()}
-        parts = call_b(statuses, next((key for key in DECODE if key in gpu.lower()), None))
+        parts = call_b(statuses, key)
     else:
-        parts = call_a() if call == "a" else later(options.transformers_python)
+        parts = call_a() if call == "a" else later(options.transformers_python, key)
     return [tiny(part) for part in parts] if options.tiny else parts
 
 

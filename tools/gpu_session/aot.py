@@ -1,6 +1,6 @@
 """Compiles what a GPU session will, for GPUs that are not there, and prints how long each program took.
 
-    python -m tools.gpu_session.aot                          # calls A and B, for an H100 and an H200
+    python -m tools.gpu_session.aot                          # calls A and B, and fp8, for an H100 and an H200
     python -m tools.gpu_session.aot --gpu h200 --only beside --layers 1
 
 Seconds of a processor, of all threads and of ptxas: about what a machine takes that has nothing else to do. On the GPU
@@ -43,7 +43,7 @@ from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
 from tools.gpu_session import attention_check, beside
-from tools.gpu_session.parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good
+from tools.gpu_session.parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good, whole_fp8
 
 PROGRAM = "tools.gpu_session.aot"
 GPUS = ("h100_sxm", "h200")
@@ -220,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
     parser.add_argument("--layers", type=int, help="of a model, at most; all that a part runs when not given")
     options = parser.parse_args(arguments)
-    names = [part.name for part in [*call_a(), *good("h100")]]
+    names = [part.name for part in [*call_a(), *good("h100"), whole_fp8("h100")]]
     if unknown := set(options.only or ()) - set(names):
         parser.error(f"--only: {sorted(unknown)[0]!r} is no part; accepted: {', '.join(names)}")
     try:
@@ -230,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     status = 0
     for gpu, hardware in gpus.items():
         mesh = gpu_mesh(hardware, 1)
-        for part in [*call_a(), *good(tuned_gpu(hardware.device_name))]:
+        tuned = tuned_gpu(hardware.device_name)
+        for part in [*call_a(), *good(tuned), whole_fp8(tuned)]:
             if options.only and part.name not in options.only:
                 continue
             total = 0.0

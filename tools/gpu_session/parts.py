@@ -15,8 +15,8 @@ SECONDS = {"a": 420, "b": 300, "later": 1500}  # of a call
 TINY_SLOWER = 4  # times: what two slow processors under the interpreter may take
 SANITIZER_SECONDS = 40  # after a part that failed
 SANITIZER = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
-AT_ONCE = 6  # processes, with a share of the memory each
-SHARE = (("XLA_PYTHON_CLIENT_MEM_FRACTION", ".15"),)
+AT_ONCE = 7  # processes, with a share of the memory each
+SHARE = (("XLA_PYTHON_CLIENT_MEM_FRACTION", ".13"),)
 
 CHECK = ("-m", "kernels_pallas.bench.check")
 KERNELS = ("-m", "kernels_pallas.bench")
@@ -29,6 +29,8 @@ HOST = ("-m", "nanoflow_jax", "bench", "host", "--json")
 RUN_PROMPT, RUN_OUTPUT = 256, 128
 RUN_LENGTH = RUN_PROMPT + RUN_OUTPUT
 RUN_TOKENS, WHOLE_TOKENS = 300_032, {"h100": 360_000, "h200": 760_000}
+# With weights in fp8, whole on one GPU: the model, and what fills it likewise.
+WHOLE_FP8 = {"h100": ("qwen3-32b", 120_064), "h200": ("llama-3.1-70b", 140_032)}
 RANK_TOKENS = 600_064  # of 4 layers of a 70B rank, 2 KiB each
 
 
@@ -78,6 +80,7 @@ CHECKED = {  # name: kernel, and more arguments
     "decode-fp8": ("decode_attention", "--fp8"),
     "append-fp8": ("append_kv", "--fp8"),
     "norm": ("add_rms_norm",),
+    "norm-fp8": ("add_rms_norm", "--fp8"),
 }
 MEASURED = {  # case: seconds, and the check that it needs
     "decode_attention/70b-1280x1k": (16, "decode"),
@@ -168,6 +171,7 @@ BISECTED = {
     "decode-fp8": ("--stages 2",),
     "append-fp8": (),  # its kernel is append's
     "norm": ("--stages 2",),
+    "norm-fp8": ("--stages 2",),
 }
 
 
@@ -195,7 +199,18 @@ def bad(wrong: Sequence[str]) -> list[Part]:
 # -- later
 
 
-def later(transformers_python: str) -> list[Part]:
+def whole_fp8(gpu: str) -> Part:
+    """Steps of as many rows as memory has requests for, by the search's plan for one GPU. Most of it is compiling."""
+    model, tokens = WHOLE_FP8[gpu]
+    arguments = (
+        *("--model", model, "--quantization", "fp8", "--one-shape", "--kv-cache-tokens", str(tokens)),
+        *("--tokens-per-step", "384", "--decode-slots", "192", "--workload", "constant:512:512", "--seconds", "60"),
+        *("--plan", "sequential"),
+    )
+    return Part("fp8.whole", (*THROUGHPUT, *_mosaic(arguments)), 420)
+
+
+def later(transformers_python: str, gpu: str | None) -> list[Part]:
     """What a longer time is for. A window must be as long as a request lives, so runs with 1024 output tokens take
     twice the time. Fewer layers, all alike, keep compiling short."""
     rank = ("--model", "llama-3.1-70b", "--rank-of", "8", "--layers", "20", "--attention-backend", "mosaic")
@@ -212,6 +227,7 @@ def later(transformers_python: str) -> list[Part]:
     ops = ("--model", "llama-3.1-70b", "--devices", "8", "--points", "few")
     return [
         *found,
+        whole_fp8(gpu or "h100"),
         Part("8b.transformers", (*THROUGHPUT, *eight, *timed, "--with-transformers", *python), 400),
         # Decode attention beside GEMMs against one after another: does overlap on one GPU pay?
         Part(

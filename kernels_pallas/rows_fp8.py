@@ -1,0 +1,20 @@
+"""Rows in fp8: float8_e4m3fn values over a scale per row."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.checks import FP8, FP8_MAX
+
+LEAST = 2.0**-40  # a scale; rows of zeros have it
+
+
+def quantise_rows(x: jax.Array, axis: int, bound: float | None = None) -> tuple[jax.Array, jax.Array]:
+    """x over the largest magnitude along `axis`, and that as scale: (float8_e4m3fn of x's shape, float32 without
+    `axis`). Magnitudes beyond `bound` are cut off first."""
+    x32 = x.astype(jnp.float32)
+    if bound is not None:
+        x32 = jnp.clip(x32, -bound, bound)
+    scale = jnp.maximum(jnp.max(jnp.abs(x32), axis=axis) / FP8_MAX, LEAST)
+    return (x32 / jnp.expand_dims(scale, axis)).astype(FP8), scale
