@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -195,7 +194,7 @@ def _sizes(
     source = None if folder is None else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales,
+        config, devices, plan.layouts(config, devices), kv_scales=kv_scales,
         weight_scales=None if source is None else find_weight_scales(source.table, config),
     )  # fmt: skip
     if source is not None:
@@ -285,8 +284,7 @@ def _check_processes(processes: Processes, folder: Path, options: LLMOptions) ->
 def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention: str, deterministic: bool) -> Key:
     """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it. `attention`: the
     kernels' backends and the pages' dtype."""
-    plan_text = hashlib.sha256(repr(plan).encode()).hexdigest()
-    return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, attention, str(deterministic))
+    return root_key(str(folder.resolve()), repr(asdict(config)), plan.digest, attention, str(deterministic))
 
 
 def _offload(options: LLMOptions, root: Key) -> OffloadStore:

@@ -227,9 +227,7 @@ def inspect_step(
     pages_dtype = page_dtype(config, kv_cache_dtype)
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
     kv_scales = None if kv_cache_dtype == "auto" else {}
-    infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
-    )
+    infos = param_infos(config, devices, plan.layouts(config, devices), kv_scales=kv_scales)
     weights = weight_bytes(infos, devices)
     item = pages_dtype.itemsize
     page = page_bytes(config, devices, PAGE_SIZE, item)
@@ -335,7 +333,7 @@ def _memory(
     item: int,
     context: int,
 ) -> StepMemory:
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     weights = weight_bytes(infos, devices)
     per_token = round(kv_bytes_per_token(config, devices, item, context))
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries

@@ -33,10 +33,37 @@ class LayerParams:
     o_by_output: Any  # [H, heads * d] split over H, for O split over N
     o_by_input: Any  # [H, heads * d] split over heads, for O split over K
     o_bias: Any  # [H] or None
-    ug: Any  # [2, F, H]: gate, up
+    ug: Any  # [2, F, H]: gate, up; None in a layer of experts without a shared one, whose weights these are
     ug_bias: Any  # [2, F] or None
     down: Any  # [H, F]
     down_bias: Any  # [H] or None
+    sinks: Any = None  # [G, r] float32: a logit of each query head, or None
+    experts: Any = None  # ExpertParams, or None
+
+
+@struct.dataclass
+class ExpertParams:
+    """E experts of size F, split over their number, or each over F (`Layouts.expert_parallel`). Inputs come ahead of
+    outputs, other than in all weights beside these: so grouped GEMMs read them.
+    """
+
+    router: Any  # [E, H]
+    router_bias: Any  # [E] or None
+    ug: Any  # [E, H, 2, F]: gate, up
+    ug_bias: Any  # [E, 2, F] or None
+    down: Any  # [E, F, H]
+    down_bias: Any  # [E, H] or None
+    shared_gate: Any  # [1, H] of the shared expert, or None
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Which weights a plan needs: O split over its outputs, over its inputs, or both; experts whole, each on one
+    device, or each split over all."""
+
+    o_by_output: bool = True
+    o_by_input: bool = True
+    expert_parallel: bool = False
 
 
 @struct.dataclass

@@ -10,6 +10,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.footprint import request_kv_bytes, weight_bytes
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.infos import param_infos
+from nanoflow_jax.models.layout import Layouts
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.known import known_plan, plans_with_target
 from nanoflow_jax.plan.plan import SchedulePlan
@@ -65,7 +66,7 @@ def _share(config: ModelConfig, devices: int, gpus: Sequence[Hardware], known: S
     return Share(
         devices,
         config.quantization,
-        weight_bytes(param_infos(config, devices, o_by_output=False), devices),
+        weight_bytes(param_infos(config, devices, Layouts(o_by_output=False)), devices),
         {kind: request_kv_bytes(config, devices, item[kind], length) / length for kind in PAGES},
         {gpu.name: _fit(config, gpu, devices, known) for gpu in gpus if devices <= gpu.node_size},
     )

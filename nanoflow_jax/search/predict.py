@@ -109,7 +109,7 @@ def kv_capacity(
 
     kv_cache_dtype: of the pages, as `LLM` takes it; request: tokens of one, by which a token is priced
     """
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     left = hardware.memory_bytes * utilization - weight_bytes(infos, devices)
     temporaries = RESIDUALS * rows * config.hidden_size * BYTES[config.dtype]
     item = page_dtype(config, kv_cache_dtype).itemsize

@@ -27,6 +27,7 @@ from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_at
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
+from nanoflow_jax.models.experts import Places, Routing, combine, experts_down, experts_up, places, ragged_dot, route
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
@@ -214,8 +215,10 @@ class Tracer:
         self.decode_lane = spec.plan.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
         self.lane = self.decode_lane is not None
         self.pieces = spec.plan.pieces(
-            spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
-        )
+            spec.shape.decode_rows, spec.shape.prefill_rows, row_quantum(self.devices),
+            experts=spec.config.experts is not None,
+        )  # fmt: skip
+        self.expert_parallel = spec.plan.layouts(spec.config, self.devices).expert_parallel
         self.inputs = [
             kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
@@ -238,7 +241,7 @@ class Tracer:
 
     def begin(self, layer: int) -> None:
         self.index, self.layer = layer, self.params.layers[layer]
-        self.attention = self.config.layers[layer].attention
+        self.attention, self.mlp = self.config.layers[layer].attention, self.config.layers[layer].mlp
         self.first_page = jnp.int32(self.tables.place[layer] * self.num_pages)  # where the layer's pages begin
         self.kernel_inputs = self.inputs[self.tables.table[layer]]
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
@@ -404,12 +407,52 @@ class Tracer:
         return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
-        layer, activation = self.layer, self.config.layers[self.index].mlp.activation
+        layer, activation = self.layer, self.mlp.activation
         return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, activation)), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
         return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
+
+    # -- experts
+
+    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> tuple[Routing, Places]:
+        layer, mlp = self.layer.experts, self.mlp
+
+        def decide(*x: jax.Array) -> tuple[Routing, Places]:
+            routing = route(span(*x), layer, mlp)
+            count = layer.ug.shape[0]
+            first = collectives.device_index() * count if self.expert_parallel else 0
+            return routing, places(routing.chosen, first, count)
+
+        return self.order.run(decide, *normed)
+
+    def dispatch(
+        self, piece: OpPiece, routing: tuple[Routing, Places], span: RowSpan, normed: Sequence[jax.Array]
+    ) -> jax.Array:
+        return self.order.run(lambda at, *x: span(*x)[at.rows], routing[1], *normed)
+
+    def experts_up(self, piece: OpPiece, routing: tuple[Routing, Places], rows: jax.Array) -> jax.Array:
+        layer, mlp = self.layer.experts, self.mlp
+        return self.order.run(lambda x, at: experts_up(x, at, layer, mlp, ragged_dot), rows, routing[1])
+
+    def experts_down(self, piece: OpPiece, routing: tuple[Routing, Places], activated: jax.Array) -> jax.Array:
+        layer, here = self.layer.experts, self.expert_parallel or collectives.device_index() == 0
+
+        def down(x: jax.Array, at: Places) -> jax.Array:
+            return experts_down(x, at, layer, ragged_dot, bias_here=here)
+
+        return self.order.run(down, activated, routing[1])
+
+    def combine(
+        self,
+        piece: OpPiece,
+        routing: tuple[Routing, Places],
+        projected: jax.Array,
+        shared: jax.Array | None,
+    ) -> jax.Array:
+        weights, at = routing
+        return self.order.run(lambda *x: self._scaled(combine(*x)), projected, at, weights, shared)
 
     # -- collectives and streams
 

@@ -64,9 +64,7 @@ def compiled(case: Case, *options: tuple[str, Option]) -> tuple[Report, Thunks]:
     )  # fmt: skip
     mesh, rank = gpu_mesh(hardware, 1), case.rank if case.rank > 1 else None
     scales = None if case.pages == "auto" else {}
-    infos: Any = param_infos(
-        config, case.rank, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=scales
-    )
+    infos: Any = param_infos(config, case.rank, plan.layouts(config, case.rank), kv_scales=scales)
     infos = rank_infos(infos, case.rank) if rank else infos
     shape = step_shapes(2048, case.slots, ROW_PAGES, row_quantum(case.rank))[case.shape]
     spec = StepSpec(config, plan, shape, "mosaic", case.pages, enforce_order=rank is not None, rank_of=rank)

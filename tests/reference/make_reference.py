@@ -61,8 +61,9 @@ TINY_PROMPTS: list[str | list[dict[str, str]]] = [
 def load_model(folder: Path, dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
     """The model of a folder, every weight accounted for; rotary frequencies stay float32 (`.to` would round them)."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **overrides
-    )
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True,
+        **overrides,
+    )  # fmt: skip
     model, info = loaded
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all("inv_freq" in key for key in info["unexpected_keys"]), info
