@@ -43,7 +43,7 @@ class KernelError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Heads:
     """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual; windows: of the model's attention,
-    where it has some, in tokens: each is checked besides attention to everything."""
+    where it has some, in tokens: each is checked besides attention to everything; sinks: it has those."""
 
     q_heads: int
     kv_heads: int
@@ -51,6 +51,7 @@ class Heads:
     fp8: bool = False
     hidden: int = 2048
     windows: tuple[int, ...] = ()
+    sinks: bool = False
 
     def checked_windows(self, kernel: str) -> list[int | None]:
         """None is all that there is."""
@@ -149,6 +150,13 @@ def _make(heads: Heads, lows: Sequence[int] = ()) -> _Pages:
     return _Pages(k, v, jnp.asarray(table), scales)
 
 
+def _sinks(heads: Heads) -> dict[str, jax.Array]:
+    """As large as the log-sum-exp of a few scores."""
+    if not heads.sinks:
+        return {}
+    return {"sinks": jnp.asarray(np.random.default_rng(4).standard_normal(heads.q_heads) + 2, jnp.float32)}
+
+
 def _queries(heads: Heads, rows: int) -> jax.Array:
     values = np.random.default_rng(1).standard_normal((rows, heads.q_heads, heads.head_dim))
     return jnp.asarray(values, jnp.bfloat16)
@@ -156,19 +164,19 @@ def _queries(heads: Heads, rows: int) -> jax.Array:
 
 def _decode(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
     given = _make(heads, [max(0, n - window) for n in LENGTHS] if window else ())
-    tuning = mosaic.get("tuning") or DECODE[DEFAULT_GPU]
+    tuning, sinks = mosaic.get("tuning") or DECODE[DEFAULT_GPU], _sinks(heads)
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
         pages = ROW_PAGES if window is None else min(ROW_PAGES, -(-(window - 1) // PAGE_TOKENS) + 1)
         widest = -(-pages // variant.splits)  # a longer row is split, however few SMs there are
         split = replace(tuning, max_splits=variant.splits, min_split_pages=1, max_split_pages=widest)
         options = mosaic | {"tuning": split, "sm_budget": variant.sm_budget}
-        return decode_attention(*arrays, **given.options(), window=window, **options)
+        return decode_attention(*arrays, **given.options(), **sinks, window=window, **options)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
         first_page = jnp.int32(FIRST_PAGE)
-        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
+        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window, **sinks)
 
     def error(got: Any, want: Any) -> float:
         lse = jnp.where(got[1] == want[1], 0.0, jnp.abs(got[1] - want[1]))  # -inf of empty rows
@@ -181,14 +189,15 @@ def _decode(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
 def _prefill(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
     firsts = [n - c + 1 for n, c in zip(LENGTHS, CHUNKS, strict=False)]  # what the first row of each chunk sees at most
     given, contexts = _make(heads, [max(0, n - window) for n in firsts] if window else ()), len(CHUNKS)
+    more = {"window": window, **_sinks(heads)}
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
-        return prefill_attention(*arrays, **given.options(), window=window, **mosaic, sm_budget=variant.sm_budget)
+        return prefill_attention(*arrays, **given.options(), **more, **mosaic, sm_budget=variant.sm_budget)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
         first_page = jnp.int32(FIRST_PAGE)
-        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
+        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, **more)
 
     starts = jnp.asarray(np.cumsum((0, *CHUNKS)), jnp.int32)
     lengths = jnp.asarray(LENGTHS[:contexts], jnp.int32)

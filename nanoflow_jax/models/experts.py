@@ -62,7 +62,7 @@ def places(chosen: jax.Array, first: jax.Array | int, count: int) -> Places:
     local = chosen.reshape(-1) - first
     here = (local >= 0) & (local < count)
     group = jnp.where(here, local, count)
-    sizes = jnp.sum(group[:, None] == jnp.arange(count), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(group[:, None] == jnp.arange(count)[None, :], axis=0, dtype=jnp.int32)
     choice = jnp.arange(n * k, dtype=jnp.int32)
     _, order = lax.sort((group, choice), num_keys=1, is_stable=True)
     place = jnp.zeros_like(choice).at[order].set(choice, unique_indices=True)
@@ -89,7 +89,7 @@ def experts_down(
 def _by_place(bias: jax.Array, at: Places) -> jax.Array:
     """[E, N] -> [R, N]."""
     ends = jnp.cumsum(at.sizes)
-    expert = jnp.sum(jnp.arange(at.rows.shape[0])[:, None] >= ends, axis=1)
+    expert = jnp.sum(jnp.arange(at.rows.shape[0])[:, None] >= ends[None, :], axis=1)
     return bias[jnp.minimum(expert, bias.shape[0] - 1)]
 
 
@@ -99,9 +99,10 @@ def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | No
     total = jnp.zeros((at.place.shape[0], out.shape[1]), jnp.float32)
     for choice in range(at.place.shape[1]):
         here, weight = at.here[:, choice, None], routing.weights[:, choice, None]
-        total += jnp.where(here, weight * out[jnp.where(at.here[:, choice], at.place[:, choice], 0)], 0)
+        rows = out[jnp.where(at.here[:, choice], at.place[:, choice], 0)].astype(jnp.float32)
+        total += jnp.where(here, weight * rows, 0)
     if shared is not None and routing.shared is not None:
-        total += routing.shared[:, None] * shared
+        total += routing.shared[:, None] * shared.astype(jnp.float32)
     return total.astype(out.dtype)
 
 
@@ -120,7 +121,8 @@ def plain_experts(x: jax.Array, layer: LayerParams, mlp: Mlp) -> jax.Array:
         biases = [None if bias is None else bias[e] for bias in (experts.ug_bias, experts.down_bias)]
         both = linear(x, experts.ug[e].transpose(1, 2, 0), biases[0])
         inner = gated(both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :], mlp)
-        total += weight * linear(inner, experts.down[e].T, biases[1])
+        total += weight * linear(inner, experts.down[e].T, biases[1]).astype(jnp.float32)
     if routing.shared is not None:
-        total += routing.shared[:, None] * contract(gated_mlp_up(x, layer, mlp.activation), layer.down, 1)
+        every = contract(gated_mlp_up(x, layer, mlp.activation), layer.down, 1)
+        total += routing.shared[:, None] * every.astype(jnp.float32)
     return total.astype(x.dtype)

@@ -4,9 +4,11 @@ A new op is added here, as a method of the layer program (`step.layer`) under it
 what it computes (`step.trace`) and costs (`timeline.jobs`); plans, search, simulator and inspector read the rest here.
 
 KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the
-product. In a layer of experts ROUTE includes the norm, scores and the order of rows by expert, DISPATCH brings the rows
-into that order, UG and D are grouped GEMMs, and COMBINE sums up what the experts of a row gave. How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden
-H, head width w = heads * d):
+product. In a layer of experts ROUTE includes the norm, the router's scores and the order of rows by expert; DISPATCH
+brings the rows into that order, UG and D are grouped GEMMs, and COMBINE adds up what the experts of a row gave.
+
+How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden H, head width
+w = heads * d):
 
     gather   GEMV.AG [n, w/p] -> [n, w],  O split over N [n, H/p],  O.AG -> [n, H]           D.AR
     reduce   O split over K: partial sums [n, H],  O.AR                                      D.AR

@@ -352,6 +352,9 @@ class Tracer:
 
         self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
 
+    def _sinks(self) -> dict[str, jax.Array]:
+        return {} if self.layer.sinks is None else {"sinks": self.layer.sinks.reshape(-1)}
+
     def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
         lane = self.decode_lane
         sms = lane.sms if lane else None
@@ -365,6 +368,7 @@ class Tracer:
 
         table, lengths = self.kernel_inputs.contexts[piece.piece]
         more = {"page_table": table, "lengths": lengths, "first_page": self.first_page, **self.scales}
+        more |= self._sinks()
         if lane is None:  # what no layer changes is no input: XLA's attention computes with it, once for all layers
             return self.order.run(partial(attend, more), self.k_pages, self.v_pages, *q)
         # Issued like a collective: what reads the result joins the streams. All that it reads is an input: a constant
@@ -383,7 +387,7 @@ class Tracer:
             out = _prefill_attention(
                 span(*q), k_pages, v_pages, self.kernel_inputs.prefill_table, starts, lengths,
                 first_page=self.first_page, scale=self.attention.scale, window=self.attention.window, **self.scales,
-                **self.options.prefill,
+                **self._sinks(), **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 

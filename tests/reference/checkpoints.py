@@ -131,6 +131,7 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
 def _experts(case: Case, prefix: str, generator: Callable[[str], np.random.Generator]) -> Weights:
     """Of one layer, under the family's names. The router reads E hidden dimensions above all."""
     config, hidden, count, size = case.config, case.config["hidden_size"], case.experts, case.expert_size
+    depth = min(1.0, math.sqrt(3 / config["num_hidden_layers"])) ** 2  # as elsewhere, and for what experts add up to
     weights: Weights = {}
 
     def matrix(key: str, shape: tuple[int, ...], inputs: int, gain: float) -> None:
@@ -159,7 +160,7 @@ def _experts(case: Case, prefix: str, generator: Callable[[str], np.random.Gener
         sizes["mlp.shared_expert"] = config["shared_expert_intermediate_size"], 1.25
     for at, (width, gain) in sizes.items():
         for part, (outputs, inputs) in zip(parts.split(), [(width, hidden)] * 2 + [(hidden, width)], strict=True):
-            matrix(f"{at}.{part}.weight", (outputs, inputs), inputs, gain)
+            matrix(f"{at}.{part}.weight", (outputs, inputs), inputs, gain * (depth if outputs == hidden else 1.0))
     return weights
 
 
