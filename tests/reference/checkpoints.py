@@ -138,7 +138,7 @@ def _experts(case: Case, prefix: str, generator: Callable[[str], np.random.Gener
         weights[f"{prefix}.{key}"] = _uniform(generator(f"{prefix}.{key}"), shape, gain / math.sqrt(inputs))
 
     def router(key: str) -> None:
-        matrix(key, (count, hidden), hidden, 0.5)
+        matrix(key, (count, hidden), hidden, 0.25)
         read = weights[f"{prefix}.{key}"][:, :count]
         read[:] = np.round((read + np.eye(count)) * 64) / 64
 

@@ -26,7 +26,7 @@ EXPERT_CASES: dict[str, Case] = {
             num_key_value_heads=2, num_experts_per_tok=2, num_local_experts=8, rope_theta=1000000.0,
             sliding_window=None, tie_word_embeddings=False, torch_dtype="bfloat16",
         ),
-        seed=1, file_dtype="bfloat16", shards=2,
+        file_dtype="bfloat16", shards=2,
     ),
     "mixtral_window": Case(
         "a window of 8 and 3 of 4 experts, more devices than experts, tied",
@@ -35,7 +35,7 @@ EXPERT_CASES: dict[str, Case] = {
             num_key_value_heads=1, num_experts_per_tok=3, num_local_experts=4, sliding_window=8,
             tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, dtype="float32",
         ),
-        seed=1,
+        seed=22,
     ),
     "qwen2_moe": Case(
         "Qwen1.5-MoE style: 4 of 6 experts, not normalized, a shared one with a gate, biases on q, k and v",
@@ -46,7 +46,8 @@ EXPERT_CASES: dict[str, Case] = {
             rope_theta=1000000.0, shared_expert_intermediate_size=64, sliding_window=8, use_sliding_window=False,
             tie_word_embeddings=False, torch_dtype="bfloat16",
         ),
-        seed=5, file_dtype="bfloat16",
+        file_dtype="bfloat16",
+        seed=5,
     ),
     "qwen2_moe_mixed": Case(
         "experts in layers 1 and 3 of 4 alone, normalized, 1 of 8; no biases; a window of 8 in every second layer",
@@ -57,7 +58,7 @@ EXPERT_CASES: dict[str, Case] = {
             rope_theta=10000.0, shared_expert_intermediate_size=32, sliding_window=8, use_sliding_window=True,
             tie_word_embeddings=False,
         ),
-        seed=75,
+        seed=100,
     ),
     "qwen3_moe": Case(
         "30B-A3B style: 3 of 16 experts, normalized, norms over each head of q and k, 1 KV head",
@@ -68,7 +69,8 @@ EXPERT_CASES: dict[str, Case] = {
             rope_scaling=None, rope_theta=1000000.0, sliding_window=None, use_sliding_window=False,
             tie_word_embeddings=False, torch_dtype="bfloat16",
         ),
-        seed=13, file_dtype="bfloat16",
+        file_dtype="bfloat16",
+        seed=27,
     ),
     "qwen3_moe_mixed": Case(
         "layer 1 of 3 without experts, not normalized, biases, tied, 2 of 8 experts",
@@ -77,6 +79,7 @@ EXPERT_CASES: dict[str, Case] = {
             num_key_value_heads=2, head_dim=8, attention_bias=True, mlp_only_layers=[1], moe_intermediate_size=40,
             norm_topk_prob=False, num_experts=8, num_experts_per_tok=2, rope_theta=10000.0, tie_word_embeddings=True,
         ),
+        seed=12,
     ),
     "gpt_oss": Case(
         "2 of 8 experts, a window of 8 in every second layer, sinks, biases, a clamp that matters, yarn, new dialect",
