@@ -388,6 +388,5 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             def _(number: jax.Array) -> None:
                 plgpu.barrier_wait(q_free.at[_rem(number, Q_SLOTS)])
 
-    if plan.sinks:
-        return body
-    return lambda *refs: body(*refs[:6], None, *refs[6:])
+    whole: Any = body
+    return body if plan.sinks else lambda *refs: whole(*refs[:6], None, *refs[6:])

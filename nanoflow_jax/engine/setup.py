@@ -178,13 +178,13 @@ def _sizes(
     pages = page_dtype(config, options.kv_cache_dtype)
     check_quantization(config, capability(device))
     backend = choose_backend(options.attention_backend, config, capability(device), options.page_size)
-    backends = KernelBackends.of(backend, pages, config, devices)
+    backends = KernelBackends.of(backend, pages, config, devices, plan.layouts(config, devices).expert_parallel)
     logger.info(
         "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
     )
     decode_slots = _decode_slots(options, devices, device.platform == "cpu")
     if options.deterministic:
-        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
+        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices, config.experts is not None)
     max_length = config.max_length if options.max_model_len is None else options.max_model_len
     if not 1 < max_length <= config.max_length:
         raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}")
@@ -309,9 +309,9 @@ def _decode_slots(options: LLMOptions, devices: int, on_cpu: bool) -> int:
     return slots
 
 
-def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int) -> None:
+def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int, experts: bool = False) -> None:
     """Raises ConfigError unless every row of a step goes through the same GEMMs and sums, wherever it stands."""
-    pieces = plan.pieces(decode, rows - decode, quantum=row_quantum(devices))
+    pieces = plan.pieces(decode, rows - decode, row_quantum(devices), experts=experts)
     sizes = {(p.op, p.rows) for p in pieces if OPS[p.op].kind != ATTENTION}
     ops = {op for op, _ in sizes}
     if len(sizes) > len(ops) or len(plan.strategies) > 1 or "scatter" in plan.strategies:

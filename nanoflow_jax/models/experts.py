@@ -1,25 +1,24 @@
 """The maths of a layer of experts: routing, rows sorted by expert, grouped GEMMs, and the weighted sum.
 
-n rows, k experts of each; E experts on this device, the first of them `first`; R = n * min(k, E) places, enough for any
-routing. A place holds a row of one of its experts; places are sorted by expert, and those behind the last are empty:
-what is computed there is never read.
+n rows, k experts of each; E experts on this device, the first of them `first`. A row has a place for each of its
+experts here; places are sorted by expert, and an expert's begin at a multiple of `align`. There are R of them, enough
+for any routing: what is computed in those that are empty is never read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from kernels_pallas import gather_rows, grouped_gemm
+from kernels_pallas.grouped_gemm import GROUP_ROWS, Gate
 from nanoflow_jax.config import Mlp
 from nanoflow_jax.models.layout import ExpertParams, LayerParams
 from nanoflow_jax.models.parts import contract, gated, gated_mlp_up, linear
-
-# ([R, K], [E, K, N], sizes [E] int32) -> [R, N]: rows of expert e, which come after those of e - 1, times its weight.
-type GroupedGemm = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 @struct.dataclass
@@ -33,8 +32,9 @@ class Routing:
 
 @struct.dataclass
 class Places:
-    """rows [R] int32: the row that a place holds; sizes [E] int32: rows of each expert; place [n, k] int32: where a
-    row's choice is, and here [n, k]: whether it is on this device."""
+    """rows [R] int32: the row that a place holds, some row where it is empty; sizes [E] int32: places of each expert,
+    with the empty ones at its end; place [n, k] int32: where a row's choice is, and here [n, k]: whether it is on this
+    device."""
 
     rows: jax.Array
     sizes: jax.Array
@@ -56,41 +56,49 @@ def route(x: jax.Array, layer: ExpertParams, mlp: Mlp) -> Routing:
     return Routing(weights, chosen, shared)
 
 
-def places(chosen: jax.Array, first: jax.Array | int, count: int) -> Places:
+def most_places(rows: int, per_token: int, count: int, align: int = GROUP_ROWS) -> int:
+    """R: of so many rows, whose choices are spread over `count` experts in any way."""
+    return -(-(rows * min(per_token, count) + (align - 1) * min(count, rows * per_token)) // align) * align
+
+
+def places(chosen: jax.Array, first: jax.Array | int, count: int, align: int = GROUP_ROWS) -> Places:
     """Of the experts [first, first + count)."""
     n, k = chosen.shape
     local = chosen.reshape(-1) - first
     here = (local >= 0) & (local < count)
-    group = jnp.where(here, local, count)
-    sizes = jnp.sum(group[:, None] == jnp.arange(count)[None, :], axis=0, dtype=jnp.int32)
-    choice = jnp.arange(n * k, dtype=jnp.int32)
-    _, order = lax.sort((group, choice), num_keys=1, is_stable=True)
-    place = jnp.zeros_like(choice).at[order].set(choice, unique_indices=True)
-    return Places(order[: n * min(k, count)] // k, sizes, place.reshape(n, k), here.reshape(n, k))
+    is_of = local[:, None] == jnp.arange(count)[None, :]  # [n k, E]
+    ranks = jnp.cumsum(is_of, axis=0, dtype=jnp.int32)
+    sizes = -(-ranks[-1] // align) * align
+    starts = jnp.cumsum(sizes) - sizes
+    place = jnp.sum(jnp.where(is_of, ranks - 1 + starts[None, :], 0), axis=1)
+    total = most_places(n, k, count, align)
+    rows = jnp.zeros((total,), jnp.int32)
+    rows = rows.at[jnp.where(here, place, total)].set(jnp.arange(n * k, dtype=jnp.int32) // k, mode="drop")
+    return Places(rows, sizes, place.reshape(n, k), here.reshape(n, k))
 
 
-def experts_up(x: jax.Array, at: Places, layer: ExpertParams, mlp: Mlp, grouped: GroupedGemm) -> jax.Array:
-    """UG: x [R, H] by places -> activation(gate) * up, [R, f] of this device's f columns."""
-    count, hidden, _, f = layer.ug.shape
-    both = grouped(x, layer.ug.reshape(count, hidden, 2 * f), at.sizes)
-    if layer.ug_bias is not None:
-        both = both + _by_place(layer.ug_bias.reshape(count, 2 * f), at)
-    return gated(both[:, :f], both[:, f:], mlp)
+def by_expert(x: jax.Array, at: Places, **kernel: Any) -> jax.Array:
+    """[n, H] -> [R, H]; kernel: of `gather_rows`."""
+    return gather_rows(x, at.rows, jnp.sum(at.sizes), **kernel)
+
+
+def gate_of(mlp: Mlp) -> Gate:
+    return Gate(mlp.alpha, mlp.limit, 1.0) if mlp.activation == "clamped_silu" else Gate()
+
+
+def experts_up(x: jax.Array, at: Places, layer: ExpertParams, mlp: Mlp, **kernel: Any) -> jax.Array:
+    """UG: x [R, H] by places -> activation(gate) * up, [R, f] of this device's f columns; kernel: of `grouped_gemm`."""
+    return grouped_gemm(x, layer.ug, at.sizes, bias=layer.ug_bias, gate=gate_of(mlp), **kernel)
 
 
 def experts_down(
-    x: jax.Array, at: Places, layer: ExpertParams, grouped: GroupedGemm, *, bias_here: jax.Array | bool = True
+    x: jax.Array, at: Places, layer: ExpertParams, *, bias_here: jax.Array | bool = True, **kernel: Any
 ) -> jax.Array:
     """D: [R, f] -> partial sums [R, H]. bias_here: of the devices that an expert is split over, one adds its bias."""
-    out = grouped(x, layer.down, at.sizes)
-    return out if layer.down_bias is None else out + jnp.where(bias_here, _by_place(layer.down_bias, at), 0)
-
-
-def _by_place(bias: jax.Array, at: Places) -> jax.Array:
-    """[E, N] -> [R, N]."""
-    ends = jnp.cumsum(at.sizes)
-    expert = jnp.sum(jnp.arange(at.rows.shape[0])[:, None] >= ends[None, :], axis=1)
-    return bias[jnp.minimum(expert, bias.shape[0] - 1)]
+    bias = layer.down_bias
+    if bias is not None and bias_here is not True:
+        bias = jnp.where(bias_here, bias, jnp.zeros((), bias.dtype))
+    return grouped_gemm(x, layer.down, at.sizes, bias=bias, **kernel)
 
 
 def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | None) -> jax.Array:
@@ -106,12 +114,6 @@ def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | No
     return total.astype(out.dtype)
 
 
-def ragged_dot(x: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:
-    """XLA's grouped GEMM; on a CPU it multiplies every row with every expert's weight."""
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return lax.ragged_dot(x, weight, sizes, precision=precision, preferred_element_type=x.dtype)
-
-
 def plain_experts(x: jax.Array, layer: LayerParams, mlp: Mlp) -> jax.Array:
     """What a layer of experts computes, x [n, H] normed -> [n, H], of whole weights: every expert on every row."""
     experts, routing = layer.experts, route(x, layer.experts, mlp)
@@ -119,10 +121,10 @@ def plain_experts(x: jax.Array, layer: LayerParams, mlp: Mlp) -> jax.Array:
     for e in range(experts.router.shape[0]):
         weight = jnp.sum(jnp.where(routing.chosen == e, routing.weights, 0), axis=1)[:, None]
         biases = [None if bias is None else bias[e] for bias in (experts.ug_bias, experts.down_bias)]
-        both = linear(x, experts.ug[e].transpose(1, 2, 0), biases[0])
+        both = linear(x, experts.ug[e], biases[0])
         inner = gated(both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :], mlp)
-        total += weight * linear(inner, experts.down[e].T, biases[1]).astype(jnp.float32)
+        total += weight * linear(inner, experts.down[e], biases[1]).astype(jnp.float32)
     if routing.shared is not None:
-        every = contract(gated_mlp_up(x, layer, mlp.activation), layer.down, 1)
+        every = contract(gated_mlp_up(x, layer, mlp), layer.down, 1)
         total += routing.shared[:, None] * every.astype(jnp.float32)
     return total.astype(x.dtype)

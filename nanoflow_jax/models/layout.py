@@ -43,15 +43,13 @@ class LayerParams:
 
 @struct.dataclass
 class ExpertParams:
-    """E experts of size F, split over their number, or each over F (`Layouts.expert_parallel`). Inputs come ahead of
-    outputs, other than in all weights beside these: so grouped GEMMs read them.
-    """
+    """E experts of size F, split over their number, or each over F (`Layouts.expert_parallel`)."""
 
     router: Any  # [E, H]
     router_bias: Any  # [E] or None
-    ug: Any  # [E, H, 2, F]: gate, up
+    ug: Any  # [E, 2, F, H]: gate, up
     ug_bias: Any  # [E, 2, F] or None
-    down: Any  # [E, F, H]
+    down: Any  # [E, H, F]
     down_bias: Any  # [E, H] or None
     shared_gate: Any  # [1, H] of the shared expert, or None
 

@@ -107,11 +107,11 @@ def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
     return linear(x, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
 
 
-def gated_mlp_up(x: jax.Array, layer: LayerParams, activation: str = "silu") -> jax.Array:
+def gated_mlp_up(x: jax.Array, layer: LayerParams, mlp: Mlp = Mlp()) -> jax.Array:  # noqa: B008
     """UG: x [n, H] -> activation(gate) * up, [n, f] of this device's f columns; see `Mlp`."""
     f = layer.ug.shape[1]
     both = linear(x, layer.ug, layer.ug_bias)
-    return gated(both[:, :f], both[:, f:], Mlp(activation=activation))
+    return gated(both[:, :f], both[:, f:], mlp)
 
 
 def gated(gate: jax.Array, up: jax.Array, mlp: Mlp) -> jax.Array:

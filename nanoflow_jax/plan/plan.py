@@ -51,7 +51,7 @@ from dataclasses import fields as fields_of
 from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.config import ConfigError, Experts, ModelConfig, config_path
 from nanoflow_jax.models.layout import Layouts
 from nanoflow_jax.plan.ops import ALL, ATTENTION, DECODE, OPS, PREFILL, STRATEGIES, of_kind
 from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
@@ -165,11 +165,9 @@ class SchedulePlan:
 
     def layouts(self, config: ModelConfig, devices: int) -> Layouts:
         """Which weights it needs of a model. Raises ConfigError where the experts cannot be split so."""
-        experts, whole = config.experts, self.expert_parallel
+        experts, whole = config.experts, self.whole_experts(config.experts, devices)
         if experts is None:
             return Layouts(self.needs_o_by_output, self.needs_o_by_input)
-        if whole is None:
-            whole = experts.count % devices == 0
         if (experts.count if whole else experts.size) % devices:
             what = f"{experts.count} experts" if whole else f"experts of size {experts.size}"
             raise ConfigError(
@@ -177,6 +175,12 @@ class SchedulePlan:
                 f"accepted: {str(not whole).lower()}"
             )
         return Layouts(self.needs_o_by_output, self.needs_o_by_input, whole)
+
+    def whole_experts(self, experts: Experts | None, devices: int) -> bool:
+        """Whether each is on one device."""
+        if experts is None:
+            return False
+        return experts.count % devices == 0 if self.expert_parallel is None else self.expert_parallel
 
     def pieces(
         self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM, *, experts: bool = False

@@ -24,10 +24,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
+from kernels_pallas.grouped_gemm import GROUP_ROWS
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
-from nanoflow_jax.models.experts import Places, Routing, combine, experts_down, experts_up, places, ragged_dot, route
+from nanoflow_jax.models.experts import Places, Routing, by_expert, combine, experts_down, experts_up, places, route
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.parallel import collectives
@@ -207,7 +208,11 @@ class Tracer:
         self.tables = page_tables(spec.config)
         self.num_pages = cache.k.shape[0] // self.tables.depth  # of one layer
         self.devices = collectives.device_count()
-        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
+        self.expert_parallel = spec.plan.layouts(spec.config, self.devices).expert_parallel
+        backends = KernelBackends.of(
+            spec.attention_backend, cache.k.dtype, spec.config, self.devices, self.expert_parallel
+        )
+        self.group_rows = GROUP_ROWS if backends.experts == "mosaic" else 1
         self.options = backends.options(
             spec.gpu, spec.expected_context or expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
@@ -218,7 +223,6 @@ class Tracer:
             spec.shape.decode_rows, spec.shape.prefill_rows, row_quantum(self.devices),
             experts=spec.config.experts is not None,
         )  # fmt: skip
-        self.expert_parallel = spec.plan.layouts(spec.config, self.devices).expert_parallel
         self.inputs = [
             kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
@@ -411,8 +415,8 @@ class Tracer:
         return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
-        layer, activation = self.layer, self.mlp.activation
-        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, activation)), *normed)
+        layer, mlp = self.layer, self.mlp
+        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, mlp)), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
@@ -427,24 +431,35 @@ class Tracer:
             routing = route(span(*x), layer, mlp)
             count = layer.ug.shape[0]
             first = collectives.device_index() * count if self.expert_parallel else 0
-            return routing, places(routing.chosen, first, count)
+            return routing, places(routing.chosen, first, count, self.group_rows)
 
         return self.order.run(decide, *normed)
 
     def dispatch(
         self, piece: OpPiece, routing: tuple[Routing, Places], span: RowSpan, normed: Sequence[jax.Array]
     ) -> jax.Array:
-        return self.order.run(lambda at, *x: span(*x)[at.rows], routing[1], *normed)
+        options = self._expert_options(piece)
+        return self.order.run(lambda at, *x: by_expert(span(*x), at, **options), routing[1], *normed)
+
+    def _expert_options(self, piece: OpPiece) -> dict[str, Any]:
+        """Of the kernels; rows are spread evenly, as far as the scheduler knows."""
+        options, experts = self.options.experts, self.mlp.experts
+        if options["backend"] == "xla" or experts is None:
+            return options
+        share = self.devices if self.expert_parallel else 1
+        return options | {"expected_rows": piece.rows * experts.per_token // share}
 
     def experts_up(self, piece: OpPiece, routing: tuple[Routing, Places], rows: jax.Array) -> jax.Array:
         layer, mlp = self.layer.experts, self.mlp
-        return self.order.run(lambda x, at: experts_up(x, at, layer, mlp, ragged_dot), rows, routing[1])
+        options = self._expert_options(piece)
+        return self.order.run(lambda x, at: experts_up(x, at, layer, mlp, **options), rows, routing[1])
 
     def experts_down(self, piece: OpPiece, routing: tuple[Routing, Places], activated: jax.Array) -> jax.Array:
         layer, here = self.layer.experts, self.expert_parallel or collectives.device_index() == 0
+        options = self._expert_options(piece)
 
         def down(x: jax.Array, at: Places) -> jax.Array:
-            return experts_down(x, at, layer, ragged_dot, bias_here=here)
+            return experts_down(x, at, layer, bias_here=here, **options)
 
         return self.order.run(down, activated, routing[1])
 

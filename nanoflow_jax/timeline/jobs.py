@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from kernels_pallas.targets import mosaic_supported
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, Mlp
 from nanoflow_jax.cost.latency import Prediction
 from nanoflow_jax.cost.shapes import OpCosts
 from nanoflow_jax.plan.ops import HIDDEN, WIDTH
@@ -94,7 +94,8 @@ def build_jobs(
         raise ConfigError(f"runtime: {runtime!r} is unknown; accepted: {', '.join(RUNTIMES)}")
     lanes = runtime == "nanoflow"
     load, devices = costs.load, costs.shapes.devices
-    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
+    experts = costs.shapes.experts is not None
+    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices), experts=experts)
     machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes, alike)
     machine.head(StepProgram(machine, pieces, layers, devices).run())
     return tuple(machine.jobs)
@@ -128,6 +129,8 @@ class JobMaker:
         self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
         self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
         self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
+        self.mlp = Mlp(experts=costs.shapes.experts)
+        self.whole_experts = plan.whole_experts(costs.shapes.experts, self.devices)
         self.alike = alike
         self.layer: int | None = None  # None: the mean of all
 
@@ -282,6 +285,28 @@ class JobMaker:
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
         self._gemm("UG", piece.rows, *normed)
         return self.run("elementwise", self.costs.silu(piece.rows))
+
+    # -- experts
+
+    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        ready = self.run("gemm", self.costs.router(piece.rows), *normed)
+        for prediction in self.costs.places(piece.rows, self.whole_experts):
+            ready = self.run("elementwise", prediction, ready)
+        return ready
+
+    def dispatch(self, piece: OpPiece, routing: Jobs, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        return self.run("kernel", self.costs.dispatch(piece.rows, self.whole_experts), routing, *normed)
+
+    def experts_up(self, piece: OpPiece, routing: Jobs, rows: Jobs) -> Jobs:
+        return self.run("gemm", self.costs.grouped("UG", piece.rows, self.whole_experts), routing, rows)
+
+    def experts_down(self, piece: OpPiece, routing: Jobs, activated: Jobs) -> Jobs:
+        return self.run("gemm", self.costs.grouped("D", piece.rows, self.whole_experts), routing, activated)
+
+    def combine(self, piece: OpPiece, routing: Jobs, projected: Jobs, shared: Jobs | None) -> Jobs:
+        return self.run(
+            "elementwise", self.costs.combine(piece.rows, self.whole_experts), routing, projected, shared or ()
+        )
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
         return self._gemm("D", piece.rows, activated)

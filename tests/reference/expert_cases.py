@@ -94,6 +94,7 @@ EXPERT_CASES: dict[str, Case] = {
             },
         ),
         file_dtype="bfloat16",
+        seed=12,
     ),
     "gpt_oss_default_layers": Case(
         "layers, alpha and limit by default, 4 of 6 experts, the old dialect of yarn, no biases of attention",
