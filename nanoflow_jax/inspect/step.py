@@ -356,8 +356,9 @@ def kernel_costs(
     item: int = 2,
     sms: int | None = None,
 ) -> dict[tuple[str, int], Prediction | list[Prediction]]:
-    """Each attention piece of every layer, KV append, and grouped GEMMs of experts on one device, every row with `context` tokens before it; item:
-    bytes of an element of the pages; sms: the most that decode attention uses, None: all."""
+    """Each attention piece of every layer, KV append, and what experts' kernels do, on one device; every row has
+    `context` tokens before it. item: bytes of an element of the pages; sms: the most that decode attention uses, None:
+    all."""
     load = StepLoad(1, 0, context, context)
     costs = OpCosts(model, Shapes.of(config, devices, item), load, layer_windows(config))
     layers, whole = range(config.num_layers), plan.whole_experts(config.experts, devices)
