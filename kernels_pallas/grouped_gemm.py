@@ -25,7 +25,6 @@ class Gate:
     shift: float = 0.0
 
     def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
-        """In the dtype of both."""
         if self.limit != float("inf"):
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         product = gate * jax.nn.sigmoid(self.alpha * gate)
@@ -91,7 +90,9 @@ def grouped_gemm(
     if bias is not None:
         expert = jnp.sum(jnp.arange(x.shape[0])[:, None] >= jnp.cumsum(sizes)[None, :], axis=1)
         out = out + bias.reshape(count, -1)[jnp.minimum(expert, count - 1)]
-    return out if gate is None else gate(out[:, :columns], out[:, columns:])
+    if gate is None:
+        return out
+    return gate(out[:, :columns].astype(jnp.float32), out[:, columns:].astype(jnp.float32)).astype(x.dtype)
 
 
 def gather_rows(

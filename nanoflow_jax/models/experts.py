@@ -33,11 +33,12 @@ class Routing:
 @struct.dataclass
 class Places:
     """rows [R] int32: the row that a place holds, some row where it is empty; sizes [E] int32: places of each expert,
-    with the empty ones at its end; place [n, k] int32: where a row's choice is, and here [n, k]: whether it is on this
-    device."""
+    with the empty ones at its end, and used [] of all; place [n, k] int32: where a row's choice is, and here [n, k]:
+    whether it is on this device."""
 
     rows: jax.Array
     sizes: jax.Array
+    used: jax.Array
     place: jax.Array
     here: jax.Array
 
@@ -74,12 +75,12 @@ def places(chosen: jax.Array, first: jax.Array | int, count: int, align: int = G
     total = most_places(n, k, count, align)
     rows = jnp.zeros((total,), jnp.int32)
     rows = rows.at[jnp.where(here, place, total)].set(jnp.arange(n * k, dtype=jnp.int32) // k, mode="drop")
-    return Places(rows, sizes, place.reshape(n, k), here.reshape(n, k))
+    return Places(rows, sizes, starts[-1] + sizes[-1], place.reshape(n, k), here.reshape(n, k))
 
 
 def by_expert(x: jax.Array, at: Places, **kernel: Any) -> jax.Array:
     """[n, H] -> [R, H]; kernel: of `gather_rows`."""
-    return gather_rows(x, at.rows, jnp.sum(at.sizes), **kernel)
+    return gather_rows(x, at.rows, at.used, **kernel)
 
 
 def gate_of(mlp: Mlp) -> Gate:

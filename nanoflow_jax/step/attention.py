@@ -36,6 +36,8 @@ def check_quantization(config: ModelConfig, capability: tuple[int, int] | None) 
     if config.quantization not in QUANTIZATIONS:
         accepted = ", ".join(map(repr, QUANTIZATIONS))
         raise ConfigError(f"quantization: {config.quantization!r} is not supported; accepted: {accepted}")
+    if config.quantization is not None and config.experts is not None:
+        raise ConfigError(f"quantization: {config.quantization!r} is not there for models with experts; accepted: None")
     if config.quantization == "fp8" and capability is not None and capability < (8, 9):
         found = ".".join(map(str, capability))
         raise ConfigError(
