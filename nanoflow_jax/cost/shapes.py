@@ -187,7 +187,7 @@ class OpCosts:
         found = self.routed(rows, whole)
         used = count * (1 - (1 - found / rows / count) ** rows)
         tiles = max(used, found / TILE_ROWS + used / 2)
-        if not mosaic_supported(self.model.hardware.capability, "grouped_gemm"):
+        if not self.grouped_kernels:
             used, tiles = count, count * most_places(rows, experts.per_token, count, 1) / TILE_ROWS
         flops = 2.0 * tiles * TILE_ROWS * wide * inputs
         moved = s.element_bytes * (used * wide * inputs + found * (inputs + columns))
@@ -197,17 +197,28 @@ class OpCosts:
         return self.model.gemm(rows, self._experts.count, self.shapes.hidden, self.shapes.dtype)
 
     def places(self, rows: int, whole: bool) -> tuple[Prediction, ...]:
-        """Softmax and choice; ranks of the choices within their experts; places."""
+        """Softmax and choice; ranks of the choices within their experts; places and weights: as XLA makes them."""
         experts = self._experts
         local = experts.count // (self.shapes.devices if whole else 1)
-        scores, ranks = rows * experts.count * 4.0, rows * experts.per_token * local * 4.0
-        return tuple(self.model.kernel(0.0, moved) for moved in (2 * scores, 2 * scores, 2 * ranks, 2 * ranks, ranks))
+        scores, choices = rows * experts.count * 4.0, rows * experts.per_token * 4.0
+        moved = (2 * scores, 3 * scores, *[choices * local] * 4, *[2 * choices] * 4)
+        return tuple(self.model.kernel(0.0, one) for one in moved)
+
+    @property
+    def grouped_kernels(self) -> bool:
+        """The GPU has a kernel for grouped GEMMs."""
+        return mosaic_supported(self.model.hardware.capability, "grouped_gemm")
+
+    def tiles(self) -> Prediction:
+        """One of two small kernels that list the tiles of a grouped GEMM."""
+        return self.model.kernel(0.0, 0.0)
 
     def dispatch(self, rows: int, whole: bool) -> Prediction:
         return self._elementwise(2 * self.routed(rows, whole) * self.shapes.hidden)
 
-    def combine(self, rows: int, whole: bool) -> Prediction:
-        return self._elementwise((self.routed(rows, whole) + rows) * self.shapes.hidden)
+    def combine(self, rows: int) -> Prediction:
+        """XLA reads a row for every choice; for those that are not here the first, again and again."""
+        return self._elementwise((rows * self._experts.per_token + rows) * self.shapes.hidden)
 
     def transpose(self, rows: int) -> Prediction:
         """Attention output is turned before GEMV.AG."""

@@ -20,6 +20,11 @@ from nanoflow_jax.config import Mlp
 from nanoflow_jax.models.layout import ExpertParams, LayerParams
 from nanoflow_jax.models.parts import contract, gated, gated_mlp_up, linear
 
+# Traced and lowered once per shape, as the kernels of `step.trace`.
+_STATIC = ("backend", "tuning", "expected_rows")
+_grouped_gemm = jax.jit(grouped_gemm, static_argnames=("gate", *_STATIC), inline=True)
+_gather_rows = jax.jit(gather_rows, static_argnames=_STATIC, inline=True)
+
 
 @struct.dataclass
 class Routing:
@@ -80,7 +85,7 @@ def places(chosen: jax.Array, first: jax.Array | int, count: int, align: int = G
 
 def by_expert(x: jax.Array, at: Places, **kernel: Any) -> jax.Array:
     """[n, H] -> [R, H]; kernel: of `gather_rows`."""
-    return gather_rows(x, at.rows, at.used, **kernel)
+    return _gather_rows(x, at.rows, at.used, **kernel)
 
 
 def gate_of(mlp: Mlp) -> Gate:
@@ -89,7 +94,7 @@ def gate_of(mlp: Mlp) -> Gate:
 
 def experts_up(x: jax.Array, at: Places, layer: ExpertParams, mlp: Mlp, **kernel: Any) -> jax.Array:
     """UG: x [R, H] by places -> activation(gate) * up, [R, f] of this device's f columns; kernel: of `grouped_gemm`."""
-    return grouped_gemm(x, layer.ug, at.sizes, bias=layer.ug_bias, gate=gate_of(mlp), **kernel)
+    return _grouped_gemm(x, layer.ug, at.sizes, bias=layer.ug_bias, gate=gate_of(mlp), **kernel)
 
 
 def experts_down(
@@ -99,7 +104,7 @@ def experts_down(
     bias = layer.down_bias
     if bias is not None and bias_here is not True:
         bias = jnp.where(bias_here, bias, jnp.zeros((), bias.dtype))
-    return grouped_gemm(x, layer.down, at.sizes, bias=bias, **kernel)
+    return _grouped_gemm(x, layer.down, at.sizes, bias=bias, **kernel)
 
 
 def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | None) -> jax.Array:

@@ -298,15 +298,18 @@ class JobMaker:
         return self.run("kernel", self.costs.dispatch(piece.rows, self.whole_experts), routing, *normed)
 
     def experts_up(self, piece: OpPiece, routing: Jobs, rows: Jobs) -> Jobs:
-        return self.run("gemm", self.costs.grouped("UG", piece.rows, self.whole_experts), routing, rows)
+        return self._grouped("UG", piece, routing, rows)
 
     def experts_down(self, piece: OpPiece, routing: Jobs, activated: Jobs) -> Jobs:
-        return self.run("gemm", self.costs.grouped("D", piece.rows, self.whole_experts), routing, activated)
+        return self._grouped("D", piece, routing, activated)
+
+    def _grouped(self, name: str, piece: OpPiece, routing: Jobs, x: Jobs) -> Jobs:
+        for _ in range(2 if self.costs.grouped_kernels else 0):
+            routing = self.run("elementwise", self.costs.tiles(), routing)
+        return self.run("gemm", self.costs.grouped(name, piece.rows, self.whole_experts), routing, x)
 
     def combine(self, piece: OpPiece, routing: Jobs, projected: Jobs, shared: Jobs | None) -> Jobs:
-        return self.run(
-            "elementwise", self.costs.combine(piece.rows, self.whole_experts), routing, projected, shared or ()
-        )
+        return self.run("elementwise", self.costs.combine(piece.rows), routing, projected, shared or ())
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
         return self._gemm("D", piece.rows, activated)

@@ -25,6 +25,7 @@ from nanoflow_jax.plan.write import plan_toml
 from nanoflow_jax.step.attention import check_quantization
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.hub import resolve_model
+from tests.engine.engine_driver import small_pool
 from tests.reference.checkpoints import PROMPT_LENGTHS, Reference, load_reference, write_checkpoint
 from tests.step.step_driver import FAST_COMPILE, Driver, against_reference, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
@@ -155,7 +156,10 @@ def test_plans_that_name_experts() -> None:
     swapped = [*names[:5], "DISPATCH.1", "ROUTE.1", *names[7:]]
     for wrong, says in (
         ({"order": swapped}, r"order: 'DISPATCH.1' needs ROUTE.1, which must come before it"),
-        ({"order": [n for n in names if n != "COMBINE.1"]}, r"order: 'D.AR.1' needs COMBINE.1, which must come before it"),
+        (
+            {"order": [n for n in names if n != "COMBINE.1"]},
+            r"order: 'D.AR.1' needs COMBINE.1, which must come before it",
+        ),
         ({"expert_parallel": 1}, r"expert_parallel: 1 must be true or false"),
     ):
         with pytest.raises(ConfigError, match=f"^{says}$"):
@@ -186,18 +190,20 @@ def test_experts_are_not_quantised() -> None:
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "gpt_oss"])
-def test_neighbours_change_nothing(case: str, tmp_path: Path) -> None:
+def test_neighbours_change_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logprobs and all, alone or in a crowd that takes pages away: one device's experts have few or many rows."""
     reference = load_reference(case)
     llm = LLM(
         write_checkpoint(case, tmp_path), tokenizer=str(resolve_model("tiny")), dtype="float32",
         tensor_parallel_size=8, max_model_len=112, decode_slots=8, tokens_per_step=64, page_size=8,
-        kv_cache_tokens=208, deterministic=True, progress=False,
+        kv_cache_tokens=5 * 112, deterministic=True, progress=False,
     )  # fmt: skip
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True, logprobs=1)
+    least = 14 * len(llm.engine.scheduler.windows)
+    stats = small_pool(llm, monkeypatch, least, hopeful=True)
     crowd = llm.generate(reference.prompts, params, use_tqdm=False)
     assert [o.outputs[0].token_ids for o in crowd] == [list(tokens) for tokens in reference.greedy_tokens]
-    assert llm.stats.preemptions > 0
+    assert stats.preemptions > 0
     (alone,) = llm.generate([reference.prompts[2]], params, use_tqdm=False)
     assert alone.outputs[0].logprobs == crowd[2].outputs[0].logprobs
 
