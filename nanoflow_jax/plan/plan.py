@@ -38,6 +38,7 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     num_heads = 64
     num_kv_heads = 8
     quantization = "fp8"              # only where the layers' weights are
+    num_experts = 128                 # only of a model with experts
 """
 
 from __future__ import annotations
@@ -95,12 +96,15 @@ class Target:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    quantization: str | None = field(default=None, repr=False)  # the plan does the same: its digests stay
+    # The plan does the same: its digests stay.
+    quantization: str | None = field(default=None, repr=False)
+    num_experts: int | None = field(default=None, repr=False)
 
     @staticmethod
     def of(config: ModelConfig, gpu: str, devices: int) -> Target:
-        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in ("gpu", "devices")}
-        return Target(gpu, devices, **sizes)
+        others = ("gpu", "devices", "num_experts")
+        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in others}
+        return Target(gpu, devices, **sizes, num_experts=None if config.experts is None else config.experts.count)
 
 
 @dataclass(frozen=True)
@@ -353,9 +357,15 @@ def _target(value: Any) -> Target:
     quantization = table.get("quantization")
     if quantization not in (None, "fp8"):
         raise ConfigError(f"for.quantization: {quantization!r} is not accepted; expected 'fp8', or no such line")
-    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target) if f.name != "quantization"}
-    if odd := sorted(set(table) - {"quantization"} ^ set(wanted)):
-        raise ConfigError(f"for.{odd[0]}: the table [for] holds {', '.join(wanted)}, and quantization where it is fp8")
+    optional = {"quantization", "num_experts"}
+    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target) if f.name not in optional}
+    if odd := sorted(set(table) - optional ^ set(wanted)):
+        raise ConfigError(
+            f"for.{odd[0]}: the table [for] holds {', '.join(wanted)}, and quantization where it is fp8, "
+            "num_experts of a model with experts"
+        )
+    if "num_experts" in table:
+        wanted["num_experts"] = int
     sizes = {name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()}
     return Target(**sizes, quantization=quantization)
 
