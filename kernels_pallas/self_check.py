@@ -20,8 +20,9 @@ from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.checks import FP8
 from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.grouped_gemm import Gate, gather_rows, grouped_gemm
 from kernels_pallas.prefill_attention import prefill_attention
-from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, PAGE_TOKENS
+from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, GROUPED, PAGE_TOKENS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
 ROW_PAGES = 40  # of the longest context: more steps than any tuning has stages, several times
@@ -31,6 +32,7 @@ CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; 
 PADDING = 3
 APPENDED = 261  # rows, more than a program's blocks in flight
 NORMED, PARTS, EPS = 101, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
+EXPERT, EXPERT_ROWS = 128, (8, 0, 152, 16, 0)  # size of an expert; rows of each: none, and more than a tile
 WIDEST = 1000  # tokens: of a wider window than this, this one is checked, which cuts the longest context
 WINDOWED = ("decode_attention", "prefill_attention")  # kernels that know windows
 FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
@@ -43,7 +45,8 @@ class KernelError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Heads:
     """Of one device. `fp8`: pages of float8_e4m3fn; hidden: a row of the residual; windows: of the model's attention,
-    where it has some, in tokens: each is checked besides attention to everything; sinks: it has those."""
+    where it has some, in tokens: each is checked besides attention to everything; sinks: it has those; gate: of its
+    experts, where it has some."""
 
     q_heads: int
     kv_heads: int
@@ -52,6 +55,7 @@ class Heads:
     hidden: int = 2048
     windows: tuple[int, ...] = ()
     sinks: bool = False
+    gate: Gate | None = None
 
     def checked_windows(self, kernel: str) -> list[int | None]:
         """None is all that there is."""
@@ -80,6 +84,7 @@ QUICK: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(2),),
     "append_kv": (Variant(2),),
     "add_rms_norm": (Variant(2),),
+    "grouped_gemm": (Variant(2),),
 }
 THOROUGH: dict[str, tuple[Variant, ...]] = {
     "decode_attention": (
@@ -93,6 +98,7 @@ THOROUGH: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(1), Variant(7), Variant(None)),
     "append_kv": (Variant(1), Variant(7), Variant(None)),
     "add_rms_norm": (Variant(1), Variant(7), Variant(None)),
+    "grouped_gemm": (Variant(1), Variant(7), Variant(None)),
 }
 KERNELS = tuple(QUICK)
 
@@ -264,6 +270,36 @@ def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     return Check((x, whole, columns, weight), run, reference, error)
 
 
+def _grouped_gemm(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    """An expert MLP, as a layer has it: rows gathered, both weights of a gate, and the weight after it, with biases.
+    Some experts have no row, one has more than a tile, and some rows no expert."""
+    rng = np.random.default_rng(5)
+    tuning = mosaic.get("tuning") or GROUPED[DEFAULT_GPU]
+    count, gate, hidden = len(EXPERT_ROWS), heads.gate or Gate(), heads.hidden
+    shapes = (NORMED, hidden), (count, 2, EXPERT, hidden), (count, 2, EXPERT), (count, hidden, EXPERT), (count, hidden)
+    x, up, up_bias, down, down_bias = (
+        jnp.asarray(rng.standard_normal(s) * (s[-1] ** -0.5 if len(s) > 2 and s[-1] != EXPERT else 1), jnp.bfloat16)
+        for s in shapes
+    )
+    sizes, used = jnp.asarray(EXPERT_ROWS, jnp.int32), sum(EXPERT_ROWS)
+    rows = jnp.asarray(rng.integers(0, NORMED, used + 64), jnp.int32)
+    biases = up_bias, down_bias
+
+    def mlp(x: Any, rows: Any, sizes: Any, up: Any, down: Any, biases: Any, **options: Any) -> jax.Array:
+        by_expert = gather_rows(x, rows, jnp.int32(used), **options)
+        inner = grouped_gemm(by_expert, up, sizes, bias=biases[0], gate=gate, **options)
+        return grouped_gemm(inner, down, sizes, bias=biases[1], **options)[:used]
+
+    def run(variant: Variant, *arrays: Any) -> jax.Array:
+        return mlp(*arrays, biases, **mosaic | {"tuning": replace(tuning, sms=variant.sm_budget or tuning.sms)})
+
+    def reference(x: Any, rows: Any, sizes: Any, up: Any, down: Any) -> jax.Array:
+        wide = [value.astype(jnp.float32) for value in (x, up, down, *biases)]
+        return mlp(wide[0], rows, sizes, wide[1], wide[2], wide[3:])
+
+    return Check((x, rows, sizes, up, down), run, reference, _error)
+
+
 def _error(got: jax.Array, want: jax.Array) -> float:
     """Of the worst row, relative to its norm; a row that should be 0 must be."""
     off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
@@ -290,6 +326,7 @@ _CHECKS: dict[str, Callable[..., Check]] = {
     "prefill_attention": _prefill,
     "append_kv": _append,
     "add_rms_norm": _add_norm,
+    "grouped_gemm": _grouped_gemm,
 }
 
 

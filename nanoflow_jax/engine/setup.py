@@ -33,6 +33,7 @@ from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_steps
 from nanoflow_jax.engine.windows import Windows
+from nanoflow_jax.models.experts import gate_of
 from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
@@ -233,6 +234,7 @@ def heads_of(config: ModelConfig, devices: int, fp8: bool) -> Heads:
         q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
         head_dim=config.head_dim, fp8=fp8, hidden=config.hidden_size, windows=tuple(sorted(windows)),
         sinks=any(layer.attention.sinks for layer in config.pattern),
+        gate=next((gate_of(layer.mlp) for layer in config.pattern if layer.mlp.experts is not None), None),
     )  # fmt: skip
 
 
