@@ -61,6 +61,11 @@ def check_paged(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table
         raise ValueError(f"page_table: shape {page_table.shape} must be [requests, pages of a request]")
 
 
+def check_sinks(sinks: jax.Array | None, q: jax.Array) -> None:
+    if sinks is not None and (sinks.shape, sinks.dtype) != (q.shape[1:2], jnp.float32):
+        raise ValueError(f"sinks: {sinks.dtype} {list(sinks.shape)} must be float32 [{q.shape[1]}], one per query head")
+
+
 def check_window(window: int | None) -> None:
     if window is not None and window < 1:
         raise ValueError(f"window: {window} must be at least 1, or None")

@@ -14,11 +14,12 @@ from kernels_pallas.checks import (
     check_mosaic_only,
     check_paged,
     check_scales,
+    check_sinks,
     check_vector,
     check_window,
     default_scale,
 )
-from kernels_pallas.paged_xla import attend_paged
+from kernels_pallas.paged_xla import attend_paged, with_sinks
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, DecodeTuning
 
 
@@ -34,6 +35,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     window: int | None = None,
+    sinks: jax.Array | None = None,
     backend: str = "xla",
     tuning: DecodeTuning | None = None,
     sm_budget: int | None = None,
@@ -51,6 +53,8 @@ def decode_attention(
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     window      tokens that a row sees, its own included (a sliding window): [lengths[r] - window, lengths[r]); None is
                 all. Pages wholly below may hold anything, and their entries may be any in [0, N)
+    sinks       [Hq] float32: a logit of each query head beside its scores, which takes its share of the softmax and
+                gives nothing (gpt-oss); None: none
     backend     "xla" everywhere; "mosaic" on Hopper: q of bf16, pages of bf16 or fp8, page size 64, head size 64 or
                 128, at most 16 query heads per KV head (`kernels_pallas.targets` says which GPU has it)
 
@@ -61,14 +65,15 @@ def decode_attention(
                 tokens of context of a row, for the time that XLA's scheduler is told; by default the table's width
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
-    Returns out [R, Hq, d] in q's dtype and the log-sum-exp [R, Hq] in float32. Empty rows give 0 and -inf.
-    Raises ValueError naming the argument that does not fit.
+    Returns out [R, Hq, d] in q's dtype and the log-sum-exp [R, Hq] of the scores alone in float32. Empty rows give 0
+    and -inf. Raises ValueError naming the argument that does not fit.
     """
     check_backend(backend, BACKENDS)
     check_paged(q, k_pages, v_pages, page_table)
     check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("lengths", lengths, q.shape[0])
     check_window(window)
+    check_sinks(sinks, q)
     first_page = check_first_page(first_page)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
@@ -80,7 +85,7 @@ def decode_attention(
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
         tuning = DECODE[DEFAULT_GPU] if tuning is None else tuning
-        return decode_attention_mosaic(
+        out, lse = decode_attention_mosaic(
             q,
             k_pages,
             v_pages,
@@ -96,6 +101,7 @@ def decode_attention(
             expected_context=expected_context,
             interpret=interpret,
         )
+        return with_sinks(out, lse, sinks), lse
     check_mosaic_only(
         backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
     )
@@ -103,4 +109,4 @@ def decode_attention(
     out, lse = attend_paged(
         q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale, window
     )
-    return out[:, 0], lse[:, 0]
+    return with_sinks(out[:, 0], lse[:, 0], sinks), lse[:, 0]

@@ -112,3 +112,13 @@ def _from_window(
     page = jnp.minimum(begin[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :], pages - 1)
     visible = jnp.maximum(visible - (begin * page_size)[:, None], 0)
     return jnp.take_along_axis(page_table, page, axis=1), visible
+
+
+def with_sinks(out: jax.Array, lse: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """Attention out [..., Hq, d] whose softmax had sinks [Hq] beside the scores, of the log-sum-exp [..., Hq]
+    without."""
+    if sinks is None:
+        return out
+    return (
+        out.astype(jnp.float32) * jax.nn.sigmoid(lse - sinks.reshape((1,) * (lse.ndim - 1) + (-1,)))[..., None]
+    ).astype(out.dtype)

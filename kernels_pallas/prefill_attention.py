@@ -15,11 +15,12 @@ from kernels_pallas.checks import (
     check_mosaic_only,
     check_paged,
     check_scales,
+    check_sinks,
     check_vector,
     check_window,
     default_scale,
 )
-from kernels_pallas.paged_xla import attend_paged
+from kernels_pallas.paged_xla import attend_paged, with_sinks
 from kernels_pallas.tuning import DEFAULT_GPU, PREFILL, PrefillTuning
 
 TILE_ROWS = (
@@ -40,6 +41,7 @@ def prefill_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     window: int | None = None,
+    sinks: jax.Array | None = None,
     backend: str = "xla",
     tuning: PrefillTuning | None = None,
     sm_budget: int | None = None,
@@ -58,6 +60,8 @@ def prefill_attention(
     k_scale     [Hkv] float32, with pages of float8_e4m3fn alone: K is k_pages times this; v_scale alike
     window      tokens that a row sees, its own included (a sliding window): up to it from position - window + 1 on;
                 None is all. Pages wholly below every row's may hold anything, their entries be any in [0, N)
+    sinks       [Hq] float32: a logit of each query head beside its scores, which takes its share of the softmax and
+                gives nothing (gpt-oss); None: none
     backend     "xla" everywhere; "mosaic" on Hopper: q and pages of bf16, page size 64, head size 64 or 128
                 (`kernels_pallas.targets` says which GPU has it)
 
@@ -77,6 +81,7 @@ def prefill_attention(
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
     check_window(window)
+    check_sinks(sinks, q)
     first_page = check_first_page(first_page)
     scale = default_scale(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
@@ -96,6 +101,7 @@ def prefill_attention(
             first_page=first_page,
             scale=scale,
             window=window,
+            sinks=sinks,
             tuning=tuning,
             sm_budget=sm_budget,
             expected_context=expected_context,
@@ -122,5 +128,6 @@ def prefill_attention(
 
     q_tiles = q.at[row].get(mode="fill", fill_value=0)  # [tiles, TILE_ROWS, Hq, d]
     tables = page_table[segment]
-    out, _ = attend_paged(q_tiles, k_pages, v_pages, tables, visible, first_page, scale, k_scale, v_scale, window)
+    out, lse = attend_paged(q_tiles, k_pages, v_pages, tables, visible, first_page, scale, k_scale, v_scale, window)
+    out = with_sinks(out, lse, sinks)
     return jnp.zeros_like(q).at[row.reshape(-1)].set(out.reshape(-1, *q.shape[1:]), mode="drop")

@@ -128,6 +128,7 @@ def prefill_attention_mosaic(
     first_page: jax.Array,
     scale: float,
     window: int | None = None,
+    sinks: jax.Array | None = None,
     tuning: PrefillTuning,
     sm_budget: int | None = None,
     expected_context: int | None = None,
@@ -158,6 +159,7 @@ def prefill_attention_mosaic(
         scale=scale,
         ping_pong=tuning.ping_pong,
         window=window,
+        sinks=sinks is not None,
     )
     q = q.reshape((tokens, -1, UNIT, d) if packed else (-1, UNIT, q_heads, d))
     # One index for page and head: with the tiling, a TMA descriptor has no dimension left for two.
@@ -165,5 +167,6 @@ def prefill_attention_mosaic(
     tiles = list_tiles(plan, row_starts, lengths)
     context = plan.row_pages * PAGE_SIZE if expected_context is None else expected_context
     with scheduled_as(_expected_us(plan, context, tuning)):
-        out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles, first_page[None])
+        more = () if sinks is None else (sinks,)
+        out = _call(plan, q.shape, interpret)(q, k_pages, v_pages, page_table, tiles, first_page[None], *more)
     return out.reshape(-1, q_heads, d)[:tokens]

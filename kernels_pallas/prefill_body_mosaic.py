@@ -76,6 +76,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
         table: Any,  # [segments, M] int32
         tiles: Any,  # [tiles, plan.columns] int32
         first_page: Any,  # [1] int32, added to the table's entries
+        sinks: Any,  # [heads] float32, or None
         out: Any,  # as q
         k_s: Any,  # [stages, STEP, d] bf16, shared memory
         v_s: Any,  # [stages, STEP, d] bf16
@@ -189,8 +190,23 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             p = jnp.exp2(s * to_log2 - _per_row(safe_top, scores))
             return p, new_top, jnp.exp2(top - safe_top)
 
+        def sinks_of(head: jax.Array) -> jax.Array:
+            """Of each row [ROWS], in units of log 2: its head's."""
+            shape, layout = (ROWS,), WGMMA.reduce(1)
+            found = plgpu.layout_cast(lax.broadcast(sinks[head], shape), layout)
+            if plan.packed:
+                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+                for other in range(1, UNIT):
+                    found = jnp.where(_rem(row, UNIT) == other, sinks[head + other], found)
+            return found * LOG2_E
+
         def attend(
-            columns: list[jax.Array], token: jax.Array, steps: jax.Array, steps_done: jax.Array, q_slot: jax.Array
+            columns: list[jax.Array],
+            token: jax.Array,
+            head: jax.Array,
+            steps: jax.Array,
+            steps_done: jax.Array,
+            q_slot: jax.Array,
         ) -> jax.Array:
             """[ROWS, d] float32 of one warpgroup; rows that see nothing give 0."""
             queries = q_s.at[q_slot, role]
@@ -280,7 +296,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             state = lax.fori_loop(unmasked, edge, lambda i, state: step(i, state, False), state)
             if plan.window is not None:
                 state = lax.fori_loop(edge, steps, lambda i, state: step(i, state, True), state)
-            acc, _, total, p16 = state
+            acc, top, total, p16 = state
             plgpu.barrier_arrive(q_free.at[q_slot])
             last = _rem(steps_done + steps - 1, stages)
 
@@ -290,6 +306,8 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
 
             out = pl.run_scoped(last_values, plgpu.WGMMAAccumulatorRef(values, jnp.float32))
             plgpu.barrier_arrive(v_free.at[last])
+            if plan.sinks:
+                total += jnp.exp2(sinks_of(head) - top)
             return out * _per_row(jnp.where(total == 0.0, 0.0, 1.0 / total), values)
 
         def store(pair: Any, result: jax.Array, columns: list[jax.Array], token: jax.Array, head: jax.Array) -> None:
@@ -330,7 +348,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
 
             @pl.when(steps > 0)
             def _() -> None:
-                result = attend(columns, token, steps, steps_done, _rem(items_done, Q_SLOTS))
+                result = attend(columns, token, head, steps, steps_done, _rem(items_done, Q_SLOTS))
                 for group, pair in enumerate(results):
                     pl.when(role == group)(partial(store, pair, result, columns, token, head))
 
@@ -370,4 +388,5 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             def _(number: jax.Array) -> None:
                 plgpu.barrier_wait(q_free.at[_rem(number, Q_SLOTS)])
 
-    return body
+    whole: Any = body
+    return body if plan.sinks else lambda *refs: whole(*refs[:6], None, *refs[6:])

@@ -33,6 +33,7 @@ class Plan:
     scale: float
     ping_pong: bool
     window: int | None = None  # tokens that a query sees; None: all
+    sinks: bool = False  # each head has one
 
     @property
     def repeats(self) -> int:

@@ -17,10 +17,16 @@ def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array |
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seen: int, window: int | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    seen: int,
+    window: int | None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d], of those over the last `window`
-    -> out [Hq, d], log-sum-exp [Hq]."""
+    """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d], of those over the last `window`, with
+    sinks [Hq] beside -> out [Hq, d], log-sum-exp [Hq] of the scores."""
     token = np.arange(k.shape[0])
     inside = jnp.asarray((token < seen) & (token >= (0 if window is None else seen - window)))
     # What a window leaves behind may be anything, even NaN.
@@ -32,7 +38,10 @@ def _attend(
     top = scores.max(axis=1, keepdims=True)
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=1, keepdims=True)
-    return jnp.einsum("ht,thd->hd", weights / total, v, precision="highest"), (top + jnp.log(total))[:, 0]
+    lse = (top + jnp.log(total))[:, 0]
+    if sinks is not None:
+        total += jnp.exp(sinks[:, None] - top)
+    return jnp.einsum("ht,thd->hd", weights / total, v, precision="highest"), lse
 
 
 def decode_attention(
@@ -46,6 +55,7 @@ def decode_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Row r attends to the first lengths[r] tokens of its pages, of those to the last `window`. See
     `kernels_pallas.decode_attention` for the shapes.
@@ -58,7 +68,7 @@ def decode_attention(
         if length:
             k = _context(k_pages, page_table[row], int(length), k_scale)
             v = _context(v_pages, page_table[row], int(length), v_scale)
-            row_out, row_lse = _attend(q[row], k, v, scale, int(length), window)
+            row_out, row_lse = _attend(q[row], k, v, scale, int(length), window, sinks)
             out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
     return out, lse
 
@@ -75,6 +85,7 @@ def prefill_attention(
     k_scale: jax.Array | None = None,
     v_scale: jax.Array | None = None,
     window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Each row of segment s attends to its pages up to and including itself, to `window` tokens at most. See
     `kernels_pallas.prefill_attention`."""
@@ -87,7 +98,7 @@ def prefill_attention(
         v = _context(v_pages, page_table[s], int(length), v_scale)
         for row in range(starts[s], starts[s + 1]):
             seen = int(length) - (int(starts[s + 1]) - row) + 1
-            out = out.at[row].set(_attend(q[row], k, v, scale, seen, window)[0])
+            out = out.at[row].set(_attend(q[row], k, v, scale, seen, window, sinks)[0])
     return out
 
 

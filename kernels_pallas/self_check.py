@@ -20,8 +20,10 @@ from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.checks import FP8
 from kernels_pallas.decode_attention import decode_attention
+from kernels_pallas.gate import Gate
+from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
 from kernels_pallas.prefill_attention import prefill_attention
-from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, PAGE_TOKENS
+from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, GROUPED, PAGE_TOKENS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
 FP8_TOLERANCE = 6e-2  # of a row that was rounded to fp8, which alone is 2.7e-2
@@ -32,6 +34,7 @@ CHUNKS = (1, 0, 1, 72, 20)  # rows of prefill at the end of the first contexts; 
 PADDING = 3
 APPENDED = 261  # rows, more than a program's blocks in flight
 NORMED, PARTS, EPS = 101, 4, 1e-5  # rows, more than a program has in shared memory; devices they are gathered from
+EXPERT, EXPERT_ROWS = 128, (8, 0, 152, 16, 0)  # size of an expert; rows of each: none, and more than a tile
 WIDEST = 1000  # tokens: of a wider window than this, this one is checked, which cuts the longest context
 WINDOWED = ("decode_attention", "prefill_attention")  # kernels that know windows
 FIRST_PAGE = 5  # where the pages of "this layer" begin: those before belong to nobody
@@ -45,7 +48,7 @@ class KernelError(RuntimeError):
 class Heads:
     """Of one device. `fp8`: pages of float8_e4m3fn; quantised: weights, so that norms are given in fp8, too; hidden: a
     row of the residual; windows: of the model's attention, where it has some, in tokens: each is checked besides
-    attention to everything."""
+    attention to everything; sinks: it has those; gate: of its experts, where it has some."""
 
     q_heads: int
     kv_heads: int
@@ -54,6 +57,8 @@ class Heads:
     quantised: bool = False
     hidden: int = 2048
     windows: tuple[int, ...] = ()
+    sinks: bool = False
+    gate: Gate | None = None
 
     def checked_windows(self, kernel: str) -> list[int | None]:
         """None is all that there is."""
@@ -82,6 +87,7 @@ QUICK: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(2),),
     "append_kv": (Variant(2),),
     "add_rms_norm": (Variant(2),),
+    "grouped_gemm": (Variant(2),),
 }
 THOROUGH: dict[str, tuple[Variant, ...]] = {
     "decode_attention": (
@@ -95,6 +101,7 @@ THOROUGH: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(1), Variant(7), Variant(None)),
     "append_kv": (Variant(1), Variant(7), Variant(None)),
     "add_rms_norm": (Variant(1), Variant(7), Variant(None)),
+    "grouped_gemm": (Variant(1), Variant(7), Variant(None)),
 }
 KERNELS = tuple(QUICK)
 
@@ -152,6 +159,13 @@ def _make(heads: Heads, lows: Sequence[int] = ()) -> _Pages:
     return _Pages(k, v, jnp.asarray(table), scales)
 
 
+def _sinks(heads: Heads) -> dict[str, jax.Array]:
+    """As large as the log-sum-exp of a few scores."""
+    if not heads.sinks:
+        return {}
+    return {"sinks": jnp.asarray(np.random.default_rng(4).standard_normal(heads.q_heads) + 2, jnp.float32)}
+
+
 def _queries(heads: Heads, rows: int) -> jax.Array:
     values = np.random.default_rng(1).standard_normal((rows, heads.q_heads, heads.head_dim))
     return jnp.asarray(values, jnp.bfloat16)
@@ -159,19 +173,19 @@ def _queries(heads: Heads, rows: int) -> jax.Array:
 
 def _decode(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
     given = _make(heads, [max(0, n - window) for n in LENGTHS] if window else ())
-    tuning = mosaic.get("tuning") or DECODE[DEFAULT_GPU]
+    tuning, sinks = mosaic.get("tuning") or DECODE[DEFAULT_GPU], _sinks(heads)
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
         pages = ROW_PAGES if window is None else min(ROW_PAGES, -(-(window - 1) // PAGE_TOKENS) + 1)
         widest = -(-pages // variant.splits)  # a longer row is split, however few SMs there are
         split = replace(tuning, max_splits=variant.splits, min_split_pages=1, max_split_pages=widest)
         options = mosaic | {"tuning": split, "sm_budget": variant.sm_budget}
-        return decode_attention(*arrays, **given.options(), window=window, **options)
+        return decode_attention(*arrays, **given.options(), **sinks, window=window, **options)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
         first_page = jnp.int32(FIRST_PAGE)
-        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
+        return decode_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window, **sinks)
 
     def error(got: Any, want: Any) -> float:
         lse = jnp.where(got[1] == want[1], 0.0, jnp.abs(got[1] - want[1]))  # -inf of empty rows
@@ -184,14 +198,15 @@ def _decode(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
 def _prefill(heads: Heads, mosaic: dict[str, Any], window: int | None) -> Check:
     firsts = [n - c + 1 for n, c in zip(LENGTHS, CHUNKS, strict=False)]  # what the first row of each chunk sees at most
     given, contexts = _make(heads, [max(0, n - window) for n in firsts] if window else ()), len(CHUNKS)
+    more = {"window": window, **_sinks(heads)}
 
     def run(variant: Variant, *arrays: jax.Array) -> Any:
-        return prefill_attention(*arrays, **given.options(), window=window, **mosaic, sm_budget=variant.sm_budget)
+        return prefill_attention(*arrays, **given.options(), **more, **mosaic, sm_budget=variant.sm_budget)
 
     def reference(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> Any:
         pools = given.in_float32(k, "k_scale"), given.in_float32(v, "v_scale")
         first_page = jnp.int32(FIRST_PAGE)
-        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, window=window)
+        return prefill_attention(q.astype(jnp.float32), *pools, *rest, first_page=first_page, **more)
 
     starts = jnp.asarray(np.cumsum((0, *CHUNKS)), jnp.int32)
     lengths = jnp.asarray(LENGTHS[:contexts], jnp.int32)
@@ -263,6 +278,37 @@ def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     return Check((x, whole, columns, weight), run, reference, error)
 
 
+def _grouped_gemm(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    """An expert MLP, as a layer has it: rows gathered, both weights of a gate, and the weight after it, with biases.
+    Some experts have no row, one has more than a tile, and some rows no expert."""
+    rng = np.random.default_rng(5)
+    tuning = mosaic.get("tuning") or GROUPED[DEFAULT_GPU]
+    count, gate, hidden = len(EXPERT_ROWS), heads.gate or Gate(), heads.hidden
+    shapes = (NORMED, hidden), (count, 2, EXPERT, hidden), (count, 2, EXPERT), (count, hidden, EXPERT), (count, hidden)
+    x, up, up_bias, down, down_bias = (
+        jnp.asarray(rng.standard_normal(s) * (s[-1] ** -0.5 if len(s) > 2 and s[-1] != EXPERT else 1), jnp.bfloat16)
+        for s in shapes
+    )
+    sizes, used = jnp.asarray(EXPERT_ROWS, jnp.int32), sum(EXPERT_ROWS)
+    rows = jnp.asarray(rng.integers(0, NORMED, used + 64), jnp.int32)
+    biases = up_bias, down_bias
+
+    def mlp(biases: Any, x: Any, rows: Any, sizes: Any, up: Any, down: Any, **options: Any) -> jax.Array:
+        by_expert = gather_rows(x, rows, jnp.int32(used), **options)
+        inner = grouped_gemm(by_expert, up, sizes, bias=biases[0], gate=gate, **options)
+        return grouped_gemm(inner, down, sizes, bias=biases[1], **options)[:used]
+
+    def run(variant: Variant, *arrays: Any) -> jax.Array:
+        options = mosaic | {"tuning": replace(tuning, sms=variant.sm_budget or tuning.sms)}
+        return partial(mlp, biases, **options)(*arrays)
+
+    def reference(x: Any, rows: Any, sizes: Any, up: Any, down: Any) -> jax.Array:
+        wide = [value.astype(jnp.float32) for value in (x, up, down, *biases)]
+        return mlp(wide[3:], wide[0], rows, sizes, wide[1], wide[2])
+
+    return Check((x, rows, sizes, up, down), run, reference, _error)
+
+
 def _error(got: jax.Array, want: jax.Array) -> float:
     """Of the worst row, relative to its norm; a row that should be 0 must be."""
     off = jnp.linalg.norm(got.astype(jnp.float32) - want, axis=-1)
@@ -289,6 +335,7 @@ _CHECKS: dict[str, Callable[..., Check]] = {
     "prefill_attention": _prefill,
     "append_kv": _append,
     "add_rms_norm": _add_norm,
+    "grouped_gemm": _grouped_gemm,
 }
 
 

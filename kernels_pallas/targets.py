@@ -23,7 +23,7 @@ TARGETS = (
         ("H100", "H200"),
         9,
         "sm_90a",
-        ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm"),
+        ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm", "grouped_gemm", "gather_rows"),
         "TMA and wgmma",
     ),
     Target(("B200",), 10, "sm_100a", (), "has no wgmma; a tcgen05 kernel is not written"),

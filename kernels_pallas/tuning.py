@@ -183,6 +183,35 @@ class PrefillTuning:
         return self.bytes_in_flight // (PREFILL_STEP_PAGES * page_bytes(head_dim))
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupedTuning:
+    """How grouped GEMMs, and the rows gathered for them, fill one GPU.
+
+    sms       programs of the persistent grid, one per SM
+    block     columns of a tile of 128 rows at most, over all its products: those of both weights of a gate
+    stages    steps of 64 inputs in shared memory at most
+    expected  how fast a call is; None: nobody knows
+    """
+
+    sms: int
+    block: int = 256
+    stages: int = 4
+    expected: Expected | None = None
+
+    def __post_init__(self) -> None:
+        if self.sms < 1:
+            raise ValueError(f"sms: {self.sms} must be at least 1")
+        if self.block not in (128, 192, 256):
+            raise ValueError(f"block: {self.block} must be 128, 192 or 256")
+        if not 2 <= self.stages <= 8:
+            raise ValueError(f"stages: {self.stages} must be in [2, 8]")
+
+
+def _grouped(bytes_per_second: float) -> Expected:
+    source = "target, not measured: 600 TFLOP/s in whole tiles"
+    return Expected(flops_per_second=600e12, bytes_per_second=bytes_per_second, source=source)
+
+
 def _prefill(bytes_per_second: float) -> Expected:
     source = "target, not measured: 600 TFLOP/s at 8K"
     return Expected(flops_per_second=600e12, bytes_per_second=bytes_per_second, source=source)
@@ -219,6 +248,10 @@ ADD_NORM: dict[str, AddNormTuning] = {
 PREFILL: dict[str, PrefillTuning] = {
     "h100": PrefillTuning(sms=132, expected=_prefill(2.76e12)),
     "h200": PrefillTuning(sms=132, expected=_prefill(3.96e12)),
+}
+GROUPED: dict[str, GroupedTuning] = {
+    "h100": GroupedTuning(sms=132, expected=_grouped(2.76e12)),
+    "h200": GroupedTuning(sms=132, expected=_grouped(3.96e12)),
 }
 DEFAULT_GPU = "h200"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,8 @@ import ml_dtypes
 from nanoflow_jax.system.reading import ConfigError
 
 __all__ = [
-    "EMBEDDED", "Attention", "ConfigError", "Layer", "Mlp", "ModelConfig", "RopeConfig", "config_path", "configs_root",
-    "token_id_tuple",
+    "EMBEDDED", "Attention", "ConfigError", "Experts", "Layer", "Layouts", "Mlp", "ModelConfig", "RopeConfig",
+    "config_path", "configs_root", "token_id_tuple",
 ]  # fmt: skip
 
 
@@ -94,6 +95,8 @@ class Attention:
     query_growth
              queries are multiplied by 1 + query_growth * ln(1 + floor(position / the rotary embedding's original
              positions))
+    sinks    each query head has a logit beside those of the keys, which takes its share of the softmax and gives
+             nothing (gpt-oss)
     """
 
     rope: RopeConfig
@@ -103,14 +106,43 @@ class Attention:
     window: int | None = None
     qk_norm: Literal["head", "projection"] | None = None
     query_growth: float = 0.0
+    sinks: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of a layer that a router chooses from for each token.
+
+    count, per_token
+              how many there are, and are chosen
+    size      of each, as `intermediate_size` of an MLP
+    normalized
+              the weights of the chosen add up to 1; else they are their shares in the softmax over all
+    shared    size of the MLP that every token goes through besides, times the sigmoid of a gate; 0: none
+    bias      the router has one
+    """
+
+    count: int
+    per_token: int
+    size: int
+    normalized: bool = True
+    shared: int = 0
+    bias: bool = False
 
 
 @dataclass(frozen=True)
 class Mlp:
-    """Gated: activation(gate) * up. gelu_tanh: GELU by its approximation with tanh."""
+    """Gated: activation(gate) * up. gelu_tanh: GELU by its approximation with tanh; clamped_silu (gpt-oss):
+    gate * sigmoid(alpha * gate) * (up + 1), of a gate that is at most `limit`, and up within -limit and limit.
+
+    experts  None: one MLP for all tokens; else every number here is that of each expert
+    """
 
     bias: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "clamped_silu"] = "silu"
+    alpha: float = 1.0
+    limit: float = math.inf
+    experts: Experts | None = None
 
 
 @dataclass(frozen=True)
@@ -216,20 +248,55 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def experts(self) -> Experts | None:
+        """The one of all layers that have some."""
+        return next((layer.mlp.experts for layer in self.pattern if layer.mlp.experts is not None), None)
+
+    def dense_size(self, mlp: Mlp) -> int:
+        """Of the MLP that every token goes through; 0: there is none."""
+        return self.intermediate_size if mlp.experts is None else mlp.experts.shared
+
+    @property
     def num_params(self) -> int:
         """Number of weights, as published (tied embeddings counted once)."""
-        hidden, ffn, qd, kvd = self.hidden_size, self.intermediate_size, *self._attention_widths()
+        return self._params(lambda experts: experts.count)
+
+    @property
+    def active_params(self) -> int:
+        """Of those, how many a token is multiplied with: of the experts, those that it is sent to."""
+        return self._params(lambda experts: experts.per_token)
+
+    def _params(self, used: Callable[[Experts], int]) -> int:
+        hidden, (qd, kvd) = self.hidden_size, self._attention_widths()
         norms = 4 if self.norms == "both" else 2
-        layers = self.num_layers * (hidden * (qd + 2 * kvd) + qd * hidden + 3 * hidden * ffn + norms * hidden)
+        layers = self.num_layers * (hidden * (qd + 2 * kvd) + qd * hidden + norms * hidden)
         for layer in self.layers:
             layers += (qd + 2 * kvd) * layer.attention.qkv_bias + hidden * layer.attention.o_bias
-            layers += (2 * ffn + hidden) * layer.mlp.bias
+            layers += self.num_heads * layer.attention.sinks
             layers += {None: 0, "head": 2 * self.head_dim, "projection": qd + kvd}[layer.attention.qk_norm]
+            mlp, experts = layer.mlp, layer.mlp.experts
+            layers += self._mlp_params(self.dense_size(mlp), mlp.bias and experts is None)
+            if experts is not None:
+                layers += experts.count * (hidden + experts.bias) + hidden * (experts.shared > 0)
+                layers += used(experts) * self._mlp_params(experts.size, mlp.bias)
         embeddings = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2)
         return layers + embeddings + hidden
 
+    def _mlp_params(self, size: int, bias: bool) -> int:
+        return 3 * self.hidden_size * size + (2 * size + self.hidden_size * (size > 0)) * bias
+
     def _attention_widths(self) -> tuple[int, int]:
         return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class Layouts:
+    """Which weights a plan needs: O split over its outputs, over its inputs, or both; experts whole, each on one
+    device, or each split over all."""
+
+    o_by_output: bool = True
+    o_by_input: bool = True
+    expert_parallel: bool = False
 
 
 EMBEDDED = {"tiny": Path(__file__).parent / "assets" / "tiny_llama"}  # models that come with the package

@@ -26,10 +26,12 @@ from kernels_pallas.tuning import (
     APPEND,
     DECODE,
     DEFAULT_GPU,
+    GROUPED,
     PREFILL,
     PREFILL_STEP_PAGES,
     AddNormTuning,
     AppendTuning,
+    GroupedTuning,
     PrefillTuning,
     page_bytes,
     tuned_gpu,
@@ -41,6 +43,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "prefill_attention": PREFILL,
     "append_kv": APPEND,
     "add_rms_norm": ADD_NORM,
+    "grouped_gemm": GROUPED,
 }
 MODELS = (
     Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192),  # 70B rank
@@ -60,7 +63,7 @@ def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: 
     if stages is not None:
         if isinstance(tuning, AddNormTuning):
             tuning = replace(tuning, max_stages=stages)
-        elif isinstance(tuning, AppendTuning):
+        elif isinstance(tuning, AppendTuning | GroupedTuning):
             tuning = replace(tuning, stages=stages)
         else:
             pages = PREFILL_STEP_PAGES if prefill else tuning.step_pages

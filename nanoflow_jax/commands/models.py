@@ -75,8 +75,8 @@ def _families_text() -> str:
         [
             table(rows, left=3),
             "",
-            "All run in bfloat16 and float32 (float16 as bfloat16), with fp8 weights (quantization='fp8') and fp8 KV "
-            "pages (kv_cache_dtype='fp8').",
+            "All run in bfloat16 and float32 (float16 as bfloat16), with fp8 weights (quantization='fp8'; not with "
+            "experts) and fp8 KV pages (kv_cache_dtype='fp8').",
             f"Known by name: tiny, {', '.join(names)}; nanoflow models NAME says what one needs.",
         ]
     )
@@ -100,6 +100,7 @@ def _json(name: str, config: ModelConfig, found: Sequence[Share]) -> dict[str, A
         "model": name,
         "family": config.family,
         "parameters": config.num_params,
+        "active_parameters": config.active_params,
         "dtype": config.dtype,
         "max_length": config.max_length,
         "mesh_sizes": _sizes(config),
@@ -131,8 +132,8 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
     sizes, attention = _sizes(config), _attention(config)
     return "\n".join(
         [
-            f"{name}: family {config.family}, {_parameters(config.num_params)} parameters, {config.dtype}; a "
-            f"sequence has at most {config.max_length:,} tokens",
+            f"{name}: family {config.family}, {_parameters(config.num_params)} parameters{_active(config)}, "
+            f"{config.dtype}; a sequence has at most {config.max_length:,} tokens",
             f"mesh sizes that work: {', '.join(map(str, sizes))}",
             f"attention on Hopper: {'Mosaic GPU kernels' if attention is None else f'plain XLA: {attention}'}",
             "",
@@ -145,6 +146,13 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
             *(f"  {plan}: {', '.join(where)}" for plan, where in sorted(plans.items())),
         ]
     )
+
+
+def _active(config: ModelConfig) -> str:
+    """Of models with experts; and what those run on, where it is not the kernel."""
+    if config.experts is None:
+        return ""
+    return f" ({_parameters(config.active_params)} of them for a token)"
 
 
 def _parameters(count: int) -> str:

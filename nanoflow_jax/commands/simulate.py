@@ -44,10 +44,27 @@ def add(commands: Any) -> None:
         choices=("library", "nanoflow"),
         help="how the plan runs: as the engine runs it, or on NanoFlow's three lanes",
     )
+    p.add_argument(
+        "--expert-imbalance",
+        type=_imbalance,
+        default=1.0,
+        metavar="X",
+        help="rows of the device whose experts get most, over the mean (1.0: none)",
+    )
     p.add_argument("--json", action="store_true", help="print JSON; a list with --compare")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
     p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
     p.set_defaults(run=_run)
+
+
+def _imbalance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1.0 <= value <= 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a number of at least 1")
+    return value
 
 
 def add_target(p: Any) -> None:
@@ -142,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
         predict(
             name, config, plan, model, args.devices, demand,
             tokens_per_step=args.tokens_per_step, decode_slots=args.decode_slots, runtime=args.runtime,
-            kv_cache_dtype=args.kv_cache_dtype,
+            kv_cache_dtype=args.kv_cache_dtype, imbalance=args.expert_imbalance,
         )
         for plan in plans
     ]  # fmt: skip
@@ -178,10 +195,18 @@ def text(result: Throughput) -> str:
             f"{s.load.prefill_rows} prefill rows, {result.step_ms:.1f} ms (the time per token); "
             f"a request takes {result.request_seconds:.1f} s",
             inner.text(),
+            *_experts(result),
             f"KV: {kv.resident:,} of {kv.capacity:,} tokens{limit}",
             f"best of the step sizes tried: {rows} rows, {slots} decode slots, {rate:,.0f} tokens/s/GPU",
         ]
     )
+
+
+def _experts(result: Throughput) -> list[str]:
+    imbalance = result.simulation.imbalance
+    if imbalance is None:
+        return []
+    return [f"experts: the busiest device has {imbalance:g} times the mean of rows (--expert-imbalance)"]
 
 
 def _precision(result: Throughput) -> str:

@@ -6,12 +6,15 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from nanoflow_jax.config import ModelConfig
+from kernels_pallas.targets import mosaic_supported
+from nanoflow_jax.config import Experts, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_per_second
 from nanoflow_jax.hardware import Hardware
+from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
+TILE_ROWS = 128  # of the grouped GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
 
@@ -22,21 +25,23 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -> float:
-    """Tokens per second and GPU: `optimal_tokens_per_second` of the model's GEMMs."""
-    return optimal_tokens_per_second(hardware, config.num_params, calibrated, fp8=config.quantization == "fp8")
+    """Tokens per second and GPU: `optimal_tokens_per_second` of the model's GEMMs; of experts, those that a token is
+    sent to."""
+    return optimal_tokens_per_second(hardware, config.active_params, calibrated, fp8=config.quantization == "fp8")
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of activations and head, weight_dtype of the
-    layers' weights, page_bytes of an element of the pages; qk_norm and norms as the model has them."""
+    layers' weights, page_bytes of an element of the pages; qk_norm, norms and experts as the model has them (in every
+    layer, of models with experts in some)."""
 
     hidden: int
     width: int  # of all query heads together, on all devices
     q_heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
+    ffn: int  # of the MLP that every token goes through; 0: there is none
     vocab: int
     devices: int
     element_bytes: int
@@ -45,6 +50,7 @@ class Shapes:
     weight_dtype: str
     qk_norm: str | None
     norms: str
+    experts: Experts | None = None
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
@@ -55,7 +61,7 @@ class Shapes:
             q_heads=config.num_heads // devices,
             kv_heads=kv_groups(config, devices) // devices,
             head_dim=config.head_dim,
-            ffn=config.intermediate_size // devices,
+            ffn=(config.intermediate_size if config.experts is None else config.experts.shared) // devices,
             vocab=padded_vocab(config, devices) // devices,
             devices=devices,
             element_bytes=BYTES[config.dtype],
@@ -64,6 +70,7 @@ class Shapes:
             weight_dtype=HLO_NAMES[config.quantization or config.dtype],
             qk_norm=config.qk_norm,
             norms=config.norms,
+            experts=config.experts,
         )
 
     @property
@@ -73,8 +80,7 @@ class Shapes:
             "KQV": ((self.q_heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
             "O over N": (self.hidden // self.devices, self.width),
             "O over K": (self.hidden, self.width // self.devices),
-            "UG": (2 * self.ffn, self.hidden),
-            "D": (self.hidden, self.ffn),
+            **({"UG": (2 * self.ffn, self.hidden), "D": (self.hidden, self.ffn)} if self.ffn else {}),
             "HEAD": (self.vocab, self.hidden),
         }
 
@@ -83,13 +89,15 @@ class Shapes:
 class OpCosts:
     """Each op of a step on `rows` rows, alone on the GPU, by one latency model.
 
-    windows  of the layers, repeated over them; attention's costs are those of a layer, or the mean of all
+    windows    of the layers, repeated over them; attention's costs are those of a layer, or the mean of all
+    imbalance  rows of the device that has most, over the mean, where experts are split by their number
     """
 
     model: LatencyModel
     shapes: Shapes
     load: StepLoad
     windows: tuple[int | None, ...] = (None,)
+    imbalance: float = 1.0
 
     def gemm(self, name: str, rows: int) -> Prediction:
         """name: of `Shapes.gemms`."""
@@ -165,6 +173,60 @@ class OpCosts:
         first, _ = found[0]
         means = {name: sum(getattr(one, name) * share for one, share in found) for name in ("us", "flops", "bytes")}
         return first if len(found) == 1 else replace(first, **means)
+
+    def routed(self, rows: int, whole: bool) -> float:
+        """Rows that experts of the busiest device get. whole: each expert is on one device."""
+        experts, devices = self._experts, self.shapes.devices
+        share = self.imbalance / devices if whole and devices > 1 else 1.0
+        return rows * min(experts.per_token * share, experts.count / (devices if whole else 1))
+
+    @property
+    def _experts(self) -> Experts:
+        assert self.shapes.experts is not None
+        return self.shapes.experts
+
+    def grouped(self, name: str, rows: int, whole: bool) -> Prediction:
+        """UG or D of the experts, rows spread at random: whole tiles of 128 rows, and weights of those that get any.
+        Where there is no kernel for it, every row by every expert."""
+        s, experts = self.shapes, self._experts
+        count = experts.count // (s.devices if whole else 1)
+        size = experts.size if whole else experts.size // s.devices
+        wide, inputs, columns = (2 * size, s.hidden, size) if name == "UG" else (s.hidden, size, s.hidden)
+        found = self.routed(rows, whole)
+        used = count * (1 - (1 - found / rows / count) ** rows)
+        tiles = max(used, found / TILE_ROWS + used / 2)
+        if not self.grouped_kernels:
+            used, tiles = count, count * most_places(rows, experts.per_token, count, 1) / TILE_ROWS
+        flops = 2.0 * tiles * TILE_ROWS * wide * inputs
+        moved = s.element_bytes * (used * wide * inputs + found * (inputs + columns))
+        return self.model.kernel(flops, moved, s.weight_dtype)
+
+    def router(self, rows: int) -> Prediction:
+        return self.model.gemm(rows, self._experts.count, self.shapes.hidden, self.shapes.dtype)
+
+    def places(self, rows: int, whole: bool) -> tuple[Prediction, ...]:
+        """Softmax and choice; ranks of the choices within their experts; places and weights: as XLA makes them."""
+        experts = self._experts
+        local = experts.count // (self.shapes.devices if whole else 1)
+        scores, choices = rows * experts.count * 4.0, rows * experts.per_token * 4.0
+        moved = (2 * scores, 3 * scores, *[choices * local] * 4, *[2 * choices] * 4)
+        return tuple(self.model.kernel(0.0, one) for one in moved)
+
+    @property
+    def grouped_kernels(self) -> bool:
+        """The GPU has a kernel for grouped GEMMs."""
+        return mosaic_supported(self.model.hardware.capability, "grouped_gemm")
+
+    def tiles(self) -> Prediction:
+        """One of two small kernels that list the tiles of a grouped GEMM."""
+        return self.model.kernel(0.0, 0.0)
+
+    def dispatch(self, rows: int, whole: bool) -> Prediction:
+        return self._elementwise(2 * self.routed(rows, whole) * self.shapes.hidden)
+
+    def combine(self, rows: int) -> Prediction:
+        """XLA reads a row for every choice; for those that are not here the first, again and again."""
+        return self._elementwise((rows * self._experts.per_token + rows) * self.shapes.hidden)
 
     def transpose(self, rows: int) -> Prediction:
         """Attention output is turned before GEMV.AG."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, root_key
 from nanoflow_jax.engine.runner import Runner, compile_extra, compile_steps
 from nanoflow_jax.engine.windows import Windows
+from nanoflow_jax.models.experts import gate_of
 from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
@@ -179,13 +179,13 @@ def _sizes(
     pages = page_dtype(config, options.kv_cache_dtype)
     check_quantization(config, capability(device))
     backend = choose_backend(options.attention_backend, config, capability(device), options.page_size)
-    backends = KernelBackends.of(backend, pages, config, devices)
+    backends = KernelBackends.of(backend, pages, config, devices, plan.layouts(config, devices).expert_parallel)
     logger.info(
         "attention backend: %s; KV pages: %s; plan: %s; mesh: %d devices", backends.text(), pages, plan.name, devices
     )
     decode_slots = _decode_slots(options, devices, device.platform == "cpu")
     if options.deterministic:
-        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices)
+        _check_deterministic(plan, decode_slots, options.tokens_per_step, devices, config.experts is not None)
     max_length = config.max_length if options.max_model_len is None else options.max_model_len
     if not 1 < max_length <= config.max_length:
         raise ConfigError(f"max_model_len: {max_length}; accepted: 2 to the model's {config.max_length}")
@@ -195,7 +195,7 @@ def _sizes(
     source = None if folder is None else open_weights(folder)
     kv_scales = None if pages != FP8 else {} if source is None else _kv_scales(source, config)
     infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales,
+        config, devices, plan.layouts(config, devices), kv_scales=kv_scales,
         weight_scales=None if source is None else find_weight_scales(source.table, config),
     )  # fmt: skip
     if source is not None:
@@ -233,7 +233,8 @@ def heads_of(config: ModelConfig, devices: int, fp8: bool) -> Heads:
     return Heads(
         q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
         head_dim=config.head_dim, fp8=fp8, quantised=config.quantization == "fp8", hidden=config.hidden_size,
-        windows=tuple(sorted(windows)),
+        windows=tuple(sorted(windows)), sinks=any(layer.attention.sinks for layer in config.pattern),
+        gate=next((gate_of(layer.mlp) for layer in config.pattern if layer.mlp.experts is not None), None),
     )  # fmt: skip
 
 
@@ -287,8 +288,7 @@ def _check_processes(processes: Processes, folder: Path, options: LLMOptions) ->
 def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention: str, deterministic: bool) -> Key:
     """Key of the empty prefix. Anything that changes keys and values, or their rounding, changes it. `attention`: the
     kernels' backends and the pages' dtype."""
-    plan_text = hashlib.sha256(repr(plan).encode()).hexdigest()
-    return root_key(str(folder.resolve()), repr(asdict(config)), plan_text, attention, str(deterministic))
+    return root_key(str(folder.resolve()), repr(asdict(config)), plan.digest, attention, str(deterministic))
 
 
 def _offload(options: LLMOptions, root: Key) -> OffloadStore:
@@ -312,9 +312,9 @@ def _decode_slots(options: LLMOptions, devices: int, on_cpu: bool) -> int:
     return slots
 
 
-def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int) -> None:
+def _check_deterministic(plan: SchedulePlan, decode: int, rows: int, devices: int, experts: bool = False) -> None:
     """Raises ConfigError unless every row of a step goes through the same GEMMs and sums, wherever it stands."""
-    pieces = plan.pieces(decode, rows - decode, quantum=row_quantum(devices))
+    pieces = plan.pieces(decode, rows - decode, row_quantum(devices), experts=experts)
     sizes = {(p.op, p.rows) for p in pieces if OPS[p.op].kind != ATTENTION}
     ops = {op for op, _ in sizes}
     if len(sizes) > len(ops) or len(plan.strategies) > 1 or "scatter" in plan.strategies:

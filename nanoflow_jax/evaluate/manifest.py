@@ -103,7 +103,7 @@ def model_fingerprint(folder: Path) -> str:
 
 def plan_identity(plan: SchedulePlan) -> str:
     """Name and digest."""
-    return f"{plan.name} {hashlib.sha256(repr(plan).encode()).hexdigest()[:16]}"
+    return f"{plan.name} {plan.digest[:16]}"
 
 
 def _short(value: Any) -> str:

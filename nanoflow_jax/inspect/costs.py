@@ -12,7 +12,7 @@ from kernels_pallas.expected import LATENCY
 from nanoflow_jax.cost.latency import LatencyModel, Prediction
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
 from nanoflow_jax.inspect.hlo_words import COLLECTIVES, GEMM_LIBRARIES, MOSAIC
-from nanoflow_jax.plan.ops import APPEND, ATTENTION, of_kind
+from nanoflow_jax.plan.ops import APPEND, ATTENTION, GEMM, OPS, of_kind
 
 FREE = frozenset(
     """parameter constant bitcast tuple get-tuple-element after-all opt-barrier partition-id replica-id add-dependency
@@ -216,7 +216,8 @@ class CostModel:
         else:
             flops, moved = (value / parts for value in given)
             prediction = replace(self.latency.kernel(flops, moved), source="roofline of the caller's cost")
-        return Cost("attention" if piece.op in of_kind(ATTENTION) else "kernel", prediction, flops, moved, "", (piece,))
+        kind = {ATTENTION: "attention", GEMM: "gemm"}.get(OPS[piece.op].kind if piece.op in OPS else "", "kernel")
+        return Cost(kind, prediction, flops, moved, "", (piece,))
 
     def of_instruction(self, computation: Computation, instruction: Instruction) -> Cost:
         """Cost of one instruction, an async start counting for the whole pair. Control flow is not costed here."""

@@ -17,6 +17,7 @@ from nanoflow_jax.inspect.costs import (
     inner_collective,
     is_library_gemm,
     kernel_pieces,
+    mosaic_call,
     operand_bytes,
 )
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module, Piece
@@ -109,6 +110,8 @@ class _Program:
     def is_gemm(self, instruction: Instruction) -> bool:
         if instruction.opcode.endswith("-done") or instruction.base in ("while", "conditional", "call", "async"):
             return False
+        if "/grouped_gemm/" in instruction.op_name and mosaic_call(self.module, instruction) is not None:
+            return True
         return is_library_gemm(instruction) or instruction.opcode == "dot" or any(dots(self.module, instruction))
 
 

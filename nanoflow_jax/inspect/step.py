@@ -104,6 +104,7 @@ class StepInspection:
     layers: int
     model_layers: int
     period: int  # of the kinds of layers
+    experts: bool  # some layers have them
     compile_seconds: float
     memory: StepMemory
     report: Report
@@ -113,7 +114,9 @@ class StepInspection:
     @property
     def pieces(self) -> tuple[OpPiece, ...]:
         """The plan's op pieces at this step's size, in issue order."""
-        return self.plan.pieces(self.decode_tokens, self.tokens - self.decode_tokens, quantum=row_quantum(self.devices))
+        return self.plan.pieces(
+            self.decode_tokens, self.tokens - self.decode_tokens, row_quantum(self.devices), experts=self.experts
+        )
 
     @property
     def nano_batches(self) -> dict[tuple[str, int], int]:
@@ -227,9 +230,7 @@ def inspect_step(
     pages_dtype = page_dtype(config, kv_cache_dtype)
     attention_backend = choose_backend(attention_backend, config, hardware.capability, PAGE_SIZE)
     kv_scales = None if kv_cache_dtype == "auto" else {}
-    infos = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=kv_scales
-    )
+    infos = param_infos(config, devices, plan.layouts(config, devices), kv_scales=kv_scales)
     weights = weight_bytes(infos, devices)
     item = pages_dtype.itemsize
     page = page_bytes(config, devices, PAGE_SIZE, item)
@@ -251,7 +252,7 @@ def inspect_step(
         thunks = dumped_thunks(Path(folder), hlo)
     seconds = time.monotonic() - started
     latency = latency or RooflineModel(hardware)
-    pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices))
+    pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices), experts=config.experts is not None)
     lanes = plan.lanes if attention_backend == "mosaic" else {}  # elsewhere a plan's lanes are ignored
     budgets = {op: lane.sms for op, lane in lanes.items() if lane.sms}
     report = inspect_compiled(
@@ -259,7 +260,7 @@ def inspect_step(
         analysis,
         hardware,
         devices,
-        costs=attention_costs(config, pieces, devices, context, latency, item, budgets.get("GEMV")),
+        costs=kernel_costs(config, plan, pieces, devices, context, latency, item, budgets.get("GEMV")),
         latency=latency,
         budgets=budgets,
     )
@@ -281,6 +282,7 @@ def inspect_step(
         layers=config.num_layers,
         model_layers=full.num_layers,
         period=len(full.pattern),
+        experts=full.experts is not None,
         compile_seconds=seconds,
         memory=memory,
         report=report,
@@ -335,7 +337,7 @@ def _memory(
     item: int,
     context: int,
 ) -> StepMemory:
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     weights = weight_bytes(infos, devices)
     per_token = round(kv_bytes_per_token(config, devices, item, context))
     headroom = int(hardware.memory_bytes * MEMORY_UTILIZATION) - weights - temporaries
@@ -344,8 +346,9 @@ def _memory(
     )
 
 
-def attention_costs(
+def kernel_costs(
     config: ModelConfig,
+    plan: SchedulePlan,
     pieces: tuple[OpPiece, ...],
     devices: int,
     context: int,
@@ -353,11 +356,12 @@ def attention_costs(
     item: int = 2,
     sms: int | None = None,
 ) -> dict[tuple[str, int], Prediction | list[Prediction]]:
-    """Each attention piece of every layer and KV append on one device, every row with `context` tokens before it; item:
-    bytes of an element of the pages; sms: the most that decode attention uses, None: all."""
+    """Each attention piece of every layer, KV append, and what experts' kernels do, on one device; every row has
+    `context` tokens before it. item: bytes of an element of the pages; sms: the most that decode attention uses, None:
+    all."""
     load = StepLoad(1, 0, context, context)
     costs = OpCosts(model, Shapes.of(config, devices, item), load, layer_windows(config))
-    layers = range(config.num_layers)
+    layers, whole = range(config.num_layers), plan.whole_experts(config.experts, devices)
     found: dict[tuple[str, int], Prediction | list[Prediction]] = {}
     for piece in pieces:
         if piece.op == "KQV":
@@ -366,4 +370,8 @@ def attention_costs(
             found["GEMV", piece.piece] = [costs.decode_attention(piece.rows, sms, layer) for layer in layers]
         elif piece.op == "PF":
             found["PF", piece.piece] = [costs.prefill_attention(piece.rows, layer) for layer in layers]
+        elif config.experts is not None and piece.op in ("UG", "D"):
+            found[piece.op, piece.piece] = costs.grouped(piece.op, piece.rows, whole)
+        elif piece.op == "DISPATCH":
+            found[piece.op, piece.piece] = costs.dispatch(piece.rows, whole)
     return found

@@ -68,7 +68,8 @@ _REQUIRED_VALUES: dict[str, tuple[Any, ...]] = {
 # Far above any model's: what is larger is a mistake, and must be told before memory is taken for it.
 _LARGEST = {
     "num_hidden_layers": 2**12, "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**16,
-    "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
+    "num_local_experts": 2**12, "num_experts": 2**12, "moe_intermediate_size": 2**24,
+    "shared_expert_intermediate_size": 2**24, "hidden_size": 2**20, "intermediate_size": 2**24, "vocab_size": 2**24,
 }  # fmt: skip
 
 
@@ -181,6 +182,17 @@ def period[T](layers: Sequence[T]) -> tuple[T, ...]:
     """The shortest that gives all of them when it is repeated."""
     size = next(n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i % n] for i in range(len(layers))))
     return tuple(layers[:size])
+
+
+def read_experts(read: Fields, name: str) -> tuple[int, int]:
+    """How many experts a layer has, by the family's name for it, and how many of them a token takes."""
+    read.take("router_aux_loss_coef", (int, float), None)  # training's, as are these
+    read.take("router_jitter_noise", (int, float), None)
+    read.take("output_router_logits", bool, None)
+    count, per_token = read.positive(name), read.positive("num_experts_per_tok")
+    if per_token > count:
+        raise ConfigError(f"num_experts_per_tok: {per_token} must be at most {name} = {count}")
+    return count, per_token
 
 
 def read_window(read: Fields) -> int | None:

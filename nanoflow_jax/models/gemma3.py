@@ -65,7 +65,7 @@ def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.
         q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
         attention = self_attention(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, kind.attention)
         x = x + rms_norm(o_projection(attention, layer), norms[1], eps)
-        up = gated_mlp_up(rms_norm(x, norms[2], eps), layer, kind.mlp.activation)
+        up = gated_mlp_up(rms_norm(x, norms[2], eps), layer, kind.mlp)
         x = x + rms_norm(linear(up, layer.down, layer.down_bias), norms[3], eps)
     head = params.embedding if params.head is None else params.head
     return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

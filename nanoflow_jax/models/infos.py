@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from nanoflow_jax.config import Layer, ModelConfig
+from nanoflow_jax.config import Layer, Layouts, ModelConfig
+from nanoflow_jax.models.expert_infos import expert_infos
 from nanoflow_jax.models.fp8_formats import WeightScale
 from nanoflow_jax.models.kv_scales import kv_scales_info
 from nanoflow_jax.models.layout import LayerParams, ModelParams, kv_groups, padded_vocab
@@ -31,22 +32,21 @@ _NORMS = {
 def param_infos(
     config: ModelConfig,
     devices: int,
+    layouts: Layouts = Layouts(),  # noqa: B008
     *,
-    o_by_output: bool = True,
-    o_by_input: bool = True,
     dtype: Any = None,
     kv_scales: Mapping[str, tuple[int, ...]] | None = None,
     weight_scales: Mapping[str, WeightScale] | None = None,
 ) -> ModelParams:
     """Declares every weight for a mesh of `devices`.
 
-    o_by_output, o_by_input  which layouts of O the plan needs
+    layouts                  which weights the plan needs (`SchedulePlan.layouts`)
     kv_scales                with fp8 pages, the checkpoint's scales (`kv_scales.find_kv_scales`), which may be none
     weight_scales            of an fp8 checkpoint that is to be loaded (`fp8_formats.find_weight_scales`)
     """
     dtype = jnp.dtype(dtype or config.dtype)
     norm_dtype = jnp.dtype(jnp.float32) if config.norm_offset else dtype  # of what was added, no bit is lost
-    H, F, d = config.hidden_size, config.intermediate_size, config.head_dim
+    H, d = config.hidden_size, config.head_dim
     width = config.num_heads * d
     groups, vocab = kv_groups(config, devices), padded_vocab(config, devices)
     rows = config.num_heads // groups + 2
@@ -74,9 +74,9 @@ def param_infos(
         init = "normal" if kind == "weight" else "zeros"
         return ParamInfo((groups, rows, d, *tail), dtype, P(AXIS), init, sources, read)
 
-    def gate_up(prefix: str, kind: str) -> ParamInfo:
+    def gate_up(prefix: str, F: int, kind: str) -> ParamInfo:
         tail = (H,) if kind == "weight" else ()
-        names = [f"{prefix}.mlp.{part}_proj.{kind}" for part in ("gate", "up")]
+        names = [f"{prefix}.{part}_proj.{kind}" for part in ("gate", "up")]
 
         def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
             return np.stack([read_slice(name, index[1:]) for name in names[index[0]]])
@@ -118,6 +118,16 @@ def param_infos(
             return layer_norms(("self_attn.q_norm", "self_attn.k_norm"), d)
         return None if config.qk_norm is None else projection_norms()
 
+    def sinks(prefix: str) -> ParamInfo:
+        name, shape = f"{prefix}.self_attn.sinks", (groups, config.num_heads // groups)
+
+        def read(read_slice: ReadSlice, index: Index) -> np.ndarray:
+            start, stop = _bounds(index[0], groups)
+            return read_slice(name, (slice(start * shape[1], stop * shape[1]),)).reshape(-1, shape[1])[:, index[1]]
+
+        source = Source(name, (config.num_heads,))
+        return ParamInfo(shape, jnp.dtype(jnp.float32), P(AXIS), "zeros", (source,), read)
+
     def gemm(info: ParamInfo) -> Any:
         if weight_scales is not None:
             return stored_info(info, weight_scales, config)
@@ -127,17 +137,21 @@ def param_infos(
     def layer(i: int, kind: Layer) -> LayerParams:
         attention, mlp = kind.attention, kind.mlp
         prefix = f"model.layers.{i}"
-        o, down = f"{prefix}.self_attn.o_proj", f"{prefix}.mlp.down_proj"
+        o, F = f"{prefix}.self_attn.o_proj", config.dense_size(mlp)
+        dense = f"{prefix}.mlp" if mlp.experts is None else f"{prefix}.mlp.shared_expert"
+        bias = mlp.bias and F > 0
         return LayerParams(
             kqv=gemm(kqv(prefix, "weight")),
             kqv_bias=kqv(prefix, "bias") if attention.qkv_bias else None,
-            o_by_output=gemm(plain(f"{o}.weight", (H, width), P(AXIS, None))) if o_by_output else None,
-            o_by_input=gemm(plain(f"{o}.weight", (H, width), P(None, AXIS))) if o_by_input else None,
+            o_by_output=gemm(plain(f"{o}.weight", (H, width), P(AXIS, None))) if layouts.o_by_output else None,
+            o_by_input=gemm(plain(f"{o}.weight", (H, width), P(None, AXIS))) if layouts.o_by_input else None,
             o_bias=plain(f"{o}.bias", (H,), P(), "zeros") if attention.o_bias else None,
-            ug=gemm(gate_up(prefix, "weight")),
-            ug_bias=gate_up(prefix, "bias") if mlp.bias else None,
-            down=gemm(plain(f"{down}.weight", (H, F), P(None, AXIS))),
-            down_bias=plain(f"{down}.bias", (H,), P(), "zeros") if mlp.bias else None,
+            ug=gemm(gate_up(dense, F, "weight")) if F else None,
+            ug_bias=gate_up(dense, F, "bias") if bias else None,
+            down=gemm(plain(f"{dense}.down_proj.weight", (H, F), P(None, AXIS))) if F else None,
+            down_bias=plain(f"{dense}.down_proj.bias", (H,), P(), "zeros") if bias else None,
+            sinks=sinks(prefix) if attention.sinks else None,
+            experts=None if mlp.experts is None else expert_infos(config, mlp, prefix, layouts.expert_parallel, dtype),
         )
 
     return ModelParams(

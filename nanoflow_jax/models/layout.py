@@ -33,10 +33,25 @@ class LayerParams:
     o_by_output: Any  # [H, heads * d] split over H, for O split over N
     o_by_input: Any  # [H, heads * d] split over heads, for O split over K
     o_bias: Any  # [H] or None
-    ug: Any  # [2, F, H]: gate, up
+    ug: Any  # [2, F, H]: gate, up; None in a layer of experts without a shared one, whose weights these are
     ug_bias: Any  # [2, F] or None
     down: Any  # [H, F]
     down_bias: Any  # [H] or None
+    sinks: Any = None  # [G, r] float32: a logit of each query head, or None
+    experts: Any = None  # ExpertParams, or None
+
+
+@struct.dataclass
+class ExpertParams:
+    """E experts of size F, split over their number, or each over F (`Layouts.expert_parallel`)."""
+
+    router: Any  # [E, H]
+    router_bias: Any  # [E] or None
+    ug: Any  # [E, 2, F, H]: gate, up
+    ug_bias: Any  # [E, 2, F] or None
+    down: Any  # [E, H, F]
+    down_bias: Any  # [E, H] or None
+    shared_gate: Any  # [1, H] of the shared expert, or None
 
 
 @struct.dataclass

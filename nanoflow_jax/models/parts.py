@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nanoflow_jax.config import Attention, RopeConfig
+from nanoflow_jax.config import Attention, Mlp, RopeConfig
 from nanoflow_jax.models.layout import LayerParams
 from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, Weight, contract_fp8
 from nanoflow_jax.models.rope import rope_frequencies
@@ -71,26 +71,38 @@ def split_kqv(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scale: float | None = None, window: int | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float | None = None,
+    window: int | None = None,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Each row on those up to itself, and no more than `window` of them: q [n, g, r, d], k and v [n, g, d] ->
-    [n, g, r, d]; softmax in float32. `scale` multiplies the scores; d ** -0.5 by default."""
+    [n, g, r, d]; softmax in float32, with sinks [g, r] beside the scores. `scale` multiplies the scores; d ** -0.5 by
+    default."""
     exact = lax.Precision.HIGHEST
     scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
     seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
     seen = seen if window is None else jnp.triu(seen, 1 - window)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if sinks is not None:
+        beside = jnp.broadcast_to(sinks[:, :, None, None], (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, beside], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[0]]
     return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
 
 
-def self_attention(q: jax.Array, k: jax.Array, v: jax.Array, kind: Attention) -> jax.Array:
+def self_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, kind: Attention, sinks: jax.Array | None = None
+) -> jax.Array:
     """Of one whole sequence, from its first token on: rotary embedding and causal attention. q [n, g, r, d], k and v
     [n, g, d] -> [n, g * r * d]."""
     positions = jnp.arange(q.shape[0])
     tables = rope_tables(kind.rope, q.shape[-1], positions)
     q, k = apply_rope(q, *query_tables(kind, *tables, positions)), apply_rope(k, *tables)
-    return causal_attention(q, k, v, kind.scale, kind.window).reshape(q.shape[0], -1)
+    return causal_attention(q, k, v, kind.scale, kind.window, sinks).reshape(q.shape[0], -1)
 
 
 def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
@@ -98,13 +110,21 @@ def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
     return linear(x, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
 
 
-def gated_mlp_up(x: Input, layer: LayerParams, activation: str = "silu") -> jax.Array:
+def gated_mlp_up(x: Input, layer: LayerParams, mlp: Mlp = Mlp()) -> jax.Array:  # noqa: B008
     """UG: x [n, H] -> activation(gate) * up, [n, f] of this device's f columns; see `Mlp`."""
     f = layer.ug.shape[1]
     both = linear(x, layer.ug, layer.ug_bias)
-    if activation == "silu":
-        return jax.nn.silu(both[:, :f]) * both[:, f:]
-    return jax.nn.gelu(both[:, :f].astype(jnp.float32), approximate=True).astype(x.dtype) * both[:, f:]
+    return gated(both[:, :f], both[:, f:], mlp)
+
+
+def gated(gate: jax.Array, up: jax.Array, mlp: Mlp) -> jax.Array:
+    """activation(gate) * up, as `Mlp` has it."""
+    if mlp.activation == "silu":
+        return jax.nn.silu(gate) * up
+    if mlp.activation == "gelu_tanh":
+        return jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(gate.dtype) * up
+    gate, up = jnp.minimum(gate, mlp.limit), jnp.clip(up, -mlp.limit, mlp.limit)
+    return gate * jax.nn.sigmoid(mlp.alpha * gate) * (up + 1)
 
 
 def rope_tables(rope: RopeConfig, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -12,14 +12,17 @@ import jax
 from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, config_path
 from nanoflow_jax.models import (
     gemma3,
+    gpt_oss,
     granite,
     llama,
     ministral3,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     qwen2,
     qwen3,
+    qwen_moe,
     seed_oss,
 )
 from nanoflow_jax.models.fields import Fields
@@ -54,6 +57,10 @@ FAMILIES = {
         Family("olmo2", ("Olmo2ForCausalLM",), olmo2.read_config, olmo2.forward),
         Family("olmo3", ("Olmo3ForCausalLM",), olmo3.read_config, olmo3.forward),
         Family("ministral3", ("Ministral3ForCausalLM",), ministral3.read_config, ministral3.forward),
+        Family("mixtral", ("MixtralForCausalLM",), mixtral.read_config, mixtral.forward),
+        Family("qwen2_moe", ("Qwen2MoeForCausalLM",), qwen_moe.read_qwen2, qwen_moe.forward),
+        Family("qwen3_moe", ("Qwen3MoeForCausalLM",), qwen_moe.read_qwen3, qwen_moe.forward),
+        Family("gpt_oss", ("GptOssForCausalLM",), gpt_oss.read_config, gpt_oss.forward),
         Family("gemma3_text", ("Gemma3ForCausalLM",), gemma3.read_config, gemma3.forward),
     )
 }

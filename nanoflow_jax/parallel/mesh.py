@@ -45,9 +45,15 @@ def check_divides(config: ModelConfig, size: int) -> None:
 
 def valid_sizes(config: ModelConfig) -> list[int]:
     """Mesh sizes that split query heads, hidden and intermediate evenly, and split or evenly replicate the KV heads."""
-    heads, kv = config.num_heads, config.num_kv_heads
-    widths = (heads, config.hidden_size, config.intermediate_size)
-    return [n for n in range(1, heads + 1) if not any(w % n for w in widths) and (kv % n == 0 or n % kv == 0)]
+    heads, kv, experts = config.num_heads, config.num_kv_heads, config.experts
+    widths = {heads, config.hidden_size, *(config.dense_size(layer.mlp) for layer in config.pattern)}
+    return [
+        n
+        for n in range(1, heads + 1)
+        if not any(w % n for w in widths)
+        and (kv % n == 0 or n % kv == 0)
+        and (experts is None or experts.count % n == 0 or experts.size % n == 0)
+    ]
 
 
 def local_aval(aval: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:

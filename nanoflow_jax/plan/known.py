@@ -54,8 +54,10 @@ def _known(
 
     if not alike:
 
-        def strangeness(made: tuple[SchedulePlan, Target]) -> tuple[bool, bool]:
-            return made[1].devices != devices, made[1].quantization != config.quantization
+        def strangeness(made: tuple[SchedulePlan, Target]) -> tuple[bool, bool, bool]:
+            _, target = made
+            routed = (target.num_experts is None) != (config.experts is None)
+            return routed, target.devices != devices, target.quantization != config.quantization
 
         nearest = min(map(strangeness, others))
         best = min((made[0] for made in others if strangeness(made) == nearest), key=lambda p: (*distance(p), p.name))

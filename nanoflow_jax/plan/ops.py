@@ -4,8 +4,11 @@ A new op is added here, as a method of the layer program (`step.layer`) under it
 what it computes (`step.trace`) and costs (`timeline.jobs`); plans, search, simulator and inspector read the rest here.
 
 KQV includes the norm before it, rotary embedding and the KV append; UG includes the norm before it, SiLU and the
-product. How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden
-H, head width w = heads * d):
+product. In a layer of experts ROUTE includes the norm, the router's scores and the order of rows by expert; DISPATCH
+brings the rows into that order, UG and D are grouped GEMMs, and COMBINE adds up what the experts of a row gave.
+
+How attention output becomes the next residual is a strategy of each nano-batch (rows n, p devices, hidden H, head width
+w = heads * d):
 
     gather   GEMV.AG [n, w/p] -> [n, w],  O split over N [n, H/p],  O.AG -> [n, H]           D.AR
     reduce   O split over K: partial sums [n, H],  O.AR                                      D.AR
@@ -17,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMPUTE, MEMORY, NETWORK = "compute", "memory", "network"
-GEMM, ATTENTION, COLLECTIVE = "gemm", "attention", "collective"
+GEMM, ATTENTION, COLLECTIVE, ROUTING = "gemm", "attention", "collective", "routing"
 ALL, DECODE, PREFILL, NANO_BATCH = "all", "decode", "prefill", "nano-batch"
 HIDDEN, WIDTH = "hidden", "width"
 
@@ -31,6 +34,7 @@ class Op:
             its own kind up to its last
     lane    it may run on a stream of its own: bound by memory, with a kernel that can leave SMs to a GEMM
     columns of what a collective gives: HIDDEN, as the residual, or WIDTH, all heads together
+    experts it is there only in models that have layers of experts; in their other layers it does nothing
     """
 
     name: str
@@ -41,6 +45,7 @@ class Op:
     causal: bool = False
     lane: bool = False
     columns: str = HIDDEN
+    experts: bool = False
 
     @property
     def splittable(self) -> bool:
@@ -64,8 +69,11 @@ OPS: dict[str, Op] = {
         Op("O.RS", NETWORK, COLLECTIVE),
         Op("O.AG", NETWORK, COLLECTIVE),
         Op("O.AR", NETWORK, COLLECTIVE),
+        Op("ROUTE", MEMORY, ROUTING, experts=True),
+        Op("DISPATCH", MEMORY, ROUTING, experts=True),
         Op("UG", COMPUTE, GEMM),
         Op("D", COMPUTE, GEMM),
+        Op("COMBINE", MEMORY, ROUTING, experts=True),
         Op("D.AR", NETWORK, COLLECTIVE),
         Op("D.RS", NETWORK, COLLECTIVE),
         Op("D.AG", NETWORK, COLLECTIVE),
@@ -74,9 +82,9 @@ OPS: dict[str, Op] = {
 
 # Ops over the rows of a nano-batch, after attention, in dependency order.
 STRATEGIES: dict[str, tuple[str, ...]] = {
-    "gather": ("GEMV.AG", "O", "O.AG", "UG", "D", "D.AR"),
-    "reduce": ("O", "O.AR", "UG", "D", "D.AR"),
-    "scatter": ("O", "O.RS", "O.AG", "UG", "D", "D.RS", "D.AG"),
+    "gather": ("GEMV.AG", "O", "O.AG", "ROUTE", "DISPATCH", "UG", "D", "COMBINE", "D.AR"),
+    "reduce": ("O", "O.AR", "ROUTE", "DISPATCH", "UG", "D", "COMBINE", "D.AR"),
+    "scatter": ("O", "O.RS", "O.AG", "ROUTE", "DISPATCH", "UG", "D", "COMBINE", "D.RS", "D.AG"),
 }
 
 # What the layer program does without a plan's word: keys and values of a KQV piece go to the pages.

@@ -27,6 +27,11 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     stream = 1
     sms = 48
 
+    # Optional, of a model with experts: whole ones on each device (true), or a share of each (false). Left out: whole
+    # ones where their number divides. An order that names no ROUTE, DISPATCH and COMBINE has each right ahead of the op
+    # that needs it.
+    expert_parallel = true
+
     # optional: what the plan was made for, by which LLM(plan="auto") finds it; a GPU by its name in configs/hardware
     [for]
     gpu = "h200"
@@ -37,19 +42,21 @@ A plan is a TOML file in `configs/plans` that people and the search read and wri
     num_heads = 64
     num_kv_heads = 8
     quantization = "fp8"              # only where the layers' weights are
+    num_experts = 128                 # only of a model with experts
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, takewhile
 from typing import Any
 
-from nanoflow_jax.config import ConfigError, ModelConfig, config_path
+from nanoflow_jax.config import ConfigError, Experts, Layouts, ModelConfig, config_path
 from nanoflow_jax.plan.ops import ALL, ATTENTION, DECODE, OPS, PREFILL, STRATEGIES, of_kind
 from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
 
@@ -93,12 +100,15 @@ class Target:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    quantization: str | None = field(default=None, repr=False)  # the plan does the same: its digests stay
+    # The plan does the same: its digests stay.
+    quantization: str | None = field(default=None, repr=False)
+    num_experts: int | None = field(default=None, repr=False)
 
     @staticmethod
     def of(config: ModelConfig, gpu: str, devices: int) -> Target:
-        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in ("gpu", "devices")}
-        return Target(gpu, devices, **sizes)
+        others = ("gpu", "devices", "num_experts")
+        sizes = {f.name: getattr(config, f.name) for f in fields_of(Target) if f.name not in others}
+        return Target(gpu, devices, **sizes, num_experts=None if config.experts is None else config.experts.count)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ class SchedulePlan:
     lanes: Mapping[str, Lane] = field(default_factory=dict)
     target: Target | None = None
     gathers: str | None = None  # "fp8", or None: as the activations
+    expert_parallel: bool | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -143,7 +154,8 @@ class SchedulePlan:
 
     def __repr__(self) -> str:
         """Without what is None by default, so that digests of plans stay as releases add fields."""
-        shown = (f for f in fields_of(self) if f.name != "gathers" or self.gathers)
+        added = ("gathers", "expert_parallel")
+        shown = (f for f in fields_of(self) if f.name not in added or getattr(self, f.name) is not None)
         return f"SchedulePlan({', '.join(f'{f.name}={getattr(self, f.name)!r}' for f in shown)})"
 
     def check_gathers(self, quantization: str | None) -> None:
@@ -153,6 +165,11 @@ class SchedulePlan:
                 f"gathers: plan {self.name!r} gathers in {self.gathers}, and the model's weights are not in it; "
                 f"accepted: quantization={self.gathers!r}, or a plan without gathers"
             )
+
+    @property
+    def digest(self) -> str:
+        """Of all that a step does by it."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
 
     @property
     def strategies(self) -> frozenset[str]:
@@ -168,13 +185,36 @@ class SchedulePlan:
         """O split over K is used by some nano-batch."""
         return bool(self.strategies & {"reduce", "scatter"})
 
-    def pieces(self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM) -> tuple[OpPiece, ...]:
+    def layouts(self, config: ModelConfig, devices: int) -> Layouts:
+        """Which weights it needs of a model. Raises ConfigError where the experts cannot be split so."""
+        experts, whole = config.experts, self.whole_experts(config.experts, devices)
+        if experts is None:
+            return Layouts(self.needs_o_by_output, self.needs_o_by_input)
+        if (experts.count if whole else experts.size) % devices:
+            what = f"{experts.count} experts" if whole else f"experts of size {experts.size}"
+            raise ConfigError(
+                f"expert_parallel: {str(whole).lower()} splits {what} over {devices} devices, which does not divide; "
+                f"accepted: {str(not whole).lower()}"
+            )
+        return Layouts(self.needs_o_by_output, self.needs_o_by_input, whole)
+
+    def whole_experts(self, experts: Experts | None, devices: int) -> bool:
+        """Whether each is on one device."""
+        if experts is None:
+            return False
+        return experts.count % devices == 0 if self.expert_parallel is None else self.expert_parallel
+
+    def pieces(
+        self, decode_rows: int, prefill_rows: int, quantum: int = ROW_QUANTUM, *, experts: bool = False
+    ) -> tuple[OpPiece, ...]:
         """The plan on a step of `decode_rows + prefill_rows` rows, in issue order.
 
         At the plan's own size the rows are exactly the plan's. At other sizes the cuts are scaled, decode and
         prefill rows each by their own factor, to multiples of `quantum`; pieces that become empty are dropped. Below
         `SPLIT_ABOVE` rows there is one nano-batch, with the last one's strategy; so there is in a step with a kind of
         row (decode, prefill) that the plan has none of.
+
+        experts: of a model that has some; else the ops that only those have are left out.
         """
         total = decode_rows + prefill_rows
         planned_total, planned_decode = self.tokens_per_step or total, self.decode_tokens or 0
@@ -186,7 +226,7 @@ class SchedulePlan:
             or (prefill_rows and planned_decode == planned_total)
         ):
             return SchedulePlan(self.name, (NanoBatch(None, self.nano_batches[-1].attention_output),)).pieces(
-                decode_rows, prefill_rows
+                decode_rows, prefill_rows, experts=experts
             )
 
         def place(row: int) -> int:
@@ -202,6 +242,8 @@ class SchedulePlan:
         batches = [place(row) for row in self._cuts("O", planned_total, planned_decode)]
         found: dict[str, OpPiece] = {}
         for op in OPS:
+            if OPS[op].experts and not experts:
+                continue
             cuts = [place(row) for row in self._cuts(op, planned_total, planned_decode)]
             for i, (start, stop) in enumerate(pairwise(cuts), start=1):
                 used = OPS[op].splittable or op in STRATEGIES[self.nano_batches[i - 1].attention_output]
@@ -209,7 +251,27 @@ class SchedulePlan:
                     batch = max(j for j, edge in enumerate(batches[:-1], start=1) if edge <= start)
                     found[f"{op}.{i}"] = OpPiece(op, i, start, stop, batch)
         order = self.order or tuple(f"{op}.{i}" for op in OPS for i in range(1, len(self._cuts(op, 2, 1))))
+        if self.order and not self.names_experts:
+            order = self._with_experts(order)
         return tuple(found[name] for name in order if name in found)
+
+    @property
+    def names_experts(self) -> bool:
+        """Its order says when rows go to the experts and come from them."""
+        return any(OPS[name.rpartition(".")[0]].experts for name in self.order)
+
+    def _with_experts(self, order: tuple[str, ...]) -> tuple[str, ...]:
+        """The ops that only models with experts have, each right ahead of the one after it in its strategy."""
+        full: list[str] = []
+        for name in order:
+            op, _, piece = name.rpartition(".")
+            if not OPS[op].splittable:
+                chain = STRATEGIES[self.nano_batches[int(piece) - 1].attention_output]
+                at = chain.index(op) if op in chain else 0
+                before = takewhile(lambda op: OPS[op].experts, reversed(chain[:at]))
+                full += reversed([f"{op}.{piece}" for op in before])
+            full.append(name)
+        return tuple(full)
 
     def _cuts(self, op: str, total: int, decode: int) -> list[int]:
         """Rows at which `op` is cut in a step of the plan's own size, both ends included."""
@@ -246,6 +308,7 @@ def _line_of(text: str, message: str) -> str:
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
     known = {
+        "expert_parallel",
         "description",
         "tokens_per_step",
         "decode_tokens",
@@ -279,9 +342,12 @@ def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     sized = {k: _typed(k, fields[k], int) for k in ("tokens_per_step", "decode_tokens") if k in fields}
     description = _typed("description", fields.get("description", ""), str)
     target = _target(fields["for"]) if "for" in fields else None
+    whole = fields.get("expert_parallel")
+    if whole not in (None, True, False) or (isinstance(whole, int) and not isinstance(whole, bool)):
+        raise ConfigError(f"expert_parallel: {whole!r} must be true or false")
     return SchedulePlan(
         name, tuple(parsed), description, splits=splits, order=tuple(order), lanes=lanes, target=target,
-        gathers=fields.get("gathers"), **sized,
+        gathers=fields.get("gathers"), expert_parallel=whole, **sized,
     )  # fmt: skip
 
 
@@ -310,9 +376,15 @@ def _target(value: Any) -> Target:
     quantization = table.get("quantization")
     if quantization not in (None, "fp8"):
         raise ConfigError(f"for.quantization: {quantization!r} is not accepted; expected 'fp8', or no such line")
-    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target) if f.name != "quantization"}
-    if odd := sorted(set(table) - {"quantization"} ^ set(wanted)):
-        raise ConfigError(f"for.{odd[0]}: the table [for] holds {', '.join(wanted)}, and quantization where it is fp8")
+    optional = {"quantization", "num_experts"}
+    wanted = {f.name: str if f.name == "gpu" else int for f in fields_of(Target) if f.name not in optional}
+    if odd := sorted(set(table) - optional ^ set(wanted)):
+        raise ConfigError(
+            f"for.{odd[0]}: the table [for] holds {', '.join(wanted)}, and quantization where it is fp8, "
+            "num_experts of a model with experts"
+        )
+    if "num_experts" in table:
+        wanted["num_experts"] = int
     sizes = {name: _typed(f"for.{name}", table[name], kind) for name, kind in wanted.items()}
     return Target(**sizes, quantization=quantization)
 
@@ -370,7 +442,8 @@ def _check_order(plan: SchedulePlan) -> None:
     unordered = SchedulePlan(plan.name, plan.nano_batches, "", plan.tokens_per_step, plan.decode_tokens, plan.splits)
     total = plan.tokens_per_step or 2 * ROW_QUANTUM
     decode = plan.decode_tokens if plan.decode_tokens is not None else total // 2
-    pieces = {p.name: p for p in unordered.pieces(decode, total - decode)}
+    experts = any(name.startswith(tuple(f"{op}." for op in OPS if OPS[op].experts)) for name in plan.order)
+    pieces = {p.name: p for p in unordered.pieces(decode, total - decode, experts=experts)}
     known = [pieces[name] for name in plan.order if name in pieces]
     deferred = deferred_gathers(known)
     for number in deferred:
@@ -417,7 +490,10 @@ def needs(piece: OpPiece, pieces: Mapping[str, OpPiece]) -> list[str]:
     if op.splittable:
         return []
     chain = next(
-        ops for ops in STRATEGIES.values() if piece.op in ops and all(f"{o}.{piece.piece}" in pieces for o in ops)
+        present
+        for ops in STRATEGIES.values()
+        if piece.op in (present := [o for o in ops if not OPS[o].experts or f"{o}.{piece.piece}" in pieces])
+        and all(f"{o}.{piece.piece}" in pieces for o in present)
     )
     at = chain.index(piece.op)
     if at == 0:

@@ -16,6 +16,8 @@ def plan_toml(plan: SchedulePlan, remarks: list[str]) -> str:
     sizes = {name: getattr(plan, name) for name in ("tokens_per_step", "decode_tokens")}
     lines += [f"{name} = {value}" for name, value in sizes.items() if value is not None]
     lines += [f'gathers = "{plan.gathers}"'] if plan.gathers else []
+    if plan.expert_parallel is not None:
+        lines.append(f"expert_parallel = {str(plan.expert_parallel).lower()}")
     if plan.order:
         listed = wrap(", ".join(f'"{name}"' for name in plan.order) + ",", 120, break_on_hyphens=False)
         lines += ["order = [", *(f"    {part}" for part in listed), "]"]

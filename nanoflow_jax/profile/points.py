@@ -206,7 +206,7 @@ def _pieces(scope: Scope, plan: SchedulePlan) -> Sequence[OpPiece]:
     quantum = row_quantum(scope.shapes.devices)
     decode = plan.decode_tokens if exact else scope.tokens * 5 // 8 // quantum * quantum
     assert decode is not None
-    return plan.pieces(decode, scope.tokens - decode, quantum)
+    return plan.pieces(decode, scope.tokens - decode, quantum, experts=scope.shapes.experts is not None)
 
 
 def _collectives(scope: Scope) -> dict[str, int]:

@@ -12,7 +12,7 @@ from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.known import known_plan, plans_with_target
-from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan
 from nanoflow_jax.search.predict import TOKENS_PER_STEP, kv_capacity
 from nanoflow_jax.step.attention import QUANTIZATIONS, check_quantization, page_dtype
 
@@ -47,9 +47,12 @@ class Share:
     fits: dict[str, Fit]
 
 
+PLAIN = SchedulePlan("plain", (NanoBatch(None, "reduce"),))  # one layout of O
+
+
 def quantizations(config: ModelConfig) -> tuple[str | None, ...]:
     """Precisions in which the layers' weights can be had: of a checkpoint that comes quantized, its own."""
-    return QUANTIZATIONS if config.quantization is None else (config.quantization,)
+    return QUANTIZATIONS if config.quantization is None and config.experts is None else (config.quantization,)
 
 
 def shares(config: ModelConfig, gpus: Sequence[Hardware]) -> list[Share]:
@@ -65,7 +68,7 @@ def _share(config: ModelConfig, devices: int, gpus: Sequence[Hardware], known: S
     return Share(
         devices,
         config.quantization,
-        weight_bytes(param_infos(config, devices, o_by_output=False), devices),
+        weight_bytes(param_infos(config, devices, PLAIN.layouts(config, devices)), devices),
         {kind: request_kv_bytes(config, devices, item[kind], length) / length for kind in PAGES},
         {gpu.name: _fit(config, gpu, devices, known) for gpu in gpus if devices <= gpu.node_size},
     )

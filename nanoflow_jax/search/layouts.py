@@ -144,7 +144,7 @@ def _predicted(
     if room < demand.request:
         few = f"KV has room for {room:,} tokens, a request has {demand.request:,}"
         return replace(layout, plan=plan.name, refused=few if room > 0 else "the weights do not fit")
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     found = predict(name, config, plan, model, devices, demand, tokens_per_step=rows, kv_cache_dtype=pages, sizes=())
     step = found.simulation
     return replace(

@@ -82,6 +82,7 @@ class Throughput:
             "kv_cache_dtype": self.kv_cache_dtype,
             "workload": self.demand.name,
             "runtime": s.runtime,
+            "expert_imbalance": s.imbalance,
             "tokens_per_second_per_gpu": s.tokens_per_second_per_gpu,
             "optimum_tokens_per_second_per_gpu": self.optimum,
             "share_of_optimum": s.tokens_per_second_per_gpu / self.optimum,
@@ -109,7 +110,7 @@ def kv_capacity(
 
     kv_cache_dtype: of the pages, as `LLM` takes it; request: tokens of one, by which a token is priced
     """
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     left = hardware.memory_bytes * utilization - weight_bytes(infos, devices)
     temporaries = RESIDUALS * rows * config.hidden_size * BYTES[config.dtype]
     item = page_dtype(config, kv_cache_dtype).itemsize
@@ -141,6 +142,7 @@ def predict(
     runtime: str = "library",
     kv_cache_dtype: str = "auto",
     sizes: Sequence[int] = STEP_SIZES,
+    imbalance: float = 1.0,
 ) -> Throughput:
     """name: of the model, for the report; tokens_per_step: None is the plan's own; decode_slots: None is what the
     workload and the memory allow. Raises ConfigError when the model does not fit."""
@@ -158,7 +160,9 @@ def predict(
             )
         wanted = demand.step(rows, decode_slots=decode_slots, quantum=row_quantum(devices))
         load = demand.step(rows, capacity, decode_slots, row_quantum(devices))
-        simulation = simulate_step(plan, config, model, devices, load, runtime=runtime, page_bytes=item)
+        simulation = simulate_step(
+            plan, config, model, devices, load, runtime=runtime, page_bytes=item, imbalance=imbalance
+        )
         return simulation, KVRoom(capacity, round(demand.resident(load)), load.decode_rows < wanted.decode_rows)
 
     simulation, kv = at(rows)

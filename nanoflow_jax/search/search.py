@@ -191,7 +191,7 @@ class Finder:
         page_bytes: int | None = None,
     ):  # fmt: skip
         self.name, self.model, self.devices = name, model, devices
-        self.load, self.space = load, space
+        self.load, self.space, self.experts = load, space, config.experts is not None
         self.costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
         self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
         self.speeds = Speeds(model)
@@ -308,7 +308,9 @@ class Finder:
         return Steps.read(self.jobs(plan), self.model), self.chains(s, plan), after
 
     def _pieces(self, plan: SchedulePlan) -> tuple[OpPiece, ...]:
-        return plan.pieces(self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices))
+        return plan.pieces(
+            self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices), experts=self.experts
+        )
 
 
 def _chain(number: int, deferred: bool, pieces: dict[str, OpPiece]) -> Chain:

@@ -36,6 +36,7 @@ class Simulation:
     devices: int
     runtime: str
     layers: int
+    imbalance: float | None  # of the experts; None: there are none
     inner: InnerLayer
     timeline: Timeline
     totals: Totals
@@ -71,7 +72,9 @@ class Simulation:
     @property
     def nano_batches(self) -> dict[tuple[str, int], int]:
         """The nano-batch of each (op, piece)."""
-        pieces = self.plan.pieces(self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices))
+        pieces = self.plan.pieces(
+            self.load.decode_rows, self.load.prefill_rows, row_quantum(self.devices), experts=self.imbalance is not None
+        )
         return {(piece.op, piece.piece): piece.nano_batch for piece in pieces}
 
 
@@ -86,23 +89,35 @@ def simulate_step(
     shares: Shares | None = None,
     layers: int | None = None,
     page_bytes: int | None = None,
+    imbalance: float = 1.0,
 ) -> Simulation:
     """layers: how many are simulated (at least 4, or all), None: enough; runtime, shares: see `jobs`; page_bytes: of an
-    element of the pages, None: as the activations. Raises ConfigError."""
+    element of the pages, None: as the activations; imbalance: of experts, as `OpCosts` has it. Raises ConfigError."""
     period = len(config.pattern)
     layers = min(config.num_layers, layers or 2 + -(-INNER // period) * period + 1)
     if layers < min(config.num_layers, 4):
         raise ConfigError(f"layers: {layers} is not accepted; a steady state needs at least 4")
     hardware = model.hardware
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
-    costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
+    costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config), imbalance)
     jobs = build_jobs(plan, costs, layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
     totals = add_up(played, devices)
     inner = InnerLayer.of(totals, whole_periods(range(2, layers - 1), period) if layers >= 4 else range(layers))
     best = optimum(config, hardware, calibrated=True)
     totals = of_all_layers(totals, inner, config.num_layers, devices, load.rows, best)
-    return Simulation(plan, load, hardware.name, devices, runtime, layers, inner, played, totals)
+    return Simulation(
+        plan,
+        load,
+        hardware.name,
+        devices,
+        runtime,
+        layers,
+        imbalance if config.experts else None,
+        inner,
+        played,
+        totals,
+    )
 
 
 def _meanwhile(place: int, events: Sequence[Event]) -> list[Event]:

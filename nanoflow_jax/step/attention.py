@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.checks import FP8
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PREFILL
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.layout import kv_groups
 
@@ -36,6 +36,8 @@ def check_quantization(config: ModelConfig, capability: tuple[int, int] | None) 
     if config.quantization not in QUANTIZATIONS:
         accepted = ", ".join(map(repr, QUANTIZATIONS))
         raise ConfigError(f"quantization: {config.quantization!r} is not supported; accepted: {accepted}")
+    if config.quantization is not None and config.experts is not None:
+        raise ConfigError(f"quantization: {config.quantization!r} is not there for models with experts; accepted: None")
     if config.quantization == "fp8" and capability is not None and capability < (8, 9):
         needed = "fp8 tensor cores (compute capability 8.9 or more: Ada, Hopper and later), not "
         needed += ".".join(map(str, capability))
@@ -82,6 +84,12 @@ def norm_fits(hidden: int, devices: int) -> bool:
     return hidden <= NORM_ROW and 8 % devices == 0 and hidden % (devices * NORM_ALIGNMENT) == 0
 
 
+def experts_fit(config: ModelConfig, split: int) -> bool:
+    """Whether the grouped GEMMs take a model's experts, each split over so many devices."""
+    experts = config.experts
+    return experts is not None and config.hidden_size % 64 == 0 and experts.size % (split * 64) == 0
+
+
 @dataclass(frozen=True)
 class KernelBackends:
     """The backend of each kernel: what `attention_backend` asks for, where the kernel has it for these pages."""
@@ -90,10 +98,13 @@ class KernelBackends:
     prefill: str
     append: str
     norm: str
+    experts: str = "xla"
 
     @classmethod
-    def of(cls, backend: str, pages: Any, config: ModelConfig, devices: int) -> KernelBackends:
-        """pages: their dtype; devices: of the mesh."""
+    def of(
+        cls, backend: str, pages: Any, config: ModelConfig, devices: int, expert_parallel: bool = False
+    ) -> KernelBackends:
+        """pages: their dtype; devices: of the mesh; expert_parallel: as `Layouts` has it."""
         fp8, groups = jnp.dtype(pages) == FP8, kv_groups(config, devices) // devices
         aligned = groups * config.head_dim * jnp.dtype(pages).itemsize % APPEND_ALIGNMENT == 0
         return cls(
@@ -101,10 +112,13 @@ class KernelBackends:
             prefill="xla" if fp8 else backend,
             append=backend if aligned else "xla",
             norm=backend if norm_fits(config.hidden_size, devices) else "xla",
+            experts=backend if experts_fit(config, 1 if expert_parallel else devices) else "xla",
         )
 
     def text(self) -> str:
         others = {name: getattr(self, name) for name in ("prefill", "append", "norm")}
+        if self.experts == "mosaic":
+            others["experts"] = self.experts
         different = ", ".join(f"{name} {backend}" for name, backend in others.items() if backend != self.decode)
         return f"{self.decode} ({different})" if different else self.decode
 
@@ -119,15 +133,18 @@ class KernelBackends:
                     (self.prefill, PREFILL, context),
                     (self.append, APPEND, {}),
                     (self.norm, ADD_NORM, {}),
+                    (self.experts, GROUPED, {}),
                 )
             )
         )
 
 
 class KernelOptions(NamedTuple):
-    """Keyword arguments of decode_attention, prefill_attention, append_kv and add_rms_norm."""
+    """Keyword arguments of decode_attention, prefill_attention, append_kv, add_rms_norm, and of grouped_gemm with
+    gather_rows."""
 
     decode: dict[str, Any]
     prefill: dict[str, Any]
     append: dict[str, Any]
     norm: dict[str, Any]
+    experts: dict[str, Any]

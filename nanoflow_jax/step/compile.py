@@ -66,7 +66,7 @@ def compiler_options(platform: str, plan: SchedulePlan | None) -> dict[str, Opti
     if platform not in ("gpu", "cuda"):
         return {}
     if plan is None:
-        return GPU_OPTIONS
+        return dict(GPU_OPTIONS)
     more = {**(FP8_GATHER_OPTIONS if plan.gathers else {}), **(STREAM_OPTIONS if plan.lanes else {})}
     return {**GPU_OPTIONS, **more}
 

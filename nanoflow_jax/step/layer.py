@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, Mlp
 from nanoflow_jax.plan.ops import APPEND, HIDDEN, OPS
 from nanoflow_jax.plan.plan import OpPiece, deferred_gathers
 from nanoflow_jax.step.rows import Rows, RowSpan
@@ -31,6 +31,7 @@ class Machine[V](Protocol):
     """What the program needs done, each on the rows of a piece; p devices. A value that is read by rows comes as a span
     and the pieces to call it on (`Rows`)."""
 
+    mlp: Mlp  # of the layer that has begun
     lane: bool  # decode attention has a stream of its own
     appends_at_once: bool  # keys and values are written as soon as they are there, not ahead of what reads them
 
@@ -71,6 +72,17 @@ class Machine[V](Protocol):
     def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[V]) -> V: ...
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[V]) -> V: ...
     def down(self, piece: OpPiece, activated: V) -> V: ...
+    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[V]) -> Any:
+        """Which experts the rows go to, and where."""
+        ...
+
+    def dispatch(self, piece: OpPiece, routing: Any, span: RowSpan, normed: Sequence[V]) -> V:
+        """The rows by expert."""
+        ...
+
+    def experts_up(self, piece: OpPiece, routing: Any, rows: V) -> V: ...
+    def experts_down(self, piece: OpPiece, routing: Any, activated: V) -> V: ...
+    def combine(self, piece: OpPiece, routing: Any, projected: V, shared: V | None) -> V: ...
     def bias(self, op: str) -> V | None: ...
     def start(self, collective: str, rows: int, columns: str, x: V) -> V:
         """Starts a collective, whose whole result has so many rows. Whoever reads it waits for it."""
@@ -98,6 +110,8 @@ class _Layer[V]:
     gathered: dict[int, V] = field(default_factory=dict)  # [w, n], or in fp8 [p, n, w/p]
     projected: dict[int, V] = field(default_factory=dict)  # O or D before its collective
     activated: dict[int, V] = field(default_factory=dict)  # [n, F/p]
+    routing: dict[int, Any] = field(default_factory=dict)  # which experts rows go to
+    by_expert: dict[int, V] = field(default_factory=dict)  # rows, activations and results in the experts' order
 
 
 class StepProgram[V]:
@@ -218,12 +232,42 @@ class StepProgram[V]:
     # -- MLP
 
     def ug(self, piece: OpPiece, s: _Layer[V]) -> None:
-        if piece.piece not in self.scattered:
-            self._settle(piece.piece, s.index, MLP)
-        s.activated[piece.piece] = self.machine.up_gate(piece, *self.normed.get(piece.start, piece.stop))
+        number, experts = piece.piece, self.machine.mlp.experts
+        if experts is not None:
+            s.by_expert[number] = self.machine.experts_up(piece, s.routing[number], s.by_expert[number])
+        elif number not in self.scattered:
+            self._settle(number, s.index, MLP)
+        if experts is None or experts.shared:
+            s.activated[number] = self.machine.up_gate(piece, *self.normed.get(piece.start, piece.stop))
 
     def d(self, piece: OpPiece, s: _Layer[V]) -> None:
-        s.projected[piece.piece] = self.machine.down(piece, s.activated.pop(piece.piece))
+        number = piece.piece
+        if self.machine.mlp.experts is not None:
+            s.by_expert[number] = self.machine.experts_down(piece, s.routing[number], s.by_expert[number])
+        if number in s.activated:
+            s.projected[number] = self.machine.down(piece, s.activated.pop(number))
+
+    # -- experts: in a layer that has none, these do nothing
+
+    def route(self, piece: OpPiece, s: _Layer[V]) -> None:
+        if self.machine.mlp.experts is None:
+            return
+        if piece.piece not in self.scattered:
+            self._settle(piece.piece, s.index, MLP)
+        s.routing[piece.piece] = self.machine.route(piece, *self.normed.get(piece.start, piece.stop))
+
+    def dispatch(self, piece: OpPiece, s: _Layer[V]) -> None:
+        if self.machine.mlp.experts is None:
+            return
+        normed = self.normed.get(piece.start, piece.stop)
+        s.by_expert[piece.piece] = self.machine.dispatch(piece, s.routing[piece.piece], *normed)
+
+    def combine(self, piece: OpPiece, s: _Layer[V]) -> None:
+        if self.machine.mlp.experts is None:
+            return
+        number = piece.piece
+        routing, out, shared = s.routing.pop(number), s.by_expert.pop(number), s.projected.pop(number, None)
+        s.projected[number] = self.machine.combine(piece, routing, out, shared)
 
     def d_ar(self, piece: OpPiece, s: _Layer[V]) -> None:
         self._collect(REDUCE, piece, s)

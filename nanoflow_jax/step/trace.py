@@ -24,9 +24,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
+from kernels_pallas.grouped_gemm import GROUP_ROWS
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
+from nanoflow_jax.models.experts import Places, Routing, by_expert, combine, experts_down, experts_up, places, route
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, join_parts, quantise_part, quantised_for
@@ -225,7 +227,11 @@ class Tracer:
         self.tables = page_tables(spec.config)
         self.num_pages = cache.k.shape[0] // self.tables.depth  # of one layer
         self.devices = collectives.device_count()
-        backends = KernelBackends.of(spec.attention_backend, cache.k.dtype, spec.config, self.devices)
+        self.expert_parallel = spec.plan.layouts(spec.config, self.devices).expert_parallel
+        backends = KernelBackends.of(
+            spec.attention_backend, cache.k.dtype, spec.config, self.devices, self.expert_parallel
+        )
+        self.group_rows = GROUP_ROWS if backends.experts == "mosaic" else 1
         self.options = backends.options(
             spec.gpu, spec.expected_context or expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
@@ -233,8 +239,9 @@ class Tracer:
         self.decode_lane = spec.plan.lanes.get("GEMV") if self.options.decode["backend"] == "mosaic" else None
         self.lane = self.decode_lane is not None
         self.pieces = spec.plan.pieces(
-            spec.shape.decode_rows, spec.shape.prefill_rows, quantum=row_quantum(self.devices)
-        )
+            spec.shape.decode_rows, spec.shape.prefill_rows, row_quantum(self.devices),
+            experts=spec.config.experts is not None,
+        )  # fmt: skip
         self.inputs = [
             kernel_inputs(self.pieces, batch, spec.shape, table, self.num_pages) for table in range(self.tables.count)
         ]
@@ -259,7 +266,7 @@ class Tracer:
 
     def begin(self, layer: int) -> None:
         self.index, self.layer = layer, self.params.layers[layer]
-        self.attention = self.config.layers[layer].attention
+        self.attention, self.mlp = self.config.layers[layer].attention, self.config.layers[layer].mlp
         self.first_page = jnp.int32(self.tables.place[layer] * self.num_pages)  # where the layer's pages begin
         self.kernel_inputs = self.inputs[self.tables.table[layer]]
         scales = self.params.kv_scales  # of fp8 pages, [g] float32
@@ -365,6 +372,9 @@ class Tracer:
 
         self.k_pages, self.v_pages = self.order.run(append, self.k_pages, self.v_pages, kqv)
 
+    def _sinks(self) -> dict[str, jax.Array]:
+        return {} if self.layer.sinks is None else {"sinks": self.layer.sinks.reshape(-1)}
+
     def decode_attention(self, piece: OpPiece, span: RowSpan, q: Sequence[jax.Array]) -> jax.Array:
         lane = self.decode_lane
         sms = lane.sms if lane else None
@@ -378,6 +388,7 @@ class Tracer:
 
         table, lengths = self.kernel_inputs.contexts[piece.piece]
         more = {"page_table": table, "lengths": lengths, "first_page": self.first_page, **self.scales}
+        more |= self._sinks()
         if lane is None:  # what no layer changes is no input: XLA's attention computes with it, once for all layers
             return self.order.run(partial(attend, more), self.k_pages, self.v_pages, *q)
         # Issued like a collective: what reads the result joins the streams. All that it reads is an input: a constant
@@ -396,7 +407,7 @@ class Tracer:
             out = _prefill_attention(
                 span(*q), k_pages, v_pages, self.kernel_inputs.prefill_table, starts, lengths,
                 first_page=self.first_page, scale=self.attention.scale, window=self.attention.window, **self.scales,
-                **self.options.prefill,
+                **self._sinks(), **self.options.prefill,
             )  # fmt: skip
             return out.reshape(piece.rows, -1)
 
@@ -425,12 +436,63 @@ class Tracer:
         return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
-        layer, activation = self.layer, self.config.layers[self.index].mlp.activation
-        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, activation)), *normed)
+        layer, mlp = self.layer, self.mlp
+        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, mlp)), *normed)
 
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
         return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
+
+    # -- experts
+
+    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> tuple[Routing, Places]:
+        layer, mlp = self.layer.experts, self.mlp
+
+        def decide(*x: jax.Array) -> tuple[Routing, Places]:
+            routing = route(span(*x), layer, mlp)
+            count = layer.ug.shape[0]
+            first = collectives.device_index() * count if self.expert_parallel else 0
+            return routing, places(routing.chosen, first, count, self.group_rows)
+
+        return self.order.run(decide, *normed)
+
+    def dispatch(
+        self, piece: OpPiece, routing: tuple[Routing, Places], span: RowSpan, normed: Sequence[jax.Array]
+    ) -> jax.Array:
+        options = self._expert_options(piece)
+        return self.order.run(lambda at, *x: by_expert(span(*x), at, **options), routing[1], *normed)
+
+    def _expert_options(self, piece: OpPiece) -> dict[str, Any]:
+        """Of the kernels; rows are spread evenly, as far as the scheduler knows."""
+        options, experts = self.options.experts, self.mlp.experts
+        if options["backend"] == "xla" or experts is None:
+            return options
+        share = self.devices if self.expert_parallel else 1
+        return options | {"expected_rows": piece.rows * experts.per_token // share}
+
+    def experts_up(self, piece: OpPiece, routing: tuple[Routing, Places], rows: jax.Array) -> jax.Array:
+        layer, mlp = self.layer.experts, self.mlp
+        options = self._expert_options(piece)
+        return self.order.run(lambda x, at: experts_up(x, at, layer, mlp, **options), rows, routing[1])
+
+    def experts_down(self, piece: OpPiece, routing: tuple[Routing, Places], activated: jax.Array) -> jax.Array:
+        layer, here = self.layer.experts, self.expert_parallel or collectives.device_index() == 0
+        options = self._expert_options(piece)
+
+        def down(x: jax.Array, at: Places) -> jax.Array:
+            return experts_down(x, at, layer, bias_here=here, **options)
+
+        return self.order.run(down, activated, routing[1])
+
+    def combine(
+        self,
+        piece: OpPiece,
+        routing: tuple[Routing, Places],
+        projected: jax.Array,
+        shared: jax.Array | None,
+    ) -> jax.Array:
+        weights, at = routing
+        return self.order.run(lambda *x: self._scaled(combine(*x)), projected, at, weights, shared)
 
     # -- collectives and streams
 

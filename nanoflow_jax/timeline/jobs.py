@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from kernels_pallas.targets import mosaic_supported
-from nanoflow_jax.config import ConfigError
+from nanoflow_jax.config import ConfigError, Mlp
 from nanoflow_jax.cost.latency import Prediction
 from nanoflow_jax.cost.shapes import OpCosts
 from nanoflow_jax.plan.ops import HIDDEN, WIDTH
@@ -106,7 +106,8 @@ def build_jobs(
     plan.check_gathers("fp8" if costs.quantised else None)
     lanes = runtime == "nanoflow"
     load, devices = costs.load, costs.shapes.devices
-    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices))
+    experts = costs.shapes.experts is not None
+    pieces = plan.pieces(load.decode_rows, load.prefill_rows, row_quantum(devices), experts=experts)
     machine = JobMaker(plan, pieces, costs, shares, lanes, one_in_flight and not lanes, alike)
     machine.head(StepProgram(machine, pieces, layers, devices).run())
     return tuple(machine.jobs)
@@ -149,6 +150,8 @@ class JobMaker:
         self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
         self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
         self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
+        self.mlp = Mlp(experts=costs.shapes.experts)
+        self.whole_experts = plan.whole_experts(costs.shapes.experts, self.devices)
         self.alike = alike
         self.layer: int | None = None  # None: the mean of all
 
@@ -320,6 +323,31 @@ class JobMaker:
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
         self._gemm("UG", piece.rows, *normed, ready=piece.piece not in self.read_whole)
         return self.run("elementwise", self.costs.silu(piece.rows))
+
+    # -- experts
+
+    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        ready = self.run("gemm", self.costs.router(piece.rows), *normed)
+        for prediction in self.costs.places(piece.rows, self.whole_experts):
+            ready = self.run("elementwise", prediction, ready)
+        return ready
+
+    def dispatch(self, piece: OpPiece, routing: Jobs, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
+        return self.run("kernel", self.costs.dispatch(piece.rows, self.whole_experts), routing, *normed)
+
+    def experts_up(self, piece: OpPiece, routing: Jobs, rows: Jobs) -> Jobs:
+        return self._grouped("UG", piece, routing, rows)
+
+    def experts_down(self, piece: OpPiece, routing: Jobs, activated: Jobs) -> Jobs:
+        return self._grouped("D", piece, routing, activated)
+
+    def _grouped(self, name: str, piece: OpPiece, routing: Jobs, x: Jobs) -> Jobs:
+        for _ in range(2 if self.costs.grouped_kernels else 0):
+            routing = self.run("elementwise", self.costs.tiles(), routing)
+        return self.run("gemm", self.costs.grouped(name, piece.rows, self.whole_experts), routing, x)
+
+    def combine(self, piece: OpPiece, routing: Jobs, projected: Jobs, shared: Jobs | None) -> Jobs:
+        return self.run("elementwise", self.costs.combine(piece.rows), routing, projected, shared or ())
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
         return self._gemm("D", piece.rows, activated)

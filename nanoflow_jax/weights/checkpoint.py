@@ -83,6 +83,8 @@ def _convert(
     if quantization not in (None, "fp8"):
         raise WeightsError(f"quantization: {quantization!r} is not supported; accepted: None (as stored), 'fp8'")
     config = read_config(model_folder / "config.json")
+    if quantization is not None and config.experts is not None:
+        raise WeightsError("quantization: 'fp8' is not there for models with experts; accepted: None (as stored)")
     source = open_weights(model_folder)
     kv_scales = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
     scales = find_weight_scales(source.table, config)
@@ -223,6 +225,8 @@ def _copy_side_files(model_folder: Path, folder: Path, dtype: str, quantised: bo
     if dtype != "auto":
         fields.pop("torch_dtype", None)
         fields["dtype"] = dtype
+    if (fields.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        del fields["quantization_config"]  # its values are written in bfloat16
     if quantised:
         fields["quantization_config"] = fp8_dynamic()
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

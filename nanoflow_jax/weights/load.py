@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models.params import Index, ParamInfo, ReadSlice, is_info
+from nanoflow_jax.weights.experts import expert_tensors
 from nanoflow_jax.weights.orbax_files import OrbaxFiles, is_checkpoint
 from nanoflow_jax.weights.safetensors_files import SafetensorsFiles
 from nanoflow_jax.weights.source import DTYPES, OnProgress, WeightSource, check_tensors
@@ -23,7 +24,7 @@ CHUNK_BYTES = 16 << 20  # values are assembled and cast in pieces of about this 
 def open_weights(folder: str | Path) -> WeightSource:
     """Opens safetensors or a converted checkpoint. Raises WeightsError if the folder holds neither, or is damaged."""
     folder = Path(folder)
-    return OrbaxFiles(folder) if is_checkpoint(folder) else text_part(SafetensorsFiles(folder))
+    return OrbaxFiles(folder) if is_checkpoint(folder) else expert_tensors(text_part(SafetensorsFiles(folder)))
 
 
 def model_digest(folder: str | Path) -> str:

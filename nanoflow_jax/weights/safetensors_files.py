@@ -15,7 +15,7 @@ from nanoflow_jax.weights.source import DTYPES, TIED_HEAD, TensorInfo, WeightsEr
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
+_CODES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn", "U8": "uint8"}
 
 
 class SafetensorsFiles:

@@ -21,7 +21,7 @@ OnProgress = Callable[[str, int, int], None]  # (what is done now, bytes done, b
 
 FP8 = "float8_e4m3fn"
 FLOATS = ("float32", "bfloat16", "float16")  # of all tensors but the fp8 weights of a checkpoint that comes quantised
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in (*FLOATS, FP8)}
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in (*FLOATS, FP8, "uint8")}
 
 # Buffers that old checkpoints hold; they follow from config.json.
 _ROTARY = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")

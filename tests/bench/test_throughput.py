@@ -249,7 +249,7 @@ def lowered_step(
     plan_name: str, *, rank_of: int | None, deterministic: bool = False, shape: StepShape = WHOLE_STEP
 ) -> jax.stages.Lowered:
     config, plan = tiny_config(), load_plan(plan_name)
-    infos: Any = param_infos(config, 8, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos: Any = param_infos(config, 8, plan.layouts(config, 8))
     mesh = Mesh(np.array(jax.devices()[: 1 if rank_of else 8]), (AXIS,))
     if rank_of:
         infos = rank_infos(infos, rank_of)
@@ -316,7 +316,7 @@ def test_a_rank_slice_runs_on_one_device():
     lowered = lowered_step("two_gather_one_reduce", rank_of=8, deterministic=True, shape=shape)
     config, plan = tiny_config(), load_plan("two_gather_one_reduce")
     mesh = Mesh(np.array(jax.devices()[:1]), (AXIS,))
-    infos = rank_infos(param_infos(config, 8, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input), 8)
+    infos = rank_infos(param_infos(config, 8, plan.layouts(config, 8)), 8)
     abstract = Program(StepSpec(config, plan, shape, rank_of=8), mesh, infos, SIZES, 16, 8).state
     state = jax.tree.map(lambda a: jax.device_put(np.zeros(a.shape, a.dtype), a.sharding), abstract)
     packed = pack(empty_inputs(shape, 16, SIZES.slots, SIZES.bias_rows))

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from nanoflow_jax.cli import main
-from nanoflow_jax.config import EMBEDDED, configs_root
+from nanoflow_jax.config import EMBEDDED, Layouts, configs_root
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.models.registry import FAMILIES, model_config
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_arrays(capsys: pytest.CaptureFixture[str]) -> No
     share = needs(capsys, "tiny")[2, None]
     config = model_config("tiny")[1]
     mesh = Mesh(np.array(jax.devices()[:2]), ("tp",))
-    params = random_params(param_infos(config, 2, o_by_output=False), mesh)
+    params = random_params(param_infos(config, 2, Layouts(o_by_output=False)), mesh)
     shards = [leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(params)]
     assert share["weight_bytes"] == sum(shards)
     page = 2 * np.prod(cache_shape(config, 2, 1, 1)) * 4 / 2

@@ -101,7 +101,7 @@ def test_what_the_kernels_are_told() -> None:
     assert options.decode == {"backend": "mosaic", "tuning": DECODE["h100"], "expected_context": 700}
     assert options.prefill["expected_context"] == 700
     assert set(options.append) == set(options.norm) == {"backend", "tuning"}
-    assert XLA.options("h100", 700) == ({"backend": "xla"},) * 4
+    assert XLA.options("h100", 700) == ({"backend": "xla"},) * 5
 
 
 def record(monkeypatch: pytest.MonkeyPatch, wrong: str = "") -> list[str]:

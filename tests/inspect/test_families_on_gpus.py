@@ -39,3 +39,26 @@ def test_an_inner_layer_is_as_planned(model: str, tokens: float, layers: int) ->
     config = model_config(model)[1]
     simulated = simulate_step(load_plan("nanoflow_70b"), config, RooflineModel(step.hardware), 8, load)
     assert inner.us == pytest.approx(simulated.inner.us, rel=0.025)
+
+
+@pytest.mark.parametrize(
+    ("model", "plan", "tokens", "layers"),
+    [
+        ("qwen3-235b-a22b", "auto_qwen3_235b_a22b_8xh200", 1.5e6, 3),
+        ("gpt-oss-120b", "auto_gpt_oss_120b_8xh200", 2.0e7, 4),
+    ],
+)
+def test_an_inner_layer_of_experts_is_as_planned(model: str, plan: str, tokens: float, layers: int) -> None:
+    """At the size that the plan was searched for: grouped GEMMs found, no copy of an expert's weight among temporaries,
+    the network beside the other nano-batch's experts."""
+    found = load_plan(plan)
+    step = inspect_step(model, "h200", plan, layers=layers, tokens=found.tokens_per_step or 0)
+    inner = step.inner_layer
+    assert [f for f in step.report.findings if f.layer in range(1, layers - 1)] == []
+    assert inner.exposed_network_us < 0.3 * inner.network_us
+    assert inner.collectives == 4, "O.AR and D.AR, twice"
+    assert step.memory.kv_tokens > tokens
+    assert step.memory.temporaries < 2**30
+    load = StepLoad(step.decode_tokens, step.tokens - step.decode_tokens, step.context, step.context)
+    simulated = simulate_step(found, model_config(model)[1], RooflineModel(step.hardware), 8, load)
+    assert inner.us == pytest.approx(simulated.inner.us, rel=0.025)

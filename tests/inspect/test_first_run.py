@@ -75,9 +75,7 @@ def compiled(case: Case, *options: tuple[str, Option]) -> tuple[Report, Thunks]:
     mesh, rank = gpu_mesh(hardware, case.devices), case.rank if case.rank > 1 else None
     scales = None if case.pages == "auto" else {}
     devices = max(case.rank, case.devices)
-    infos: Any = param_infos(
-        config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input, kv_scales=scales
-    )
+    infos: Any = param_infos(config, devices, plan.layouts(config, devices), kv_scales=scales)
     infos = rank_infos(infos, case.rank) if rank else infos
     shape = step_shapes(2048, case.slots, ROW_PAGES, row_quantum(devices))[case.shape]
     ordered = devices > 1 or bool(plan.lanes)

@@ -17,7 +17,7 @@ from nanoflow_jax.inspect.costs import expected_us
 from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.report import inspect_compiled
-from nanoflow_jax.inspect.step import InspectedLayer, StepInspection, attention_costs, inspect_step
+from nanoflow_jax.inspect.step import InspectedLayer, StepInspection, inspect_step, kernel_costs
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.search.simulate import Simulation, simulate_step
@@ -236,7 +236,7 @@ def test_they_do_not_where_one_of_them_counts_no_interference() -> None:
     """The broken twins: without it a plan that overlaps is far too short; one that does not is as it was."""
     free = Free(MODEL.hardware)
     step = inspected("nanoflow_70b")
-    costs = attention_costs(model_config("llama-3.1-70b")[1], step.pieces, DEVICES, 1024, MODEL)
+    costs = kernel_costs(model_config("llama-3.1-70b")[1], step.plan, step.pieces, DEVICES, 1024, MODEL)
     unslowed = inspect_compiled(step.hlo, None, MODEL.hardware, DEVICES, costs=costs, latency=free)
     assert not 1 < InspectedLayer.of_report(unslowed).us / simulated("nanoflow_70b").inner.us < 1 + AGREE
     assert not 1 < step.inner_layer.us / simulated("nanoflow_70b", free).inner.us < 1 + AGREE

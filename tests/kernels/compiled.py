@@ -35,3 +35,16 @@ def launched(program: Any) -> list[str]:
         for (opcode, rest), name in zip(lines, mosaic, strict=True)
         if opcode not in _NOTHING
     ]
+
+
+def compiled_report(attend: Any, avals: Any, monkeypatch: Any, capfd: Any) -> tuple[Any, list[int]]:
+    """The program for an H200 that is not there, and the registers of a thread of its Mosaic kernels; none spills."""
+    for name in ("PTXAS", "RESOURCES"):
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
+    program = compiled("h200", attend, avals)
+    report = "".join(capfd.readouterr())
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert spills == [("0", "0", "0")] * len(registers)
+    assert "serialized" not in report
+    return program, registers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -31,7 +30,7 @@ from kernels_pallas.prefill_tiles import (
     list_tiles,
 )
 from kernels_pallas.tuning import DECODE, PREFILL, DecodeTuning, PrefillTuning
-from tests.kernels.compiled import compiled, launched
+from tests.kernels.compiled import compiled_report, launched
 from tests.kernels.paged import Paged, dense_decode, dense_prefill, make_paged, random_queries, slide
 from tests.kernels.test_fp8 import make_fp8
 from tests.tolerances import row_errors
@@ -47,19 +46,6 @@ LENGTHS = (65, 0, 1, 64, 330, 130)
 def _no_races(capfd: pytest.CaptureFixture[str]) -> Iterator[None]:
     yield
     assert "RACE" not in capfd.readouterr().out
-
-
-def compiled_report(attend: Any, avals: Any, monkeypatch: Any, capfd: Any) -> tuple[Any, list[int]]:
-    """The program for an H200 that is not there, and the registers of a thread of its Mosaic kernels; none spills."""
-    for name in ("PTXAS", "RESOURCES"):
-        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", "1")
-    program = compiled("h200", attend, avals)
-    report = "".join(capfd.readouterr())
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report)
-    assert spills == [("0", "0", "0")] * len(registers)
-    assert "serialized" not in report
-    return program, registers
 
 
 def decode(q: jax.Array, paged: Paged, window: int, tuning: DecodeTuning, **more: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from nanoflow_jax.config import Layouts
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab
 from nanoflow_jax.models.params import ParamInfo, abstract_params, is_info, random_params
@@ -99,11 +100,11 @@ def test_deterministic(made: tuple[Mesh, ModelParams, ModelParams]) -> None:
 
 def test_declarations_for_a_plan() -> None:
     """Only what the plan and the model need: layouts of O, head, biases; in the dtype asked for."""
-    infos = param_infos(CONFIG, 2, o_by_output=False, dtype="bfloat16")
+    infos = param_infos(CONFIG, 2, Layouts(o_by_output=False), dtype="bfloat16")
     assert infos.layers[0].o_by_output is None
     assert infos.layers[0].o_by_input is not None
     assert {info.dtype for info in jax.tree.leaves(infos, is_leaf=is_info)} == {jnp.dtype(jnp.bfloat16)}
-    assert param_infos(CONFIG, 2, o_by_input=False).layers[0].o_by_input is None
+    assert param_infos(CONFIG, 2, Layouts(o_by_input=False)).layers[0].o_by_input is None
     plain = parse_config(
         {
             "vocab_size": 96,
@@ -114,7 +115,7 @@ def test_declarations_for_a_plan() -> None:
             "tie_word_embeddings": True,
         }
     )
-    tied = param_infos(plain, 8, o_by_input=False)
+    tied = param_infos(plain, 8, Layouts(o_by_input=False))
     assert tied.head is None
     assert (
         tied.layers[0].kqv_bias is tied.layers[0].o_bias is tied.layers[0].ug_bias is tied.layers[0].down_bias is None

@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax import LLM, SamplingParams
-from nanoflow_jax.config import EMBEDDED
+from nanoflow_jax.config import EMBEDDED, Layouts
 from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.cost.shapes import optimum
 from nanoflow_jax.engine.setup import prefix_root
@@ -105,7 +105,9 @@ def test_a_weight_is_quantised_by_whole_rows_however_it_is_split(spec: P) -> Non
 def test_half_the_bytes_of_all_but_embedding_head_and_norms() -> None:
     config = model_config("llama-3.1-70b")[1]
     for devices in (1, 8):
-        plain, fp8 = (param_infos(replace(config, quantization=q), devices, o_by_input=False) for q in (None, "fp8"))
+        plain, fp8 = (
+            param_infos(replace(config, quantization=q), devices, Layouts(o_by_input=False)) for q in (None, "fp8")
+        )
         rest = replace(plain, layers=())
         layers = weight_bytes(plain, devices) - weight_bytes(rest, devices)
         scales = sum(i.nbytes for i in jax.tree.leaves(fp8.layers, is_leaf=is_info) if i.dtype == jnp.float32)

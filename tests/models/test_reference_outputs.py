@@ -167,7 +167,9 @@ def mixed(reference: Reference, packer: Packer) -> Steps:
 
 
 @pytest.mark.parametrize("how", [1, 3, 8, 16, 17, 39, "one by one", "mixed"])
-@pytest.mark.parametrize("case", ["biases", "llama3_old_rope", "qwen3", "granite_biases", "olmo3", "gemma3_new_rope"])
+@pytest.mark.parametrize(
+    "case", ["biases", "llama3_old_rope", "qwen3", "granite_biases", "olmo3", "gemma3_new_rope", "gpt_oss"]
+)
 def test_chunking_changes_nothing(case: str, how: int | str, driver_of: GetDriver) -> None:
     """Prompts in chunks of any size, token by token through decode rows, or both kinds in one step: the same logits."""
     reference, driver = load_reference(case), driver_of(case, "float32")
@@ -259,6 +261,19 @@ def no_attention_factor(config: ModelConfig) -> tuple[tuple[str, Any], ...]:
     return attention(rope=replace(config.pattern[0].attention.rope, attention_factor=1.0))(config)
 
 
+def experts(**changes: Any) -> Changes:
+    """Those of every layer changed."""
+    return lambda config: (
+        (
+            "pattern",
+            tuple(
+                replace(at, mlp=replace(at.mlp, experts=at.mlp.experts and replace(at.mlp.experts, **changes)))
+                for at in config.pattern
+            ),
+        ),
+    )
+
+
 def windows(change: Callable[[int], int | None]) -> Changes:
     """Those of all layers that have one."""
     return lambda config: (
@@ -276,6 +291,10 @@ def one_rope(config: ModelConfig) -> tuple[tuple[str, Any], ...]:
     """That of the layers which see all, for both kinds."""
     full = next(layer.attention.rope for layer in config.pattern if layer.attention.window is None)
     return attention(rope=full)(config)
+
+
+def pattern_with(config: ModelConfig, **changes: Any) -> tuple[tuple[str, Any], ...]:
+    return (("pattern", tuple(replace(at, mlp=replace(at.mlp, **changes)) for at in config.pattern)),)
 
 
 @pytest.mark.parametrize(
@@ -300,6 +319,11 @@ def one_rope(config: ModelConfig) -> tuple[tuple[str, Any], ...]:
         ("gemma3", attention(qk_norm=None)),
         ("gemma3", lambda config: (("pattern", tuple(replace(at, mlp=Mlp()) for at in config.pattern)),)),
         ("ministral3_tied", attention(query_growth=0.0)),
+        ("qwen3_moe", experts(normalized=False)),
+        ("qwen2_moe", experts(normalized=True)),
+        ("mixtral", experts(per_token=1)),
+        ("gpt_oss", lambda config: pattern_with(config, limit=float("inf"))),
+        ("gpt_oss", lambda config: pattern_with(config, alpha=1.0)),
     ],
 )
 def test_families_without_what_makes_them_fail(case: str, changes: Changes, driver_of: GetDriver) -> None:
@@ -309,6 +333,30 @@ def test_families_without_what_makes_them_fail(case: str, changes: Changes, driv
     found = logits_of(broken, whole_prompts(reference, driver), params)
     errors = row_errors(*against_reference(found, reference, "float32"))
     assert np.median(errors) > TOLERANCES["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("case", "forget"),
+    [
+        ("gpt_oss", lambda layer: replace(layer, sinks=layer.sinks - 1e4)),
+        (
+            "qwen2_moe",
+            lambda layer: replace(layer, experts=replace(layer.experts, shared_gate=layer.experts.shared_gate * 0)),
+        ),
+        (
+            "gpt_oss",
+            lambda layer: replace(layer, experts=replace(layer.experts, router_bias=layer.experts.router_bias * 0)),
+        ),
+    ],
+    ids=["sinks", "the shared expert's gate", "the router's bias"],
+)
+def test_experts_without_what_makes_them_fail(
+    case: str, forget: Callable[[LayerParams], LayerParams], driver_of: GetDriver
+) -> None:
+    reference, driver = load_reference(case), driver_of(case, "float32")
+    layers = tuple(map(forget, driver.params.layers))
+    found = logits_of(driver, whole_prompts(reference, driver), replace(driver.params, layers=layers))
+    assert np.median(row_errors(*against_reference(found, reference, "float32"))) > TOLERANCES["bfloat16"]
 
 
 @pytest.mark.parametrize("how", ["in each other's place", "without their 1"])

@@ -60,7 +60,7 @@ def run(plan_name: str, devices: int, enforce_order: bool = False) -> np.ndarray
     """Logits of the live decode rows and of all chunk rows."""
     plan = replace(load_plan(plan_name), gathers=None)  # the weights are not in fp8
     mesh = Mesh(np.array(jax.devices()[:devices]), ("tp",))
-    infos = param_infos(CONFIG, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(CONFIG, devices, plan.layouts(CONFIG, devices))
 
     def values(name: str, index: tuple[slice, ...], shape: tuple[int, ...]) -> np.ndarray:
         rng = np.random.default_rng(sum(name.encode()) + len(name))

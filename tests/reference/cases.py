@@ -31,6 +31,21 @@ class Case:
         return self.config.get("num_key_value_heads") or self.config["num_attention_heads"]
 
     @property
+    def experts(self) -> int:
+        """Of a layer that has some; 0: none has."""
+        return self.config.get("num_local_experts") or self.config.get("num_experts") or 0
+
+    @property
+    def expert_size(self) -> int:
+        return self.config.get("moe_intermediate_size") or self.config["intermediate_size"]
+
+    def has_experts(self, layer: int) -> bool:
+        dense = layer in self.config.get("mlp_only_layers", []) or (layer + 1) % self.config.get(
+            "decoder_sparse_step", 1
+        )
+        return bool(self.experts and not dense)
+
+    @property
     def head_dim(self) -> int:
         return self.config.get("head_dim") or self.config["hidden_size"] // self.config["num_attention_heads"]
 

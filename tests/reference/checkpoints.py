@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import numpy as np
 
 # isort: split
 from cases import CASES, Case
+from expert_cases import EXPERT_CASES
 from family_cases import FAMILY_CASES
 
 DATA = Path(__file__).parent / "data"
 PROMPT_LENGTHS = (3, 16, 17, 27, 40)
 GREEDY_TOKENS = 64
 
-ALL_CASES: dict[str, Case] = CASES | FAMILY_CASES
+ALL_CASES: dict[str, Case] = CASES | FAMILY_CASES | EXPERT_CASES
 
 Weights = dict[str, np.ndarray]
 
@@ -59,8 +61,12 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
     q_dim, kv_dim = config["num_attention_heads"] * case.head_dim, case.num_kv_heads * case.head_dim
     gemma = family == "gemma3_text"
     tied = config.get("tie_word_embeddings", gemma)
-    qkv_bias = config.get("attention_bias", family == "seed_oss") or family == "qwen2"
-    o_bias = config.get("attention_out_bias", False) if family == "seed_oss" else qkv_bias and family != "qwen2"
+    qkv_bias = config.get("attention_bias", family == "seed_oss") or family == "qwen2" or config.get("qkv_bias", False)
+    o_bias = (
+        config.get("attention_out_bias", False)
+        if family == "seed_oss"
+        else qkv_bias and family not in ("qwen2", "qwen2_moe")
+    )
     depth = min(1.0, math.sqrt(3 / config["num_hidden_layers"]))  # keeps what deeper models round in bfloat16 small
     halved = _POST_NORMS if family in _NORMS and config["num_hidden_layers"] > 4 else ()  # likewise
     attention = (
@@ -71,7 +77,11 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
     )
     mlp = (("gate", inter, hidden, 1.25), ("up", inter, hidden, 1.25), ("down", hidden, inter, 1.25 * depth))
     norms = _NORMS.get(family, ("input_layernorm", "post_attention_layernorm"))
-    qk_norm_sizes = {"qwen3": (case.head_dim,) * 2, "gemma3_text": (case.head_dim,) * 2}
+    qk_norm_sizes = {
+        "qwen3": (case.head_dim,) * 2,
+        "qwen3_moe": (case.head_dim,) * 2,
+        "gemma3_text": (case.head_dim,) * 2,
+    }
     qk_norm_sizes |= {"olmo2": (q_dim, kv_dim), "olmo3": (q_dim, kv_dim)}
     weights: Weights = {}
 
@@ -100,8 +110,13 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
             norm(f"{prefix}.self_attn.{part}_norm.weight", size)
         for other in norms[1:]:
             norm(f"{prefix}.{other}.weight", factor=0.5 if other in halved else 1.0)
+        if case.has_experts(layer):
+            weights |= _experts(case, prefix, lambda key: _generator(name, seed, key))
+            continue
         for part, outputs, inputs, gain in mlp:
             linear(f"{prefix}.mlp.{part}_proj", outputs, inputs, gain, config.get("mlp_bias", False))
+    if case.experts:
+        _with_routes(weights, case, _generator(name, seed, "routes"))
     logits_scaling = config.get("logits_scaling", 1.0)
     if not tied:
         norm("model.norm.weight")
@@ -111,6 +126,55 @@ def make_weights(name: str, seed: int | None = None) -> Weights:
     signs = _generator(name, seed, "signs").integers(0, 2, hidden) * 2 - 1
     norm("model.norm.weight", factor=signs * 2.0 ** round(math.log2(2 * logits_scaling / embedding_std / hidden**0.5)))
     return weights
+
+
+def _experts(case: Case, prefix: str, generator: Callable[[str], np.random.Generator]) -> Weights:
+    """Of one layer, under the family's names. The router reads E hidden dimensions above all."""
+    config, hidden, count, size = case.config, case.config["hidden_size"], case.experts, case.expert_size
+    depth = min(1.0, math.sqrt(3 / config["num_hidden_layers"])) ** 2  # as elsewhere, and for what experts add up to
+    weights: Weights = {}
+
+    def matrix(key: str, shape: tuple[int, ...], inputs: int, gain: float) -> None:
+        weights[f"{prefix}.{key}"] = _uniform(generator(f"{prefix}.{key}"), shape, gain / math.sqrt(inputs))
+
+    def router(key: str) -> None:
+        matrix(key, (count, hidden), hidden, 0.25)
+        read = weights[f"{prefix}.{key}"][:, :count]
+        read[:] = np.round((read + np.eye(count)) * 64) / 64
+
+    if case.family == "gpt_oss":
+        router("mlp.router.weight")
+        matrix("mlp.router.bias", (count,), 1, 0.1)
+        matrix("mlp.experts.gate_up_proj", (count, hidden, 2 * size), hidden, 1.25)
+        matrix("mlp.experts.gate_up_proj_bias", (count, 2 * size), 1, 0.3)
+        matrix("mlp.experts.down_proj", (count, size, hidden), size, 1.25)
+        matrix("mlp.experts.down_proj_bias", (count, hidden), 1, 0.3)
+        matrix("self_attn.sinks", (config["num_attention_heads"],), 1, 1.0)
+        return weights
+    mixtral = case.family == "mixtral"
+    place, parts = ("block_sparse_moe", "w1 w3 w2") if mixtral else ("mlp", "gate_proj up_proj down_proj")
+    router(f"{place}.gate.weight")
+    sizes = {f"{place}.experts.{e}": (size, 1.5) for e in range(count)}
+    if case.family == "qwen2_moe":
+        matrix("mlp.shared_expert_gate.weight", (1, hidden), hidden, 1.0)
+        sizes["mlp.shared_expert"] = config["shared_expert_intermediate_size"], 1.25
+    for at, (width, gain) in sizes.items():
+        for part, (outputs, inputs) in zip(parts.split(), [(width, hidden)] * 2 + [(hidden, width)], strict=True):
+            matrix(f"{at}.{part}.weight", (outputs, inputs), inputs, gain * (depth if outputs == hidden else 1.0))
+    return weights
+
+
+def _with_routes(weights: Weights, case: Case, rng: np.random.Generator) -> None:
+    """Gives each token experts of its own, in the dimensions that routers read: those by which a token's experts are
+    chosen are far from those by which others are not, and little is added to them."""
+    count, chosen = case.experts, case.config["num_experts_per_tok"]
+    for name, weight in weights.items():
+        if ".layers." in name and any(part in name for part in ("o_proj", "down_proj", ".w2")):
+            fused = case.family == "gpt_oss" and "down_proj" in name
+            (weight[..., :count] if fused else weight[:count])[:] *= 0.25
+    for row in weights["model.embed_tokens.weight"]:
+        row[:count] = np.round(np.abs(row[:count]) * 8) / 32 - 3.0
+        row[rng.permutation(count)[:chosen]] += 6.0
 
 
 def make_prompts(name: str) -> list[list[int]]:

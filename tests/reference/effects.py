@@ -137,6 +137,24 @@ def _window_features(case: Case) -> Iterator[tuple[str, Without]]:
         yield "unused window", Without({"use_sliding_window": True})
 
 
+def _expert_features(case: Case) -> dict[str, Without]:
+    fields = case.config
+    found = {"one expert less": Without({"num_experts_per_tok": max(fields["num_experts_per_tok"] - 1, 0) or 2})}
+    if "norm_topk_prob" in fields and fields["num_experts_per_tok"] < case.experts:
+        found["norm_topk_prob"] = Without({"norm_topk_prob": not fields["norm_topk_prob"]}, minimum=MIN_SMALL_EFFECT)
+    if case.family == "qwen2_moe":
+        found["gate of the shared expert"] = Without(edit=_fill("shared_expert_gate.weight", torch.zeros_like))
+        found["shared expert"] = Without(edit=_fill("shared_expert.down_proj.weight", torch.zeros_like))
+    if case.family == "gpt_oss":
+        found["swiglu_alpha"] = Without({"swiglu_alpha": 1.0})
+        if "swiglu_limit" in fields:
+            found["swiglu_limit"] = Without({"swiglu_limit": 1e6})
+        found["sinks"] = Without(edit=_fill("sinks", lambda sinks: sinks - 1e4))
+        for bias in ("router.bias", "gate_up_proj_bias", "down_proj_bias"):
+            found[bias] = Without(edit=_fill(bias, torch.zeros_like), minimum=MIN_SMALL_EFFECT)
+    return found
+
+
 def features(case: Case, weights: list[str]) -> dict[str, Without]:
     """What the case turns on, by name; `weights` are the names of its weights."""
     found = dict(_rope_features(case)) | dict(_window_features(case))
@@ -163,6 +181,8 @@ def features(case: Case, weights: list[str]) -> dict[str, Without]:
         found["head_dim in the query scale"] = Without(
             edit=_set_scaling((fields["hidden_size"] / fields["num_attention_heads"]) ** -0.5)
         )
+    if case.experts:
+        found |= _expert_features(case)
     for key in _MULTIPLIERS:
         if key in fields:
             found[key] = Without({key: head_dim**-0.5 if key == "attention_multiplier" else 1.0})

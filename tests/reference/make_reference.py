@@ -35,6 +35,7 @@ from checkpoints import (
 from effects import config_of, features
 
 MIN_GAP = 1e-3  # a smaller gap between the two best logits would let rounding choose another greedy token
+MIN_ROUTER_GAP = 0.1  # a smaller one would let bfloat16 choose another expert
 MIN_DISTINCT = 8  # of the tokens of one greedy continuation
 MAX_BFLOAT16_ERROR = 0.016  # per row: a bfloat16 test, which rounds on its own, may allow 0.02 from the bfloat16 logits
 TINY_MODEL = Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama"
@@ -61,8 +62,9 @@ TINY_PROMPTS: list[str | list[dict[str, str]]] = [
 def load_model(folder: Path, dtype: torch.dtype, **overrides: Any) -> PreTrainedModel:
     """The model of a folder, every weight accounted for; rotary frequencies stay float32 (`.to` would round them)."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **overrides
-    )
+        folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager", output_loading_info=True,
+        **overrides,
+    )  # fmt: skip
     model, info = loaded
     assert not info["missing_keys"] and not info["mismatched_keys"], info
     assert all("inv_freq" in key for key in info["unexpected_keys"]), info
@@ -84,6 +86,24 @@ def all_logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
     """Logits of every position, float32 [len(tokens), V], from one forward pass without a cache."""
     forget_lengths(model)
     return model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float().numpy()
+
+
+def router_gap(model: PreTrainedModel, prompts: list[list[int]]) -> float:
+    """How far the last score that chooses an expert is from the first that does not, over the scores' deviation, where
+    it is least; infinite without experts."""
+    gaps = [float("inf")]
+
+    def measure(module: Any, _: Any, output: Any) -> None:
+        scores = output[0].flatten(0, -2).sort(dim=-1, descending=True).values
+        if module.top_k < scores.shape[-1]:
+            gaps.append(float(((scores[:, module.top_k - 1] - scores[:, module.top_k]) / scores.std()).min()))
+
+    hooks = [m.register_forward_hook(measure) for m in model.modules() if type(m).__name__.endswith("TopKRouter")]
+    for prompt in prompts:
+        all_logits(model, prompt)
+    for hook in hooks:
+        hook.remove()
+    return min(gaps)
 
 
 def greedy(
@@ -146,6 +166,7 @@ def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[
         folder = write_checkpoint(name, temporary, seed)
         model = load_model(folder, torch.float32)
         logits = np.concatenate([all_logits(model, prompt) for prompt in prompts])
+        gap_of_routers = router_gap(model, prompts)
         rows = [greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts]
         rope: Any = model.config.rope_parameters
         cached = [cached_greedy(model, prompt, GREEDY_TOKENS) for prompt in prompts] if rope_by_length(rope) else []
@@ -164,6 +185,7 @@ def make_case(name: str, seed: int | None = None) -> tuple[dict[str, Any], dict[
     tokens = np.array([step_tokens for step_tokens, _ in rows], np.int32)
     figures = {
         "min_gap": float(gaps.min()),
+        "min_router_gap": min(gap_of_routers, 100.0),
         "min_distinct_greedy_tokens": min(len(set(row)) for row in tokens.tolist()),
         "max_row_error_float32": float(row_errors(logits, logits_double).max()),
         "max_row_error_bfloat16": float(row_errors(logits_bfloat16, logits).max()),
@@ -201,6 +223,7 @@ def check(name: str, figures: dict[str, Any]) -> None:
     assert not weak, f"{name}: hardly matters, so give it another seed or config: {weak}"
     hint = f"{name}: give it another seed; {figures}"
     assert figures["min_gap"] > MIN_GAP, hint
+    assert figures["min_router_gap"] > MIN_ROUTER_GAP, hint
     assert figures["min_distinct_greedy_tokens"] >= MIN_DISTINCT, hint
     assert figures["max_row_error_bfloat16"] < MAX_BFLOAT16_ERROR, hint
     assert figures.get("cache_changes_tokens", True), hint

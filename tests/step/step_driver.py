@@ -90,7 +90,7 @@ class Driver:
         if self.kv_cache_dtype != "auto":
             scales = find_kv_scales({name: tensor.shape for name, tensor in table.items()}, self.config)
         return param_infos(
-            self.config, self.devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input,
+            self.config, self.devices, plan.layouts(self.config, self.devices),
             dtype=self.dtype, kv_scales=scales, weight_scales=find_weight_scales(table, self.config),
         )  # fmt: skip
 

@@ -68,7 +68,7 @@ def test_its_runs_fit(gpu: str, name: str) -> None:
     options, plan_name = run_options(part)
     config, plan, devices = options.config, load_plan(plan_name), options.rank_of or 1
     assert why_not_mosaic(config, hardware.capability, options.page_size) is None
-    infos = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+    infos = param_infos(config, devices, plan.layouts(config, devices))
     limit = options.workload.limit(config.max_position_embeddings)
     slots = SlotSizes(
         options.decode_slots or options.tokens_per_step * 5 // 8, BIAS_ROWS, -(-limit // options.page_size)

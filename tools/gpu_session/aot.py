@@ -171,7 +171,7 @@ def _steps(options: ThroughputOptions, plan_name: str, layers: int | None, *extr
     ranked = options.rank_of is not None
 
     def build(mesh: Mesh, hardware: Hardware, shape: Any, extra: Extra | None) -> Compiled:
-        infos: Any = param_infos(config, devices, o_by_output=plan.needs_o_by_output, o_by_input=plan.needs_o_by_input)
+        infos: Any = param_infos(config, devices, plan.layouts(config, devices))
         spec = StepSpec(
             config, plan, shape, options.attention_backend, options.kv_cache_dtype,
             deterministic=options.deterministic, rank_of=options.rank_of, enforce_order=ranked,
