@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanoflow_jax.config import ConfigError, RopeConfig
+from nanoflow_jax.config import ConfigError, Experts, RopeConfig
 from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.models.rope import rope_frequencies
 from tests.reference.checkpoints import load_rope_reference
@@ -130,3 +130,71 @@ def test_errors_name_the_field(fields: dict[str, Any], field: str, says: str) ->
         parse_config(SIZES | fields)
     assert str(caught.value).startswith(field + ":")
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+QWEN3_MOE: dict[str, Any] = SIZES | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+GPT_OSS: dict[str, Any] = SIZES | {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+_QWEN3_30B = {
+    "hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "vocab_size": 151936, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_experts": 128,
+    "num_experts_per_tok": 8,
+}  # fmt: skip
+_QWEN15_MOE = {
+    "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe", "hidden_size": 2048, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 151936, "intermediate_size": 5632,
+    "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632, "num_experts": 60, "num_experts_per_tok": 4,
+}  # fmt: skip
+_MIXTRAL_8X22B = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 6144, "num_hidden_layers": 56,
+    "num_attention_heads": 48, "num_key_value_heads": 8, "vocab_size": 32768, "intermediate_size": 16384,
+    "num_local_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "billions", "active"),
+    [
+        (QWEN3_MOE | _QWEN3_30B, 30.5, 3.3),
+        (_QWEN15_MOE, 14.3, 2.7),
+        (_MIXTRAL_8X22B, 140.6, 39.2),
+        (GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201088, "hidden_size": 2880}
+         | {"num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "head_dim": 64}, 20.9, 4.2),
+    ],
+    ids=["Qwen3-30B-A3B", "Qwen1.5-MoE-A2.7B", "Mixtral-8x22B", "gpt-oss-20b"],
+)  # fmt: skip
+def test_weights_of_published_models_with_experts(fields: dict[str, Any], billions: float, active: float) -> None:
+    """As their makers count them; of gpt-oss the latter without its embedding, 3.6."""
+    config = parse_config(fields)
+    assert config.num_params / 1e9 == pytest.approx(billions, abs=0.06)
+    assert config.active_params / 1e9 == pytest.approx(active, abs=0.06)
+
+
+def test_defaults_of_gpt_oss() -> None:
+    """What a file leaves out is the 120b's."""
+    config = parse_config({"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"})
+    assert config.num_params / 1e9 == pytest.approx(116.8, abs=0.05)
+    sliding, full = config.pattern
+    assert (sliding.attention.window, full.attention.window) == (128, None)
+    assert sliding.attention.rope.kind == "yarn" and sliding.attention.rope.theta == 150000.0
+    assert (sliding.mlp.limit, sliding.mlp.alpha, sliding.mlp.experts) == (7.0, 1.702, Experts(128, 4, 2880, bias=True))
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            QWEN3_MOE | {"num_experts": 4, "num_experts_per_tok": 5},
+            "num_experts_per_tok: 5 must be at most num_experts",
+        ),
+        (QWEN3_MOE | {"mlp_only_layers": [2]}, "mlp_only_layers: [2] must be indices of the 2 layers"),
+        (QWEN3_MOE | {"mlp_only_layers": [0, 1]}, "mlp_only_layers: no layer is left with experts"),
+        (QWEN3_MOE | {"num_local_experts": 4}, "num_local_experts: unknown field"),
+        (GPT_OSS | {"experts_per_token": 3}, "experts_per_token: 3 contradicts num_experts_per_tok = 4"),
+        (GPT_OSS | {"quantization_config": {"quant_method": "fp8"}}, "quantization_config.quant_method: 'fp8' is not"),
+        (GPT_OSS | {"swiglu_limit": 0}, "swiglu_limit: 0 must be a positive number"),
+    ],
+)
+def test_errors_of_experts_name_the_field(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(fields)
+    assert str(caught.value).startswith(says) and "\n" not in str(caught.value)
