@@ -1,5 +1,4 @@
-"""What the commands share: the parser, and the options of a model with the LLM that they make. Nothing heavy is
-imported."""
+"""What the commands share: the options of a model with the LLM that they make. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -12,22 +11,6 @@ from typing import Any
 from nanoflow_jax.chat import check_kwargs, read_template
 from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that names every default and keeps examples as written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help is not None and "(default: " in action.help
-        return action.help if told else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """The program's and, because they are made of the same class, each command's: an option is spelled out, so that a
-    misspelt one is never taken for another."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, allow_abbrev=False, **{"formatter_class": Formatter, **options})
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
