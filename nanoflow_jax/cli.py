@@ -30,7 +30,6 @@ from nanoflow_jax.commands.parser import Parser
 from nanoflow_jax.system.platform import UTILIZATION, claim_gpu_memory
 from nanoflow_jax.version import __version__
 
-
 # By task: what a newcomer would type, command by command. The rest of the help is each command's own.
 TASKS = (
     (

@@ -6,11 +6,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeVar, overload
+from typing import Any, NoReturn
 
 from nanoflow_jax.options import VLLM_NAMES
-
-N = TypeVar("N")
 
 # What an option is called elsewhere, by vLLM or by another command.
 OTHER_NAMES = {f"--{theirs}".replace("_", "-"): f"--{ours}".replace("_", "-") for theirs, ours in VLLM_NAMES.items()}
@@ -40,15 +38,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, allow_abbrev=False, **{"formatter_class": Formatter, **options})
 
-    @overload
-    def parse_known_args(
-        self, args: Sequence[str] | None = None, namespace: None = None
-    ) -> tuple[argparse.Namespace, list[str]]: ...
-
-    @overload
-    def parse_known_args(self, args: Sequence[str] | None, namespace: N) -> tuple[N, list[str]]: ...
-
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride] - its overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
         """An unknown option is told before what is missing, which it was perhaps meant for."""
         if args is not None and "-" in self.prefix_chars:
             for word in args:
