@@ -26,7 +26,7 @@ from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.plan.known import AUTO, DEFAULT, known_plan
+from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, known_plan
 from nanoflow_jax.plan.plan import SchedulePlan, load_plan
 from nanoflow_jax.prompts import Prompt, as_list, as_pairs, text_and_tokens
 from nanoflow_jax.sampling_params import SamplingParams
@@ -78,6 +78,7 @@ class LLM:
             self._hint(options)
         else:
             self.plan = load_plan(str(options.plan))
+        check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
         self.tokenizer = Tokenizer(options.tokenizer or folder, template, options.chat_template_kwargs)
         self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)

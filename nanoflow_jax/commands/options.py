@@ -6,6 +6,8 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.chat import check_kwargs, read_template
@@ -21,6 +23,20 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError when a file that these options name could not be written: before the work, not after it."""
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise ValueError(f"--{name}: {path} is a folder; name a file")
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name}: {path}: its folder does not exist")
+        if name == "plot" and find_spec("matplotlib") is None:
+            raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
 
 
 def positive(text: str) -> int:
@@ -80,6 +96,13 @@ def add_option(p: argparse._ActionsContainer, name: str, default: Any = None, *,
     elif name in _READ:
         given["metavar"], given["type"] = _READ[name]
     p.add_argument(flag(name), dest=name, default=default, **given)
+
+
+def add_mesh_size(p: argparse._ActionsContainer, text: str, default: int | None = None) -> None:
+    """Of a command that has no `LLM`: the flag's name there, and a shorter one."""
+    p.add_argument(
+        "--tensor-parallel-size", "--devices", dest="devices", type=positive, default=default, metavar="N", help=text
+    )
 
 
 def add_bench_options(p: argparse._ActionsContainer, *more: str) -> None:

@@ -22,7 +22,7 @@ def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> M
     size = len(devices) if tensor_parallel_size is None else tensor_parallel_size
     if not 1 <= size <= len(devices):
         more = ""
-        if devices[0].platform == "cpu":
+        if devices[0].platform == "cpu" and size > len(devices):
             more = f"; JAX_NUM_CPU_DEVICES={size} in the environment (or --cpu-devices {size}) makes {size} of a CPU"
         raise ConfigError(
             f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}{more}"
