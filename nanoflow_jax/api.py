@@ -34,7 +34,7 @@ from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.tokenizer import Tokenizer
-from nanoflow_jax.weights.hub import resolve_model
+from nanoflow_jax.weights.hub import resolve_model, resolve_tokenizer
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -79,7 +79,8 @@ class LLM:
         else:
             self.plan = load_plan(str(options.plan))
         check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
-        self.tokenizer = Tokenizer(options.tokenizer or folder, template, options.chat_template_kwargs)
+        spoken = resolve_tokenizer(options.tokenizer) if options.tokenizer else folder
+        self.tokenizer = Tokenizer(spoken, template, options.chat_template_kwargs)
         self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)
         eos = end_tokens(folder, self.config, self.tokenizer)

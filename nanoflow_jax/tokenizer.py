@@ -20,7 +20,6 @@ from nanoflow_jax.chat import PLAIN, ChatSettings, checked_messages
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.system import limited
 from nanoflow_jax.system.reading import one_line
-from nanoflow_jax.weights.hub import resolve_model
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -38,7 +37,6 @@ class Tokenizer:
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ):
-        source = resolve_model(str(source), kind="tokenizer")  # transformers tries each file of an unreachable Hub
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install torch
         # Not AutoTokenizer: the classes that it picks by name rebuild normalizer and decoder, and ids change with them.
         from transformers import PreTrainedTokenizerFast

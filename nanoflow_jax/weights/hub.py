@@ -16,6 +16,12 @@ _OF_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "
 _ACCEPTED = f"accepted: {', '.join(map(repr, EMBEDDED))}, a local folder, or a Hub id such as 'owner/name'"
 
 
+def resolve_tokenizer(name: str) -> Path:
+    """The same of a tokenizer that is not the model's own; of a Hub id its files alone are downloaded, all at once:
+    `transformers` would try each of them again and again where the Hub cannot be reached."""
+    return resolve_model(name, kind="tokenizer")
+
+
 def resolve_model(model: str, revision: str | None = None, kind: str = "model") -> Path:
     """The local folder of a model, downloaded first if it is a Hub id; `revision` is a branch, tag or commit there.
     kind "tokenizer": of its tokenizer, which is then all that is downloaded.

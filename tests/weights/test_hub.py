@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from nanoflow_jax import LLM
+from nanoflow_jax.commands.batch import run_tokenizer
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights import WeightsError, open_weights, resolve_model
-from tests.scripted import LLAMA3_CONFIG, llama3, write_tokenizer
+from nanoflow_jax.weights.hub import resolve_tokenizer
 
 
 def _answer(kind: type[Exception]) -> Exception:
@@ -56,14 +58,15 @@ def test_a_tokenizer_asks_the_hub_once(tmp_path: Path, monkeypatch: pytest.Monke
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    write_tokenizer(tmp_path, llama3(), LLAMA3_CONFIG)
-    assert Tokenizer("some/model").encode("a", False)
+    assert resolve_tokenizer("some/model") == tmp_path
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
     patterns = {name: asked[0][name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(huggingface_hub.utils.filter_repo_objects([*files, "model.safetensors"], **patterns)) == files
     with pytest.raises(ConfigError, match="tokenizer: 'some/model' is not in the local cache and the Hub") as caught:
-        Tokenizer("some/model")
+        LLM("tiny", tokenizer="some/model", progress=False)
     assert "\n" not in str(caught.value) and len(asked) == 2
+    with pytest.raises(ConfigError, match="tokenizer: 'some/model' is not in the local cache"):
+        run_tokenizer(argparse.Namespace(tokenizer="some/model", chat_template=None))
 
 
 @pytest.mark.parametrize(
