@@ -32,3 +32,8 @@ def __getattr__(name: str) -> Any:
 
         return SamplingParams
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """With what is loaded when it is used, for tab completion."""
+    return sorted({*globals(), *__all__})

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import operator
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.chat import PLAIN, ChatSettings, read_template
+from nanoflow_jax.chat import PLAIN, ChatSettings, as_conversations, read_template
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Score, Work, feed, score_of
@@ -28,18 +26,18 @@ from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.plan.known import AUTO, DEFAULT, known_plan
+from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, known_plan
 from nanoflow_jax.plan.plan import SchedulePlan, load_plan
+from nanoflow_jax.prompts import Prompt, as_list, as_pairs, text_and_tokens
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.system.progress import Progress
 from nanoflow_jax.tokenizer import Tokenizer
-from nanoflow_jax.weights.hub import resolve_model
+from nanoflow_jax.weights.hub import resolve_model, resolve_tokenizer
 
 logger = logging.getLogger("nanoflow_jax")
 
-Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
 Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its tokens and how to go on
@@ -80,7 +78,9 @@ class LLM:
             self._hint(options)
         else:
             self.plan = load_plan(str(options.plan))
-        self.tokenizer = Tokenizer(options.tokenizer or folder, template, options.chat_template_kwargs)
+        check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
+        spoken = resolve_tokenizer(options.tokenizer) if options.tokenizer else folder
+        self.tokenizer = Tokenizer(spoken, template, options.chat_template_kwargs)
         self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)
         eos = end_tokens(folder, self.config, self.tokenizer)
@@ -103,7 +103,8 @@ class LLM:
     def generate(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, use_tqdm: bool = True
     ) -> list[RequestOutput]:
-        """Completes the prompts (text, token ids, or a list of either), all together; results in their order.
+        """Completes the prompts (text, token ids, vLLM's {"prompt": ...} or {"prompt_token_ids": ...}, or a list of
+        these), all together; results in their order.
 
         `sampling_params`: one for all, or one per prompt; None takes the model's own defaults (generation_config.json).
         Raises ValueError for a prompt that cannot be served, before any is run. A completion that fails on the way
@@ -111,7 +112,7 @@ class LLM:
         holds what had been finished, in order, and None for the others.
         """
         self.last_outputs = []
-        return self._run([self._tokens(p, True) for p in _as_list(prompts)], sampling_params, use_tqdm)
+        return self._run([self._tokens(p, True) for p in as_list(prompts)], sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -136,15 +137,14 @@ class LLM:
         settings = ChatSettings(
             chat_template, chat_template_kwargs, tools, documents, add_generation_prompt, continue_final_message
         )
-        one = len(messages) > 0 and isinstance(messages[0], Mapping)
-        conversations: Sequence[Any] = [messages] if one else messages
+        conversations = as_conversations(messages)
         rendered = [self.tokenizer.chat(conversation, settings) for conversation in conversations]
         return self._run([self._tokens(p, False) for p in rendered], sampling_params, use_tqdm)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
         of each has `finished` set. Closing the iterator ends what is still running."""
-        return self._stream(self._checked([self._tokens(p, True) for p in _as_list(prompts)], sampling_params))
+        return self._stream(self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params))
 
     def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
         call = Call(self._calls)
@@ -175,7 +175,7 @@ class LLM:
         """
         self.last_scores = []
         params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
-        encoded = [self._pair(context, continuation) for context, continuation in pairs]
+        encoded = [self._pair(context, continuation) for context, continuation in as_pairs(pairs)]
         for tokens, _ in encoded:
             self.engine.check(tokens, params)
         with self._call() as (call, check_interrupt):
@@ -241,22 +241,21 @@ class LLM:
         return SamplingParams(**{**self._defaults, **overrides})
 
     def _tokens(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, str):
-            return prompt, self.tokenizer.encode(prompt, add_special_tokens)
-        try:
-            return None, [operator.index(t) for t in prompt]
-        except TypeError:
-            raise ValueError(f"prompt: {prompt!r} is not accepted; it must be text or a list of token ids") from None
+        text, tokens = text_and_tokens(prompt)
+        if tokens is None:
+            assert text is not None
+            tokens = self.tokenizer.encode(text, add_special_tokens)
+        return text, tokens
 
     def _pair(self, context: Prompt, continuation: Prompt) -> tuple[list[int], int]:
         """Tokens of both, and where the continuation begins."""
-        if isinstance(context, str) is not isinstance(continuation, str):
-            raise ValueError("pairs: a context and its continuation must both be text, or both token ids")
-        if isinstance(context, str) and isinstance(continuation, str):
-            tokens, before = self.tokenizer.encode_pair(context, continuation)
+        (text, ids), (next_text, next_ids) = text_and_tokens(context), text_and_tokens(continuation)
+        if ids is not None and next_ids is not None:
+            tokens, before = [*ids, *next_ids], len(ids)
+        elif text is not None and next_text is not None and ids is next_ids:
+            tokens, before = self.tokenizer.encode_pair(text, next_text)
         else:
-            tokens = [*self._tokens(context, False)[1], *self._tokens(continuation, False)[1]]
-            before = len(context)
+            raise ValueError("pairs: a context and its continuation must both be text, or both token ids")
         if before == 0:
             tokens, before = [self.tokenizer.first_token_id, *tokens], 1
         if before >= len(tokens):
@@ -267,9 +266,11 @@ class LLM:
         """The prompts, each with its sampling params. Raises ValueError for what cannot be served."""
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
-        params = (
-            [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else list(sampling_params)
-        )
+        params: list[Any] = [sampling_params]
+        if isinstance(sampling_params, SamplingParams):
+            params = params * len(prompts)
+        elif isinstance(sampling_params, list | tuple):
+            params = list(sampling_params)
         if wrong := [p for p in params if not isinstance(p, SamplingParams)]:
             raise ValueError(
                 f"sampling_params: {wrong[0]!r} is not accepted; it must be a SamplingParams, or one per prompt"
@@ -364,9 +365,3 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
         if (error := output.outputs[0].error) is not None:
             raise RuntimeError(f"prompt {number}: {error}")
     return [output.outputs[0].text for output in outputs]
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]

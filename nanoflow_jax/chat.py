@@ -111,6 +111,13 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     return [_message(message) for message in messages]
 
 
+def as_conversations(messages: Any) -> list[Any]:
+    """One conversation, or several, as a list of them. Raises ValueError, one line."""
+    if not isinstance(messages, list | tuple):
+        raise _refused(messages, "it must be a list of {'role': ..., 'content': ...}, or a list of such lists")
+    return [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+
+
 def _message(given: Any) -> dict[str, Any]:
     if not isinstance(given, Mapping) or not isinstance(given.get("role"), str):
         raise _refused(given, "each is a dict with texts 'role' and 'content'")

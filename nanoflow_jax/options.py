@@ -58,6 +58,7 @@ def _at_least(low: int) -> Accepted:
     )
 
 
+_MODEL = Accepted(lambda v: isinstance(v, (str, Path)), "is not accepted; it must be 'tiny', a folder, or a Hub id")
 _SHARE = Accepted(lambda v: _number(v) and 0 < v <= 1, "is not accepted; it must be above 0 and at most 1")
 _AMOUNT = Accepted(lambda v: _number(v) and 0 <= v < float("inf"), "is not accepted; it must be a number of at least 0")
 _SWITCH = _one_of(True, False)
@@ -98,6 +99,7 @@ class LLMOptions:
     model: Annotated[str | Path, About(  # its identity is in its files
         '"tiny" (embedded), a local folder, or a Hub id. A folder is in Hugging Face format, or written by '
         "`nanoflow convert`",
+        _MODEL,
     )]  # fmt: skip
     _: KW_ONLY
     revision: Annotated[str | None, About("branch, tag or commit of a Hub id", none="its main branch")] = None

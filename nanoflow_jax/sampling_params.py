@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import wraps
 from typing import Any
 
 MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
@@ -12,6 +14,23 @@ MAX_FLOAT = 1e30  # settings stay in float32, and so do logits times a penalty
 MAX_INT = 2**31 - 1
 
 
+def _names_the_nearest[T](cls: type[T]) -> type[T]:
+    """For a keyword that is no field: TypeError, as Python's own, with the field that was perhaps meant."""
+    made, known = cls.__init__, list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    @wraps(made)
+    def init(self: T, *args: Any, **given: Any) -> None:
+        if odd := [name for name in given if name not in known]:
+            near = next(iter(get_close_matches(odd[0], known, 1, 0.7)), None)
+            hint = f"did you mean {near}?" if near else f"accepted: {', '.join(known)}"
+            raise TypeError(f"{cls.__name__}: no field {odd[0]!r}; {hint}")
+        made(self, *args, **given)
+
+    setattr(cls, "__init__", init)  # noqa: B010 - as an assignment it would be an error of types
+    return cls
+
+
+@_names_the_nearest
 @dataclass(frozen=True)
 class SamplingParams:
     """Sampling settings of one request.
@@ -42,7 +61,8 @@ class SamplingParams:
     detokenize           False: no text, token ids only
 
     The order of processing: logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k, top_p. Greedy
-    requests are subject to those before temperature. Raises ValueError naming the field and what is accepted.
+    requests are subject to those before temperature. Raises ValueError naming the field and what is accepted, and
+    TypeError for a name that is no field.
     """
 
     n: int = 1

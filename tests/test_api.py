@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import nanoflow_jax
 from nanoflow_jax import LLM, SamplingParams, api, generate
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine import setup
@@ -174,7 +177,8 @@ def test_progress_goes_to_stderr_and_can_be_off(llm: LLM, capsys: pytest.Capture
         ([[65, 262]], ["prompt", "262", "0 to 261"]),
         ([[65, -1]], ["prompt", "-1", "0 to 261"]),
         ([[65.0, 66.0]], ["prompt", "65.0", "token ids"]),
-        ([{"prompt_token_ids": [65]}], ["prompt", "prompt_token_ids", "token ids"]),
+        ([{"prompt_token_ids": [65], "lora": 1}], ["prompt", "'lora'", "prompt_token_ids"]),
+        ([{"prompt_token_ids": []}], ["prompt", "empty", "at least one token"]),
         ([None], ["prompt", "None"]),
         (["half \ud83d of a pair"], ["prompt", "character 5", "UTF-8"]),
     ],
@@ -188,9 +192,36 @@ def test_bad_prompts(llm: LLM, monkeypatch: pytest.MonkeyPatch, prompts: Any, wo
     assert not llm.engine.has_work
 
 
+def test_dicts_of_vllm(llm: LLM) -> None:
+    """As what is in them; token ids come before the text that stands beside them."""
+    dicts = [{"prompt": "12+30="}, {"prompt_token_ids": [256, *b"25+25="]}]
+    dicts.append({"prompt": "25+25= as it was", "prompt_token_ids": [256, *b"25+25="]})
+    outputs = llm.generate(dicts, GREEDY, use_tqdm=False)
+    assert texts(outputs) == ["42", "50", "50"]
+    assert [o.prompt for o in outputs] == ["12+30=", None, "25+25= as it was"]
+    assert texts(llm.generate(dicts[0], GREEDY, use_tqdm=False)) == ["42"]
+    both = llm.score([("12+30=", "42"), ({"prompt": "12+30="}, {"prompt": "42"})], use_tqdm=False)
+    assert both[0] == both[1]
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "score", "chat"])
+def test_nothing_is_no_prompt(llm: LLM, call: str) -> None:
+    with pytest.raises(ValueError) as error:
+        list(getattr(llm, call)(None))
+    one_line(error, {"score": "pairs", "chat": "messages"}.get(call, "prompts"), "None", "must be")
+
+
+def test_tab_completion_sees_what_is_loaded_later() -> None:
+    assert {"LLM", "SamplingParams", "generate"} <= {*dir(nanoflow_jax)}
+    code = "import nanoflow_jax as n, sys; sys.exit(not {*n.__all__} <= {*dir(n)} or 'jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("params", "words"),
     [
+        ({"max_tokens": 3}, ["sampling_params", "{'max_tokens': 3}", "SamplingParams"]),
+        (5, ["sampling_params", "5", "SamplingParams"]),
         ([GREEDY], ["sampling_params", "1 given for 2 prompts"]),
         ([GREEDY] * 3, ["sampling_params", "3 given for 2 prompts"]),
         ([], ["sampling_params", "0 given for 2 prompts"]),
@@ -213,7 +244,7 @@ def test_bad_params(llm: LLM, params: Any, words: list[str]) -> None:
     [
         ({"dtype": "int8"}, ["dtype", "'int8'", "'bfloat16'"]),
         ({"tensor_parallel_size": 3}, ["tensor_parallel_size", "3", "1, 2, 4, 8"]),
-        ({"tensor_parallel_size": 9}, ["tensor_parallel_size", "9", "8 present"]),
+        ({"tensor_parallel_size": 9}, ["tensor_parallel_size", "9", "8 present", "JAX_NUM_CPU_DEVICES=9"]),
         ({"tensor_parallel_size": 0}, ["tensor_parallel_size", "0"]),
         ({"tensor_parallel_size": "2"}, ["tensor_parallel_size", "'2'"]),
         ({"plan": "no_such_plan"}, ["no_such_plan", "two_all_reduce", "two_gather_one_reduce"]),

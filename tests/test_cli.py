@@ -64,6 +64,8 @@ def generate(cli: Cli, *arguments: str, stdin: bytes = b"") -> tuple[int, str, s
     return cli("generate", *arguments, "--quiet", *SMALL, stdin=stdin)
 
 
+SYSTEM = ("--system", "Be brief.")
+
 # -- generate
 
 
@@ -154,6 +156,32 @@ def test_progress_is_on_stderr_unless_quiet(cli: Cli) -> None:
     assert "generating: 1/1 requests" in err
 
 
+def test_several_completions_with_logprobs_and_a_stop(cli: Cli) -> None:
+    """--n completions per prompt, each a line; --stop ends before its text and may be repeated; --logprobs are of each
+    token and the likeliest."""
+    sampled = ["--n", "3", "--temperature", "3", "--max-tokens", "6", "--ignore-eos", "--seed", "5"]
+    status, out, err = generate(cli, "12+30=", "25+25=", *sampled, "--json")
+    assert status == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(one["prompt"], one["index"]) for one in found] == [(p, i) for p in ("12+30=", "25+25=") for i in range(3)]
+    assert len({one["text"] for one in found}) > 3, "completions are copies"
+    assert generate(cli, "12+30=", *sampled)[1].count("12+30=") == 3
+    record = json.loads(generate(cli, "12+30=", "--stop", "!", "--stop", "2", "--json", "--logprobs", "2")[1])
+    assert (record["text"], record["finish_reason"], record["token_ids"]) == ("4", "stop", [*b"42"])
+    assert [step[0]["token"] for step in record["logprobs"]] == ["4", "2"]
+    assert all(
+        {"token_id", "logprob", "rank"} <= {*top} and len(step) >= 2 for step in record["logprobs"] for top in step
+    )
+    assert record["cumulative_logprob"] == pytest.approx(sum(step[0]["logprob"] for step in record["logprobs"]))
+    refused(generate(cli, "12+30=", "--n", "2"), "n: 2", "temperature")
+
+
+def test_a_system_message(cli: Cli) -> None:
+    """It stands before the user's: of the prompt, its text and the two tokens of a turn."""
+    count = [json.loads(generate(cli, "hi", "--chat", "--json", *more)[1])["prompt_tokens"] for more in ((), SYSTEM)]
+    assert count[1] == count[0] + len("Be brief.") + 2
+
+
 # -- refusals
 
 
@@ -223,7 +251,6 @@ def test_a_bad_model_folder_is_named(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], ["COMMAND"]),
         (["generate"], ["no prompts", "--input FILE"]),
         (["generate", "--input", os.devnull], ["no prompts"]),
         (["generate", "x", "--page-size", "0"], ["--page-size", "'0'", "at least 1"]),
@@ -235,13 +262,16 @@ def test_a_bad_model_folder_is_named(cli: Cli, tmp_path: Path) -> None:
         (["batch", "-i", "a", "-o", "b", "--chat-template-kwargs", '{"tools": 1}'], ["-kwargs", "'tools' is not"]),
         (["convert", "tiny"], ["FOLDER"]),
         (["compress", "tiny"], ["compress", "generate", "convert"]),
+        (["genrate", "x"], ["'genrate'", "did you mean generate?"]),
+        (["generate", "x", "--system", "y"], ["--system", "--chat is needed"]),
+        (["generate", "x", "--logprobs", "2"], ["--logprobs", "--json is needed"]),
     ],
     ids=str,
 )
 def test_wrong_usage_is_status_2(cli: Cli, arguments: list[str], words: list[str]) -> None:
     status, out, err = cli(*arguments)
     assert (status, out) == (2, "")
-    assert "Traceback" not in err
+    assert err.count("\n") == 1, f"not one line: {err}"
     for word in words:
         assert word in err
 
@@ -263,13 +293,17 @@ OPTIONS = {
         "--output",
         "--json",
         "--chat",
+        "--system",
         "--max-tokens",
+        "--n",
         "--temperature",
         "--top-p",
         "--top-k",
         "--seed",
+        "--stop",
         "--stop-token-ids",
         "--ignore-eos",
+        "--logprobs",
         "--model",
         "--revision",
         "--tokenizer",
@@ -308,26 +342,25 @@ OPTIONS = {
 
 @pytest.mark.parametrize("command", list(OPTIONS))
 def test_help_lists_every_option_with_its_default(cli: Cli, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """An option's own default, or for sampling the sentence that says where defaults come from."""
+    """A default that is nothing, or off, is not told."""
     monkeypatch.setenv("COLUMNS", "200")
     status, out, err = cli(command, "--help")
     assert (status, err) == (0, "")
     entries = dict(re.findall(r"^  (?:-h, )?(--[a-z-]+)((?:.*\n)(?:    .*\n)*)", out, re.MULTILINE))
     assert set(entries) == {*OPTIONS[command], "--help"}
-    from_model = {"--temperature", "--top-p", "--top-k", "--seed", "--stop-token-ids", "--ignore-eos"}
-    for option in OPTIONS[command]:
-        assert option in from_model or "(default: " in entries[option], option
+    assert not re.search(r"\(default: (None|False|\[\])", out)
+    defaults = {
+        "generate": {"--max-tokens": "64", "--n": "1", "--model": "tiny", "--page-size": "64", "--peer-timeout": "60"},
+        "convert": {"--dtype": "auto", "--quantization": "as stored"},
+    }
+    for option, default in defaults[command].items():
+        assert f"(default: {default})" in entries[option]
     if command == "generate":
         assert "sampling (defaults: the model's generation_config.json, else greedy)" in out
-        assert "(default: 64)" in entries["--max-tokens"]
-        assert "(default: tiny)" in entries["--model"]
+        assert "(default: all that are present)" in entries["--tensor-parallel-size"]
 
 
-def test_help_and_version_of_the_whole(cli: Cli) -> None:
-    status, out, _ = cli("--help")
-    assert status == 0
-    assert "generate" in out
-    assert "convert" in out
+def test_version(cli: Cli) -> None:
     assert cli("--version")[:2] == (0, "nanoflow_jax 0.1.0\n")
 
 
@@ -412,26 +445,6 @@ def test_quiet_is_quiet(tmp_path: Path) -> None:
     loud = process(*command, **unset)
     for words in ("a class is not the same", "an option is deprecated", "slow"):
         assert words in loud.stderr, "the test would not see it"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "option"),
-    [
-        (["generate", "x", "--n", "3"], "--n"),
-        (["generate", "x", "--stop", "y"], "--stop"),
-        (["batch", "-i", "a", "-o", "b", "--decode", "8"], "--decode"),
-        (["eval", "addition", "--out", "x"], "--out"),
-        (["bench", "throughput", "--request", "3"], "--request"),
-        (["bench", "host", "--step", "3"], "--step"),
-        (["simulate", "--mod", "tiny"], "--mod"),
-    ],
-    ids=" ".join,
-)
-def test_options_are_spelled_out(cli: Cli, arguments: list[str], option: str) -> None:
-    """--n is not --num-processes, --stop is not --stop-token-ids."""
-    status, out, err = cli(*arguments)
-    assert (status, out) == (2, "")
-    assert f"unrecognized arguments: {option}" in err or "are required" in err
 
 
 def test_no_parser_guesses() -> None:

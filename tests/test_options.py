@@ -12,7 +12,8 @@ import pytest
 from nanoflow_jax import LLM, api, generate
 from nanoflow_jax.commands import batch, bench, bench_batch, eval
 from nanoflow_jax.commands import generate as generate_command
-from nanoflow_jax.commands.options import Parser, llm_options
+from nanoflow_jax.commands.options import llm_options
+from nanoflow_jax.commands.parser import Parser
 from nanoflow_jax.options import KINDS, OPTIONS, VLLM_NAMES, LLMOptions
 from nanoflow_jax.step.attention import BACKENDS, KV_CACHE_DTYPES, QUANTIZATIONS
 

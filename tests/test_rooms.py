@@ -15,7 +15,7 @@ PACKAGES = ("nanoflow_jax", "kernels_pallas", "tools")
 # From the ground up: a room imports those of lines above its own, and none of its own line's neighbours.
 FLOORS = (
     ("system",),
-    ("chat", "config", "sampling_params", "version"),
+    ("chat", "prompts", "config", "sampling_params", "version"),
     ("hardware", "workload", "tokenizer", "parallel"),
     ("plan", "models"),
     ("options",),

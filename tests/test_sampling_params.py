@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import pickle
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -184,3 +185,20 @@ def test_it_is_frozen() -> None:
     params: Any = SamplingParams()
     with pytest.raises(AttributeError):
         params.temperature = 2.0
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("temprature", "did you mean temperature?"),
+        ("max_new_tokens", "did you mean max_tokens?"),
+        ("best_of", "accepted: n, temperature, "),
+    ],
+)
+def test_an_unknown_field_is_told_its_neighbour(name: str, told: str) -> None:
+    unknown: dict[str, Any] = {name: 1}
+    with pytest.raises(TypeError) as error:
+        SamplingParams(**unknown)
+    assert str(error.value).startswith(f"SamplingParams: no field {name!r}; {told}")
+    assert replace(SamplingParams(n=2), top_k=3) == SamplingParams(2, top_k=3)
+    assert pickle.loads(pickle.dumps(SamplingParams(top_k=3))) == SamplingParams(top_k=3)

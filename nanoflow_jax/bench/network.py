@@ -58,7 +58,7 @@ def inspected_exposure(
     None; and what it is or why it is not there. In a process of its own, which leaves the GPU alone."""
     command = [
         sys.executable, "-m", "nanoflow_jax", "inspect", "--json", "--model", model, "--plan", plan, "--gpu", hardware,
-        "--devices", str(devices), "--tokens", str(shape.rows), "--decode-tokens", str(shape.decode_rows),
+        "--devices", str(devices), "--tokens-per-step", str(shape.rows), "--decode-tokens", str(shape.decode_rows),
         "--layers", str(min(layers, 4)),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})

@@ -37,7 +37,7 @@ from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.parallel.mesh import AXIS, check_divides, make_mesh
-from nanoflow_jax.plan.known import AUTO, DEFAULT, named_plan
+from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, named_plan
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.slots import empty_inputs
@@ -63,6 +63,7 @@ def measure(options: ThroughputOptions) -> ThroughputReport:
         replace(config, num_layers=options.model_layers), hardware.name if hardware else None, gpus,
         options.tokens_per_step, options.decode_slots,
     )  # fmt: skip
+    check_sms(plan, hardware)
     if plan_name == AUTO:
         plan_name = plan.name
     vocabulary = config.vocab_size // (options.rank_of or 1)  # a slice embeds the tokens of its own rows only

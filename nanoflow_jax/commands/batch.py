@@ -87,9 +87,10 @@ def add_run_options(p: argparse.ArgumentParser) -> None:
 def run_tokenizer(args: argparse.Namespace) -> Tokenizer:
     """Of a run, with its chat template. Raises ConfigError when there is no such model."""
     from nanoflow_jax.tokenizer import Tokenizer
-    from nanoflow_jax.weights.hub import resolve_model
+    from nanoflow_jax.weights.hub import resolve_model, resolve_tokenizer
 
-    return Tokenizer(args.tokenizer or resolve_model(args.model, args.revision), args.chat_template)
+    own = resolve_tokenizer(args.tokenizer) if args.tokenizer else resolve_model(args.model, args.revision)
+    return Tokenizer(own, args.chat_template)
 
 
 def run_manifest(

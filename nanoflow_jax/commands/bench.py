@@ -11,12 +11,10 @@ import sys
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands import bench_batch as batch_command
-from nanoflow_jax.commands.options import add_bench_options, llm_options, positive
+from nanoflow_jax.commands.options import add_bench_options, check_outputs, llm_options, positive
 from nanoflow_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -51,10 +49,10 @@ def _add_host(kinds: Any) -> None:
         "host",
         help="what the host does per step, without the model",
         description="Runs the engine with a stand-in for the model and measures the host's work per step.\n\n"
-        "  nanoflow bench host --requests 1280 --tokens 2048 --json",
+        "  nanoflow bench host --requests 1280 --tokens-per-step 2048 --json",
     )
     p.add_argument("--requests", type=positive, default=1280, help="running requests")
-    p.add_argument("--tokens", type=positive, default=2048, help="tokens per step")
+    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the step")
     p.add_argument("--model", default="llama_3_1_70b", help="whose number of program arguments")
     p.add_argument("--steps", type=positive, default=1000, help="steps to measure")
     p.add_argument("--json", action="store_true", help="print JSON")
@@ -66,7 +64,7 @@ def _host(args: argparse.Namespace) -> int:
     from nanoflow_jax.models.registry import model_config
 
     started = time.monotonic()
-    report = measure(args.requests, args.tokens, model_config(args.model)[1], args.steps)
+    report = measure(args.requests, args.tokens_per_step, model_config(args.model)[1], args.steps)
     if args.json:
         print(json.dumps({**asdict(report), "seconds": round(time.monotonic() - started, 1)}, indent=2))
     else:
@@ -140,11 +138,7 @@ def _add_throughput(kinds: Any) -> None:
 
 
 def _throughput(args: argparse.Namespace) -> int:
-    if args.plot:  # found out before the run, not after it
-        if not Path(args.plot).absolute().parent.is_dir():
-            raise ValueError(f"--plot: {args.plot}: its folder does not exist")
-        if find_spec("matplotlib") is None:
-            raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
+    check_outputs(args, "plot")
     if args.model is None:
         args.model = _usual_model(args.cpu_devices)
     from nanoflow_jax.bench import report, transformers_peer

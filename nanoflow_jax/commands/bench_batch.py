@@ -18,12 +18,12 @@ def add(kinds: Any) -> None:
         help="throughput of a batch file beside that of the bare engine",
         description="Runs the same requests as `bench throughput` does and as `nanoflow batch` does, in turns, and\n"
         "prints the ratio of their tokens per second in the steady state.\n\n"
-        "  nanoflow bench batch --model ./llama-8b --workload sharegpt --repeats 3",
+        "  nanoflow bench batch --model ./llama-8b --workload sharegpt --repeat 3",
     )
     p.add_argument("--model", default="tiny", help="'tiny', a local folder, or a Hub id")
     p.add_argument("--workload", default="constant:64:64", help="as for bench throughput")
     p.add_argument("--requests", type=positive, help="how many; enough for a steady state when not given")
-    p.add_argument("--repeats", type=positive, default=3, help="pairs of runs")
+    p.add_argument("--repeat", type=positive, default=3, help="pairs of runs")
     add_bench_options(p)
     p.add_argument("--seed", type=int, default=0, help="of lengths and prompts")
     p.add_argument("--cpu-devices", type=positive, metavar="N", help="run on the CPU as N devices")
@@ -44,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     llm = make_llm(args, max_model_len=limit, enable_prefix_caching=False)
     if args.plan == "auto":
         print(f"plan {llm.plan.name}: the one known for this model and device", file=sys.stderr)
-    cost = measure_batch(llm, workload, args.requests, args.repeats, args.seed)
+    cost = measure_batch(llm, workload, args.requests, args.repeat, args.seed)
     if args.json:
         print(json.dumps({**asdict(cost), "ratio": cost.ratio, "device": llm.mesh.devices.flat[0].device_kind}))
         return 0

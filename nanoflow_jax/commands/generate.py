@@ -8,17 +8,22 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands.options import add_model_options, make_llm, positive
+
+if TYPE_CHECKING:
+    from nanoflow_jax.engine.request import CompletionOutput, RequestOutput
 
 
 def add(commands: Any) -> None:
     p = commands.add_parser(
         "generate",
         help="complete prompts from arguments, a file or standard input",
-        description="Completes prompts and prints one completion per prompt, in order.\n\n"
+        description="Completes prompts and prints each with its completion (with --n completions), in order.\n\n"
         "  nanoflow generate '12+30=' 'reverse abc='\n"
+        "  nanoflow generate --chat --system 'Be brief.' 'What is 12+30?'\n"
+        "  nanoflow generate '12+30=' --n 3 --temperature 0.8 --json --logprobs 2\n"
         "  nanoflow generate --input prompts.txt --json > results.jsonl\n"
         "  echo '12+30=' | nanoflow generate --input -",
     )
@@ -28,15 +33,20 @@ def add(commands: Any) -> None:
     p.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object per line: prompt, text, token_ids, finish_reason; with --chat reasoning_content, content",
+        help="one JSON object per completion and line: prompt, text, token_ids, finish_reason; with --n index; with "
+        "--chat reasoning_content, content; with --logprobs those",
     )
     p.add_argument(
         "--chat",
         action="store_true",
         help="each prompt is a user's message, through the chat template; without --json only the answer is printed",
     )
+    p.add_argument("--system", metavar="TEXT", help="with --chat: the system's message, before the user's")
     sampling = p.add_argument_group("sampling (defaults: the model's generation_config.json, else greedy)")
     sampling.add_argument("--max-tokens", type=positive, default=64, help="tokens to generate at most")
+    sampling.add_argument(
+        "--n", type=positive, default=1, help="completions of each prompt; more than 1 need a temperature above 0"
+    )
     for name, kind, text in (
         ("temperature", float, "0 is greedy"),
         ("top-p", float, "keep the likeliest tokens that reach this probability together"),
@@ -45,11 +55,19 @@ def add(commands: Any) -> None:
     ):
         sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
     sampling.add_argument(
+        "--stop", action="append", default=argparse.SUPPRESS, metavar="TEXT",
+        help="end a completion before this text; may be given several times",
+    )  # fmt: skip
+    sampling.add_argument(
         "--stop-token-ids", type=int, nargs="+", default=argparse.SUPPRESS, help="tokens that end a completion"
     )
     sampling.add_argument(
         "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the model's end token"
     )
+    sampling.add_argument(
+        "--logprobs", type=int, default=argparse.SUPPRESS, metavar="N",
+        help="with --json: of each token its logprob, and those of the N likeliest",
+    )  # fmt: skip
     add_model_options(p)
     p.set_defaults(run=_run)
 
@@ -64,9 +82,13 @@ def _run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    for name, needed in (("system", "chat"), ("logprobs", "json")):
+        if getattr(args, name, None) is not None and not getattr(args, needed):
+            print(f"nanoflow generate: --{name}: --{needed} is needed with it", file=sys.stderr)
+            return 2
     if empty := [i for i, prompt in enumerate(prompts, start=1) if not prompt]:
         raise ValueError(f"prompt {empty[0]} is empty; every line must hold a prompt")
-    names = ("max_tokens", "temperature", "top_p", "top_k", "stop_token_ids", "ignore_eos")
+    names = ("n", "max_tokens", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "logprobs")
     wanted = {name: getattr(args, name) for name in names if hasattr(args, name)}
     seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
     for seed in (seeds[0], seeds[-1]):
@@ -75,35 +97,57 @@ def _run(args: argparse.Namespace) -> int:
         llm = make_llm(args, seed=0)  # --seed is that of the prompts
         params = [llm.default_sampling_params(**wanted, **seed) for seed in seeds]
         if args.chat:
-            outputs = llm.chat([[{"role": "user", "content": p}] for p in prompts], params, use_tqdm=not args.quiet)
+            system = [{"role": "system", "content": args.system}] if args.system is not None else []
+            conversations = [[*system, {"role": "user", "content": p}] for p in prompts]
+            outputs = llm.chat(conversations, params, use_tqdm=not args.quiet)
         else:
             outputs = llm.generate(prompts, params, use_tqdm=not args.quiet)
         for prompt, output in zip(prompts, outputs, strict=True):
-            done = output.outputs[0]
-            if args.json:
-                record = {
-                    "prompt": prompt,
-                    "text": done.text,
-                    **({"reasoning_content": done.reasoning_content, "content": done.content} if args.chat else {}),
-                    "token_ids": done.token_ids,
-                    "finish_reason": done.finish_reason,
-                    "prompt_tokens": len(output.prompt_token_ids),
-                    **({"error": done.error} if done.error is not None else {}),
-                }
-                write(json.dumps(record, ensure_ascii=False))
-            else:
-                write((done.content or "") if args.chat else prompt + done.text)
-    failed = [(i, o.outputs[0].error) for i, o in enumerate(outputs, start=1) if o.outputs[0].error is not None]
+            for done in output.outputs:
+                if args.json:
+                    write(json.dumps(_record(args, prompt, output, done), ensure_ascii=False))
+                else:
+                    write((done.content or "") if args.chat else prompt + done.text)
+    failed = False
     for number, output in enumerate(outputs, start=1):
-        if args.chat and (done := output.outputs[0]).content is None and done.error is None:
-            print(
-                f"nanoflow generate: prompt {number}: no answer; its thought had not ended after "
-                f"{len(done.token_ids)} tokens",
-                file=sys.stderr,
-            )
-    for number, error in failed:
-        print(f"nanoflow generate: prompt {number}: {error}", file=sys.stderr)
+        for done in output.outputs:
+            where = f"nanoflow generate: prompt {number}" + f", completion {done.index + 1}" * (args.n > 1)
+            if done.error is not None:
+                failed = True
+                print(f"{where}: {done.error}", file=sys.stderr)
+            elif args.chat and done.content is None:
+                print(
+                    f"{where}: no answer; its thought had not ended after {len(done.token_ids)} tokens",
+                    file=sys.stderr,
+                )
     return 1 if failed else 0
+
+
+def _record(args: argparse.Namespace, prompt: str, output: RequestOutput, done: CompletionOutput) -> dict[str, Any]:
+    """A completion as --json prints it."""
+    record: dict[str, Any] = {"prompt": prompt}
+    if args.n > 1:
+        record["index"] = done.index
+    record["text"] = done.text
+    if args.chat:
+        record |= {"reasoning_content": done.reasoning_content, "content": done.content}
+    record |= {
+        "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason,
+        "prompt_tokens": len(output.prompt_token_ids),
+    }
+    if done.logprobs is not None:
+        record["cumulative_logprob"] = done.cumulative_logprob
+        record["logprobs"] = [
+            [
+                {"token_id": token, "token": at.decoded_token, "logprob": at.logprob, "rank": at.rank}
+                for token, at in step.items()
+            ]
+            for step in done.logprobs
+        ]
+    if done.error is not None:
+        record["error"] = done.error
+    return record
 
 
 def _read_lines(source: str) -> list[str]:

@@ -7,8 +7,9 @@ import json
 import os
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+from nanoflow_jax.commands.options import add_mesh_size, check_outputs, positive
 
 
 def add(commands: Any) -> None:
@@ -24,12 +25,12 @@ def add(commands: Any) -> None:
         "--model", default="llama-3.1-70b", help="a name in configs/models, a config.json, or a folder with one"
     )
     p.add_argument("--gpu", default="h200", help="a name in configs/hardware, or a TOML file with the same fields")
-    p.add_argument("--devices", type=int, default=8, help="GPUs in the mesh")
+    add_mesh_size(p, "GPUs in the mesh", 8)
     p.add_argument(
         "--plan", default="nanoflow_70b", help="a name in configs/plans, a TOML file, or auto: the one known"
     )
     p.add_argument("--compare", nargs="+", metavar="PLAN", default=[], help="other plans to show beside --plan")
-    p.add_argument("--tokens", type=int, default=2048, help="rows of the step")
+    p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the step")
     p.add_argument("--decode-tokens", type=int, help="how many of them decode; the plan's own when not given, else 5/8")
     p.add_argument("--context", type=int, default=1024, help="tokens of context per row, for the cost of attention")
     p.add_argument("--layers", type=int, help="compile only this many layers (totals are scaled); all when not given")
@@ -54,21 +55,21 @@ def _run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # compile-only: a GPU that is present stays untouched
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler's own warnings; findings are reported here
     options = dict(_option(text) for text in args.xla_option)
-    for path in filter(None, (args.trace, args.plot)):  # found out before the compile, not after it
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist")
+    check_outputs(args, "trace", "plot")
 
     from nanoflow_jax.hardware import load_hardware
     from nanoflow_jax.inspect.step import compare, inspect_step
     from nanoflow_jax.models.registry import model_config
-    from nanoflow_jax.plan.known import named_plan
+    from nanoflow_jax.plan.known import check_sms, named_plan
 
     config, hardware = model_config(args.model)[1], load_hardware(args.gpu)
     config = replace(config, quantization=args.quantization or config.quantization)
     plans = [  # a misspelt one is found out before the others are compiled
-        named_plan(plan, config, hardware.name, args.devices, args.tokens, args.decode_tokens)
+        named_plan(plan, config, hardware.name, args.devices, args.tokens_per_step, args.decode_tokens)
         for plan in (args.plan, *args.compare)
     ]
+    for plan in plans:
+        check_sms(plan, hardware)
     inspections = []
     for plan in plans:
         print(f"compiling plan {plan.name} ...", file=sys.stderr)
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
                 hardware,
                 plan,
                 devices=args.devices,
-                tokens=args.tokens,
+                tokens=args.tokens_per_step,
                 decode_tokens=args.decode_tokens,
                 context=args.context,
                 layers=args.layers,

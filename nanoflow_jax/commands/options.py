@@ -1,5 +1,4 @@
-"""What the commands share: the parser, and the options of a model with the LLM that they make. Nothing heavy is
-imported."""
+"""What the commands share: the options of a model with the LLM that they make. Nothing heavy is imported."""
 
 from __future__ import annotations
 
@@ -7,27 +6,13 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.chat import check_kwargs, read_template
 from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that names every default and keeps examples as written."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        told = action.help is not None and "(default: " in action.help
-        return action.help if told else super()._get_help_string(action)
-
-
-class Parser(argparse.ArgumentParser):
-    """The program's and, because they are made of the same class, each command's: an option is spelled out, so that a
-    misspelt one is never taken for another."""
-
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, allow_abbrev=False, **{"formatter_class": Formatter, **options})
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -38,6 +23,20 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         for row in rows
     )
     return "\n".join(line.rstrip() for line in lines)
+
+
+def check_outputs(args: argparse.Namespace, *names: str) -> None:
+    """Raises ValueError when a file that these options name could not be written: before the work, not after it."""
+    for name in names:
+        path = getattr(args, name)
+        if path is None:
+            continue
+        if Path(path).is_dir():
+            raise ValueError(f"--{name}: {path} is a folder; name a file")
+        if not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"--{name}: {path}: its folder does not exist")
+        if name == "plot" and find_spec("matplotlib") is None:
+            raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
 
 
 def positive(text: str) -> int:
@@ -97,6 +96,13 @@ def add_option(p: argparse._ActionsContainer, name: str, default: Any = None, *,
     elif name in _READ:
         given["metavar"], given["type"] = _READ[name]
     p.add_argument(flag(name), dest=name, default=default, **given)
+
+
+def add_mesh_size(p: argparse._ActionsContainer, text: str, default: int | None = None) -> None:
+    """Of a command that has no `LLM`: the flag's name there, and a shorter one."""
+    p.add_argument(
+        "--tensor-parallel-size", "--devices", dest="devices", type=positive, default=default, metavar="N", help=text
+    )
 
 
 def add_bench_options(p: argparse._ActionsContainer, *more: str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive
+from nanoflow_jax.commands.options import add_mesh_size, positive
 
 if TYPE_CHECKING:
     from nanoflow_jax.profile.run import Outcome
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--model", default="tiny", help="'tiny', a name in configs/models, a config.json, a folder")
     p.add_argument("--plan", default="all", help="a name in configs/plans, a TOML file, auto, or all of the GPU")
-    p.add_argument("--devices", type=positive, help="that share the model; all present when not given")
+    add_mesh_size(p, "devices that share the model; all present when not given")
     p.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="of weights and pages")
     p.add_argument("--tokens-per-step", type=positive, default=2048, help="rows of the largest step")
     p.add_argument("--context", type=positive, default=8192, help="tokens of the longest context")

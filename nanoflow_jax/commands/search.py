@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive
-from nanoflow_jax.commands.simulate import add_target, check_outputs, read_target
+from nanoflow_jax.commands.options import check_outputs, positive
+from nanoflow_jax.commands.simulate import add_target, read_target
 
 if TYPE_CHECKING:
     from nanoflow_jax.cost.demand import StepLoad
@@ -65,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.search.simulate import simulate_step
     from nanoflow_jax.step.attention import page_dtype
 
-    check_outputs(args.output)
+    check_outputs(args, "output")
     if args.output and (not args.output.endswith(".toml") or Path(args.output).exists()):
         raise ValueError(f"--output: {args.output} exists, or is no .toml file; name a new one")
     if args.nano_batches and max(args.nano_batches) > 3:

@@ -6,11 +6,9 @@ import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive, table
+from nanoflow_jax.commands.options import add_mesh_size, check_outputs, positive, table
 
 if TYPE_CHECKING:
     from nanoflow_jax.config import ModelConfig
@@ -70,7 +68,7 @@ def _imbalance(text: str) -> float:
 def add_target(p: Any) -> None:
     """Options of model, GPU, workload and precision, which `simulate` and `search` share."""
     add_machine(p)
-    p.add_argument("--devices", type=positive, default=8, help="GPUs in the mesh")
+    add_mesh_size(p, "GPUs in the mesh", 8)
     p.add_argument("--quantization", help="of the layers' weights: fp8; as the model's when not given")
     p.add_argument("--kv-cache-dtype", default="auto", help="of the KV pages: auto (the model's), fp8 or fp8_e4m3")
 
@@ -134,18 +132,9 @@ def read_machine(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMod
     return name, config, model, Demand.of(load_workload(args.workload), config.max_position_embeddings)
 
 
-def check_outputs(*paths: str | None) -> None:
-    """Raises ValueError when a file could not be written: before the work, not after it."""
-    for path in filter(None, paths):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist")
-
-
 def _run(args: argparse.Namespace) -> int:
-    check_outputs(args.trace, args.plot)
-    if args.plot and find_spec("matplotlib") is None:
-        raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
-    from nanoflow_jax.plan.known import named_plan
+    check_outputs(args, "trace", "plot")
+    from nanoflow_jax.plan.known import check_sms, named_plan
     from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, predict
 
     name, config, model, demand = read_target(args)
@@ -155,6 +144,8 @@ def _run(args: argparse.Namespace) -> int:
         named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
         for plan in (args.plan, *args.compare)
     ]
+    for plan in plans:
+        check_sms(plan, model.hardware)
     results = [
         predict(
             name, config, plan, model, args.devices, demand,
@@ -227,7 +218,7 @@ def compare(results: Sequence[Throughput]) -> str:
             (
                 s.plan.name,
                 f"{s.inner.us:.0f}",
-                *((f"{s.inner.exposed_network_us:.0f}",) if network else ()),
+                *((f"{s.inner.exposed_network_us:z.0f}",) if network else ()),
                 f"{s.inner.interference_us:z.0f}",
                 f"{result.step_ms:.1f}",
                 f"{rate:,.0f}",

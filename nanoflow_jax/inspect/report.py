@@ -131,7 +131,7 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:z.1f}" if isinstance(value, float) else str(value)
 
 
 def render(report: Report, *, all_layers: bool = False) -> str:

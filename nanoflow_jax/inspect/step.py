@@ -306,7 +306,7 @@ def compare(inspections: Sequence[StepInspection]) -> str:
                 *((i.hardware.name,) if gpus else ()),
                 *((f"{inner.collectives:g}", f"{inner.bytes / 2**20:.1f}") if network else ()),
                 f"{inner.us:.0f}",
-                *((f"{inner.network_us:.0f}", f"{inner.exposed_network_us:.0f}") if network else ()),
+                *((f"{inner.network_us:.0f}", f"{inner.exposed_network_us:z.0f}") if network else ()),
                 f"{inner.interference_us:z.0f}",
                 f"{totals.us / 1e3:.1f}",
                 f"{totals.tokens_per_second_per_gpu:.0f}",

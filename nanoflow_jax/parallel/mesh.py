@@ -21,8 +21,11 @@ def make_mesh(config: ModelConfig, tensor_parallel_size: int | None = None) -> M
     devices = jax.devices()
     size = len(devices) if tensor_parallel_size is None else tensor_parallel_size
     if not 1 <= size <= len(devices):
+        more = ""
+        if devices[0].platform == "cpu" and size > len(devices):
+            more = f"; JAX_NUM_CPU_DEVICES={size} in the environment (or --cpu-devices {size}) makes {size} of a CPU"
         raise ConfigError(
-            f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}"
+            f"tensor_parallel_size: {size} devices wanted, {len(devices)} present; accepted: 1 to {len(devices)}{more}"
         )
     check_divides(config, size)
     if idle := {d.process_index for d in devices} - {d.process_index for d in devices[:size]}:

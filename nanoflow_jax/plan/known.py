@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
+from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.plan.plan import SchedulePlan, Target, load_plan
 
 AUTO, DEFAULT, UNCUT = "auto", "two_gather_one_reduce", "sequential"
@@ -83,6 +84,16 @@ def named_plan(
     plan, why = known_plan(config, gpu, devices, tokens_per_step, slots)
     print(why, file=sys.stderr)
     return plan
+
+
+def check_sms(plan: SchedulePlan, hardware: Hardware | None) -> None:
+    """Raises ConfigError for a lane on more SMs than the GPU has. None: a CPU, or a GPU that no file names."""
+    for op, lane in plan.lanes.items():
+        if hardware is not None and lane.sms is not None and lane.sms > hardware.sm_count:
+            raise ConfigError(
+                f"plan {plan.name}: lanes.{op}.sms: {lane.sms} is not accepted; {hardware.name} has "
+                f"{hardware.sm_count} SMs, accepted: 1 to {hardware.sm_count}"
+            )
 
 
 def plans_with_target() -> list[SchedulePlan]:

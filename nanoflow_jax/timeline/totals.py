@@ -61,11 +61,11 @@ class InnerLayer(Times):
 
     def text(self) -> str:
         """A line of a report. One device has no network."""
-        network = f", network {self.network_us:.0f}; exposed network {self.exposed_network_us:.0f}"
+        network = f", network {self.network_us:.0f}; exposed network {self.exposed_network_us:z.0f}"
         return (
             f"inner layer, us: {self.us:.0f}; alone: compute {self.compute_us:.0f} and memory {self.memory_us:.0f}"
             f"{network if self.network_us else ''}; lost beside others {self.interference_us:z.0f}, "
-            f"other waits {self.bubble_us:.0f}"
+            f"other waits {self.bubble_us:z.0f}"
         )
 
 

@@ -11,12 +11,20 @@ from nanoflow_jax.weights.source import WeightsError, one_line
 # What a model folder consists of; `original/`, PyTorch files and other frameworks' weights stay on the Hub.
 _WANTED = ["*.json", "model*.safetensors", "tokenizer*", "*.model", "*.jinja", "merges.txt", "LICENSE*", "USE_POLICY*"]
 _UNWANTED = ["*/*", "*.bin.index.json"]
+_OF_TOKENIZER = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja", "chat_template.json"]
 
 _ACCEPTED = f"accepted: {', '.join(map(repr, EMBEDDED))}, a local folder, or a Hub id such as 'owner/name'"
 
 
-def resolve_model(model: str, revision: str | None = None) -> Path:
+def resolve_tokenizer(name: str) -> Path:
+    """The same of a tokenizer that is not the model's own; of a Hub id its files alone are downloaded, all at once:
+    `transformers` would try each of them again and again where the Hub cannot be reached."""
+    return resolve_model(name, kind="tokenizer")
+
+
+def resolve_model(model: str, revision: str | None = None, kind: str = "model") -> Path:
     """The local folder of a model, downloaded first if it is a Hub id; `revision` is a branch, tag or commit there.
+    kind "tokenizer": of its tokenizer, which is then all that is downloaded.
 
     Raises WeightsError when the name is neither a folder nor a Hub id, or when the Hub does not give it.
     """
@@ -28,19 +36,22 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
             )
         return local
     if not model or local.exists() or model.startswith((".", "~", os.sep)) or model.count("/") > 1:
-        raise WeightsError(f"model: {model!r} is {'not a folder' if local.exists() else 'no folder'}; {_ACCEPTED}")
-    return _download(model, revision)
+        raise WeightsError(f"{kind}: {model!r} is {'not a folder' if local.exists() else 'no folder'}; {_ACCEPTED}")
+    return _download(model, revision, kind)
 
 
-def _download(model: str, revision: str | None) -> Path:
+def _download(model: str, revision: str | None, kind: str) -> Path:
     import huggingface_hub  # here, because a local model does not need it
     from huggingface_hub import errors
 
-    what = f"model: {model!r}" + (f" at revision {revision!r}" if revision else "")
+    what = f"{kind}: {model!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                model, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED
+                model,
+                revision=revision,
+                allow_patterns=_OF_TOKENIZER if kind == "tokenizer" else _WANTED,
+                ignore_patterns=_UNWANTED,
             )
         )
     except errors.HFValidationError:

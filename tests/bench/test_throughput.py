@@ -228,7 +228,7 @@ def test_bad_options(bench: Callable[..., tuple[int, str, str]]):
 
 
 def test_host(capsys: pytest.CaptureFixture[str]):
-    assert main(["bench", "host", "--requests", "64", "--tokens", "128", "--steps", "40", "--json"]) == 0
+    assert main(["bench", "host", "--requests", "64", "--tokens-per-step", "128", "--steps", "40", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["requests"], found["tokens"], found["steps"]) == (64, 128, 40)
     assert 0 < found["host_ms_median"] <= found["host_ms_p99"]

@@ -35,7 +35,8 @@ def unchanged_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             ["quantization", "fp8 tensor cores", "8.0"],
         ),
         (["--attention-backend", "cuda"], ["attention_backend", "'cuda'", "'mosaic'"]),
-        (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),
+        (["--plot", "absent/folder/plot.png"], ["--plot", "absent/folder/plot.png"]),
+        (["--trace", "."], ["--trace", ". is a folder"]),
     ],
 )
 def test_one_line_names_what_is_wrong(
@@ -57,11 +58,20 @@ def test_a_misspelt_plan_is_told_before_any_is_compiled(capsys: pytest.CaptureFi
     assert "'nanoflow'" in err.splitlines()[-1]
 
 
+def test_a_picture_without_matplotlib_is_told_before_anything_is_compiled(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanoflow_jax.commands.options.find_spec", lambda name: None)
+    assert main(["inspect", "--plot", "plot.png"]) == 1
+    err = capsys.readouterr().err
+    assert "compiling" not in err and "--plot: matplotlib is needed" in err
+
+
 @pytest.mark.aot
 def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No column, row or lane of a network that is not there; one line says which plan `auto` is."""
     trace = tmp_path / "trace.json"
-    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "1", "--tokens", "128", "--plan", "auto"]
+    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "1", "--tokens-per-step", "128", "--plan", "auto"]
     assert main(["inspect", *size, "--layers", "2", "--trace", str(trace)]) == 0
     out, err = capsys.readouterr()
     (head,) = (line for line in out.splitlines() if line.startswith("layer "))
@@ -76,7 +86,18 @@ def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model of the user's own on two A100: the documented JSON, a trace with a lane per resource, a picture."""
     trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
-    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "2", "--tokens", "128", "--plan", "two_all_reduce"]
+    size = [
+        "--model",
+        TINY,
+        "--gpu",
+        "a100_sxm_80",
+        "--devices",
+        "2",
+        "--tokens-per-step",
+        "128",
+        "--plan",
+        "two_all_reduce",
+    ]
     assert main(["inspect", *size, "--json", "--trace", str(trace), "--plot", str(plot)]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {"collectives", "findings", "totals", "memory"} <= set(data)

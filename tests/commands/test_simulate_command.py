@@ -86,7 +86,8 @@ def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["--gpu", "a100_sxm_80", "--quantization", "fp8"], ["quantization", "fp8 tensor cores", "8.0"]),
         (["--workload", "constant:5"], ["workload", "constant:PROMPT:OUTPUT"]),
         (["--workload", "constant:200000:5"], ["workload", "200005", "131072"]),
-        (["--plot", "absent/folder/plot.png"], ["absent/folder/plot.png"]),
+        (["--plot", "absent/folder/plot.png"], ["--plot", "absent/folder/plot.png"]),
+        (["--plot", "."], ["--plot", ". is a folder"]),
     ],
 )
 def test_one_line_names_what_is_wrong(

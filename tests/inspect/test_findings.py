@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.findings import Finding
-from nanoflow_jax.inspect.report import inspect_compiled
+from nanoflow_jax.inspect.report import inspect_compiled, render
+from nanoflow_jax.timeline.totals import TIMES, InnerLayer
 
 CALL = (
     '%{name} = bf16[256,8,128]{{2,1,0}} custom-call(%q), custom_call_target="{target}", metadata={{op_name="{scope}"}}'
@@ -127,3 +130,16 @@ def test_a_slice_whose_place_only_the_run_knows(dims: str, aligned: bool) -> Non
     assert [f.kind for f in report.findings if f.kind == "misaligned_slice"] == (
         [] if aligned else ["misaligned_slice"]
     )
+
+
+def test_no_table_has_a_negative_nothing() -> None:
+    """Rounding leaves -1e-12 us where nothing was lost; it is printed as 0."""
+    report = inspect_compiled(
+        "HloModule m, is_scheduled=true\n\nENTRY %main (q: bf16[]) -> () {\n  ROOT %out = () tuple()\n}\n",
+        None, load_hardware("h200"), 8,
+    )  # fmt: skip
+    nothing = dict.fromkeys(TIMES, -1e-12)
+    text = render(replace(report, totals=replace(report.totals, **nothing)))
+    assert "-0" not in text and " 0.0 " in text
+    busy = {"us": 1.0, "compute_us": 1.0, "memory_us": 1.0, "network_us": 1.0}
+    assert "-0" not in InnerLayer(**{**nothing, **busy}, layers=(1,)).text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,11 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from nanoflow_jax import LLM
+from nanoflow_jax.commands.batch import run_tokenizer
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.weights import WeightsError, open_weights, resolve_model
+from nanoflow_jax.weights.hub import resolve_tokenizer
 
 
 def _answer(kind: type[Exception]) -> Exception:
@@ -40,6 +45,28 @@ def test_hub_id_downloads_only_what_a_model_needs(tmp_path: Path, monkeypatch: p
     refused += ["original/consolidated.00.pth", "flax_model.msgpack", "README.md", "modeling_custom.py"]
     patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
     assert list(huggingface_hub.utils.filter_repo_objects(files + refused, **patterns)) == files
+
+
+def test_a_tokenizer_asks_the_hub_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its own files alone; a Hub that cannot be reached is one line, not one per file."""
+    asked: list[dict[str, Any]] = []
+
+    def download(model: str, **options: Any) -> str:
+        asked.append(options)
+        if len(asked) > 1:
+            raise errors.LocalEntryNotFoundError("first line\nsecond")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_tokenizer("some/model") == tmp_path
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    patterns = {name: asked[0][name] for name in ("allow_patterns", "ignore_patterns")}
+    assert list(huggingface_hub.utils.filter_repo_objects([*files, "model.safetensors"], **patterns)) == files
+    with pytest.raises(ConfigError, match="tokenizer: 'some/model' is not in the local cache and the Hub") as caught:
+        LLM("tiny", tokenizer="some/model", progress=False)
+    assert "\n" not in str(caught.value) and len(asked) == 2
+    with pytest.raises(ConfigError, match="tokenizer: 'some/model' is not in the local cache"):
+        run_tokenizer(argparse.Namespace(tokenizer="some/model", chat_template=None))
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def tiny(part: Part) -> Part:
     elif arguments[: len(THROUGHPUT)] == list(THROUGHPUT):
         arguments = [*THROUGHPUT, *_tiny_run(arguments)]
     elif arguments[: len(HOST)] == list(HOST):
-        arguments += ["--requests", "64", "--tokens", "128", "--steps", "40"]
+        arguments += ["--requests", "64", "--tokens-per-step", "128", "--steps", "40"]
     elif "profile" in arguments:
         arguments = [*_profile("profile-tiny.jsonl", "--points", "few", "--ops", "copy", "gemm", "norm")]
     return replace(part, arguments=tuple(arguments), seconds=TINY_SLOWER * part.seconds, environment=())
