@@ -161,7 +161,12 @@ def test_streams_that_nobody_holds_any_more(llm: LLM, monkeypatch: pytest.Monkey
 def test_an_interrupted_call_leaves_others_running(llm: LLM) -> None:
     """Ctrl-C ends the main thread's call, and nothing of another thread's."""
     alone = tokens(llm.generate([[8, 9]], greedy(100), use_tqdm=False))
-    other = start(lambda: [llm.generate([[8, 9]], greedy(100), use_tqdm=False) for _ in range(20)])
+    over = threading.Event()
+
+    def until_over() -> list[list[RequestOutput]]:
+        return [llm.generate([[8, 9]], greedy(100), use_tqdm=False) for _ in iter(over.is_set, True)]
+
+    other = start(until_over)
 
     def press() -> None:
         while llm.engine.running.num_running < 3:
@@ -173,7 +178,9 @@ def test_an_interrupted_call_leaves_others_running(llm: LLM) -> None:
         for _ in range(100):
             llm.generate([[5, 6, 7]] * 2, greedy(100), use_tqdm=False)
     pressed()
-    assert [tokens(outputs) for outputs in other()] == [alone] * 20
+    over.set()
+    found = [tokens(outputs) for outputs in other()]
+    assert found == [alone] * len(found) != []
 
 
 def test_a_failed_step_is_told_to_all(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.parallel.mesh import check_divides, make_mesh, valid_sizes
-from nanoflow_jax.plan.ops import STRATEGIES
+from nanoflow_jax.plan.ops import OPS, STRATEGIES
 from nanoflow_jax.plan.plan import SPLIT_ABOVE, NanoBatch, OpPiece, SchedulePlan, load_plan, needs, parse_plan
 from nanoflow_jax.step.batch import StepShape
 from tests.reference.checkpoints import load_reference, write_checkpoint
@@ -71,7 +71,7 @@ def test_named_plans() -> None:
     assert (gather.needs_o_by_output, gather.needs_o_by_input) == (True, False)
     scatter = SchedulePlan("s", (NanoBatch(None, "scatter"),))
     assert (scatter.needs_o_by_output, scatter.needs_o_by_input) == (False, True)
-    assert [p.op for p in scatter.pieces(8, 8)] == ["KQV", "GEMV", "PF", *STRATEGIES["scatter"]]
+    assert [p.op for p in scatter.pieces(8, 8)] == ["KQV", "GEMV", "PF", *DENSE["scatter"]]
 
 
 def test_what_attention_reads() -> None:
@@ -88,12 +88,13 @@ def swapped(order: list[str], a: str, b: str) -> list[str]:
     return [{a: b, b: a}.get(name, name) for name in order]
 
 
+DENSE = {name: tuple(op for op in ops if not OPS[op].experts) for name, ops in STRATEGIES.items()}
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lanes": 2}, "lanes: 2 must be dict"),
     ({"lanes": {"KQV": {"stream": 1}}}, "lanes.KQV: op 'KQV' cannot leave the main stream; accepted: GEMV"),
     ({"lanes": {"GEMV": {"sms": 8}}}, "lanes.GEMV: needs stream (1 or more)"),
     ({"lanes": {"GEMV": {"stream": 1, "core": 8}}}, "lanes.GEMV.core: unknown field; accepted: stream, sms"),
-    ({"streams": 2}, "streams: unknown field; accepted: decode_tokens, description, for, gathers, lanes, nano_batches"),
+    ({"streams": 2}, "streams: unknown field; accepted: decode_tokens, description, expert_parallel, for, gathers"),
     ({"gathers": ["fp8"]}, "gathers: ['fp8'] is not accepted; expected 'fp8', or no such line"),
     ({"nano_batches": ...}, "nano_batches: None must be list"),
     ({"nano_batches": []}, "nano_batches: at least one is needed"),
@@ -258,7 +259,7 @@ def check_pieces(plan: SchedulePlan, decode: int, prefill: int) -> None:
     for o in of("O"):
         # A nano-batch's ops are those of one strategy, on the same rows, in the strategy's order.
         chain = [p for p in pieces if p.op not in ("KQV", "GEMV", "PF") and p.piece == o.piece]
-        assert tuple(p.op for p in chain) in STRATEGIES.values()
+        assert tuple(p.op for p in chain) in DENSE.values()
         assert {(p.start, p.stop) for p in chain} == {(o.start, o.stop)}
         before = [p for p in pieces if p.op in ("GEMV", "PF") and p.start < o.stop and o.start < p.stop]
         assert all(place[p.name] < place[chain[0].name] for p in before), f"{chain[0].name} before its attention"
@@ -308,7 +309,7 @@ def test_pieces_at_any_size(plan: SchedulePlan, decode: int, prefill: int, quant
         assert names == [n for n in plan.order if n in names]
     if decode + prefill < SPLIT_ABOVE:
         last = plan.nano_batches[-1].attention_output
-        expected = ["KQV", *["GEMV"] * (decode > 0), *["PF"] * (prefill > 0), *STRATEGIES[last]]
+        expected = ["KQV", *["GEMV"] * (decode > 0), *["PF"] * (prefill > 0), *DENSE[last]]
         assert names == [f"{op}.1" for op in expected]
 
 
