@@ -64,7 +64,6 @@ def test_text_and_tokens_of_a_prompt(given: Any, expected: Any) -> None:
         *((as_pairs, given, "pairs: ") for given in (None, 5, "ab", [("a",)], [("a", "b", "c")], ["ab"], [None])),
         *((as_conversations, given, "messages: ") for given in (None, 5, "hi", {"role": "user", "content": "hi"})),
     ],
-    ids=str,
 )  # fmt: skip
 def test_all_else_is_one_line(take: Callable[[Any], Any], given: Any, words: str) -> None:
     with pytest.raises(ValueError) as error:
