@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -36,6 +37,8 @@ COMPILE_THREADS = 4  # XLA compiles without the interpreter's lock
 PAGES_PER_COPY = 8  # pages that one call of the copy programs moves
 
 _RUNNERS: weakref.WeakSet[Runner] = weakref.WeakSet()
+# What the latest steps give, of runners that are gone, too: small, and ready when the step has run.
+_LATEST: deque[StepOutput] = deque(maxlen=4)
 
 
 @atexit.register
@@ -44,6 +47,9 @@ def _wait_for_steps() -> None:
     for runner in list(_RUNNERS):
         with contextlib.suppress(Exception):  # it failed, or was donated to one that failed
             jax.block_until_ready(runner.state)
+    for output in _LATEST:
+        with contextlib.suppress(Exception):
+            jax.block_until_ready(output)
 
 
 class Runner:
@@ -102,7 +108,9 @@ class Runner:
             for _ in range(rows.chunks):
                 so_far = self._extra(Score(), shape)(self._params, packed, end.hidden, so_far)
             scores = so_far.logprobs
-        return StepOutput(Sampled(tokens, logprobs), scores)
+        output = StepOutput(Sampled(tokens, logprobs), scores)
+        _LATEST.append(output)
+        return output
 
     def _extra(self, extra: Extra, shape: StepShape) -> Any:
         key = extra, shape

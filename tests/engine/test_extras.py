@@ -58,3 +58,21 @@ def test_prompt_rows_are_scored_in_as_many_chunks_as_they_need() -> None:
         inputs = empty_inputs(StepShape(8, rows, 2, 4), 16, sizes.slots, sizes.bias_rows)
         inputs.targets[np.random.default_rng(0).permutation(rows)[:targets]] = 0
         assert wanted(inputs, sizes).chunks == chunks
+
+
+def test_the_end_of_the_process_waits_for_steps_of_runners_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step ahead that nobody waits for: its runner may be collected before it has run."""
+    llm, waited = shared_llm(), list[Any]()
+    monkeypatch.setattr(runner, "_RUNNERS", set())  # all of them gone
+    dispatched = list[Any]()
+    real = runner.Runner.dispatch
+
+    def spy(*arguments: Any) -> Any:
+        dispatched.append(real(*arguments))
+        return dispatched[-1]
+
+    monkeypatch.setattr(runner.Runner, "dispatch", spy)
+    llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    monkeypatch.setattr(runner.jax, "block_until_ready", waited.append)
+    runner._wait_for_steps()
+    assert any(output is dispatched[-1] for output in waited)
