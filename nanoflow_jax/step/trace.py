@@ -24,11 +24,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
-from kernels_pallas.grouped_gemm import GROUP_ROWS
 from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
-from nanoflow_jax.models.experts import Places, Routing, by_expert, combine, experts_down, experts_up, places, route
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
 from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, join_parts, quantise_part, quantised_for
@@ -38,6 +36,7 @@ from nanoflow_jax.plan.ops import HIDDEN
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.expert_ops import ExpertOps
 from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.kernel_inputs import clip_segments, expected_context, kernel_inputs, pack_kqv, unpack_kqv
 from nanoflow_jax.step.layer import (
@@ -215,7 +214,7 @@ def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatc
     return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-class Tracer:
+class Tracer(ExpertOps):
     """Runs the layer program on arrays, under `shard_map`: a `step.layer.Machine`."""
 
     appends_at_once = False
@@ -231,7 +230,6 @@ class Tracer:
         backends = KernelBackends.of(
             spec.attention_backend, cache.k.dtype, spec.config, self.devices, self.expert_parallel
         )
-        self.group_rows = GROUP_ROWS if backends.experts == "mosaic" else 1
         self.options = backends.options(
             spec.gpu, spec.expected_context or expected_context(spec.shape, self.num_pages, cache.k.shape[2])
         )
@@ -442,57 +440,6 @@ class Tracer:
     def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
         weight = self.layer.down
         return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
-
-    # -- experts
-
-    def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> tuple[Routing, Places]:
-        layer, mlp = self.layer.experts, self.mlp
-
-        def decide(*x: jax.Array) -> tuple[Routing, Places]:
-            routing = route(span(*x), layer, mlp)
-            count = layer.ug.shape[0]
-            first = collectives.device_index() * count if self.expert_parallel else 0
-            return routing, places(routing.chosen, first, count, self.group_rows)
-
-        return self.order.run(decide, *normed)
-
-    def dispatch(
-        self, piece: OpPiece, routing: tuple[Routing, Places], span: RowSpan, normed: Sequence[jax.Array]
-    ) -> jax.Array:
-        options = self._expert_options(piece)
-        return self.order.run(lambda at, *x: by_expert(span(*x), at, **options), routing[1], *normed)
-
-    def _expert_options(self, piece: OpPiece) -> dict[str, Any]:
-        """Of the kernels; rows are spread evenly, as far as the scheduler knows."""
-        options, experts = self.options.experts, self.mlp.experts
-        if options["backend"] == "xla" or experts is None:
-            return options
-        share = self.devices if self.expert_parallel else 1
-        return options | {"expected_rows": piece.rows * experts.per_token // share}
-
-    def experts_up(self, piece: OpPiece, routing: tuple[Routing, Places], rows: jax.Array) -> jax.Array:
-        layer, mlp = self.layer.experts, self.mlp
-        options = self._expert_options(piece)
-        return self.order.run(lambda x, at: experts_up(x, at, layer, mlp, **options), rows, routing[1])
-
-    def experts_down(self, piece: OpPiece, routing: tuple[Routing, Places], activated: jax.Array) -> jax.Array:
-        layer, here = self.layer.experts, self.expert_parallel or collectives.device_index() == 0
-        options = self._expert_options(piece)
-
-        def down(x: jax.Array, at: Places) -> jax.Array:
-            return experts_down(x, at, layer, bias_here=here, **options)
-
-        return self.order.run(down, activated, routing[1])
-
-    def combine(
-        self,
-        piece: OpPiece,
-        routing: tuple[Routing, Places],
-        projected: jax.Array,
-        shared: jax.Array | None,
-    ) -> jax.Array:
-        weights, at = routing
-        return self.order.run(lambda *x: self._scaled(combine(*x)), projected, at, weights, shared)
 
     # -- collectives and streams
 
