@@ -98,13 +98,14 @@ class KernelBackends:
     prefill: str
     append: str
     norm: str
-    experts: str = "xla"
+    experts: str | None = None  # the model has none
 
     @classmethod
     def of(
         cls, backend: str, pages: Any, config: ModelConfig, devices: int, expert_parallel: bool = False
     ) -> KernelBackends:
         """pages: their dtype; devices: of the mesh; expert_parallel: as `Layouts` has it."""
+        split = 1 if expert_parallel else devices  # of an expert
         fp8, groups = jnp.dtype(pages) == FP8, kv_groups(config, devices) // devices
         aligned = groups * config.head_dim * jnp.dtype(pages).itemsize % APPEND_ALIGNMENT == 0
         return cls(
@@ -112,14 +113,14 @@ class KernelBackends:
             prefill="xla" if fp8 else backend,
             append=backend if aligned else "xla",
             norm=backend if norm_fits(config.hidden_size, devices) else "xla",
-            experts=backend if experts_fit(config, 1 if expert_parallel else devices) else "xla",
+            experts=None if config.experts is None else backend if experts_fit(config, split) else "xla",
         )
 
     def text(self) -> str:
-        others = {name: getattr(self, name) for name in ("prefill", "append", "norm")}
-        if self.experts == "mosaic":
-            others["experts"] = self.experts
-        different = ", ".join(f"{name} {backend}" for name, backend in others.items() if backend != self.decode)
+        others = {name: getattr(self, name) for name in ("prefill", "append", "norm", "experts")}
+        different = ", ".join(
+            f"{name} {backend}" for name, backend in others.items() if backend not in (self.decode, None)
+        )
         return f"{self.decode} ({different})" if different else self.decode
 
     def options(self, gpu: str, expected_context: int) -> KernelOptions:
@@ -133,7 +134,7 @@ class KernelBackends:
                     (self.prefill, PREFILL, context),
                     (self.append, APPEND, {}),
                     (self.norm, ADD_NORM, {}),
-                    (self.experts, GROUPED, {}),
+                    (self.experts or "xla", GROUPED, {}),
                 )
             )
         )

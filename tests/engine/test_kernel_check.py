@@ -7,17 +7,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import decode_attention_mosaic
+from kernels_pallas.gate import Gate
 from kernels_pallas.self_check import Heads, KernelError
 from kernels_pallas.tuning import DECODE
 from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import kernel_check, setup
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
-from nanoflow_jax.models.registry import parse_config, read_config
+from nanoflow_jax.models.registry import model_config, parse_config, read_config
 from nanoflow_jax.step.attention import KernelBackends, choose_backend
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import CASES
@@ -177,3 +179,20 @@ def test_an_engine_checks_before_it_loads_anything(monkeypatch: pytest.MonkeyPat
     assert heads.fp8
     assert heads.q_heads * 2 == LLAMA.num_heads
     assert device.platform == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("model", "whole", "experts"),
+    [("mixtral-8x7b", True, "mosaic"), ("mixtral-8x7b", False, "mosaic"), ("gpt-oss-120b", True, "mosaic"),
+     ("gpt-oss-120b", False, "xla"), ("llama-3.1-8b", False, None)],
+)  # fmt: skip
+def test_kernels_of_experts(model: str, whole: bool, experts: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an expert, or an eighth of it, has whole tiles; checked like the others, and named where it is another
+    backend than attention's."""
+    backends = KernelBackends.of("mosaic", jnp.bfloat16, model_config(model)[1], 8, whole)
+    assert backends.experts == experts
+    assert ("experts xla" in backends.text()) == (experts == "xla")
+    assert backends.options("h200", 700).experts["backend"] == (experts or "xla")
+    called = record(monkeypatch)
+    check_mosaic_kernels(backends, replace(HEADS, head_dim=64, gate=Gate()), FakeDevice())
+    assert ("grouped_gemm" in called) == (experts == "mosaic")
