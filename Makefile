@@ -7,8 +7,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
-# Compiled steps, kept between runs and shared by the test processes.
-export NANOFLOW_COMPILE_CACHE ?= $(CURDIR)/build/xla
+# Compiled steps, kept between runs and shared by the test processes. The demo's are the user's: the next command is quick.
+pytest notebooks: export NANOFLOW_COMPILE_CACHE ?= $(CURDIR)/build/xla
 # pyright comes with everything it needs; this keeps it from asking for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The oldest transformers that pyproject.toml accepts, with the tokenizers that belong to it.
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint types pytest floor notebooks clean
+.PHONY: help demo test lint types pytest floor notebooks wheel clean
 
 help:
 	@echo "make demo        generate text with the embedded model on eight CPU devices"
@@ -26,6 +26,7 @@ help:
 	@echo "make pytest      the tests alone; ARGS='-k words' selects, WORKERS=n sets the processes"
 	@echo "make floor       the tokenizer tests with the oldest transformers that is accepted"
 	@echo "make notebooks   execute the notebooks into build/notebooks"
+	@echo "make wheel       build the package into dist"
 	@echo "make clean       remove .venv, build and caches"
 
 demo: $(VENV)/base
@@ -65,6 +66,10 @@ notebooks: $(VENV)/dev
 	cp notebooks/*.ipynb build/notebooks/
 	$(BIN)/jupyter-execute --inplace build/notebooks/*.ipynb
 	@echo "Executed notebooks are in build/notebooks."
+
+wheel: $(VENV)/dev
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands.batch import add_run_options, chat_time, run_manifest, run_tokenizer
 from nanoflow_jax.commands.options import add_model_options, make_llm
+from nanoflow_jax.system.install import install_command
 
 if TYPE_CHECKING:
     from nanoflow_jax.evaluate.prompts import Sample
@@ -135,7 +136,7 @@ def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other
 
         plot_results(results, folder / "results.png", compared, args.model)
     else:
-        print('no picture: matplotlib is needed; pip install "nanoflow_jax[inspect]"', file=sys.stderr)
+        print(f"no picture: matplotlib is needed; {install_command('plot')}", file=sys.stderr)
     print(json.dumps(data) if args.json else text)
     return 0
 

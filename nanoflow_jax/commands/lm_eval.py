@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import ConfigError
+    from nanoflow_jax.system.install import install_command
 
     try:
         from lm_eval._cli import HarnessCLI
@@ -31,7 +32,7 @@ def _run(args: argparse.Namespace) -> int:
         from nanoflow_jax.evaluate import lm_eval as adapter
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"lm-evaluation-harness is not installed ({error.name}); accepted: pip install 'nanoflow_jax[lm-eval]'"
+            f"lm-evaluation-harness is not installed ({error.name}); accepted: {install_command('lm-eval')}"
         ) from None
     given = list(args.arguments_of_lm_eval) or ["run", "--help"]
     if given[0] in ("-h", "--help"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanoflow_jax.chat import check_kwargs, read_template
 from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
+from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 
@@ -36,7 +37,7 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
         if not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name}: {path}: its folder does not exist")
         if name == "plot" and find_spec("matplotlib") is None:
-            raise ValueError('--plot: matplotlib is needed; pip install "nanoflow_jax[inspect]"')
+            raise ValueError(f"--plot: matplotlib is needed; {install_command('plot')}")
 
 
 def positive(text: str) -> int:

@@ -25,6 +25,7 @@ from nanoflow_jax.evaluate.journal import Journal, record_number
 from nanoflow_jax.evaluate.lines import FileIdentity, Line, read_lines
 from nanoflow_jax.evaluate.records import Problem, parse_line
 from nanoflow_jax.evaluate.response import Json, encode_record, error_record
+from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.progress import Progress
 
 BLOCK_LINES = 2048
@@ -187,7 +188,7 @@ def _answered(todo: list[dict[str, str]], arguments: tuple[Any, ...], options: R
         import ray.data
         from ray.exceptions import RayError as RaysError
     except ModuleNotFoundError as error:
-        raise ConfigError(f"--ray: not installed ({error.name}); accepted: pip install 'nanoflow_jax[ray]'") from None
+        raise ConfigError(f"--ray: not installed ({error.name}); accepted: {install_command('ray')}") from None
 
     started_here = not ray.is_initialized()
     if started_here:

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.step.compile import Option
+from nanoflow_jax.system.install import install_command
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
-MISSING = 'compiling for a GPU needs the CUDA plugin: pip install "nanoflow_jax[inspect]"'
+MISSING = f"compiling for a GPU needs the CUDA plugin: {install_command('inspect')}"
 
 
 def target_config(hardware: Hardware) -> str:

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nanoflow_jax.system.install import install_command
+
 logger = logging.getLogger("nanoflow_jax")
 
 FRACTIONS = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")  # environment variables
@@ -101,8 +103,9 @@ def warn_without_ptxas() -> None:
     if find_ptxas() is None:
         logger.warning(
             "ptxas: not found in $CUDA_ROOT/bin, on PATH or in %s/bin; nothing compiles for an NVIDIA GPU without it; "
-            'pip install "nanoflow_jax[cuda]" brings it, or set CUDA_ROOT to a CUDA toolkit of version 13',
+            "%s brings it, or set CUDA_ROOT to a CUDA toolkit of version 13",
             CUDA,
+            install_command("cuda"),
         )
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from nanoflow_jax.engine.memory import GIB, usable_memory
 from nanoflow_jax.system import platform
+from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.platform import FRACTIONS, claim_gpu_memory, find_ptxas, use_cuda_toolkit, warn_without_ptxas
 
 H100 = int(79.1 * GIB)
@@ -136,7 +137,7 @@ def test_no_ptxas_is_one_line(caplog: pytest.LogCaptureFixture, monkeypatch: pyt
     warn_without_ptxas()
     (record,) = caplog.records
     assert record.getMessage().startswith("ptxas: not found in $CUDA_ROOT/bin, on PATH or in ")
-    assert 'pip install "nanoflow_jax[cuda]" brings it' in record.getMessage()
+    assert f"{install_command('cuda')} brings it" in record.getMessage()
     caplog.clear()
     monkeypatch.setenv("PATH", str(place(platform.CUDA.parent / "other").parent))
     warn_without_ptxas()
