@@ -219,12 +219,20 @@ class LLM:
         self.engine.check(tokens, params)
         return Work(key, None, tokens, params, scored_from=border - 1)
 
-    def run_stream(self, work: Iterable[Work | None]) -> Generator[tuple[Work, RequestOutput | Score]]:
+    def run_stream(
+        self, work: Iterable[Work | None], between: Callable[[], None] = lambda: None
+    ) -> Generator[tuple[Work, RequestOutput | Score]]:
         """Runs prepared prompts from an iterator of any length, keeping the engine full without a pause between them;
         yields each with its output (a Score for a pair) as it ends, in no order. The iterator is asked for more between
-        two steps, and may give None for "nothing this time". Closing it ends what is still running."""
+        two steps, and may give None for "nothing this time"; `between` is called there, too. Closing it ends what is
+        still running."""
         with held_interrupts() as check_interrupt:
-            for item, group in feed(self._calls, work, check_interrupt):
+
+            def check() -> None:
+                check_interrupt()
+                between()
+
+            for item, group in feed(self._calls, work, check):
                 scored = item.scored_from is not None
                 yield item, score_of(group[0]) if scored else self._output(group)
 

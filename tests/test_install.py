@@ -95,7 +95,9 @@ def _required(names: list[str]) -> Iterator[Requirement]:
 def test_everything_of_dev_is_pinned() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert lines == sorted(set(lines), key=str.lower)
-    pinned = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)}
+    pinned: dict[str, str] = {
+        canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines)
+    }
     wrong = [
         str(r)
         for r in _required([*PROJECT["dependencies"], *EXTRAS["dev"]])

@@ -20,7 +20,6 @@ from nanoflow_jax.system.install import install_command
 
 if TYPE_CHECKING:
     from nanoflow_jax.evaluate.prompts import Sample
-    from nanoflow_jax.evaluate.report import Comparison, TaskResult
     from nanoflow_jax.evaluate.tasks import Task
 
 
@@ -49,6 +48,7 @@ def add(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.evaluate.prompts import samples
+    from nanoflow_jax.evaluate.report import earlier_results
     from nanoflow_jax.evaluate.tasks import load_task, task_names
 
     if args.list:
@@ -71,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     if other is not None and not other.is_dir():
         raise ValueError(f"--compare: {other} is not a folder of an earlier run")
     folder.mkdir(parents=True, exist_ok=True)
+    earlier_results(folder / "results.json", ())  # told before the work, not after it
     with ExitStack() as locked:
         _ask(args, tasks, asked, folder, locked)
         return _report(args, tasks, folder, other)
@@ -114,23 +115,42 @@ def _ask(
 
 def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other: Path | None) -> int:
     from nanoflow_jax.evaluate.manifest import write_durably
-    from nanoflow_jax.evaluate.report import compare, comparison_table, results_table, samples_path, summarize
+    from nanoflow_jax.evaluate.report import (
+        changed_settings,
+        compare,
+        comparison_table,
+        earlier_results,
+        failures_line,
+        provenance,
+        results_table,
+        samples_path,
+        summarize,
+    )
 
     results = [summarize(task, samples_path(folder, task.name)) for task in tasks]
     compared = [] if other is None else [c for t in tasks for c in compare(t.name, t.metrics, folder, other)]
     tables = [results_table(results)]
     if compared:
         tables.append(f"This run less {other}, paired by question:\n\n{comparison_table(compared)}")
-    failures = [f"- {r.name}, question {f.sample}: {f.error}" for r in results for f in r.failures]
-    if failures:
-        tables.append("Questions without an answer, counted as wrong:\n\n" + "\n".join(failures))
+    changed = [] if other is None else changed_settings([t.name for t in tasks], folder, other)
+    if changed:
+        tables.append("Settings there and here:\n\n" + "\n".join(f"- {text}" for text in changed))
     cut = [f"- {r.name}: {r.unfinished_thoughts} of {r.outputs}" for r in results if r.unfinished_thoughts]
     if cut:
         tables.append("Thoughts that had not ended when the output did, counted as wrong:\n\n" + "\n".join(cut))
-    text = "\n\n".join(tables)
-    data = _json(args, results, compared)
-    write_durably(folder / "results.json", (json.dumps(data, indent=1) + "\n").encode())
-    write_durably(folder / "results.md", (text + "\n").encode())
+    text, failed = "\n\n".join(tables), failures_line(results, folder)
+    found = {r.name: r.to_json() | provenance(samples_path(folder, r.name)) for r in results}
+    data: dict[str, Any] = {"model": args.model, "results": found}
+    if compared:
+        data["compare"] = {
+            "folder": args.compare, "differences": [c.to_json() for c in compared], "settings": changed,
+        }  # fmt: skip
+    kept = earlier_results(folder / "results.json", found)
+    stored = {**data, "results": {**kept, **found}}
+    earlier = "Of earlier runs, in results.json: " + ", ".join(kept)
+    written = [text, *([failed] if failed else []), *([earlier] if kept else [])]
+    write_durably(folder / "results.json", (json.dumps(stored, indent=1) + "\n").encode())
+    write_durably(folder / "results.md", ("\n\n".join(written) + "\n").encode())
     if find_spec("matplotlib") is not None:
         from nanoflow_jax.evaluate.plot import plot_results
 
@@ -138,11 +158,6 @@ def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other
     else:
         print(f"no picture: matplotlib is needed; {install_command('plot')}", file=sys.stderr)
     print(json.dumps(data) if args.json else text)
-    return 0
-
-
-def _json(args: argparse.Namespace, results: Sequence[TaskResult], compared: Sequence[Comparison]) -> dict[str, Any]:
-    data: dict[str, Any] = {"model": args.model, "results": {r.name: r.to_json() for r in results}}
-    if compared:
-        data["compare"] = {"folder": args.compare, "differences": [c.to_json() for c in compared]}
-    return data
+    if failed:
+        print(f"nanoflow eval: {failed}", file=sys.stderr)
+    return 1 if failed else 0

@@ -24,7 +24,10 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.system.install import install_command
+    from nanoflow_jax.weights.hub import go_offline_without_hub
 
+    if go_offline_without_hub():
+        print("the Hub cannot be reached: tasks and models come from the local cache alone", file=sys.stderr)
     try:
         from lm_eval._cli import HarnessCLI
         from lm_eval.utils import setup_logging

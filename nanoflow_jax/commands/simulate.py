@@ -134,7 +134,7 @@ def read_machine(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMod
 
 def _run(args: argparse.Namespace) -> int:
     check_outputs(args, "trace", "plot")
-    from nanoflow_jax.plan.known import check_sms, named_plan
+    from nanoflow_jax.plan.known import named_plan
     from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, predict
 
     name, config, model, demand = read_target(args)
@@ -144,8 +144,6 @@ def _run(args: argparse.Namespace) -> int:
         named_plan(plan, config, model.hardware.name, args.devices, load.rows, load.decode_rows)
         for plan in (args.plan, *args.compare)
     ]
-    for plan in plans:
-        check_sms(plan, model.hardware)
     results = [
         predict(
             name, config, plan, model, args.devices, demand,

@@ -109,7 +109,7 @@ class Engine:
         self._biases: dict[Request, list[int]] = {}
         self._texts: dict[Request, WatchedText] = {}
         self._quarantine = Quarantine(self.scheduler)
-        self.num_steps = 0
+        self.num_steps = self.num_rows = 0  # rows: prompt tokens computed, and one for each token that is generated
         self.failure: Exception | None = None  # of the last step that failed
         self.updated: list[Request] = []  # watched requests that got tokens in the last step
 
@@ -209,6 +209,7 @@ class Engine:
                 scored = bool(inputs.targets.max(initial=-1) >= 0)
                 self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
                 self.num_steps += 1
+                self.num_rows += scheduled.rows_used
             if flight is not None:
                 asked = time.perf_counter()
                 sampled = np.asarray(flight.output.sampled.tokens)

@@ -129,8 +129,10 @@ def answer(
     items: Iterable[Record | Problem | None],
     settings: Settings,
     emit: Callable[[Json], None],
+    between: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs records, in windows by length, and gives `emit` one output record for each record or problem, as they come.
+    """Runs records, in windows by length, and gives `emit` one output record for each record or problem, as they come;
+    `between` is called between steps.
 
     None among the items means "nothing this time". Raises what `emit` raises, and the engine's error when every request
     fails.
@@ -145,7 +147,7 @@ def answer(
             yield item if isinstance(item, Work) else None
 
     ordered = longest_first(work(), work_steps(llm), lambda item: item.key.num_bytes, settings.window)
-    for item, output in llm.run_stream(ordered):
+    for item, output in llm.run_stream(ordered, between):
         assert isinstance(output, RequestOutput)
         emit(response_record(item.key, output, settings.model))
 
@@ -177,7 +179,7 @@ def run_batch(
     when the input was changed meanwhile.
     """
     num_lines = found.lines
-    before, started = len(journal.done), time.monotonic()
+    before, started, rows_before = len(journal.done), time.monotonic(), llm.engine.num_rows
     prompt_tokens = completion_tokens = 0
     with Progress(num_lines - before, "answering", "requests", progress) as bar:
         shown = before
@@ -189,21 +191,18 @@ def run_batch(
                 usage = record["response"]["body"]["usage"]
                 prompt_tokens += usage["prompt_tokens"]
                 completion_tokens += usage["completion_tokens"]
-            if journal.synced > shown:
-                show()
 
         def show() -> None:
             nonlocal shown
             seconds, now = time.monotonic() - started, journal.synced
-            rate = (now - before) / seconds
-            note = f"{(prompt_tokens + completion_tokens) / seconds:.0f} tokens/s"
-            if not sys.stderr.isatty():  # the bar of a terminal tells it
-                note += f", {_duration((num_lines - now) / rate)} left"
+            note = f"{(llm.engine.num_rows - rows_before) / seconds:.0f} tokens/s"  # also of what has not ended yet
+            if now > before and not sys.stderr.isatty():  # the bar of a terminal tells it
+                note += f", {_duration((num_lines - now) * seconds / (now - before))} left"
             bar.advance(now - shown, note)
             shown = now
 
         lines = read_lines(source, identity=found)
-        answer(llm, parse_lines(lines, (settings.model,), journal.done), settings, emit)
+        answer(llm, parse_lines(lines, (settings.model,), journal.done), settings, emit, show)
         journal.finish()
         if journal.synced > shown:
             show()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +31,8 @@ class Manifest:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def differences(self, other: Manifest) -> list[str]:
-        """One text per setting that is not the same in `other`."""
-        mine, theirs = {"kind": self.kind, **self.identity}, {"kind": other.kind, **other.identity}
-        names = [*mine, *(name for name in theirs if name not in mine)]
-        return [
-            f"{name} was {_short(mine.get(name))} and is {_short(theirs.get(name))}"
-            for name in names
-            if mine.get(name) != theirs.get(name)
-        ]
+        """One text per setting that is not the same in `other`, down to the entry of a task."""
+        return list(_differing("", {"kind": self.kind, **self.identity}, {"kind": other.kind, **other.identity}))
 
     def write(self, path: Path) -> None:
         """Atomically, and durable when this returns. Raises OSError."""
@@ -106,6 +100,19 @@ def plan_identity(plan: SchedulePlan) -> str:
     return f"{plan.name} {plan.digest[:16]}"
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _differing(name: str, mine: Any, theirs: Any) -> Iterator[str]:
+    if isinstance(mine, Mapping) and isinstance(theirs, Mapping):
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            yield from _differing(f"{name}.{key}" if name else key, mine.get(key), theirs.get(key))
+    elif mine != theirs:
+        was, now = (json.dumps(value, ensure_ascii=False) for value in (mine, theirs))
+        same = next((i for i, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+        yield f"{name} was {_short(was, same)} and is {_short(now, same)}"
+
+
+def _short(text: str, at: int) -> str:
+    """At most 60 characters, with those from `at` on."""
+    if len(text) <= 60:
+        return text
+    begin = max(0, min(at - 20, len(text) - 54))
+    return ("..." if begin else "") + text[begin : begin + 54] + ("..." if begin + 54 < len(text) else "")

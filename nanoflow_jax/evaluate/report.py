@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.evaluate.journal import manifest_path
+from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.metrics import Mean, PairedDifference, mean, paired_difference
 from nanoflow_jax.evaluate.prompts import read_samples
 from nanoflow_jax.evaluate.tasks import Task
+from nanoflow_jax.system.reading import one_line, read_json_object
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class TaskResult:
     unfinished_thoughts: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return _plain(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,14 @@ class Comparison:
     unpaired: int  # questions that only one of the runs has
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return _plain(asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    """Without NaN, which is no JSON: the standard error of a single question is null."""
+    if isinstance(value, dict):
+        return {name: _plain(v) for name, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def samples_path(folder: Path, task: str) -> Path:
@@ -77,6 +88,55 @@ def summarize(task: Task, path: Path) -> TaskResult:
         outputs=sum(map(len, outputs)),
         unfinished_thoughts=sum(output.count(None) for output in outputs),
     )
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """When the last answer of a per-sample log was written (UTC), and by what: the command and the versions with which
+    the run began, the model, and all settings that can change a result."""
+    manifest = Manifest.read(manifest_path(path))
+    written = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+    told = {name: manifest.about[name] for name in ("model", "command", "versions") if name in manifest.about}
+    return {"date": written.isoformat(timespec="seconds"), **told, "settings": dict(manifest.identity)}
+
+
+def earlier_results(path: Path, tasks: Collection[str]) -> dict[str, Any]:
+    """What a results file has of other tasks than these. Raises ConfigError where it is none."""
+    if not path.exists():
+        return {}
+    found = read_json_object(path).get("results")
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: not the results of a run; accepted: another --output, or without this file")
+    return {name: result for name, result in found.items() if name not in tasks}
+
+
+def failures_line(results: Sequence[TaskResult], folder: Path) -> str:
+    """All questions without an answer in one line; "" when there are none."""
+    failed = [(result.name, failure) for result in results for failure in result.failures]
+    if not failed:
+        return ""
+    asked = sum(next(iter(result.metrics.values())).n for result in results)
+    per_task = ", ".join(f"{result.name} {len(result.failures)}" for result in results if result.failures)
+    name, first = failed[0]
+    return (
+        f"{len(failed)} of {asked} questions have no answer and count as wrong ({per_task}); the first, {first.sample} "
+        f"of {name}: {one_line(first.error, 200)}; all are in {folder / 'results.json'}"
+    )
+
+
+def changed_settings(tasks: Sequence[str], folder: Path, other: Path) -> list[str]:
+    """What the runs' manifests do not have in common, each difference once, with its tasks where not all have it."""
+    found: dict[str, list[str]] = {}
+    for task in tasks:
+        mine, theirs = (manifest_path(samples_path(at, task)) for at in (folder, other))
+        if not theirs.exists():
+            continue
+        texts = Manifest.read(theirs).differences(Manifest.read(mine))
+        named = [text for text in texts if not text.startswith(("questions was", "chat_time was"))]
+        if len(texts) > len(named) == 0 and any(text.startswith("questions") for text in texts):
+            named = ["the text of questions"]
+        for text in named:
+            found.setdefault(text, []).append(task)
+    return [text if len(of) == len(tasks) else f"{text} ({', '.join(of)})" for text, of in found.items()]
 
 
 def compare(task: str, metrics: Sequence[str], folder: Path, other: Path) -> list[Comparison]:

@@ -25,6 +25,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups, page_tables
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
+from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
@@ -209,6 +210,7 @@ def inspect_step(
     check_quantization(full, load_hardware(gpu).capability if isinstance(gpu, str) else gpu.capability)
     plan = load_plan(plan) if isinstance(plan, str) else plan
     hardware = load_hardware(gpu) if isinstance(gpu, str) else gpu
+    check_sms(plan, hardware)
     check_divides(full, devices)
     config = replace(full, num_layers=layers or full.num_layers)
     if not 1 <= config.num_layers <= full.num_layers:

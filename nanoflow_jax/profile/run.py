@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 from kernels_pallas.bench.report import commit
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.shapes import Shapes
-from nanoflow_jax.hardware import Hardware, hardware_of_device
+from nanoflow_jax.hardware import Hardware, hardware_of, hardware_of_device
 from nanoflow_jax.parallel.mesh import AXIS, check_divides
+from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.profile import programs
 from nanoflow_jax.profile.kernels import Kernel, kernel
@@ -98,6 +99,8 @@ def profile(
         raise ConfigError(f"points: {density!r} is not accepted; accepted: {', '.join(GRIDS)}")
     if tokens < 8 or context < page_size:
         raise ConfigError(f"tokens: {tokens} must be at least 8, and context: {context} at least a page, {page_size}")
+    for plan in plans:
+        check_sms(plan, hardware_of(jax.devices()[0]))
     machine, skipped = _machine(config, devices, page_size, attention_backend)
     scope = _scope(machine, config, tuple(plans), devices, tokens, context)
     wanted = points(scope, GRIDS[density], *(() if ops is None else (ops,)))

@@ -12,6 +12,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
+from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.timeline.jobs import Shares, build_jobs
 from nanoflow_jax.timeline.played import timeline
@@ -98,6 +99,7 @@ def simulate_step(
     if layers < min(config.num_layers, 4):
         raise ConfigError(f"layers: {layers} is not accepted; a steady state needs at least 4")
     hardware = model.hardware
+    check_sms(plan, hardware)
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
     costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config), imbalance)
     jobs = build_jobs(plan, costs, layers, shares, runtime)

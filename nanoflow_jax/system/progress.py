@@ -9,10 +9,12 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_BETWEEN_NOTES = 0.5  # on a terminal, while the count stands
 
 
 class Progress:
-    """Counts to `total`. Use as a context manager; `advance` moves on, `note` sets what stands behind the count."""
+    """Counts to `total`. Use as a context manager; `advance` moves on, perhaps by nothing, with a new `note` behind the
+    count."""
 
     def __init__(self, total: int, title: str, unit: str = "it", enabled: bool = True):
         self._bar: Any = None
@@ -28,7 +30,12 @@ class Progress:
         if self._bar is not None:
             self._bar.set_postfix_str(self._note, refresh=False)
             self._bar.update(count)
-        elif self._lines and (self._done == self._total or time.monotonic() - self._last > SECONDS_BETWEEN_LINES):
+            if not count and time.monotonic() - self._last > SECONDS_BETWEEN_NOTES:
+                self._last = time.monotonic()
+                self._bar.refresh()
+        elif self._lines and (
+            (count and self._done == self._total) or time.monotonic() - self._last > SECONDS_BETWEEN_LINES
+        ):
             self._last = time.monotonic()
             in_bytes = self._unit == "B"
             scale, unit = (1e6 if in_bytes else 1), ("MB" if in_bytes else self._unit)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
+from contextlib import suppress
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from nanoflow_jax.config import EMBEDDED
 from nanoflow_jax.weights.source import WeightsError, one_line
@@ -72,3 +77,30 @@ def _download(model: str, revision: str | None, kind: str) -> Path:
         ) from None
     except (errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage] - of httpx or httpx2
         raise WeightsError(f"{what} could not be downloaded: {one_line(error)}") from None
+
+
+def go_offline_without_hub(seconds: float = 3.0) -> bool:
+    """Where the Hub cannot be reached, turns on its clients' offline mode, so that libraries that ask it again and
+    again, for a minute and more, take what is in the local cache or fail at once. Returns whether it did so; asks
+    nothing where a proxy stands between, or where the user has set HF_HUB_OFFLINE. To be called before `datasets` and
+    `transformers` are imported."""
+    if "HF_HUB_OFFLINE" in os.environ or getproxies():
+        return False
+    from huggingface_hub import constants
+
+    url = urlsplit(constants.ENDPOINT)
+    port = url.port or (80 if url.scheme == "http" else 443)
+    reached: list[bool] = []
+
+    def reach() -> None:
+        with suppress(OSError):
+            socket.create_connection((url.hostname or "", port), seconds).close()
+            reached.append(True)
+
+    asking = threading.Thread(target=reach, daemon=True)  # a name's lookup has no time limit of its own
+    asking.start()
+    asking.join(seconds)
+    if not reached:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+    return not reached

@@ -35,7 +35,7 @@ class StandIn:
 
     def __init__(self, slots: int = 8, pause: float = 0.0):
         shape = SimpleNamespace(prefill_rows=64, prefill_segments=4)
-        self.engine = SimpleNamespace(scheduler=SimpleNamespace(shapes=[shape]))
+        self.engine = SimpleNamespace(scheduler=SimpleNamespace(shapes=[shape]), num_rows=0)
         self._slots, self._pause = slots, pause
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:
@@ -52,7 +52,7 @@ class StandIn:
     ) -> Work:
         return self.prepare("".join(f"{m['role']}:{m['content']};" for m in messages), params, key)
 
-    def run_stream(self, work: Iterable[Work | None]) -> Iterator[tuple[Work, RequestOutput]]:
+    def run_stream(self, work: Iterable[Work | None], between: Any = None) -> Iterator[tuple[Work, RequestOutput]]:
         running: list[Work] = []
         for item in work:
             running += [item] if item is not None else []

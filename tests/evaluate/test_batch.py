@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.evaluate import batch, journal
 from nanoflow_jax.evaluate.batch import Settings, answer, parse_lines, write_in_order
-from nanoflow_jax.evaluate.lines import Line, NumberSet, read_lines
+from nanoflow_jax.evaluate.lines import Line, NumberSet, identify, read_lines
+from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, Record
 from nanoflow_jax.evaluate.windows import longest_first
+from nanoflow_jax.system import progress
 from tests.evaluate.flags import Cli
 from tests.evaluate.stand_in import StandIn
 
@@ -314,6 +317,27 @@ def test_a_stream_keeps_the_engine_full(llm: LLM, monkeypatch: pytest.MonkeyPatc
     full = np.array(running[4:])
     assert full.mean() > 7.0, full  # of 8 slots
     assert not llm.engine.has_work
+
+
+def test_progress_counts_tokens_as_they_come(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a request that takes long, too: the first line comes before the first record does."""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({"prompt": "12+30=", "max_tokens": 100, "ignore_eos": True}) + "\n")
+    with journal.Journal.open(tmp_path / "out.jsonl", Manifest("batch", {})) as results:
+        report = batch.run_batch(llm, source, identify(source), results, Settings("tiny"))
+    lines = re.findall(r"answering: (\d)/1 requests (\d+) tokens/s", capsys.readouterr().err)
+    assert report.completion_tokens == 100
+    assert len([speed for done, speed in lines if done == "0" and int(speed) > 0]) > 50
+
+
+def test_a_count_that_is_complete_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.Progress(2, "answering", "requests") as bar:
+        bar.advance(2, "7 tokens/s")
+        bar.advance(0, "8 tokens/s")
+    assert capsys.readouterr().err == "answering: 2/2 requests 7 tokens/s\n"
 
 
 def test_a_closed_stream_leaves_nothing_running(llm: LLM) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -32,6 +34,7 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import Comparison, Failure, TaskResult, compare, results_table
 from nanoflow_jax.evaluate.run_task import judge_text
 from nanoflow_jax.evaluate.tasks import load_task, task_names
+from nanoflow_jax.version import __version__
 from tests.evaluate.flags import Cli
 
 scores = st.lists(st.floats(0, 1), min_size=2, max_size=30)
@@ -276,20 +279,64 @@ def test_continued_compared_and_refused(cli: Cli, tmp_path: Path) -> None:
     }
     assert (found["value"]["value"], found["other"]["value"]) == (np.mean(new), np.mean(old))
     assert expected.value < -0.3, "examples confuse this model: the comparison must see it"
+    assert json.loads(printed)["compare"]["settings"] == ["task.fewshot.count was 0 and is 2"]
+    assert "\n- task.fewshot.count was 0 and is 2\n" in (second / "results.md").read_text()
     assert "|exact_match|20|" in (second / "results.md").read_text()
     for other, words in ((tmp_path / "no", "not a folder"), (tmp_path, "no results of task 'addition'")):
         status, _, err = cli(*arguments, "-o", str(first), "--compare", str(other))
         assert status == 1 and words in err
 
 
-def test_failures_count_as_wrong_and_are_listed(cli: Cli, tmp_path: Path) -> None:
-    task = tmp_path / "mine.jsonl"
-    lines = [{"prompt": "12+30=", "target": "42"}, {"prompt": "x" * 300, "target": "y", "id": "long"}]
+def test_failures_count_as_wrong_and_are_told_in_one_line(cli: Cli, tmp_path: Path) -> None:
+    """And by the exit status; each has its reason in the results."""
+    task, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    lines = [{"prompt": "12+30=", "target": "42"}]
+    lines += [{"prompt": "x" * (300 + i), "target": "y", "id": f"long{i}"} for i in range(5)]
     task.write_text("".join(json.dumps(x) + "\n" for x in lines))
-    status, printed, _ = cli("eval", str(task), "-o", str(tmp_path / "out"))
+    status, printed, err = cli("eval", str(task), "-o", str(out))
+    assert status == 1
+    assert "|mine |      1|none  |     0|exact_match|↑|0.1667|±|0.1667|" in printed
+    told = "5 of 6 questions have no answer and count as wrong (mine 5); the first, long0 of mine: prompt: 301 tokens"
+    assert err.count("\n") == 1 and err.startswith(f"nanoflow eval: {told}")
+    assert told in (out / "results.md").read_text()
+    failures = json.loads((out / "results.json").read_text())["results"]["mine"]["failures"]
+    assert [f["sample"] for f in failures] == [f"long{i}" for i in range(5)]
+    assert cli("eval", str(task), "-o", str(out), "--json")[0] == 1, "nor is it forgotten when nothing is left to ask"
+
+
+def test_results_say_when_and_by_what_and_keep_what_was_not_run_again(cli: Cli, tmp_path: Path) -> None:
+    arguments = ["--limit", "3", "-o", str(tmp_path)]
+    path = tmp_path / "results.json"
+    before = datetime.now(UTC).replace(microsecond=0)
+    assert cli("eval", "addition", "sort", *arguments)[0] == 0
+    first = json.loads(path.read_text())["results"]
+    for name in ("addition", "sort"):
+        found = first[name]
+        assert before <= datetime.fromisoformat(found["date"]) <= datetime.now(UTC)
+        assert found["versions"]["jax"] == jax.__version__ and found["versions"]["nanoflow_jax"] == __version__
+        assert found["model"] == "tiny" and f"eval addition sort --limit 3 -o {tmp_path}" in found["command"]
+        assert found["settings"]["deterministic"] is True and found["settings"]["task"]["name"] == name
+    status, printed, _ = cli("eval", "addition", "reverse", *arguments, "--restart", "--num-fewshot", "1", "--json")
     assert status == 0
-    assert "|mine |      1|none  |     0|exact_match|↑|0.5000|±|0.5000|" in printed
-    assert "- mine, question long: prompt: 301 tokens" in printed
+    assert set(json.loads(printed)["results"]) == {"addition", "reverse"}
+    second = json.loads(path.read_text())["results"]
+    assert second["sort"] == first["sort"] and set(second) == {"addition", "reverse", "sort"}
+    assert second["addition"]["fewshot"] == 1 and second["addition"]["settings"]["task"]["fewshot"]["count"] == 1
+    assert "Of earlier runs, in results.json: sort" in (tmp_path / "results.md").read_text()
+    path.write_text("[]")
+    status, _, err = cli("eval", "lookup", *arguments)
+    assert status == 1 and "results.json" in err and err.count("\n") == 1
+    assert not (tmp_path / "lookup.samples.jsonl").exists(), "told before the work"
+
+
+def test_a_single_question_gives_json(cli: Cli, tmp_path: Path) -> None:
+    assert cli("eval", "addition", "--limit", "1", "-o", str(tmp_path))[0] == 0
+
+    def refused(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    found = json.loads((tmp_path / "results.json").read_text(), parse_constant=refused)
+    assert found["results"]["addition"]["metrics"]["exact_match"]["stderr"] is None
 
 
 def test_wrong_usage(cli: Cli, tmp_path: Path) -> None:

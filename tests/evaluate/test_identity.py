@@ -99,6 +99,20 @@ def recorded(name: str, folder: Path, identity: Json) -> tuple[Manifest, Path]:
     return was, folder / name
 
 
+def test_a_difference_is_shown_where_it_is() -> None:
+    """Of a setting inside a setting, and of texts that begin alike."""
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}" * 3
+    changed = template.replace("role }}", "name }}", 2).replace("name }}", "role }}", 1)
+    mine = Manifest("eval", {"task": {"prompt": template, "fewshot": {"count": 0, "seed": 1}}, "page_size": 16})
+    theirs = Manifest("eval", {"task": {"prompt": changed, "fewshot": {"count": 5, "seed": 1}}, "seed": 0})
+    prompt, *others = mine.differences(theirs)
+    assert others == ["task.fewshot.count was 0 and is 5", "page_size was 16 and is null", "seed was null and is 0"]
+    was, now = prompt.split(" and is ")
+    assert was.startswith("task.prompt was ...") and "message.role }}" in was and "message.name }}" in now
+    assert len(prompt) < 160
+    assert mine.differences(mine) == []
+
+
 def test_runs_of_earlier_versions_go_on(cli: Cli, tmp_path: Path) -> None:
     """What they called the same is the same: names and values of all options, those that were left open too."""
     source = DATA / "in.jsonl"

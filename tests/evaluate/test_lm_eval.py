@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import sys
+import time
 from functools import partialmethod
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +15,7 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the lm-eval extra)")
 
+from huggingface_hub import constants
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
@@ -28,6 +32,7 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import TaskResult, summarize
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
+from nanoflow_jax.weights import hub
 
 LENGTH = 128  # of the shared model
 SUMS = [(a, a + 7) for a in range(10, 46, 6)]
@@ -217,3 +222,27 @@ def test_the_command_line_prints_the_table(
     printed = capsys.readouterr().out
     assert "|sums |" in printed and "|exact_match|↑  |    1|±  |     0|" in printed
     assert sys.argv == before
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its clients then ask it no more: they would for a minute and a half, with two lines each time."""
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")  # so that it is put back
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert not hub.go_offline_without_hub()
+        assert "HF_HUB_OFFLINE" not in os.environ
+    started = time.monotonic()
+    with pytest.raises(SystemExit):
+        main(["lm-eval", "ls", "--no-such-option"])
+    assert time.monotonic() - started < 30
+    assert capsys.readouterr().err.startswith("the Hub cannot be reached: tasks and models come from the local cache")
+    assert os.environ["HF_HUB_OFFLINE"] == "1" and constants.HF_HUB_OFFLINE
+    assert not hub.go_offline_without_hub(), "who has set it has decided"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy:1"})
+    assert not hub.go_offline_without_hub()

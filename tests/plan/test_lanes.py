@@ -11,10 +11,16 @@ import pytest
 from nanoflow_jax import LLM, api
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, configs_root
+from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import known_hardware, load_hardware
+from nanoflow_jax.inspect.step import inspect_step
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.plan import Lane, load_plan
 from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.profile import run as profile_run
+from nanoflow_jax.search.simulate import simulate_step
 
 TOLD = "lanes.GEMV.sms: 133 is not accepted; h200 has 132 SMs, accepted: 1 to 132"
 
@@ -45,6 +51,18 @@ def test_commands_tell_it_before_the_work(command: str, tmp_path: Path, capsys: 
     assert main([command, "--gpu", "h200", "--plan", str(file)]) == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"nanoflow {command}: plan mine: {TOLD}\n")
+
+
+def test_so_do_calls_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong, h200 = replace(load_plan("nanoflow_70b"), lanes={"GEMV": Lane(1, 133)}), load_hardware("h200")
+    config = model_config("llama-3.1-70b")[1]
+    with pytest.raises(ConfigError, match=TOLD):
+        simulate_step(wrong, config, RooflineModel(h200), 8, StepLoad(1280, 768, 1024, 512))
+    with pytest.raises(ConfigError, match=TOLD):
+        inspect_step("llama-3.1-70b", "h200", wrong, layers=4)
+    monkeypatch.setattr(profile_run, "hardware_of", lambda _: h200)
+    with pytest.raises(ConfigError, match=TOLD):
+        profile_run.profile("tiny", model_config("tiny")[1], [wrong], tmp_path / "table.jsonl", tokens=64, context=64)
 
 
 def test_so_does_an_llm(monkeypatch: pytest.MonkeyPatch) -> None:
