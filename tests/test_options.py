@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +125,15 @@ def test_other_wrong_arguments_name_the_class() -> None:
     ):
         with pytest.raises(TypeError, match=message):
             wrong(*arguments)
+
+
+def test_the_comparison_page_has_vllms_names() -> None:
+    """All of them, with ours, and nothing else; what it calls the same is an option."""
+    page = (Path(__file__).parents[1] / "docs" / "comparison.md").read_text().partition("## vLLM's names")[2]
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| \S.* \|$", page, re.MULTILINE)
+    assert rows == list(VLLM_NAMES.items())
+    same = re.findall(r"`(\w+)`", page.partition("The same in both:")[2].partition(". ")[0])
+    assert len(same) > 10 and set(same) <= set(OPTIONS)
 
 
 def test_names_of_vllm_are_none_of_ours() -> None:
