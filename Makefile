@@ -16,16 +16,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # The oldest transformers that pyproject.toml accepts, with the tokenizers that belong to it.
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint types pytest floor notebooks wheel clean
+.PHONY: help demo test lint types docs pytest floor notebooks wheel clean
 
 help:
 	@echo "make demo        generate text with the embedded model on eight CPU devices"
-	@echo "make test        lint, types, and all tests (README and notebooks included), some at the oldest transformers"
+	@echo "make test        lint, types, the site of docs/, and all tests (README and notebooks included), some at the oldest transformers"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       pyright"
 	@echo "make pytest      the tests alone; ARGS='-k words' selects, WORKERS=n sets the processes"
 	@echo "make floor       the tokenizer tests with the oldest transformers that is accepted"
 	@echo "make notebooks   execute the notebooks into build/notebooks"
+	@echo "make docs        the site of docs/, into build/site; warnings are errors"
 	@echo "make wheel       build the package into dist"
 	@echo "make clean       remove .venv, build and caches"
 
@@ -35,7 +36,7 @@ demo: $(VENV)/base
 	@echo; echo "Chat:"
 	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 --quiet --chat 'What is 25+17?' 'Reverse overlap' 'Thank you'
 
-test: lint types floor pytest
+test: lint types docs floor pytest
 	@echo "All checks passed."
 
 lint: $(VENV)/dev
@@ -44,6 +45,10 @@ lint: $(VENV)/dev
 
 types: $(VENV)/dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet, which would count no warnings
+	@echo "The site is in build/site: open build/site/index.html"
 
 pytest: $(VENV)/dev
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
