@@ -28,7 +28,7 @@ from nanoflow_jax.plan.write import plan_toml
 from nanoflow_jax.search.layouts import layouts
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import Finder, Space, search
-from nanoflow_jax.step import gemm_ops
+from nanoflow_jax.step import gemm_ops, trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.workload import load_workload
