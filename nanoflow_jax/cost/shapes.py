@@ -13,7 +13,7 @@ from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_p
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
-from nanoflow_jax.step.attention import gated_in_one, rows_fit
+from nanoflow_jax.step.attention import adds_products, gated_in_one, rows_fit
 
 TILE_ROWS = 128  # of the grouped GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,6 +54,7 @@ class Shapes:
     experts: Experts | None = None
     rows_kernel: bool = False  # where Mosaic is: what an fp8 GEMM reads is rounded by the kernel for it
     gated_in_one: bool = False  # which makes what D reads of what UG gives
+    adds_products: bool = False  # the residual's addition multiplies what fp8 O and D give by their scales
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
@@ -75,6 +76,7 @@ class Shapes:
             norms=config.norms,
             experts=config.experts,
             rows_kernel=rows_fit(config, devices),
+            adds_products=adds_products(config, devices),
             gated_in_one=all(gated_in_one(config, layer.mlp) for layer in config.pattern),
         )
 

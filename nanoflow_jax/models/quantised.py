@@ -51,6 +51,20 @@ class QuantisedRows:
         return self.values.shape
 
 
+@struct.dataclass
+class ScaledProduct:
+    """What an fp8 GEMM gave, values [n, N], ahead of the scales of tokens [n] and channels [N], by which whoever adds
+    it to the residual multiplies it."""
+
+    values: Any
+    token: Any
+    channel: Any
+
+    def array(self) -> jax.Array:
+        wide = self.values.astype(jnp.float32) * self.token[:, None] * self.channel[None, :]
+        return wide.astype(self.values.dtype)
+
+
 type Weight = jax.Array | Quantised
 type Input = jax.Array | QuantisedRows
 
@@ -74,17 +88,16 @@ def join_parts(parts: QuantisedRows) -> QuantisedRows:
 def contract_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
     """x [n, K] (axis 1) or [K, n] (axis 0), weight [..., K] -> [n, N]: fp8 products, float32 sums, scales of token and
     channel on the result, which is in `out_dtype` ahead of them too: in float32 it would be twice the bytes."""
-    product, token, channel = product_fp8(x, weight, axis, out_dtype)
-    return (product.astype(jnp.float32) * token[:, None] * channel[None, :]).astype(out_dtype)
+    return product_fp8(x, weight, axis, out_dtype).array()
 
 
-def product_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The same ahead of the scales, and those: of tokens [n] and of channels [N]."""
+def product_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> ScaledProduct:
+    """The same ahead of the scales."""
     ready = isinstance(x, QuantisedRows)
     rows, token = (x.values, x.scale) if ready else quantise_rows(x, axis, weight.bound)
     values = weight.values.reshape(-1, weight.shape[-1])
     product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=out_dtype)
-    return product, token, weight.scale.reshape(-1)
+    return ScaledProduct(product, token, weight.scale.reshape(-1))
 
 
 def weight_scale(weight: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm",
 HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
 APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
 ROWS_ALIGNMENT, ROWS_ROW = 128, 65_536  # columns of one device that the Mosaic rounding to fp8 takes
+SCALED_ROW = 8192  # of the norm's, where it multiplies the update by scales
 NORM_ALIGNMENT, NORM_ROW = 256, 16_384  # columns of one device that the Mosaic norm takes, and of a whole row at most
 BACKENDS = ("auto", "mosaic", "xla")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
@@ -94,6 +95,11 @@ def rows_fit(config: ModelConfig, devices: int) -> bool:
 def gated_in_one(config: ModelConfig, mlp: Mlp) -> bool:
     """Whether what fp8 D reads is made of what fp8 UG gives by one kernel, scales, gate and rounding."""
     return mlp.activation == "silu" and not mlp.bias and config.residual_multiplier == 1.0
+
+
+def adds_products(config: ModelConfig, devices: int) -> bool:
+    """Whether the residual's addition takes what fp8 O and D give ahead of the scales: no collective comes between."""
+    return devices == 1 and config.norms == "before" and config.hidden_size <= SCALED_ROW
 
 
 def experts_fit(config: ModelConfig, split: int) -> bool:

@@ -15,7 +15,7 @@ from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import LayerParams
 from nanoflow_jax.models.quantised import Quantised, QuantisedRows, Weight, join_parts, product_fp8
 from nanoflow_jax.plan.plan import OpPiece
-from nanoflow_jax.step.attention import KernelOptions, gated_in_one
+from nanoflow_jax.step.attention import KernelOptions, adds_products, gated_in_one
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
 
@@ -31,6 +31,7 @@ class GemmOps:
     config: ModelConfig
     order: IssueOrder
     options: KernelOptions
+    devices: int
     fp8_gathers: bool
     layer: LayerParams
     mlp: Mlp
@@ -82,9 +83,16 @@ class GemmOps:
 
         def project(*x: jax.Array) -> jax.Array:
             rows = self._attention(span, weight, *x) if isinstance(weight, Quantised) else self._scaled(span(*x))
-            return parts.contract(rows, weight, 1)
+            return self._update(rows, weight)
 
         return self.order.run(project, *attention)
+
+    def _update(self, x: Any, weight: Weight) -> Any:
+        """What O or D adds to the residual. On one device, where no sum comes between, whoever adds it multiplies it by
+        the scales."""
+        if isinstance(weight, Quantised) and adds_products(self.config, self.devices):
+            return product_fp8(x, weight, 1, x.dtype)
+        return parts.contract(x, weight, 1)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Any]) -> Any:
         """[n, F/p], as D takes it."""
@@ -95,12 +103,13 @@ class GemmOps:
             if not isinstance(layer.down, Quantised):
                 return self._scaled(parts.gated_mlp_up(x, layer, mlp))
             if isinstance(layer.ug, Quantised) and gated_in_one(self.config, mlp):
-                product, *scales = product_fp8(x, layer.ug, 1, x.dtype)
-                return self._in_fp8(None, layer.down, product, gate=Gate(), scales=tuple(scales))
+                product = product_fp8(x, layer.ug, 1, x.dtype)
+                scales = product.token, product.channel
+                return self._in_fp8(None, layer.down, product.values, gate=Gate(), scales=scales)
             return self._in_fp8(None, layer.down, self._scaled(parts.gated_mlp_up(x, layer, mlp)))
 
         return self.order.run(project, *normed)
 
     def down(self, piece: OpPiece, activated: Any) -> jax.Array:
         weight = self.layer.down
-        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
+        return self.order.run(lambda x: self._update(x, weight), activated)

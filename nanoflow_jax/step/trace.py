@@ -29,7 +29,7 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
-from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, quantised_for
+from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, ScaledProduct, quantised_for
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.ops import HIDDEN
@@ -311,8 +311,11 @@ class Tracer(GemmOps, ExpertOps):
 
         def both(x: jax.Array, *update: Any) -> tuple[jax.Array, Input]:
             if update and self.config.norms == "before":
-                more = {"quantise": True, "bound": reader.bound} if quantise else {}
-                x, normed = _add_rms_norm(x, update[0], weight, bias=update[1], eps=eps, **more, **self.options.norm)
+                more: dict[str, Any] = {"quantise": True, "bound": reader.bound} if quantise else {}
+                added, bias = update
+                if isinstance(added, ScaledProduct):
+                    more["scales"], added = (added.token, added.channel), added.values
+                x, normed = _add_rms_norm(x, added, weight, bias=bias, eps=eps, **more, **self.options.norm)
                 return x, QuantisedRows(normed[0], normed[1], x.dtype) if quantise else normed
             x = self._add_normed(block)(x, *update) if update else x
             normed = x if self.config.norms == "after" else parts.rms_norm(x, weight, eps)
@@ -410,6 +413,8 @@ class Tracer(GemmOps, ExpertOps):
     # -- collectives and streams
 
     def start(self, collective: str, rows: int, columns: str, x: Any) -> Any:
+        if isinstance(x, ScaledProduct):  # of one device
+            return x
         return self.order.start(self.collectives[collective], x)
 
     def wait(self, x: jax.Array) -> jax.Array:
@@ -423,7 +428,7 @@ def _gather_heads(x: Any) -> Any:
     return collectives.all_gather_rows(x)
 
 
-def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _add(x: jax.Array, update: Any, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
-    update = whole_rows(update)
+    update = update.array() if isinstance(update, ScaledProduct) else whole_rows(update)
     return x + update if bias is None else x + update + bias[None, :]

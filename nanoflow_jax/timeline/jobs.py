@@ -168,7 +168,7 @@ class JobMaker:
 
     def _gemm(self, name: str, rows: int, *needs: Jobs, ready: bool = False) -> Jobs:
         """In fp8, with what makes its operand if that is not ready, and what scales its result where no kernel follows
-        that does (after KQV the rotary embedding, after UG the product)."""
+        that does (after KQV the rotary embedding, after UG the product, on one device after O and D the addition)."""
         if not self.costs.quantised:
             return self.run("gemm", self.costs.gemm(name, rows), *needs)
         if not ready:
@@ -176,7 +176,8 @@ class JobMaker:
             one_pass = self.one_pass and name != "O over N"
             needs = (self.run("elementwise", self.costs.quantise(name, rows, one_pass), *needs),)
         done = self.run("gemm", self.costs.gemm(name, rows), *needs)
-        return done if name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
+        adds = self.costs.shapes.adds_products and name in ("O over K", "D")
+        return done if adds or name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
 
     def _start(self, job: Job) -> Jobs:
         needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
