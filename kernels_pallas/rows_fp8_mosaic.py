@@ -143,7 +143,7 @@ def _body(plan: Plan) -> Callable[..., None]:
             for ref, here, row in zip(pieces, mine, rows, strict=True):
 
                 @pl.when(here)
-                def _(ref: Any = ref, row: jax.Array = row) -> None:
+                def _(ref: Any = ref, row: Any = row) -> None:
                     bring(ref.at[pl.ds(row, plan.group), :, column], x_s.at[slot], full.at[slot])
 
             if plan.gate is not None:
