@@ -20,8 +20,11 @@ from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
+from kernels_pallas.kernel_names import name_after_kernel
 from kernels_pallas.prefill_attention import prefill_attention
 from kernels_pallas.rows_to_fp8 import rows_to_fp8
+
+name_after_kernel()
 
 __all__ = [
     "add_rms_norm",
