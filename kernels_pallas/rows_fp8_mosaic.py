@@ -138,7 +138,7 @@ def _body(plan: Plan) -> Callable[..., None]:
             return role + turn * plan.warpgroups
 
         def bring_chunk(item: jax.Array) -> None:
-            mine, rows, _, _ = place(lax.div(item, turns))
+            mine, rows = place(lax.div(item, turns))[:2]
             column, slot = at(lax.rem(item, turns)), role * plan.stages + lax.rem(item, jnp.int32(plan.stages))
             for ref, here, row in zip(pieces, mine, rows, strict=True):
 
@@ -162,7 +162,7 @@ def _body(plan: Plan) -> Callable[..., None]:
 
         @pl.loop(jnp.int32(0), groups)
         def _(group: jax.Array) -> None:
-            _, _, first, known = place(group)
+            first, known = place(group)[2:]
             tokens = [jnp.float32(1) if plan.gate is None else given[0][first + i] for i in range(plan.group)]
 
             def take(turn: jax.Array, most: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

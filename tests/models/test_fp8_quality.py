@@ -77,4 +77,4 @@ def test_kl_and_greedy_agreement(model: str, most_kl: float, least_same: float, 
     broken, fewer, _ = compared(lambda w: replace(w, scale=w.scale * uneven[jnp.arange(w.scale.size) % 2]))
     coarse, *_ = compared(lambda w: replace(w, values=w.values.astype(jnp.float8_e5m2).astype(w.values.dtype)))
     assert broken > 2 * kl and fewer < same
-    assert coarse > 1.2 * kl
+    assert coarse > 1.1 * kl
