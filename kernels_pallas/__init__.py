@@ -1,5 +1,5 @@
-"""Attention over a paged KV cache, the append to it, the residual addition with its norm, and the grouped GEMMs of
-experts. Usable on their own; imports nothing from nanoflow_jax.
+"""Attention over a paged KV cache, the append to it, the residual addition with its norm, rows in fp8, and the grouped
+GEMMs of experts. Usable on their own; imports nothing from nanoflow_jax.
 
 Shapes, everywhere: R rows (one query token each), Hq query heads, Hkv KV heads (Hq a multiple; query heads of one KV
 head are neighbours), d head size, pages `[num_pages, Hkv, page_size, d]`: the tokens of one KV head in one page are
@@ -22,7 +22,16 @@ from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
 from kernels_pallas.kernel_names import name_after_kernel
 from kernels_pallas.prefill_attention import prefill_attention
+from kernels_pallas.rows_to_fp8 import rows_to_fp8
 
 name_after_kernel()
 
-__all__ = ["add_rms_norm", "append_kv", "decode_attention", "gather_rows", "grouped_gemm", "prefill_attention"]
+__all__ = [
+    "add_rms_norm",
+    "append_kv",
+    "decode_attention",
+    "gather_rows",
+    "grouped_gemm",
+    "prefill_attention",
+    "rows_to_fp8",
+]

@@ -19,6 +19,7 @@ def add_rms_norm(
     weight: jax.Array,
     *,
     bias: jax.Array | None = None,
+    scales: tuple[jax.Array, jax.Array] | None = None,
     weight_row: int = 0,
     eps: float,
     quantise: bool = False,
@@ -34,11 +35,13 @@ def add_rms_norm(
     weight      [H], or [R, H] of which row `weight_row` counts: the kernel reads it in place, so that no slice of
                 a stack of norms is copied
     bias        [H], of the projection that the update comes from
+    scales      of the rows [n] and the columns [H] of an update [n, H], float32: what an fp8 GEMM gave is multiplied
+                by them first, and rounded to x's dtype
     eps         added to the mean of the squares
     quantise    give normed in fp8, for a GEMM that multiplies it so
     bound       of it: magnitudes beyond are cut off first
     backend     "xla" or "mosaic" (Hopper: bfloat16, H a multiple of 128 up to 16384, p a divisor of 8 and of
-                H / 128)
+                H / 128; with scales H up to 8192)
     tuning      "mosaic" alone; by default that of an H200
     interpret   `pallas_call`'s interpreter, for tests without a GPU
 
@@ -66,6 +69,13 @@ def add_rms_norm(
         raise ValueError(f"weight_row: {weight_row} must be in [0, {weight.shape[0]})")
     if bias is not None:
         check_vector("bias", bias, row_size)
+    if scales is not None and (
+        gathered or [(s.shape, s.dtype) for s in scales] != [((n,), jnp.float32), ((row_size,), jnp.float32)]
+    ):
+        raise ValueError(
+            f"scales: {[f'{s.dtype}{list(s.shape)}' for s in scales]} must be float32[{n}] of the rows and "
+            f"float32[{row_size}] of the columns of an update [{n}, {row_size}]"
+        )
 
     if backend == "mosaic":
         if interpret is None:
@@ -75,12 +85,14 @@ def add_rms_norm(
 
         tuning = ADD_NORM[DEFAULT_GPU] if tuning is None else tuning
         return add_rms_norm_mosaic(
-            x, update, weight, bias, weight_row=weight_row, eps=eps, quantise=quantise, bound=bound, tuning=tuning,
-            interpret=interpret,
+            x, update, weight, bias, scales, weight_row=weight_row, eps=eps, quantise=quantise, bound=bound,
+            tuning=tuning, interpret=interpret,
         )  # fmt: skip
 
     if gathered:
         update = update.transpose(1, 0, 2).reshape(x.shape)
+    if scales is not None:
+        update = (update.astype(jnp.float32) * scales[0][:, None] * scales[1][None, :]).astype(x.dtype)
     total = x + update if bias is None else x + update + bias[None, :]
     wide = total.astype(jnp.float32)
     normed = wide * lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)

@@ -13,6 +13,10 @@ result depends neither on the other rows, nor on its place among them, nor on ho
 Gathered columns come as one tensor copy of a row's parts, not as a copy each: with every copy, all 128 threads arrive
 at its barrier.
 
+An update that an fp8 GEMM gave is multiplied by the scales of its row, which is a number, and of its columns, which lie
+in shared memory beside the weight, and rounded, as the kernel that this spares would do. They take the room of a row or
+two: rows of 8192 leave five, for two warpgroups.
+
 In fp8 the norm goes once more through the update's slot: its largest magnitude is found as the squares are, and what
 leaves is one byte an element, from a row of shared memory of the warpgroup's own, and the scale.
 
@@ -43,7 +47,7 @@ from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
 WARPS = 4  # of a warpgroup
 ROW_UNIT = 128  # a row size is a multiple of this
 MAX_SECTIONS = 8  # of a row
-MAX_ROW = 16_384
+MAX_ROW, MAX_SCALED_ROW = 16_384, 8192
 OTHER = 2048  # bytes of shared memory for partial sums, barriers and alignment
 
 
@@ -56,6 +60,7 @@ class Plan:
     parts: int  # that a row of the update comes in
     weight_row: int
     bias: bool
+    scaled: bool
     eps: float
     quantise: bool
     bound: float | None
@@ -114,8 +119,8 @@ def _body(plan: Plan) -> Callable[..., None]:
         x: Any,  # [n, *row], row = [chunks, 4, line]; global memory
         update: Any,  # [parts, n, chunks / parts, 4, line]
         weight: Any,  # [R, *row]
-        # With a bias [*row]; then written: total [n, *row] and normed [n, parts, chunks / parts, 4, line], or in fp8
-        # values [n, *row] and scales [n].
+        # With a bias [*row]; with scales of rows [n] and of columns [*row] float32; then written: total [n, *row] and
+        # normed [n, parts, chunks / parts, 4, line], or in fp8 values [n, *row] and scales [n].
         *rest: Any,
         x_s: Any,  # [warpgroups * stages, *row], shared memory: x, then total
         update_s: Any,  # [warpgroups * stages, parts, chunks / parts, 4, line]: update, then normed
@@ -125,8 +130,10 @@ def _body(plan: Plan) -> Callable[..., None]:
         fixed_full: Any,  # barrier
         values_s: Any = None,  # [warpgroups, *row] float8_e4m3fn
         most_s: Any = None,  # [warpgroups, 4] float32
+        columns_s: Any = None,  # [*row] float32
     ) -> None:
-        bias, (total, *normed) = rest[: plan.bias], rest[plan.bias :]
+        bias, rest = rest[: plan.bias], rest[plan.bias :]
+        scales, (total, *normed) = rest[: 2 * plan.scaled], rest[2 * plan.scaled :]
         program, role = lax.axis_index("program"), lax.axis_index("role")
         rows = lax.div(plan.rows - program + (plan.programs - 1), jnp.int32(plan.programs))
         turns = lax.div(rows - role + (plan.warpgroups - 1), jnp.int32(plan.warpgroups))
@@ -167,16 +174,22 @@ def _body(plan: Plan) -> Callable[..., None]:
             bring(weight.at[plan.weight_row], fixed_s.at[0], fixed_full)
             for ref in bias:
                 bring(ref, fixed_s.at[1], fixed_full)
+            for ref in scales[1:]:
+                bring(ref, columns_s, fixed_full)
 
         plgpu.barrier_wait(fixed_full)
 
         @pl.loop(jnp.int32(0), turns)
         def _(turn: jax.Array) -> None:
             row, slot = place(turn)
+            of_this_row = [ref[row] for ref in scales[:1]]
             plgpu.barrier_wait(full.at[slot])
             squares = plgpu.layout_cast(jnp.zeros((size, WARPS, plan.line), jnp.float32), layout)
             for section, in_part in zip(of_row, of_part, strict=True):
-                value = load(x_s.at[slot, section]) + load(update_s.at[slot, *in_part])
+                added = load(update_s.at[slot, *in_part])
+                for scale in of_this_row:
+                    added = (added.astype(jnp.float32) * scale * load(columns_s.at[section])).astype(jnp.bfloat16)
+                value = load(x_s.at[slot, section]) + added
                 if plan.bias:
                     value += load(fixed_s.at[1, section])
                 x_s[slot, section] = value
@@ -214,16 +227,17 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 def make_plan(
     x: jax.Array, update: jax.Array, bias: jax.Array | None, weight_row: int, eps: float, tuning: AddNormTuning,
-    quantise: bool = False, bound: float | None = None,
+    quantise: bool = False, bound: float | None = None, scaled: bool = False,
 ) -> Plan:  # fmt: skip
-    """As many warpgroups as have three rows each in shared memory, and the rows that then fit."""
+    """As many warpgroups as have three rows each in shared memory, or with scales two, and the rows that then fit."""
     n, row_size = x.shape
     row_bytes = 2 * x.dtype.itemsize
-    fixed = (1 + (bias is not None)) * row_size * x.dtype.itemsize
+    fixed = (1 + (bias is not None)) * row_size * x.dtype.itemsize + 4 * scaled * row_size
     programs = min(tuning.sms, n)
     values = quantise * row_size  # of each warpgroup
     room = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed - values)
-    warpgroups = min(max(1, room // (3 * row_bytes * row_size + values)), tuning.max_warpgroups, -(-n // programs))
+    least = 2 if scaled else 3
+    warpgroups = min(max(1, room // (least * row_bytes * row_size + values)), tuning.max_warpgroups, -(-n // programs))
     room = min(tuning.bytes_in_flight, BLOCK_LIMIT - OTHER - fixed - warpgroups * values)
     slots = room // (row_bytes * row_size)
     return Plan(
@@ -232,6 +246,7 @@ def make_plan(
         parts=update.shape[0] if update.ndim == 3 else 1,
         weight_row=weight_row,
         bias=bias is not None,
+        scaled=scaled,
         eps=eps,
         quantise=quantise,
         bound=bound,
@@ -246,6 +261,7 @@ def add_rms_norm_mosaic(
     update: jax.Array,
     weight: jax.Array,
     bias: jax.Array | None,
+    scales: tuple[jax.Array, jax.Array] | None,
     *,
     weight_row: int,
     eps: float,
@@ -259,11 +275,11 @@ def add_rms_norm_mosaic(
     weight     [R, H], read in place
     interpret  as `pallas_call`'s, for tests without a GPU
     """
-    check_mosaic(x, update, weight, bias)
+    check_mosaic(x, update, weight, bias, scales is not None)
     n, row_size = x.shape
     if n == 0:
         return x, (x.astype(FP8), jnp.zeros(0, jnp.float32)) if quantise else x
-    plan = make_plan(x, update, bias, weight_row, eps, tuning, quantise, bound)
+    plan = make_plan(x, update, bias, weight_row, eps, tuning, quantise, bound, scales is not None)
     row, parts = plan.row, plan.row_parts
     slots = plan.warpgroups * plan.stages
     normed_type: list[Any] = [jax.ShapeDtypeStruct((n, *parts), x.dtype)]
@@ -274,6 +290,8 @@ def add_rms_norm_mosaic(
             "values_s": plgpu.SMEM((plan.warpgroups, *row), FP8),
             "most_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
         }
+    if scales is not None:
+        more["columns_s"] = plgpu.SMEM(row, jnp.float32)
     kernel = plgpu.kernel(
         _body(plan),
         out_type=(jax.ShapeDtypeStruct((n, *row), x.dtype), *normed_type),
@@ -283,7 +301,7 @@ def add_rms_norm_mosaic(
             "fixed_s": plgpu.SMEM((1 + plan.bias, *row), x.dtype),
             "sums_s": plgpu.SMEM((plan.warpgroups, WARPS), jnp.float32),
             "full": plgpu.Barrier(num_barriers=slots, num_arrivals=2),
-            "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias),
+            "fixed_full": plgpu.Barrier(num_arrivals=1 + plan.bias + plan.scaled),
             **more,
         },
         grid=(plan.programs,),
@@ -297,6 +315,8 @@ def add_rms_norm_mosaic(
     args = [x.reshape(n, *row), update.reshape(plan.parts, n, *parts[1:]), weight.reshape(-1, *row)]
     if bias is not None:
         args.append(bias.reshape(row))
+    if scales is not None:
+        args += [scales[0], scales[1].reshape(row)]
     expected = tuning.expected
     moved = n * row_size * (4 * x.dtype.itemsize - quantise)
     us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
@@ -306,15 +326,16 @@ def add_rms_norm_mosaic(
     return total, tuple(normed) if quantise else normed[0]
 
 
-def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None) -> None:
+def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None, scaled: bool) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
     for name, value in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
         if value is not None and value.dtype != jnp.bfloat16:
             raise ValueError(f"{name}: dtype {value.dtype}; backend 'mosaic' accepts bfloat16")
-    row_size = x.shape[1]
-    if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= MAX_ROW:
+    row_size, most = x.shape[1], MAX_SCALED_ROW if scaled else MAX_ROW
+    if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= most:
         raise ValueError(
-            f"x: rows of {row_size}; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} to {MAX_ROW}"
+            f"x: rows of {row_size}; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} to {most}"
+            + (" with scales" if scaled else "")
         )
     parts = update.shape[0] if update.ndim == 3 else 1
     if sections(row_size) % parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -16,8 +17,10 @@ class Gate:
     limit: float = float("inf")
     shift: float = 0.0
 
-    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+    def __call__(
+        self, gate: jax.Array, up: jax.Array, sigmoid: Callable[[jax.Array], jax.Array] = jax.nn.sigmoid
+    ) -> jax.Array:
         if self.limit != float("inf"):
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        product = gate * jax.nn.sigmoid(self.alpha * gate)
+        product = gate * sigmoid(gate if self.alpha == 1.0 else self.alpha * gate)
         return product * (up + self.shift) if self.shift else product * up

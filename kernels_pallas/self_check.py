@@ -23,7 +23,8 @@ from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.gate import Gate
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
 from kernels_pallas.prefill_attention import prefill_attention
-from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, GROUPED, PAGE_TOKENS
+from kernels_pallas.rows_to_fp8 import rows_to_fp8
+from kernels_pallas.tuning import ADD_NORM, DECODE, DEFAULT_GPU, GROUPED, PAGE_TOKENS, ROWS
 
 TOLERANCE = 2e-2  # of a row, relative to its norm; the kernels' own tests hold 5e-3
 FP8_TOLERANCE = 6e-2  # of a row that was rounded to fp8, which alone is 2.7e-2
@@ -47,8 +48,8 @@ class KernelError(RuntimeError):
 @dataclass(frozen=True, kw_only=True)
 class Heads:
     """Of one device. `fp8`: pages of float8_e4m3fn; quantised: weights, so that norms are given in fp8, too; hidden: a
-    row of the residual; windows: of the model's attention, where it has some, in tokens: each is checked besides
-    attention to everything; sinks: it has those; gate: of its experts, where it has some."""
+    row of the residual; ffn: columns of an MLP; windows: of the model's attention, where it has some, in tokens: each
+    is checked besides attention to everything; sinks: it has those; gate: of its experts, where it has some."""
 
     q_heads: int
     kv_heads: int
@@ -56,6 +57,7 @@ class Heads:
     fp8: bool = False
     quantised: bool = False
     hidden: int = 2048
+    ffn: int = 1536
     windows: tuple[int, ...] = ()
     sinks: bool = False
     gate: Gate | None = None
@@ -87,6 +89,7 @@ QUICK: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(2),),
     "append_kv": (Variant(2),),
     "add_rms_norm": (Variant(2),),
+    "rows_to_fp8": (Variant(2),),
     "grouped_gemm": (Variant(2),),
 }
 THOROUGH: dict[str, tuple[Variant, ...]] = {
@@ -101,6 +104,7 @@ THOROUGH: dict[str, tuple[Variant, ...]] = {
     "prefill_attention": (Variant(1), Variant(7), Variant(None)),
     "append_kv": (Variant(1), Variant(7), Variant(None)),
     "add_rms_norm": (Variant(1), Variant(7), Variant(None)),
+    "rows_to_fp8": (Variant(1), Variant(7), Variant(None)),
     "grouped_gemm": (Variant(1), Variant(7), Variant(None)),
 }
 KERNELS = tuple(QUICK)
@@ -278,6 +282,34 @@ def _add_norm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     return Check((x, whole, columns, weight), run, reference, error)
 
 
+def _rows_to_fp8(heads: Heads, mosaic: dict[str, Any]) -> Check:
+    """Attention's output in two pieces, over powers of two as well, and what becomes of an MLP's products."""
+    rng = np.random.default_rng(6)
+    tuning = mosaic.get("tuning") or ROWS[DEFAULT_GPU]
+    width = max(512, -(-heads.q_heads * heads.head_dim // 128) * 128)  # of few elements the mean error varies more
+    sizes = 0.5 + 4 * rng.random((3, NORMED, 1))  # rows differ, and so do channels
+    first, second = (jnp.asarray(rng.standard_normal((NORMED, width)) * size, jnp.bfloat16) for size in sizes[:2])
+    product = jnp.asarray(rng.standard_normal((NORMED, 2 * heads.ffn)), jnp.bfloat16)
+    token, channel = (jnp.asarray(s, jnp.float32) for s in (sizes[2, :, 0], 0.2 + rng.random(2 * heads.ffn)))
+    cuts, gate = ((NORMED - 37, NORMED), (0, NORMED - 5)), heads.gate or Gate()
+
+    def run(variant: Variant, first: Any, second: Any, product: Any, token: Any, channel: Any) -> Any:
+        options: dict[str, Any] = mosaic | {"tuning": replace(tuning, sms=variant.sm_budget or tuning.sms)}
+        found = [rows_to_fp8(first, second, cuts=cuts, power_of_two=power, **options) for power in (False, True)]
+        return [*found, rows_to_fp8(product, gate=gate, scales=(token, channel), **options)]
+
+    def reference(first: Any, second: Any, product: Any, token: Any, channel: Any) -> Any:
+        parts = [x.astype(jnp.float32)[a:b] for x, (a, b) in zip((first, second), cuts, strict=True)]
+        both = product.astype(jnp.float32) * token[:, None] * channel[None, :]
+        return [jnp.concatenate(parts)] * 2 + [gate(both[:, : heads.ffn], both[:, heads.ffn :])]
+
+    def error(got: Any, want: Any) -> float:
+        wide = [values.astype(jnp.float32) * scale[:, None] for values, scale in got]
+        return max(_error(mine, right) for mine, right in zip(wide, want, strict=True)) * TOLERANCE / FP8_TOLERANCE
+
+    return Check((first, second, product, token, channel), run, reference, error)
+
+
 def _grouped_gemm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     """An expert MLP, as a layer has it: rows gathered, both weights of a gate, and the weight after it, with biases.
     Some experts have no row, one has more than a tile, and some rows no expert."""
@@ -335,6 +367,7 @@ _CHECKS: dict[str, Callable[..., Check]] = {
     "prefill_attention": _prefill,
     "append_kv": _append,
     "add_rms_norm": _add_norm,
+    "rows_to_fp8": _rows_to_fp8,
     "grouped_gemm": _grouped_gemm,
 }
 

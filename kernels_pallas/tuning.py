@@ -152,6 +152,33 @@ class AddNormTuning:
             raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class RowsTuning:
+    """How the rounding of rows to fp8 fills one GPU.
+
+    sms             programs of the persistent grid, one per SM
+    max_group       rows of a program at once: they share what is read of the channels' scales
+    max_warpgroups  that a group's columns are dealt to
+    max_stages      chunks of one warpgroup in shared memory on their way in
+    expected        how fast a call is; None: nobody knows
+    """
+
+    sms: int
+    max_group: int = 4
+    max_warpgroups: int = 4
+    max_stages: int = 4
+    expected: Expected | None = None
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_group", 8), ("max_warpgroups", 4)):
+            if not 1 <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"{name}: {value} must be in [1, {most}]")
+        if self.sms < 1:
+            raise ValueError(f"sms: {self.sms} must be at least 1")
+        if not 2 <= self.max_stages <= 32 // self.max_warpgroups:  # Mosaic takes 32 barriers as one array
+            raise ValueError(f"max_stages: {self.max_stages} must be in [2, {32 // self.max_warpgroups}]")
+
+
 PREFILL_STEP_PAGES = 2  # of one step of the softmax
 PREFILL_OTHER = 98 * 1024  # two tiles of 128 queries and one of results, of head size 128, and barriers
 
@@ -244,6 +271,10 @@ APPEND: dict[str, AppendTuning] = {
 ADD_NORM: dict[str, AddNormTuning] = {
     "h100": AddNormTuning(sms=132, expected=Expected(bytes_per_second=2.76e12, source=_H100.format("92 %"))),
     "h200": AddNormTuning(sms=132, expected=Expected(bytes_per_second=3.96e12, source=_H200.format("92 %"))),
+}
+ROWS: dict[str, RowsTuning] = {
+    "h100": RowsTuning(sms=132, expected=Expected(bytes_per_second=2.76e12, source=_H100.format("92 %"))),
+    "h200": RowsTuning(sms=132, expected=Expected(bytes_per_second=3.96e12, source=_H200.format("92 %"))),
 }
 PREFILL: dict[str, PrefillTuning] = {
     "h100": PrefillTuning(sms=132, expected=_prefill(2.76e12)),

@@ -29,10 +29,12 @@ from kernels_pallas.tuning import (
     GROUPED,
     PREFILL,
     PREFILL_STEP_PAGES,
+    ROWS,
     AddNormTuning,
     AppendTuning,
     GroupedTuning,
     PrefillTuning,
+    RowsTuning,
     page_bytes,
     tuned_gpu,
 )
@@ -43,11 +45,12 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "prefill_attention": PREFILL,
     "append_kv": APPEND,
     "add_rms_norm": ADD_NORM,
+    "rows_to_fp8": ROWS,
     "grouped_gemm": GROUPED,
 }
 MODELS = (
-    Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192),  # 70B rank
-    Heads(q_heads=32, kv_heads=8, head_dim=128, hidden=4096),  # 8B
+    Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192, ffn=3584),  # 70B rank
+    Heads(q_heads=32, kv_heads=8, head_dim=128, hidden=4096, ffn=14336),  # 8B
 )
 TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64, hidden=512),)  # for the interpreter
 
@@ -61,7 +64,7 @@ def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: 
             raise ValueError("--step-pages: decode_attention alone has it")
         tuning = replace(tuning, step_pages=step_pages)
     if stages is not None:
-        if isinstance(tuning, AddNormTuning):
+        if isinstance(tuning, AddNormTuning | RowsTuning):
             tuning = replace(tuning, max_stages=stages)
         elif isinstance(tuning, AppendTuning | GroupedTuning):
             tuning = replace(tuning, stages=stages)

@@ -13,6 +13,7 @@ from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_p
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
+from nanoflow_jax.step.attention import adds_products, gated_in_one, rows_fit
 
 TILE_ROWS = 128  # of the grouped GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -51,6 +52,9 @@ class Shapes:
     qk_norm: str | None
     norms: str
     experts: Experts | None = None
+    rows_kernel: bool = False  # where Mosaic is: what an fp8 GEMM reads is rounded by the kernel for it
+    gated_in_one: bool = False  # which makes what D reads of what UG gives
+    adds_products: bool = False  # the residual's addition multiplies what fp8 O and D give by their scales
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
@@ -71,6 +75,9 @@ class Shapes:
             qk_norm=config.qk_norm,
             norms=config.norms,
             experts=config.experts,
+            rows_kernel=rows_fit(config, devices),
+            adds_products=adds_products(config, devices),
+            gated_in_one=all(gated_in_one(config, layer.mlp) for layer in config.pattern),
         )
 
     @property
@@ -109,10 +116,15 @@ class OpCosts:
         """The layers' GEMMs are in fp8."""
         return self.shapes.weight_dtype.startswith("f8")
 
-    def quantise(self, name: str, rows: int) -> Prediction:
-        """What a GEMM reads, per row: its largest magnitude, then its values over that, in one byte."""
+    def quantise(self, name: str, rows: int, one_pass: bool = False) -> Prediction:
+        """What a GEMM reads, per row: its largest magnitude, then its values over that, in one byte. one_pass: by the
+        kernel that reads it once."""
         _, k = self.shapes.gemms[name]
-        return self._elementwise((2 + 1 / self.shapes.element_bytes) * rows * k)
+        return self._elementwise(((1 if one_pass else 2) + 1 / self.shapes.element_bytes) * rows * k)
+
+    def silu_quantised(self, rows: int) -> Prediction:
+        """Where one kernel does both."""
+        return self._elementwise((2 + 1 / self.shapes.element_bytes) * rows * self.shapes.ffn)
 
     def cut(self, rows: int) -> Prediction:
         """Some rows of a quantised norm are copied."""

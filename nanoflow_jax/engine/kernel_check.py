@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from kernels_pallas.self_check import Heads, KernelError, check_kernel
-from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL, tuned_gpu
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL, ROWS, tuned_gpu
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.step.attention import KernelBackends
 
@@ -32,6 +32,7 @@ def check_mosaic_kernels(backends: KernelBackends, heads: Heads, device: Any, in
         ("prefill_attention", backends.prefill, PREFILL),
         ("append_kv", backends.append, APPEND),
         ("add_rms_norm", backends.norm, ADD_NORM),
+        ("rows_to_fp8", backends.rows, ROWS),
         ("grouped_gemm", backends.experts, GROUPED),
     )
     started = time.monotonic()

@@ -233,7 +233,8 @@ def heads_of(config: ModelConfig, devices: int, fp8: bool) -> Heads:
     return Heads(
         q_heads=config.num_heads // devices, kv_heads=kv_groups(config, devices) // devices,
         head_dim=config.head_dim, fp8=fp8, quantised=config.quantization == "fp8", hidden=config.hidden_size,
-        windows=tuple(sorted(windows)), sinks=any(layer.attention.sinks for layer in config.pattern),
+        ffn=config.intermediate_size // devices, windows=tuple(sorted(windows)),
+        sinks=any(layer.attention.sinks for layer in config.pattern),
         gate=next((gate_of(layer.mlp) for layer in config.pattern if layer.mlp.experts is not None), None),
     )  # fmt: skip
 

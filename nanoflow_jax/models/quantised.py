@@ -51,6 +51,20 @@ class QuantisedRows:
         return self.values.shape
 
 
+@struct.dataclass
+class ScaledProduct:
+    """What an fp8 GEMM gave, values [n, N], ahead of the scales of tokens [n] and channels [N], by which whoever adds
+    it to the residual multiplies it."""
+
+    values: Any
+    token: Any
+    channel: Any
+
+    def array(self) -> jax.Array:
+        wide = self.values.astype(jnp.float32) * self.token[:, None] * self.channel[None, :]
+        return wide.astype(self.values.dtype)
+
+
 type Weight = jax.Array | Quantised
 type Input = jax.Array | QuantisedRows
 
@@ -62,26 +76,10 @@ def quantised_for(x: jax.Array, weight: Weight) -> Input:
     return QuantisedRows(*quantise_rows(x, 1, weight.bound), x.dtype)
 
 
-def quantise_part(x: jax.Array, bound: float | None) -> QuantisedRows:
-    """Some of the columns [n, K/p] of rows, whose other columns other devices have: over a power of two, so that
-    `join_parts` can take one scale for all of a row. Floating point loses nothing by it but a bit of its range."""
-    x32 = x.astype(jnp.float32)
-    if bound is not None:
-        x32 = jnp.clip(x32, -bound, bound)
-    scale = next_power_of_two(jnp.maximum(jnp.max(jnp.abs(x32), axis=1) / LARGEST, LEAST))
-    return QuantisedRows((x32 / scale[:, None]).astype(FP8), scale, x.dtype)
-
-
-def next_power_of_two(x: jax.Array) -> jax.Array:
-    """Of positive, normal float32: the least that is not below."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
-
-
 def join_parts(parts: QuantisedRows) -> QuantisedRows:
-    """values [p, n, K/p] and scale [p, n] of `quantise_part`, gathered -> [n, K]. Over the largest of a row's scales
-    values change their exponent alone, but for those that fall below fp8's least normal number, 2^-14 of the row's
-    largest or less, and are rounded again."""
+    """values [p, n, K/p] and scale [p, n], each device's columns over a power of two, gathered -> [n, K]. Over the
+    largest of a row's scales values change their exponent alone, but for those that fall below fp8's least normal
+    number, 2^-14 of the row's largest or less, and are rounded again."""
     scale = jnp.max(parts.scale, axis=0)
     values = (parts.values.astype(jnp.float32) * (parts.scale / scale[None])[:, :, None]).astype(FP8)
     return QuantisedRows(values.transpose(1, 0, 2).reshape(values.shape[1], -1), scale, parts.dtype)
@@ -90,11 +88,16 @@ def join_parts(parts: QuantisedRows) -> QuantisedRows:
 def contract_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> jax.Array:
     """x [n, K] (axis 1) or [K, n] (axis 0), weight [..., K] -> [n, N]: fp8 products, float32 sums, scales of token and
     channel on the result, which is in `out_dtype` ahead of them too: in float32 it would be twice the bytes."""
+    return product_fp8(x, weight, axis, out_dtype).array()
+
+
+def product_fp8(x: Input, weight: Quantised, axis: int, out_dtype: Any) -> ScaledProduct:
+    """The same ahead of the scales."""
     ready = isinstance(x, QuantisedRows)
     rows, token = (x.values, x.scale) if ready else quantise_rows(x, axis, weight.bound)
     values = weight.values.reshape(-1, weight.shape[-1])
     product = lax.dot_general(rows, values, (((axis,), (1,)), ((), ())), preferred_element_type=out_dtype)
-    return (product.astype(jnp.float32) * token[:, None] * weight.scale.reshape(1, -1)).astype(out_dtype)
+    return ScaledProduct(product, token, weight.scale.reshape(-1))
 
 
 def weight_scale(weight: np.ndarray) -> np.ndarray:

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 
 from kernels_pallas.checks import FP8
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL
-from nanoflow_jax.config import ConfigError, ModelConfig
+from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL, ROWS
+from nanoflow_jax.config import ConfigError, Mlp, ModelConfig
 from nanoflow_jax.models.layout import kv_groups
 
-KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm")
+KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm", "rows_to_fp8")
 HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
 APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
+ROWS_ALIGNMENT, ROWS_ROW = 128, 65_536  # columns of one device that the Mosaic rounding to fp8 takes
+SCALED_ROW = 8192  # of the norm's, where it multiplies the update by scales
 NORM_ALIGNMENT, NORM_ROW = 256, 16_384  # columns of one device that the Mosaic norm takes, and of a whole row at most
 BACKENDS = ("auto", "mosaic", "xla")
 KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
@@ -84,6 +86,22 @@ def norm_fits(hidden: int, devices: int) -> bool:
     return hidden <= NORM_ROW and 8 % devices == 0 and hidden % (devices * NORM_ALIGNMENT) == 0
 
 
+def rows_fit(config: ModelConfig, devices: int) -> bool:
+    """Whether the Mosaic rounding to fp8 takes what KQV, O, UG and D read on one of so many devices."""
+    sizes = config.hidden_size, config.num_heads * config.head_dim // devices, config.intermediate_size // devices
+    return all(size % ROWS_ALIGNMENT == 0 and 0 < size <= ROWS_ROW for size in sizes)
+
+
+def gated_in_one(config: ModelConfig, mlp: Mlp) -> bool:
+    """Whether what fp8 D reads is made of what fp8 UG gives by one kernel, scales, gate and rounding."""
+    return mlp.activation == "silu" and not mlp.bias and config.residual_multiplier == 1.0
+
+
+def adds_products(config: ModelConfig, devices: int) -> bool:
+    """Whether the residual's addition takes what fp8 O and D give ahead of the scales: no collective comes between."""
+    return devices == 1 and config.norms == "before" and config.hidden_size <= SCALED_ROW
+
+
 def experts_fit(config: ModelConfig, split: int) -> bool:
     """Whether the grouped GEMMs take a model's experts, each split over so many devices."""
     experts = config.experts
@@ -99,6 +117,7 @@ class KernelBackends:
     append: str
     norm: str
     experts: str | None = None  # the model has none
+    rows: str | None = None  # to fp8: the weights are not
 
     @classmethod
     def of(
@@ -114,10 +133,11 @@ class KernelBackends:
             append=backend if aligned else "xla",
             norm=backend if norm_fits(config.hidden_size, devices) else "xla",
             experts=None if config.experts is None else backend if experts_fit(config, split) else "xla",
+            rows=None if config.quantization is None else backend if rows_fit(config, devices) else "xla",
         )
 
     def text(self) -> str:
-        others = {name: getattr(self, name) for name in ("prefill", "append", "norm", "experts")}
+        others = {name: getattr(self, name) for name in ("prefill", "append", "norm", "experts", "rows")}
         different = ", ".join(
             f"{name} {backend}" for name, backend in others.items() if backend not in (self.decode, None)
         )
@@ -135,17 +155,19 @@ class KernelBackends:
                     (self.append, APPEND, {}),
                     (self.norm, ADD_NORM, {}),
                     (self.experts or "xla", GROUPED, {}),
+                    (self.rows or "xla", ROWS, {}),
                 )
             )
         )
 
 
 class KernelOptions(NamedTuple):
-    """Keyword arguments of decode_attention, prefill_attention, append_kv, add_rms_norm, and of grouped_gemm with
-    gather_rows."""
+    """Keyword arguments of decode_attention, prefill_attention, append_kv, add_rms_norm, of grouped_gemm with
+    gather_rows, and of rows_to_fp8."""
 
     decode: dict[str, Any]
     prefill: dict[str, Any]
     append: dict[str, Any]
     norm: dict[str, Any]
     experts: dict[str, Any]
+    rows: dict[str, Any]

@@ -29,7 +29,7 @@ from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
 from nanoflow_jax.models.params import is_info, param_specs
-from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, join_parts, quantise_part, quantised_for
+from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, ScaledProduct, quantised_for
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.plan.ops import HIDDEN
@@ -37,6 +37,7 @@ from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import KernelBackends, page_dtype
 from nanoflow_jax.step.batch import StepBatch, StepShape
 from nanoflow_jax.step.expert_ops import ExpertOps
+from nanoflow_jax.step.gemm_ops import GemmOps
 from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.kernel_inputs import clip_segments, expected_context, kernel_inputs, pack_kqv, unpack_kqv
 from nanoflow_jax.step.layer import (
@@ -214,7 +215,7 @@ def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatc
     return KVCache(machine.k_pages, machine.v_pages), parts[0] if len(parts) == 1 else jnp.concatenate(parts)
 
 
-class Tracer(ExpertOps):
+class Tracer(GemmOps, ExpertOps):
     """Runs the layer program on arrays, under `shard_map`: a `step.layer.Machine`."""
 
     appends_at_once = False
@@ -310,8 +311,11 @@ class Tracer(ExpertOps):
 
         def both(x: jax.Array, *update: Any) -> tuple[jax.Array, Input]:
             if update and self.config.norms == "before":
-                more = {"quantise": True, "bound": reader.bound} if quantise else {}
-                x, normed = _add_rms_norm(x, update[0], weight, bias=update[1], eps=eps, **more, **self.options.norm)
+                more: dict[str, Any] = {"quantise": True, "bound": reader.bound} if quantise else {}
+                added, bias = update
+                if isinstance(added, ScaledProduct):
+                    more["scales"], added = (added.token, added.channel), added.values
+                x, normed = _add_rms_norm(x, added, weight, bias=bias, eps=eps, **more, **self.options.norm)
                 return x, QuantisedRows(normed[0], normed[1], x.dtype) if quantise else normed
             x = self._add_normed(block)(x, *update) if update else x
             normed = x if self.config.norms == "after" else parts.rms_norm(x, weight, eps)
@@ -331,18 +335,13 @@ class Tracer(ExpertOps):
         bias = {"O": self.layer.o_bias, "D": self.layer.down_bias}[op]
         return None if bias is None else self._scaled(bias)
 
-    def _scaled(self, x: jax.Array) -> jax.Array:
-        """Of the residual's multiplier. What O and D read, not what they give: their input is smaller, and the kernel
-        that writes it multiplies it, too."""
-        return parts.scaled(x, self.config.residual_multiplier)
-
     # -- attention
 
     def kqv(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
         rows, layer = slice(piece.start, piece.stop), self.layer
 
         def project(*inputs: jax.Array) -> jax.Array:
-            fused = parts.fused_kqv(span(*inputs), layer)
+            fused = parts.fused_kqv(self.ready(span, layer.kqv, *inputs), layer)
             if self.attention.qk_norm:
                 weights = lax.index_in_dim(self.params.qk_norms, self.index, keepdims=False)
                 q, k, v = norm_queries_and_keys(fused, weights, self.config, self.devices, self.collectives[REDUCE])
@@ -411,39 +410,11 @@ class Tracer(ExpertOps):
 
         return self.order.run(attend, self.k_pages, self.v_pages, *q)
 
-    # -- GEMMs after attention
-
-    def heads(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> Any:
-        """Transposed on the shard, the cheapest place: gathered along its leading axis it is [w, n], which O contracts
-        as it is. In fp8 as it is: O puts the devices' columns side by side with the scales of whole rows."""
-        weight = self.layer.o_by_output
-        if self.fp8_gathers and isinstance(weight, Quantised):
-            return self.order.run(lambda *x: quantise_part(self._scaled(span(*x)), weight.bound), *attention)
-        return self.order.run(lambda *x: self._scaled(span(*x)).T, *attention)
-
-    def o_over_n(self, piece: OpPiece, gathered: Any) -> jax.Array:
-        """[w, n], or in fp8 [p, n, w/p], x [H/p, w] -> [n, H/p]."""
-        weight = self.layer.o_by_output
-        if isinstance(gathered, QuantisedRows):
-            return self.order.run(lambda x: parts.contract(join_parts(x), weight, 1), gathered)
-        return self.order.run(lambda x: parts.contract(x, weight, 0), gathered)
-
-    def o_over_k(self, piece: OpPiece, span: RowSpan, attention: Sequence[jax.Array]) -> jax.Array:
-        """[n, w/p] x [H, w/p] -> partial sums [n, H]."""
-        weight = self.layer.o_by_input
-        return self.order.run(lambda *x: parts.contract(self._scaled(span(*x)), weight, 1), *attention)
-
-    def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[jax.Array]) -> jax.Array:
-        layer, mlp = self.layer, self.mlp
-        return self.order.run(lambda *x: self._scaled(parts.gated_mlp_up(span(*x), layer, mlp)), *normed)
-
-    def down(self, piece: OpPiece, activated: jax.Array) -> jax.Array:
-        weight = self.layer.down
-        return self.order.run(lambda x: parts.contract(x, weight, 1), activated)
-
     # -- collectives and streams
 
     def start(self, collective: str, rows: int, columns: str, x: Any) -> Any:
+        if isinstance(x, ScaledProduct):  # of one device
+            return x
         return self.order.start(self.collectives[collective], x)
 
     def wait(self, x: jax.Array) -> jax.Array:
@@ -457,7 +428,7 @@ def _gather_heads(x: Any) -> Any:
     return collectives.all_gather_rows(x)
 
 
-def _add(x: jax.Array, update: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _add(x: jax.Array, update: Any, bias: jax.Array | None) -> jax.Array:
     """Residual [n, H] + update [n, H], or gathered columns [p, n, H/p], + bias [H]."""
-    update = whole_rows(update)
+    update = update.array() if isinstance(update, ScaledProduct) else whole_rows(update)
     return x + update if bias is None else x + update + bias[None, :]

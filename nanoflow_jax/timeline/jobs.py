@@ -137,6 +137,7 @@ class JobMaker:
             and norm_fits(costs.shapes.hidden, self.devices)
             and costs.shapes.norms == "before"
         )
+        self.one_pass = costs.shapes.rows_kernel and mosaic_supported(costs.model.hardware.capability, "rows_to_fp8")
         self.first_prefill = min((p.start for p in pieces if p.op == "PF"), default=0)
         lane = plan.lanes.get("GEMV") if lanes or mosaic_supported(costs.model.hardware.capability) else None
         self.lane = lanes or lane is not None
@@ -167,13 +168,16 @@ class JobMaker:
 
     def _gemm(self, name: str, rows: int, *needs: Jobs, ready: bool = False) -> Jobs:
         """In fp8, with what makes its operand if that is not ready, and what scales its result where no kernel follows
-        that does (after KQV the rotary embedding, after UG the product)."""
+        that does (after KQV the rotary embedding, after UG the product, on one device after O and D the addition)."""
         if not self.costs.quantised:
             return self.run("gemm", self.costs.gemm(name, rows), *needs)
         if not ready:
-            needs = (self.run("elementwise", self.costs.quantise(name, rows), *needs),)
+            # O over N's comes transposed, which the kernel does not take.
+            one_pass = self.one_pass and name != "O over N"
+            needs = (self.run("elementwise", self.costs.quantise(name, rows, one_pass), *needs),)
         done = self.run("gemm", self.costs.gemm(name, rows), *needs)
-        return done if name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
+        adds = self.costs.shapes.adds_products and name in ("O over K", "D")
+        return done if adds or name in ("KQV", "UG") else self.run("elementwise", self.costs.scale(name, rows), done)
 
     def _start(self, job: Job) -> Jobs:
         needs = job.needs if self.lanes else tuple(sorted({*job.needs, *self.issued}))
@@ -306,7 +310,7 @@ class JobMaker:
 
     def heads(self, piece: OpPiece, span: RowSpan, attention: Sequence[Jobs]) -> Jobs:
         if self.fp8_gathers:
-            return self.run("elementwise", self.costs.quantise("O over K", piece.rows), *attention)
+            return self.run("elementwise", self.costs.quantise("O over K", piece.rows, self.one_pass), *attention)
         if self.lanes:
             return tuple(sorted(set().union(*attention)))
         return self.run("elementwise", self.costs.transpose(piece.rows), *attention)
@@ -322,7 +326,12 @@ class JobMaker:
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
         self._gemm("UG", piece.rows, *normed, ready=piece.piece not in self.read_whole)
-        return self.run("elementwise", self.costs.silu(piece.rows))
+        if not (self.costs.quantised and self.one_pass):
+            return self.run("elementwise", self.costs.silu(piece.rows))
+        if self.costs.shapes.gated_in_one:
+            return self.run("elementwise", self.costs.silu_quantised(piece.rows))
+        activated = self.run("elementwise", self.costs.silu(piece.rows))
+        return self.run("elementwise", self.costs.quantise("D", piece.rows, True), activated)
 
     # -- experts
 
@@ -350,4 +359,4 @@ class JobMaker:
         return self.run("elementwise", self.costs.combine(piece.rows), routing, projected, shared or ())
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
-        return self._gemm("D", piece.rows, activated)
+        return self._gemm("D", piece.rows, activated, ready=self.one_pass)

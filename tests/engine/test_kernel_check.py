@@ -20,7 +20,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine import kernel_check, setup
 from nanoflow_jax.engine.kernel_check import check_mosaic_kernels
 from nanoflow_jax.models.registry import model_config, parse_config, read_config
-from nanoflow_jax.step.attention import KernelBackends, choose_backend
+from nanoflow_jax.step.attention import KernelBackends, choose_backend, gated_in_one
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import CASES
 
@@ -97,13 +97,25 @@ def test_each_kernel_has_its_own_backend(
     assert KernelBackends.of("xla", pages, config, devices) == XLA
 
 
+def test_rows_to_fp8_are_those_of_fp8_weights() -> None:
+    """A kernel's, where all that is multiplied with them fills a warp's reads on a device."""
+    config = replace(WIDE, quantization="fp8", num_kv_heads=2, intermediate_size=4096)
+    assert KernelBackends.of("mosaic", "bfloat16", config, 2).rows == "mosaic"
+    assert KernelBackends.of("mosaic", "bfloat16", replace(config, intermediate_size=3840), 4).rows == "xla"
+    assert KernelBackends.of("mosaic", "bfloat16", replace(config, quantization=None), 2).rows is None
+    plain = config.layers[0].mlp
+    assert gated_in_one(config, plain) and not gated_in_one(replace(config, residual_multiplier=0.2), plain)
+    assert not gated_in_one(config, replace(plain, bias=True))
+    assert not gated_in_one(config, replace(plain, activation="gelu_tanh"))
+
+
 def test_what_the_kernels_are_told() -> None:
     assert KernelBackends("mosaic", "xla", "xla", "mosaic").text() == "mosaic (prefill xla, append xla)"
     options = MOSAIC.options("h100", 700)
     assert options.decode == {"backend": "mosaic", "tuning": DECODE["h100"], "expected_context": 700}
     assert options.prefill["expected_context"] == 700
     assert set(options.append) == set(options.norm) == {"backend", "tuning"}
-    assert XLA.options("h100", 700) == ({"backend": "xla"},) * 5
+    assert XLA.options("h100", 700) == ({"backend": "xla"},) * 6
 
 
 def record(monkeypatch: pytest.MonkeyPatch, wrong: str = "") -> list[str]:
@@ -128,8 +140,9 @@ def test_only_what_is_used_is_checked_and_once(
     for _ in range(2):
         check_mosaic_kernels(MOSAIC, HEADS, FakeDevice())
     assert called == ["decode_attention", "prefill_attention", "append_kv", "add_rms_norm"]
-    check_mosaic_kernels(KernelBackends("mosaic", "xla", "mosaic", "xla"), replace(HEADS, fp8=True), FakeDevice())
-    assert called[4:] == ["decode_attention", "append_kv"]
+    some = KernelBackends("mosaic", "xla", "mosaic", "xla", rows="mosaic")
+    check_mosaic_kernels(some, replace(HEADS, fp8=True), FakeDevice())
+    assert called[4:] == ["decode_attention", "append_kv", "rows_to_fp8"]
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3
     assert lines[0].startswith("Mosaic kernels checked against the XLA path in ")

@@ -144,6 +144,23 @@ def test_rows_in_fp8(
         assert min(cut.min(), other.min(), per_step[-1]) > 3 * FP8_ROUNDING and moved.max() > FP8_ROUNDING
 
 
+def test_scales_of_the_update() -> None:
+    """As if the update had been multiplied and rounded before, bit for bit; each of the scales counts."""
+    x, update, weight, bias = arguments(13, 1024)
+    rng = np.random.default_rng(1)
+    token, channel = (jnp.asarray(0.3 + rng.random(size), jnp.float32) for size in (13, 1024))
+    before = (update.astype(jnp.float32) * token[:, None] * channel[None, :]).astype(jnp.bfloat16)
+    for quantise in (False, True):
+        run = interpreted(quantise=quantise)
+        found, want = run(x, update, weight, bias=bias, scales=(token, channel)), run(x, before, weight, bias=bias)
+        assert all(same(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True))
+    by_xla = add_rms_norm(x, update, weight, bias=bias, scales=(token, channel), eps=EPS)
+    assert same(by_xla[0], found[0])
+    for twin in ((jnp.roll(token, 1), channel), (token, jnp.roll(channel, 1))):
+        other = run(x, update, weight, bias=bias, scales=twin)[0]
+        assert (np.asarray(other != found[0]).mean(axis=1) > 0.5).all()
+
+
 def test_rows_of_zeros_in_fp8() -> None:
     zeros = jnp.zeros((3, 1024), jnp.bfloat16)
     for run in (interpreted(quantise=True), partial(add_rms_norm, eps=EPS, quantise=True)):
@@ -235,6 +252,11 @@ def test_no_rows() -> None:
         ({"backend": "xla", "tuning": SMALL}, "tuning: AddNormTuning("),
         ({"bound": 2.0}, "bound: 2.0 is not accepted; accepted: None, or with quantise=True a number above 0"),
         ({"quantise": True, "bound": 0.0}, "bound: 0.0 is not accepted"),
+        ({"scales": (jnp.ones(1024), jnp.ones(3))}, "scales: ['float32[1024]', 'float32[3]'] must be float32[3] of"),
+        (
+            {"scales": (jnp.ones(3), jnp.ones(1024)), "update": jnp.zeros((4, 3, 256), jnp.bfloat16)},
+            "scales: ['float32[3]', 'float32[1024]'] must be float32[3] of the rows and float32[1024] of the columns",
+        ),
     ],
 )
 def test_errors_name_the_argument(changes: dict[str, Any], message: str) -> None:
@@ -287,14 +309,23 @@ def compiled(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str])
     def compiled(gpu: str, rows: int, row_size: int, parts: int | None, biased: bool, **more: Any) -> tuple[str, str]:
         tuning = ADD_NORM[gpu.split("_", maxsplit=1)[0]]
         # A stack of another size for every GPU: a kernel compiled before would be taken from a cache, without a report.
-        shapes = [(rows, row_size), (rows, row_size), (50 + len(gpu), 2, row_size), (row_size,)][: 3 + biased]
+        scaled = more.pop("scaled", False)
+        shapes: list[tuple[int, ...]] = [(rows, row_size), (rows, row_size), (50 + len(gpu) + scaled, 2, row_size)]
+        shapes += [(row_size,)] * biased
         if parts is not None:
             shapes[1] = (parts, rows, row_size // parts)
         mesh = gpu_mesh(load_hardware(gpu), 1)
         placed = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=NamedSharding(mesh, P())) for s in shapes]
 
-        def call(x: Any, update: Any, weight: Any, *bias: Any) -> Any:
-            (given,) = bias or (None,)
+        placed += [
+            jax.ShapeDtypeStruct((size,), jnp.float32, sharding=NamedSharding(mesh, P()))
+            for size in ((rows, row_size) if scaled else ())
+        ]
+
+        def call(x: Any, update: Any, weight: Any, *rest: Any) -> Any:
+            given = rest[0] if biased else None
+            if scaled:
+                more["scales"] = rest[biased:]
             weight = weight.reshape(-1, row_size)
             options = {"weight_row": 7, "eps": EPS, "backend": "mosaic", "tuning": tuning} | more
             return add_rms_norm(x, update, weight, bias=given, **options)
@@ -351,13 +382,20 @@ def test_compiles_for_hopper(
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("gpu", "rows", "row_size", "parts"), [("h200", 1024, 8192, None), ("h100_sxm", 1408, 5120, 2)]
+    ("gpu", "rows", "row_size", "parts", "scaled"),
+    [
+        ("h200", 1024, 8192, None, False),
+        ("h100_sxm", 1408, 5120, 2, False),
+        ("h200", 2048, 8192, None, True),
+        ("h100_sxm", 512, 4096, None, True),
+    ],
 )
 def test_compiles_in_fp8(
-    gpu: str, rows: int, row_size: int, parts: int | None, compiled: Callable[..., tuple[str, str]]
+    gpu: str, rows: int, row_size: int, parts: int | None, scaled: bool, compiled: Callable[..., tuple[str, str]]
 ) -> None:
-    """One kernel: nothing else reads the norm for its largest magnitude, and nothing else rounds it."""
-    text, report = compiled(gpu, rows, row_size, parts, False, quantise=True)
+    """One kernel: nothing else reads the norm for its largest magnitude, and nothing else rounds it, or multiplies what
+    an fp8 GEMM gave by its scales."""
+    text, report = compiled(gpu, rows, row_size, parts, False, quantise=True, scaled=scaled)
     assert text.count('custom_call_target="mosaic_gpu') == 1
     assert not re.search(r" (copy|copy-start|fusion|transpose|dynamic-slice|reduce)\(", text)
     assert re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report) == [
@@ -368,7 +406,10 @@ def test_compiles_in_fp8(
     us = expected.us(moved=7 * rows * row_size, sms=132, all_sms=132)
     assert set(re.findall(rf'{LATENCY}="(\d+)"', text)) == {str(round(us * 1000))}
     (slots,) = (int(n) for n in re.findall(r"num_barriers=(\d+)", report) if int(n) > 1)
-    assert slots // (int(re.findall(r"\.maxntid (\d+)", report)[0]) // 128) >= 3
+    warpgroups = int(re.findall(r"\.maxntid (\d+)", report)[0]) // 128
+    assert slots // warpgroups >= (2 if scaled else 3) and (warpgroups == 2 or not scaled)
+    (shared,) = (int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", report))
+    assert shared <= BLOCK_LIMIT - 1024
 
 
 @pytest.mark.aot

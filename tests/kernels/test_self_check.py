@@ -46,7 +46,8 @@ SLIDING = replace(BF16, windows=(100,))
 )
 def test_kernels_pass(kernel: str, heads: Heads) -> None:
     error = check_kernel(kernel, heads, interpret=plgpu.InterpretGPUParams())
-    assert error < (1e-2 if kernel == "grouped_gemm" else 5e-3)  # two GEMMs, one after the other
+    # Two GEMMs, one after the other; and what rounding to fp8 takes of what is allowed, half.
+    assert error < {"grouped_gemm": 1e-2, "rows_to_fp8": 1.1e-2}.get(kernel, 5e-3)
     assert (error == 0) == (kernel == "append_kv")
 
 
@@ -185,6 +186,21 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
         lambda f, x, u, w, **more: (f(x, u, w, **more)[0], stale_rows(f(x, u, w, **more)[1], 48)),
     ),
     "scales of other rows": ("add_rms_norm", QUANTISED, lambda f, *args, **more: other_scales(f(*args, **more))),
+    "a piece's first rows": (
+        "rows_to_fp8",
+        BF16,
+        lambda f, *args, cuts=None, **more: f(*args, cuts=cuts and [(0, b - a) for a, b in cuts], **more),
+    ),
+    "scales of other channels": (
+        "rows_to_fp8",
+        BF16,
+        lambda f, *args, scales=None, **more: f(*args, scales=scales and (scales[0], jnp.roll(scales[1], 128)), **more),
+    ),
+    "a row with its neighbour's scale": (
+        "rows_to_fp8",
+        BF16,
+        lambda f, *args, **more: other_scales((None, f(*args, **more)))[1],
+    ),
     "biases ignored": ("grouped_gemm", BF16, lambda f, *args, bias, **more: f(*args, **more)),
     "rows of the group before": (
         "grouped_gemm",
@@ -212,7 +228,7 @@ TWINS: dict[str, tuple[str, Heads, Any]] = {
 )
 def test_the_stand_in_of_the_twins_passes(kernel: str, heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
     as_mosaic(monkeypatch, kernel, lambda f, *arrays, **more: f(*arrays, **more))
-    assert check_kernel(kernel, heads) < self_check.TOLERANCE / 2
+    assert check_kernel(kernel, heads) < self_check.TOLERANCE / (1.8 if kernel == "rows_to_fp8" else 2)
 
 
 @pytest.mark.parametrize("name", TWINS)

@@ -13,12 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kernels_pallas import rows_to_fp8
+from kernels_pallas.rows_fp8 import next_power_of_two
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.models.quantised import LARGEST, LEAST, QuantisedRows, join_parts, next_power_of_two, quantise_part
+from nanoflow_jax.models.quantised import LARGEST, LEAST, QuantisedRows, join_parts
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
 from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan, parse_plan
@@ -26,7 +28,7 @@ from nanoflow_jax.plan.write import plan_toml
 from nanoflow_jax.search.layouts import layouts
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import Finder, Space, search
-from nanoflow_jax.step import trace
+from nanoflow_jax.step import gemm_ops, trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.workload import load_workload
@@ -56,8 +58,12 @@ def heads(devices: int, rows: int = 5, columns: int = 32) -> np.ndarray:
     return x.astype(np.float32)
 
 
+def quantised_part(x: jax.Array, bound: float | None = None) -> QuantisedRows:
+    return QuantisedRows(*rows_to_fp8(x, bound=bound, power_of_two=True), x.dtype)
+
+
 def joined(x: np.ndarray, change: Callable[[QuantisedRows], QuantisedRows] = lambda parts: parts) -> np.ndarray:
-    parts = [quantise_part(jnp.asarray(part), None) for part in x]
+    parts = [quantised_part(jnp.asarray(part)) for part in x]
     gathered = change(jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts))
     whole = join_parts(gathered)
     return np.asarray(whole.values, np.float64) * np.asarray(whole.scale, np.float64)[:, None]
@@ -81,7 +87,7 @@ def test_a_rows_parts_get_one_scale() -> None:
 
 def test_magnitudes_are_cut_off_at_the_bound() -> None:
     x = jnp.asarray([[1.0, -5.0, 300.0, 2.0]])
-    part = quantise_part(x, 4.0)
+    part = quantised_part(x, 4.0)
     assert (np.asarray(part.values, np.float32) * float(part.scale[0])).tolist() == [[1.0, -4.0, 4.0, 2.0]]
 
 
@@ -128,7 +134,7 @@ def test_heads_are_as_good_as_their_rounding(logits: Callable[..., Any], monkeyp
 
     plain, fp8 = error(logits(plan("gather", None))), error(logits(plan("gather")))
     assert 1e-3 < plain < MOST and 1e-3 < fp8 < min(MOST, 1.25 * plain)
-    monkeypatch.setattr(trace, "join_parts", lambda x: join_parts(replace(x, scale=x.scale[::-1])))
+    monkeypatch.setattr(gemm_ops, "join_parts", lambda x: join_parts(replace(x, scale=x.scale[::-1])))
     assert error(logits(plan("gather"))) > 1.5 * MOST
 
 

@@ -81,6 +81,7 @@ CHECKED = {  # name: kernel, and more arguments
     "append-fp8": ("append_kv", "--fp8"),
     "norm": ("add_rms_norm",),
     "norm-fp8": ("add_rms_norm", "--fp8"),
+    "rows-fp8": ("rows_to_fp8",),
 }
 MEASURED = {  # case: seconds, and the check that it needs
     "decode_attention/70b-1280x1k": (16, "decode"),
