@@ -11,7 +11,7 @@ Every answer says where it comes from (`source`), so that no table mixes a measu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -49,6 +49,9 @@ class Prediction:
     source: str
     flops: float = 0.0
     bytes: float = 0.0
+
+    def times(self, share: float) -> Prediction:
+        return replace(self, us=self.us * share, flops=self.flops * share, bytes=self.bytes * share)
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,9 @@ from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
 TILE_ROWS = 128  # of the grouped GEMMs
+SHARED = " shared"  # in the names of GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
-
-
-def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
-    """A period of the layers' windows."""
-    return tuple(layer.attention.window for layer in config.pattern)
 
 
 def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -> float:
@@ -33,15 +29,16 @@ def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -
 @dataclass(frozen=True)
 class Shapes:
     """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of activations and head, weight_dtype of the
-    layers' weights, page_bytes of an element of the pages; qk_norm, norms and experts as the model has them (in every
-    layer, of models with experts in some)."""
+    layers' weights, page_bytes of an element of the pages; qk_norm, norms and experts as the model has them. windows
+    and routed say of a period of the layers what each has."""
 
     hidden: int
     width: int  # of all query heads together, on all devices
     q_heads: int
     kv_heads: int
     head_dim: int
-    ffn: int  # of the MLP that every token goes through; 0: there is none
+    ffn: int  # of the MLP of layers without experts; 0: there are none
+    shared: int  # of the MLP that every token goes through beside experts; 0: there is none
     vocab: int
     devices: int
     element_bytes: int
@@ -51,17 +48,22 @@ class Shapes:
     qk_norm: str | None
     norms: str
     experts: Experts | None = None
+    windows: tuple[int | None, ...] = (None,)
+    routed: tuple[bool, ...] = (False,)  # to experts
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
         """page_bytes None: as the activations."""
+        experts = config.experts
+        routed = tuple(layer.mlp.experts is not None for layer in config.pattern)
         return Shapes(
             hidden=config.hidden_size,
             width=config.num_heads * config.head_dim,
             q_heads=config.num_heads // devices,
             kv_heads=kv_groups(config, devices) // devices,
             head_dim=config.head_dim,
-            ffn=(config.intermediate_size if config.experts is None else config.experts.shared) // devices,
+            ffn=0 if all(routed) else config.intermediate_size // devices,
+            shared=0 if experts is None else experts.shared // devices,
             vocab=padded_vocab(config, devices) // devices,
             devices=devices,
             element_bytes=BYTES[config.dtype],
@@ -70,33 +72,45 @@ class Shapes:
             weight_dtype=HLO_NAMES[config.quantization or config.dtype],
             qk_norm=config.qk_norm,
             norms=config.norms,
-            experts=config.experts,
+            experts=experts,
+            windows=tuple(layer.attention.window for layer in config.pattern),
+            routed=routed,
         )
 
     @property
+    def routed_share(self) -> float:
+        """Of the layers, that of those with experts."""
+        return sum(self.routed) / len(self.routed)
+
+    @property
     def gemms(self) -> dict[str, tuple[int, int]]:
-        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others."""
+        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others;
+        SHARED those of the MLP beside experts."""
         return {
             "KQV": ((self.q_heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
             "O over N": (self.hidden // self.devices, self.width),
             "O over K": (self.hidden, self.width // self.devices),
-            **({"UG": (2 * self.ffn, self.hidden), "D": (self.hidden, self.ffn)} if self.ffn else {}),
+            **self._mlp("", self.ffn),
+            **self._mlp(SHARED, self.shared),
             "HEAD": (self.vocab, self.hidden),
         }
+
+    def _mlp(self, name: str, size: int) -> dict[str, tuple[int, int]]:
+        return {f"UG{name}": (2 * size, self.hidden), f"D{name}": (self.hidden, size)} if size else {}
 
 
 @dataclass(frozen=True)
 class OpCosts:
     """Each op of a step on `rows` rows, alone on the GPU, by one latency model.
 
-    windows    of the layers, repeated over them; attention's costs are those of a layer, or the mean of all
     imbalance  rows of the device that has most, over the mean, where experts are split by their number
+
+    Attention's costs are those of a layer, or the mean of all.
     """
 
     model: LatencyModel
     shapes: Shapes
     load: StepLoad
-    windows: tuple[int | None, ...] = (None,)
     imbalance: float = 1.0
 
     def gemm(self, name: str, rows: int) -> Prediction:
@@ -167,7 +181,8 @@ class OpCosts:
 
     def _mean(self, context: float, layer: int | None, cost: Callable[[float], Prediction]) -> Prediction:
         """Of a mean context, no window sees more than its own size; None: over all layers."""
-        windows = self.windows if layer is None else (self.windows[layer % len(self.windows)],)
+        windows = self.shapes.windows
+        windows = windows if layer is None else (windows[layer % len(windows)],)
         counts = Counter(context if window is None else min(context, window) for window in windows)
         found = [(cost(seen), count / len(windows)) for seen, count in counts.items()]
         first, _ = found[0]
@@ -232,9 +247,9 @@ class OpCosts:
         """Attention output is turned before GEMV.AG."""
         return self._elementwise(2 * rows * self.shapes.q_heads * self.shapes.head_dim)
 
-    def silu(self, rows: int) -> Prediction:
-        """Two halves are read, their product is written."""
-        return self._elementwise(3 * rows * self.shapes.ffn)
+    def silu(self, name: str, rows: int) -> Prediction:
+        """Two halves of what UG gives are read, their product is written; name: of `Shapes.gemms`."""
+        return self._elementwise(1.5 * rows * self.shapes.gemms[name][0])
 
     def norm(self, rows: int) -> Prediction:
         return self.model.norm(rows, self.shapes.hidden, element_bytes=self.shapes.element_bytes)
