@@ -11,10 +11,8 @@ from nanoflow_jax.config import Experts, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_per_second
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 
-TILE_ROWS = 128  # of the grouped GEMMs
 SHARED = " shared"  # in the names of GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
@@ -92,8 +90,26 @@ class Shapes:
             "O over K": (self.hidden, self.width // self.devices),
             **self._mlp("", self.ffn),
             **self._mlp(SHARED, self.shared),
+            **({"ROUTE": (self.experts.count, self.hidden)} if self.experts else {}),
             "HEAD": (self.vocab, self.hidden),
         }
+
+    def expert_gemms(self, whole: bool) -> dict[str, tuple[int, int, int, int]]:
+        """(experts, n, k, parts) of the grouped GEMMs: the weights `[experts, parts, n, k]` on one device. whole: each
+        expert is on one."""
+        experts = self._experts
+        count, size = experts.count // (self.devices if whole else 1), experts.size // (1 if whole else self.devices)
+        return {"UG": (count, size, self.hidden, 2), "D": (count, self.hidden, size, 1)}
+
+    def room(self, whole: bool) -> int:
+        """Places for rows on a device, for each that is taken on average."""
+        experts, spread = self._experts, self.devices if whole else 1
+        return -(-min(experts.per_token, experts.count // spread) * spread // experts.per_token)
+
+    @property
+    def _experts(self) -> Experts:
+        assert self.experts is not None
+        return self.experts
 
     def _mlp(self, name: str, size: int) -> dict[str, tuple[int, int]]:
         return {f"UG{name}": (2 * size, self.hidden), f"D{name}": (self.hidden, size)} if size else {}
@@ -115,7 +131,7 @@ class OpCosts:
 
     def gemm(self, name: str, rows: int) -> Prediction:
         """name: of `Shapes.gemms`."""
-        dtype = self.shapes.dtype if name == "HEAD" else self.shapes.weight_dtype
+        dtype = self.shapes.dtype if name in ("HEAD", "ROUTE") else self.shapes.weight_dtype
         return self.model.gemm(rows, *self.shapes.gemms[name], dtype)
 
     @property
@@ -201,23 +217,14 @@ class OpCosts:
         return self.shapes.experts
 
     def grouped(self, name: str, rows: int, whole: bool) -> Prediction:
-        """UG or D of the experts, rows spread at random: whole tiles of 128 rows, and weights of those that get any.
-        Where there is no kernel for it, every row by every expert."""
-        s, experts = self.shapes, self._experts
-        count = experts.count // (s.devices if whole else 1)
-        size = experts.size if whole else experts.size // s.devices
-        wide, inputs, columns = (2 * size, s.hidden, size) if name == "UG" else (s.hidden, size, s.hidden)
-        found = self.routed(rows, whole)
-        used = count * (1 - (1 - found / rows / count) ** rows)
-        tiles = max(used, found / TILE_ROWS + used / 2)
-        if not self.grouped_kernels:
-            used, tiles = count, count * most_places(rows, experts.per_token, count, 1) / TILE_ROWS
-        flops = 2.0 * tiles * TILE_ROWS * wide * inputs
-        moved = s.element_bytes * (used * wide * inputs + found * (inputs + columns))
-        return self.model.kernel(flops, moved, s.weight_dtype)
+        """UG or D of the experts. Where there is no kernel for it, every row is multiplied with every expert, whichever
+        device has most."""
+        s = self.shapes
+        found = (self if self.grouped_kernels else replace(self, imbalance=1.0)).routed(rows, whole)
+        return self.model.grouped_gemm(found, *s.expert_gemms(whole)[name], room=s.room(whole), dtype=s.weight_dtype)
 
     def router(self, rows: int) -> Prediction:
-        return self.model.gemm(rows, self._experts.count, self.shapes.hidden, self.shapes.dtype)
+        return self.gemm("ROUTE", rows)
 
     def places(self, rows: int, whole: bool) -> tuple[Prediction, ...]:
         """Softmax and choice; ranks of the choices within their experts; places and weights: as XLA makes them."""
@@ -233,15 +240,17 @@ class OpCosts:
         return mosaic_supported(self.model.hardware.capability, "grouped_gemm")
 
     def tiles(self) -> Prediction:
-        """One of two small kernels that list the tiles of a grouped GEMM."""
+        """One of two small kernels that list the tiles of the grouped GEMMs."""
         return self.model.kernel(0.0, 0.0)
 
     def dispatch(self, rows: int, whole: bool) -> Prediction:
-        return self._elementwise(2 * self.routed(rows, whole) * self.shapes.hidden)
+        s = self.shapes
+        return self.model.gather(self.routed(rows, whole), s.hidden, room=s.room(whole), element_bytes=s.element_bytes)
 
-    def combine(self, rows: int) -> Prediction:
-        """XLA reads a row for every choice; for those that are not here the first, again and again."""
-        return self._elementwise((rows * self._experts.per_token + rows) * self.shapes.hidden)
+    def combine(self, rows: int, whole: bool) -> Prediction:
+        s, choices = self.shapes, self._experts.per_token
+        here, spread = self.routed(rows, whole), s.devices if whole else 1
+        return self.model.combine(rows, here, s.hidden, choices, spread, element_bytes=s.element_bytes)
 
     def transpose(self, rows: int) -> Prediction:
         """Attention output is turned before GEMV.AG."""

@@ -375,4 +375,6 @@ def kernel_costs(
             found[piece.op, piece.piece] = [grouped if kind.mlp.experts else None for kind in config.layers]
         elif piece.op == "DISPATCH":
             found[piece.op, piece.piece] = costs.dispatch(piece.rows, whole)
+        elif piece.op == "COMBINE":
+            found[piece.op, piece.piece] = costs.combine(piece.rows, whole)
     return found

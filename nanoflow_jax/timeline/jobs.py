@@ -343,6 +343,8 @@ class JobMaker:
         ready = self._routed("gemm", self.costs.router(piece.rows), *normed)
         for prediction in self.costs.places(piece.rows, self.whole_experts):
             ready = self._routed("elementwise", prediction, ready)
+        for _ in range(2 if self.costs.grouped_kernels else 0):
+            ready = self._routed("elementwise", self.costs.tiles(), ready)
         return ready
 
     def _routed(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
@@ -359,12 +361,11 @@ class JobMaker:
         return self._grouped("D", piece, routing, activated)
 
     def _grouped(self, name: str, piece: OpPiece, routing: Jobs, x: Jobs) -> Jobs:
-        for _ in range(2 if self.costs.grouped_kernels else 0):
-            routing = self._routed("elementwise", self.costs.tiles(), routing)
         return self._routed("gemm", self.costs.grouped(name, piece.rows, self.whole_experts), routing, x)
 
     def combine(self, piece: OpPiece, routing: Jobs, projected: Jobs, shared: Jobs | None) -> Jobs:
-        return self._routed("elementwise", self.costs.combine(piece.rows), routing, projected, shared or ())
+        done = self.costs.combine(piece.rows, self.whole_experts)
+        return self._routed("kernel", done, routing, projected, shared or ())
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
         for name, share in self.mlps:
