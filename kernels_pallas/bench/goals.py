@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels_pallas.bench.cases import AppendCase, Case, DecodeCase, PrefillCase
-from kernels_pallas.tuning import APPEND, DECODE, PREFILL
+from kernels_pallas.bench.expert_cases import ExpertCase
+from kernels_pallas.tuning import APPEND, DECODE, GROUPED, PREFILL
 
 _FULL = {(32, 4096), (1280, 1024)}  # (requests, context) of decode steps that fill the GPU
 PREFILL_FLOPS = 600e12  # of 8K tokens, on either GPU
+GROUPED_FLOPS = 600e12  # of whole tiles, likewise
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,11 @@ def goal(case: Case, gpu: str) -> Goal | None:
     def of_copy(percent: float) -> Goal:
         return Goal("percent_of_copy", percent, f"{percent:.0f} % of a copy")
 
+    if isinstance(case, ExpertCase):
+        if not case.compute_bound:
+            return of_copy(92)
+        percent = 100 * GROUPED_FLOPS / CEILINGS[gpu].gemm * case.flops / case.tile_flops
+        return Goal("percent_of_gemm", percent, f"{percent:.0f} % of a GEMM, 600 TFLOP/s in whole tiles")
     if isinstance(case, AppendCase):
         return Goal("percent_of_copy", 100 / 1.3, "within 1.3 of its bytes' time")
     if isinstance(case, PrefillCase):
@@ -73,6 +80,9 @@ def expected_us(case: Case, gpu: str) -> float | None:
         tuning = DECODE[gpu]
         expected, flops = (tuning.expected_fp8 if case.fp8 else tuning.expected), 0
         moved = case.bytes
+    elif isinstance(case, ExpertCase):
+        tuning, flops, moved = GROUPED[gpu], case.tile_flops, case.bytes
+        expected = tuning.expected
     elif isinstance(case, AppendCase):
         tuning, flops, moved = APPEND[gpu], 0, case.bytes
         expected = tuning.expected
