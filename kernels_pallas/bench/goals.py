@@ -56,10 +56,11 @@ def goal(case: Case, gpu: str) -> Goal | None:
         return Goal("percent_of_copy", percent, f"{percent:.0f} % of a copy")
 
     if isinstance(case, ExpertCase):
-        if not case.compute_bound:
-            return of_copy(92)
-        percent = 100 * GROUPED_FLOPS / CEILINGS[gpu].gemm * case.flops / case.tile_flops
-        return Goal("percent_of_gemm", percent, f"{percent:.0f} % of a GEMM, 600 TFLOP/s in whole tiles")
+        seen, figure = CEILINGS[gpu], "percent_of_gemm" if case.compute_bound else "percent_of_copy"
+        took = max(case.bytes / (0.92 * seen.copy), case.tile_flops / GROUPED_FLOPS)
+        rate = case.flops / seen.gemm if case.compute_bound else case.bytes / seen.copy
+        percent, of = 100 * rate / took, "a GEMM" if case.compute_bound else "a copy"
+        return Goal(figure, percent, f"{percent:.0f} % of {of}" + (", in whole tiles" if case.flops else ""))
     if isinstance(case, AppendCase):
         return Goal("percent_of_copy", 100 / 1.3, "within 1.3 of its bytes' time")
     if isinstance(case, PrefillCase):
