@@ -206,7 +206,7 @@ _ALL: list[Case] = [
     case for make in (_decode_cases, _prefill_cases, _append_cases) for model in MODELS for case in make(model)
 ]
 # Rows of the nano-batches of Qwen3-235B's plan and gpt-oss-120b's, and many.
-_ALL += [*expert_cases(QWEN3_235B, (1152, 2432, 8192)), *expert_cases(GPT_OSS_120B, (1024, 4096, 8192))]
+_ALL += [*expert_cases(QWEN3_235B, (1152, 2432, 8192)), *expert_cases(GPT_OSS_120B, (2112, 4096, 8192))]
 _FIRST = (
     "decode_attention/70b-1280x1k",
     "decode_attention/70b-1280x1k-fp8",

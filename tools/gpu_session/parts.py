@@ -214,10 +214,10 @@ def of_experts() -> list[Part]:
     """Grouped GEMMs, gathered rows and weighted sums of Qwen3-235B and gpt-oss-120b on one of eight GPUs: right, then
     how fast. A check of `later` is no part of call A, whose time is full."""
     arguments = (*CHECK, "grouped_gemm")
-    cases = ("qwen3-235b-up-1152", "qwen3-235b-up-8192", "gpt-oss-120b-up-4096", "gpt-oss-120b-down-4096")
+    cases = ("qwen3-235b-up-1152", "qwen3-235b-up-8192", "gpt-oss-120b-up-2112", "gpt-oss-120b-down-2112")
+    moved = ("qwen3-235b-2432", "gpt-oss-120b-2112")
     names = [f"grouped_gemm/{name}" for name in cases]
-    names += [f"{kernel}/{name}-2432" for kernel in ("gather_rows", "combine_rows") for name in ("qwen3-235b",)]
-    names += [f"{kernel}/gpt-oss-120b-4096" for kernel in ("gather_rows", "combine_rows")]
+    names += [f"{kernel}/{name}" for kernel in ("gather_rows", "combine_rows") for name in moved]
     timed = [a for name in names for a in ("--case", name)]
     smallest = (*arguments, "--smallest")
     return [
