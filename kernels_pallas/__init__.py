@@ -21,7 +21,10 @@ from kernels_pallas.append_kv import append_kv
 from kernels_pallas.combine_rows import combine_rows
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
+from kernels_pallas.kernel_names import name_after_kernel
 from kernels_pallas.prefill_attention import prefill_attention
+
+name_after_kernel()
 
 __all__ = [
     "add_rms_norm",
