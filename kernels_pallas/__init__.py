@@ -18,6 +18,7 @@ multiplies K as fp8 with queries in two fp8 terms (as good as bfloat16) and upca
 
 from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv
+from kernels_pallas.combine_rows import combine_rows
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
 from kernels_pallas.kernel_names import name_after_kernel
@@ -29,6 +30,7 @@ name_after_kernel()
 __all__ = [
     "add_rms_norm",
     "append_kv",
+    "combine_rows",
     "decode_attention",
     "gather_rows",
     "grouped_gemm",

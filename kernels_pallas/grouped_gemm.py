@@ -11,9 +11,8 @@ from jax import lax
 
 from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only
 from kernels_pallas.gate import Gate
+from kernels_pallas.group_tiles import most_tiles
 from kernels_pallas.tuning import DEFAULT_GPU, GROUPED, GroupedTuning
-
-GROUP_ROWS = 8  # with backend "mosaic", groups begin at multiples of this many rows
 
 
 def grouped_gemm(
@@ -24,6 +23,7 @@ def grouped_gemm(
     bias: jax.Array | None = None,
     gate: Gate | None = None,
     backend: str = "xla",
+    tiles: jax.Array | None = None,
     tuning: GroupedTuning | None = None,
     expected_rows: int | None = None,
     interpret: Any = None,
@@ -40,6 +40,7 @@ def grouped_gemm(
             groups
 
     Of backend "mosaic" alone:
+    tiles   `group_tiles.list_tiles` of R and sizes, where several calls share it; None: it is made here
     tuning  one of `kernels_pallas.tuning.GROUPED`; the H200's by default
     expected_rows
             rows in groups, for the time that XLA's scheduler is told; R by default
@@ -60,15 +61,19 @@ def grouped_gemm(
     if bias is not None and bias.shape != (count, *parts, columns):
         raise ValueError(f"bias: {list(bias.shape)} must be {[count, *parts, columns]}")
     if backend == "mosaic":
+        wanted = [most_tiles(x.shape[0], count) + 1, 3]
+        if tiles is not None and (list(tiles.shape) != wanted or tiles.dtype != jnp.int32):
+            raise ValueError(f"tiles: {tiles.dtype} {list(tiles.shape)} must be int32 {wanted}")
         if interpret is None:
             check_mosaic_gpu("grouped_gemm")
         from kernels_pallas.grouped_gemm_mosaic import grouped_gemm_mosaic
 
         tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
         return grouped_gemm_mosaic(
-            x, weight, sizes, bias=bias, gate=gate, tuning=tuning, expected_rows=expected_rows, interpret=interpret
-        )
-    check_mosaic_only(backend, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
+            x, weight, sizes, bias=bias, gate=gate, tiles=tiles, tuning=tuning, expected_rows=expected_rows,
+            interpret=interpret,
+        )  # fmt: skip
+    check_mosaic_only(backend, tiles=tiles, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     merged = weight.reshape(count, -1, inputs).transpose(0, 2, 1)
     out = lax.ragged_dot(x, merged, sizes, precision=precision, preferred_element_type=x.dtype)

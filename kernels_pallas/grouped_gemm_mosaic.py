@@ -25,11 +25,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.gate import Gate
+from kernels_pallas.group_tiles import GROUP_ROWS, TILE, list_tiles, most_tiles
 from kernels_pallas.tuning import BLOCK_LIMIT, GroupedTuning
 
 GROUPS = 2  # computing warpgroups
-ROWS, UNIT = 64, 8  # of one of them; of one store
-TILE = GROUPS * ROWS
+ROWS = TILE // GROUPS  # of one of them
 STEP = 64  # of K: 128 bytes, as wide as a swizzled row
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
 LOG2_E = 1.4426950408889634
@@ -63,8 +63,7 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """Enough for any groups."""
-        return -(-self.rows // TILE) + self.experts
+        return most_tiles(self.rows, self.experts)
 
     @property
     def blocks(self) -> int:
@@ -97,18 +96,6 @@ def make_plan(
     )
 
 
-def list_tiles(plan: Plan, sizes: jax.Array) -> jax.Array:
-    """[tiles + 1, 3] int32: expert, first row, and one past the last of its group; then how many there are."""
-    ends = jnp.cumsum(sizes)
-    counts = -(-sizes // TILE)
-    tile_ends = jnp.cumsum(counts)
-    tile = jnp.arange(plan.tiles, dtype=jnp.int32)
-    expert = jnp.minimum(jnp.sum(tile[:, None] >= tile_ends[None, :], axis=1, dtype=jnp.int32), plan.experts - 1)
-    first = (ends - sizes)[expert] + (tile - (tile_ends - counts)[expert]) * TILE
-    listed = jnp.stack([expert, first, ends[expert]], axis=1)
-    return jnp.concatenate([listed, jnp.broadcast_to(tile_ends[-1], (1, 3))])
-
-
 def _body(plan: Plan) -> Callable[..., None]:
     steps, stages = plan.inputs // STEP, plan.stages
     shape = (ROWS, plan.block)
@@ -134,7 +121,7 @@ def _body(plan: Plan) -> Callable[..., None]:
             item = program + turn * plan.programs
             tile = lax.div(item, jnp.int32(plan.blocks))
             expert, first, end = (tiles[tile, column] for column in range(3))
-            at = pl.multiple_of(jnp.minimum(first, plan.rows - TILE), UNIT)
+            at = pl.multiple_of(jnp.minimum(first, plan.rows - TILE), GROUP_ROWS)
             return expert, at, first, end, pl.multiple_of((item - tile * plan.blocks) * plan.block, 64)
 
         def load(turn: jax.Array, done: jax.Array) -> jax.Array:
@@ -190,13 +177,13 @@ def _body(plan: Plan) -> Callable[..., None]:
             out_s.at[role][...] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
             columns, mine = pl.ds(column, plan.block), at + role * ROWS
-            for unit in range(ROWS // UNIT):
-                row = pl.multiple_of(mine + unit * UNIT, UNIT)
+            for unit in range(ROWS // GROUP_ROWS):
+                row = pl.multiple_of(mine + unit * GROUP_ROWS, GROUP_ROWS)
 
                 @pl.when((first <= row) & (row < end))
                 def _(unit: int = unit, row: jax.Array = row) -> None:
-                    part = out_s.at[role, pl.ds(unit * UNIT, UNIT)]
-                    plgpu.copy_smem_to_gmem(part, out.at[pl.ds(row, UNIT), columns])
+                    part = out_s.at[role, pl.ds(unit * GROUP_ROWS, GROUP_ROWS)]
+                    plgpu.copy_smem_to_gmem(part, out.at[pl.ds(row, GROUP_ROWS), columns])
 
             return done + steps
 
@@ -227,6 +214,7 @@ def grouped_gemm_mosaic(
     *,
     bias: jax.Array | None,
     gate: Gate | None,
+    tiles: jax.Array | None,
     tuning: GroupedTuning,
     expected_rows: int | None,
     interpret: Any,
@@ -258,7 +246,8 @@ def grouped_gemm_mosaic(
         interpret=interpret,
         kernel_name="grouped_gemm",
     )
-    args = [rows, weight.reshape(-1, plan.columns, plan.inputs), list_tiles(plan, sizes)]
+    tiles = list_tiles(plan.rows, sizes) if tiles is None else tiles
+    args = [rows, weight.reshape(-1, plan.columns, plan.inputs), tiles]
     if bias is not None:
         args.append(bias.reshape(-1, plan.columns))
     with scheduled_as(_expected_us(plan, x.shape[0] if expected_rows is None else expected_rows, tuning)):
@@ -270,7 +259,7 @@ def _expected_us(plan: Plan, rows: int, tuning: GroupedTuning) -> float | None:
     """Microseconds of a call with so many rows in groups of one size."""
     if tuning.expected is None:
         return None
-    tiles = min(plan.experts, max(rows // UNIT, 1)) * max(1, -(-rows // (plan.experts * TILE)))
+    tiles = min(plan.experts, max(rows // GROUP_ROWS, 1)) * max(1, -(-rows // (plan.experts * TILE)))
     wide = plan.parts * plan.columns
     weights = 2 * min(plan.experts, rows) * wide * plan.inputs
     moved = weights + 2 * rows * (plan.inputs + plan.columns)
@@ -290,5 +279,5 @@ def check_mosaic(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> Non
     columns, inputs = weight.shape[-2:]
     if columns % STEP or inputs % STEP:
         raise ValueError(f"weight: {columns} x {inputs}; backend 'mosaic' accepts multiples of {STEP}")
-    if x.shape[0] % UNIT or x.shape[0] == 0:
-        raise ValueError(f"x: {x.shape[0]} rows; backend 'mosaic' accepts multiples of {UNIT}")
+    if x.shape[0] % GROUP_ROWS or x.shape[0] == 0:
+        raise ValueError(f"x: {x.shape[0]} rows; backend 'mosaic' accepts multiples of {GROUP_ROWS}")

@@ -19,6 +19,7 @@ import numpy as np
 from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.checks import FP8
+from kernels_pallas.combine_rows import combine_rows
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.gate import Gate
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
@@ -311,8 +312,9 @@ def _rows_to_fp8(heads: Heads, mosaic: dict[str, Any]) -> Check:
 
 
 def _grouped_gemm(heads: Heads, mosaic: dict[str, Any]) -> Check:
-    """An expert MLP, as a layer has it: rows gathered, both weights of a gate, and the weight after it, with biases.
-    Some experts have no row, one has more than a tile, and some rows no expert."""
+    """An expert MLP, as a layer has it: rows gathered, both weights of a gate, the weight after it, with biases, and
+    weighted sums of its rows. Some experts have no row, one has more than a tile, some rows no expert, and a token has
+    three choices, none, or some."""
     rng = np.random.default_rng(5)
     tuning = mosaic.get("tuning") or GROUPED[DEFAULT_GPU]
     count, gate, hidden = len(EXPERT_ROWS), heads.gate or Gate(), heads.hidden
@@ -324,11 +326,16 @@ def _grouped_gemm(heads: Heads, mosaic: dict[str, Any]) -> Check:
     sizes, used = jnp.asarray(EXPERT_ROWS, jnp.int32), sum(EXPERT_ROWS)
     rows = jnp.asarray(rng.integers(0, NORMED, used + 64), jnp.int32)
     biases = up_bias, down_bias
+    places = np.where(
+        rng.random((NORMED, 3)) < np.linspace(0, 1, NORMED)[:, None], rng.integers(0, used, (NORMED, 3)), -1
+    )
+    place, weights = jnp.asarray(places, jnp.int32), jnp.asarray(rng.random((NORMED, 3)), jnp.float32)
 
     def mlp(biases: Any, x: Any, rows: Any, sizes: Any, up: Any, down: Any, **options: Any) -> jax.Array:
         by_expert = gather_rows(x, rows, jnp.int32(used), **options)
         inner = grouped_gemm(by_expert, up, sizes, bias=biases[0], gate=gate, **options)
-        return grouped_gemm(inner, down, sizes, bias=biases[1], **options)[:used]
+        out = grouped_gemm(inner, down, sizes, bias=biases[1], **options)
+        return jnp.concatenate([out[:used], combine_rows(out, place, weights, **options)])
 
     def run(variant: Variant, *arrays: Any) -> jax.Array:
         options = mosaic | {"tuning": replace(tuning, sms=variant.sm_budget or tuning.sms)}

@@ -31,6 +31,7 @@ TARGETS = (
             "rows_to_fp8",
             "grouped_gemm",
             "gather_rows",
+            "combine_rows",
         ),
         "TMA and wgmma",
     ),

@@ -20,11 +20,13 @@ import jax
 
 from kernels_pallas.bench import baselines, kernels, report
 from kernels_pallas.bench.cases import CASES, QUICK, TINY, AppendCase, Case, DecodeCase, kind
+from kernels_pallas.bench.expert_cases import ExpertCase
+from kernels_pallas.bench.experts import time_experts
 from kernels_pallas.bench.goals import expected_us, goal, known_gpu
 from kernels_pallas.bench.kernels import Setting
 from kernels_pallas.bench.measure import TINY_EFFORT, copy_bandwidth, gemm_rate, interpret_on_cpu
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import DECODE, DEFAULT_GPU, tuned_gpu
+from kernels_pallas.tuning import DECODE, DEFAULT_GPU, GROUPED, tuned_gpu
 
 PROGRAM = "kernels_pallas.bench"
 
@@ -64,7 +66,11 @@ def implementations(case: Case, setting: Setting, ours_alone: bool = False) -> I
         return _attempt(measure)
 
     other: tuple[str, Callable[[], dict[str, Any]]]
-    if isinstance(case, AppendCase):
+    if isinstance(case, ExpertCase):
+        sets, calls = setting.sets(case), setting.calls(case)
+        yield "mosaic", ours(lambda: time_experts(case, setting.mosaic(GROUPED), effort, sets, calls))
+        other = "xla", lambda: time_experts(case, {}, effort, sets, calls)
+    elif isinstance(case, AppendCase):
         yield "mosaic", ours(lambda: kernels.time_append(case, setting, "mosaic"))
         other = "xla", lambda: kernels.time_append(case, setting, "xla")
     elif isinstance(case, DecodeCase):

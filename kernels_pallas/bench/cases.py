@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.bench.expert_cases import GPT_OSS_120B, QWEN3_235B, ExpertCase, ExpertModel, expert_cases
 from kernels_pallas.checks import FP8
 from kernels_pallas.tuning import PAGE_TOKENS
 
@@ -164,7 +165,8 @@ class PrefillCase:
         )
 
 
-Case = DecodeCase | AppendCase | PrefillCase
+PagedCase = DecodeCase | AppendCase | PrefillCase
+Case = PagedCase | ExpertCase
 
 
 def _short(tokens: int) -> str:
@@ -172,6 +174,8 @@ def _short(tokens: int) -> str:
 
 
 def kind(case: Case) -> str:
+    if isinstance(case, ExpertCase):
+        return case.kernel
     return {DecodeCase: "decode_attention", AppendCase: "append_kv", PrefillCase: "prefill_attention"}[type(case)]
 
 
@@ -201,6 +205,8 @@ def _append_cases(model: Model) -> list[AppendCase]:
 _ALL: list[Case] = [
     case for make in (_decode_cases, _prefill_cases, _append_cases) for model in MODELS for case in make(model)
 ]
+# Rows of the nano-batches of Qwen3-235B's plan and gpt-oss-120b's, and many.
+_ALL += [*expert_cases(QWEN3_235B, (1152, 2432, 8192)), *expert_cases(GPT_OSS_120B, (2112, 4096, 8192))]
 _FIRST = (
     "decode_attention/70b-1280x1k",
     "decode_attention/70b-1280x1k-fp8",
@@ -226,9 +232,10 @@ TINY: dict[str, Case] = {
         AppendCase(model=_TINY, rows=5, pages=3),
         AppendCase(model=replace(_TINY, kv_heads=2), rows=5, pages=3, fp8=True),
         PrefillCase(model=_TINY, rows=24, prefix=50),
+        *expert_cases(ExpertModel(name="tiny", hidden=192, size=64, experts=2, choices=2, devices=2, bias=True), (24,)),
     )
 }
 
 
-def scale_of(case: Case) -> float:
+def scale_of(case: PagedCase) -> float:
     return 1.0 / math.sqrt(case.model.head_dim)

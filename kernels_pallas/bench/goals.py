@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels_pallas.bench.cases import AppendCase, Case, DecodeCase, PrefillCase
-from kernels_pallas.tuning import APPEND, DECODE, PREFILL
+from kernels_pallas.bench.expert_cases import ExpertCase
+from kernels_pallas.tuning import APPEND, DECODE, GROUPED, PREFILL
 
 _FULL = {(32, 4096), (1280, 1024)}  # (requests, context) of decode steps that fill the GPU
 PREFILL_FLOPS = 600e12  # of 8K tokens, on either GPU
+GROUPED_FLOPS = 600e12  # of whole tiles, likewise
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,12 @@ def goal(case: Case, gpu: str) -> Goal | None:
     def of_copy(percent: float) -> Goal:
         return Goal("percent_of_copy", percent, f"{percent:.0f} % of a copy")
 
+    if isinstance(case, ExpertCase):
+        seen, figure = CEILINGS[gpu], "percent_of_gemm" if case.compute_bound else "percent_of_copy"
+        took = max(case.bytes / (0.92 * seen.copy), case.tile_flops / GROUPED_FLOPS)
+        rate = case.flops / seen.gemm if case.compute_bound else case.bytes / seen.copy
+        percent, of = 100 * rate / took, "a GEMM" if case.compute_bound else "a copy"
+        return Goal(figure, percent, f"{percent:.0f} % of {of}" + (", in whole tiles" if case.flops else ""))
     if isinstance(case, AppendCase):
         return Goal("percent_of_copy", 100 / 1.3, "within 1.3 of its bytes' time")
     if isinstance(case, PrefillCase):
@@ -73,6 +81,9 @@ def expected_us(case: Case, gpu: str) -> float | None:
         tuning = DECODE[gpu]
         expected, flops = (tuning.expected_fp8 if case.fp8 else tuning.expected), 0
         moved = case.bytes
+    elif isinstance(case, ExpertCase):
+        tuning, flops, moved = GROUPED[gpu], case.tile_flops, case.bytes
+        expected = tuning.expected
     elif isinstance(case, AppendCase):
         tuning, flops, moved = APPEND[gpu], 0, case.bytes
         expected = tuning.expected

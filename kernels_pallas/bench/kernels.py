@@ -13,12 +13,14 @@ import numpy as np
 
 from kernels_pallas.append_kv import append_kv, quantise
 from kernels_pallas.bench.cases import AppendCase, Case, DecodeCase, PrefillCase
+from kernels_pallas.bench.expert_cases import ExpertCase
+from kernels_pallas.bench.experts import expert_call
 from kernels_pallas.bench.goals import expected_us
 from kernels_pallas.bench.measure import FULL, Effort, chained, checked, row_error, seconds
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.prefill_attention import prefill_attention
 from kernels_pallas.targets import mosaic_supported
-from kernels_pallas.tuning import APPEND, DECODE, DEFAULT_GPU, PAGE_TOKENS, PREFILL
+from kernels_pallas.tuning import APPEND, DECODE, DEFAULT_GPU, GROUPED, PAGE_TOKENS, PREFILL
 
 CHECKED_ROWS = 8
 DRAWN_PAGES = 4099  # a pool repeats after as many: what page is read still shows, and drawing stays quick
@@ -45,8 +47,10 @@ class Setting:
 
     def sets(self, case: Case) -> int:
         """Of inputs, that those calls use in turn."""
-        pages = 2 * case.pages * PAGE_TOKENS * case.model.kv_heads * case.model.head_dim * 2
-        size = pages if isinstance(case, PrefillCase) else case.bytes
+        if isinstance(case, PrefillCase):
+            size = 2 * case.pages * PAGE_TOKENS * case.model.kv_heads * case.model.head_dim * 2
+        else:
+            size = case.bytes
         return self.effort.sets(size, self.calls(case))
 
 
@@ -79,6 +83,14 @@ def prefill_call(setting: Setting) -> Callable[..., Any]:
 
 def programs(case: Case, setting: Setting) -> dict[str, tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]]:
     """What is measured of a case, by implementation, as functions of the case's avals: for compiling without a GPU."""
+    if isinstance(case, ExpertCase):
+        names, many = jax.tree.structure(case.avals()), tuple(jax.tree.leaves(case.avals()))
+
+        def flat(call: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *x: call(*jax.tree.unflatten(names, x))
+
+        backends = {"mosaic": setting.mosaic(GROUPED), "xla": {}}
+        return {name: (flat(expert_call(case, options)), many) for name, options in backends.items()}
     if isinstance(case, AppendCase):
         return {name: (append_call(case, setting, name), case.avals()) for name in ("mosaic", "xla")}
     if isinstance(case, DecodeCase):

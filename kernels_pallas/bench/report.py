@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from kernels_pallas.bench.cases import Case, PrefillCase
+from kernels_pallas.bench.expert_cases import ExpertCase
 from kernels_pallas.bench.goals import CEILINGS, known_gpu
 
 
@@ -49,13 +50,13 @@ def header(command: str, interpreted: bool) -> dict[str, Any]:
 
 def with_rates(case: Case, result: dict[str, Any], copy: float | None, gemm: float | None) -> dict[str, Any]:
     """`seconds` as a rate, and as a share of the bound where that was measured: the copy's bytes per second, the GEMM's
-    FLOP/s for prefill."""
+    FLOP/s for prefill and for experts of many rows."""
     if "seconds" not in result:
         return result
     result = dict(result)
     took = result.pop("seconds")
     result["us"] = took * 1e6
-    if isinstance(case, PrefillCase):
+    if isinstance(case, PrefillCase) or (isinstance(case, ExpertCase) and case.compute_bound):
         result["flops_per_second"] = case.flops / took
         if gemm is not None:
             result["percent_of_gemm"] = 100 * case.flops / took / gemm
@@ -125,7 +126,8 @@ def markdown(report: dict[str, Any]) -> str:
             "",
         ]
     lines += [
-        "Percent: of the copy's rate; for prefill of the GEMM's. Error: the worst row's, relative to float32. "
+        "Percent: of the copy's rate; where TFLOP/s are given, of the GEMM's. Error: the worst row's, relative to "
+        "float32. "
         "Expected: what the tuning table says, which the scheduler is told.",
         "",
     ]

@@ -11,11 +11,13 @@ Every answer says where it comes from (`source`), so that no table mixes a measu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 
+from kernels_pallas.group_tiles import TILE
+from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import Hardware
 
@@ -49,6 +51,9 @@ class Prediction:
     source: str
     flops: float = 0.0
     bytes: float = 0.0
+
+    def times(self, share: float) -> Prediction:
+        return replace(self, us=self.us * share, flops=self.flops * share, bytes=self.bytes * share)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,24 @@ class LatencyModel(Protocol):
 
     def sampling(self, rows: int, vocab: int) -> Prediction:
         """The next token of `rows` rows from `vocab` local columns of float32 logits."""
+        ...
+
+    def grouped_gemm(
+        self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
+    ) -> Prediction:
+        """Rows spread at random over experts, `[rows, k]` by weights `[experts, parts, n, k]` -> `[rows, n]`, in arrays
+        with room for `room` times as many."""
+        ...
+
+    def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
+        """Rows are brought into another order, likewise."""
+        ...
+
+    def combine(
+        self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
+    ) -> Prediction:
+        """Weighted sums for `rows` tokens of `choices` rows each, which are spread over so many devices: `here` of them
+        are on this one."""
         ...
 
     def host_copy(self, copied_bytes: float) -> Prediction:
@@ -214,6 +237,30 @@ class RooflineModel:
     def sampling(self, rows: int, vocab: int) -> Prediction:
         """The logits are read twice: for the largest, and for the sum of the exponentials."""
         return self.kernel(0.0, 2 * rows * vocab * 4)
+
+    def grouped_gemm(
+        self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
+    ) -> Prediction:
+        """Whole tiles, of which an expert's last is half full, and the weights of those experts that have any row.
+        Where there is no kernel, every row that there is room for by every expert."""
+        used = experts * (1 - (1 - 1 / experts) ** rows)
+        tiles = max(used, rows / TILE + used / 2)
+        if not mosaic_supported(self.hardware.capability, "grouped_gemm"):
+            used, tiles = experts, experts * rows * room / TILE
+        moved = {"f32": 4, "bf16": 2}[dtype] * (used * parts * n * k + rows * (k + n))
+        return self.kernel(2.0 * tiles * TILE * parts * n * k, moved, dtype)
+
+    def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
+        """Where there is no kernel, all that there is room for."""
+        moved = rows * (1 if mosaic_supported(self.hardware.capability, "gather_rows") else room)
+        return self.kernel(0.0, 2 * moved * hidden * element_bytes)
+
+    def combine(
+        self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
+    ) -> Prediction:
+        """XLA reads a row for every choice; for those that are not here the first, again and again."""
+        read = here if mosaic_supported(self.hardware.capability, "combine_rows") else rows * choices
+        return self.kernel(0.0, (read + rows) * hidden * element_bytes)
 
     def host_copy(self, copied_bytes: float) -> Prediction:
         """At the data sheet's rate of PCIe."""

@@ -11,18 +11,12 @@ from nanoflow_jax.config import Experts, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, optimal_tokens_per_second
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.models.experts import most_places
 from nanoflow_jax.models.layout import kv_groups, padded_vocab
 from nanoflow_jax.step.attention import adds_products, gated_in_one, rows_fit
 
-TILE_ROWS = 128  # of the grouped GEMMs
+SHARED = " shared"  # in the names of GEMMs
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HLO_NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "bf16", "fp8": "f8e4m3fn"}  # float16 runs in bfloat16
-
-
-def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
-    """A period of the layers' windows."""
-    return tuple(layer.attention.window for layer in config.pattern)
 
 
 def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -> float:
@@ -34,15 +28,16 @@ def optimum(config: ModelConfig, hardware: Hardware, calibrated: bool = False) -
 @dataclass(frozen=True)
 class Shapes:
     """Sizes on one of `devices` GPUs, in elements; element_bytes and dtype of activations and head, weight_dtype of the
-    layers' weights, page_bytes of an element of the pages; qk_norm, norms and experts as the model has them (in every
-    layer, of models with experts in some)."""
+    layers' weights, page_bytes of an element of the pages; qk_norm, norms and experts as the model has them. windows
+    and routed say of a period of the layers what each has."""
 
     hidden: int
     width: int  # of all query heads together, on all devices
     q_heads: int
     kv_heads: int
     head_dim: int
-    ffn: int  # of the MLP that every token goes through; 0: there is none
+    ffn: int  # of the MLP of layers without experts; 0: there are none
+    shared: int  # of the MLP that every token goes through beside experts; 0: there is none
     vocab: int
     devices: int
     element_bytes: int
@@ -55,17 +50,22 @@ class Shapes:
     rows_kernel: bool = False  # where Mosaic is: what an fp8 GEMM reads is rounded by the kernel for it
     gated_in_one: bool = False  # which makes what D reads of what UG gives
     adds_products: bool = False  # the residual's addition multiplies what fp8 O and D give by their scales
+    windows: tuple[int | None, ...] = (None,)
+    routed: tuple[bool, ...] = (False,)  # to experts
 
     @staticmethod
     def of(config: ModelConfig, devices: int, page_bytes: int | None = None) -> Shapes:
         """page_bytes None: as the activations."""
+        experts = config.experts
+        routed = tuple(layer.mlp.experts is not None for layer in config.pattern)
         return Shapes(
             hidden=config.hidden_size,
             width=config.num_heads * config.head_dim,
             q_heads=config.num_heads // devices,
             kv_heads=kv_groups(config, devices) // devices,
             head_dim=config.head_dim,
-            ffn=(config.intermediate_size if config.experts is None else config.experts.shared) // devices,
+            ffn=0 if all(routed) else config.intermediate_size // devices,
+            shared=0 if experts is None else experts.shared // devices,
             vocab=padded_vocab(config, devices) // devices,
             devices=devices,
             element_bytes=BYTES[config.dtype],
@@ -74,41 +74,71 @@ class Shapes:
             weight_dtype=HLO_NAMES[config.quantization or config.dtype],
             qk_norm=config.qk_norm,
             norms=config.norms,
-            experts=config.experts,
+            experts=experts,
+            windows=tuple(layer.attention.window for layer in config.pattern),
+            routed=routed,
             rows_kernel=rows_fit(config, devices),
             adds_products=adds_products(config, devices),
             gated_in_one=all(gated_in_one(config, layer.mlp) for layer in config.pattern),
         )
 
     @property
+    def routed_share(self) -> float:
+        """Of the layers, that of those with experts."""
+        return sum(self.routed) / len(self.routed)
+
+    @property
     def gemms(self) -> dict[str, tuple[int, int]]:
-        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others."""
+        """(n, k) of the GEMMs: the weights `[n, k]` on one device. O over N is that of gather, over K of the others;
+        SHARED those of the MLP beside experts."""
         return {
             "KQV": ((self.q_heads + 2 * self.kv_heads) * self.head_dim, self.hidden),
             "O over N": (self.hidden // self.devices, self.width),
             "O over K": (self.hidden, self.width // self.devices),
-            **({"UG": (2 * self.ffn, self.hidden), "D": (self.hidden, self.ffn)} if self.ffn else {}),
+            **self._mlp("", self.ffn),
+            **self._mlp(SHARED, self.shared),
+            **({"ROUTE": (self.experts.count, self.hidden)} if self.experts else {}),
             "HEAD": (self.vocab, self.hidden),
         }
+
+    def expert_gemms(self, whole: bool) -> dict[str, tuple[int, int, int, int]]:
+        """(experts, n, k, parts) of the grouped GEMMs: the weights `[experts, parts, n, k]` on one device. whole: each
+        expert is on one."""
+        experts = self._experts
+        count, size = experts.count // (self.devices if whole else 1), experts.size // (1 if whole else self.devices)
+        return {"UG": (count, size, self.hidden, 2), "D": (count, self.hidden, size, 1)}
+
+    def room(self, whole: bool) -> int:
+        """Places for rows on a device, for each that is taken on average."""
+        experts, spread = self._experts, self.devices if whole else 1
+        return -(-min(experts.per_token, experts.count // spread) * spread // experts.per_token)
+
+    @property
+    def _experts(self) -> Experts:
+        assert self.experts is not None
+        return self.experts
+
+    def _mlp(self, name: str, size: int) -> dict[str, tuple[int, int]]:
+        return {f"UG{name}": (2 * size, self.hidden), f"D{name}": (self.hidden, size)} if size else {}
 
 
 @dataclass(frozen=True)
 class OpCosts:
     """Each op of a step on `rows` rows, alone on the GPU, by one latency model.
 
-    windows    of the layers, repeated over them; attention's costs are those of a layer, or the mean of all
     imbalance  rows of the device that has most, over the mean, where experts are split by their number
+
+    Attention's costs are those of a layer, or the mean of all.
     """
 
     model: LatencyModel
     shapes: Shapes
     load: StepLoad
-    windows: tuple[int | None, ...] = (None,)
     imbalance: float = 1.0
 
     def gemm(self, name: str, rows: int) -> Prediction:
         """name: of `Shapes.gemms`."""
-        dtype = self.shapes.dtype if name == "HEAD" else self.shapes.weight_dtype
+        dtype = self.shapes.dtype if name in ("HEAD", "ROUTE") else self.shapes.weight_dtype
         return self.model.gemm(rows, *self.shapes.gemms[name], dtype)
 
     @property
@@ -179,7 +209,8 @@ class OpCosts:
 
     def _mean(self, context: float, layer: int | None, cost: Callable[[float], Prediction]) -> Prediction:
         """Of a mean context, no window sees more than its own size; None: over all layers."""
-        windows = self.windows if layer is None else (self.windows[layer % len(self.windows)],)
+        windows = self.shapes.windows
+        windows = windows if layer is None else (windows[layer % len(windows)],)
         counts = Counter(context if window is None else min(context, window) for window in windows)
         found = [(cost(seen), count / len(windows)) for seen, count in counts.items()]
         first, _ = found[0]
@@ -198,23 +229,14 @@ class OpCosts:
         return self.shapes.experts
 
     def grouped(self, name: str, rows: int, whole: bool) -> Prediction:
-        """UG or D of the experts, rows spread at random: whole tiles of 128 rows, and weights of those that get any.
-        Where there is no kernel for it, every row by every expert."""
-        s, experts = self.shapes, self._experts
-        count = experts.count // (s.devices if whole else 1)
-        size = experts.size if whole else experts.size // s.devices
-        wide, inputs, columns = (2 * size, s.hidden, size) if name == "UG" else (s.hidden, size, s.hidden)
-        found = self.routed(rows, whole)
-        used = count * (1 - (1 - found / rows / count) ** rows)
-        tiles = max(used, found / TILE_ROWS + used / 2)
-        if not self.grouped_kernels:
-            used, tiles = count, count * most_places(rows, experts.per_token, count, 1) / TILE_ROWS
-        flops = 2.0 * tiles * TILE_ROWS * wide * inputs
-        moved = s.element_bytes * (used * wide * inputs + found * (inputs + columns))
-        return self.model.kernel(flops, moved, s.weight_dtype)
+        """UG or D of the experts. Where there is no kernel for it, every row is multiplied with every expert, whichever
+        device has most."""
+        s = self.shapes
+        found = (self if self.grouped_kernels else replace(self, imbalance=1.0)).routed(rows, whole)
+        return self.model.grouped_gemm(found, *s.expert_gemms(whole)[name], room=s.room(whole), dtype=s.weight_dtype)
 
     def router(self, rows: int) -> Prediction:
-        return self.model.gemm(rows, self._experts.count, self.shapes.hidden, self.shapes.dtype)
+        return self.gemm("ROUTE", rows)
 
     def places(self, rows: int, whole: bool) -> tuple[Prediction, ...]:
         """Softmax and choice; ranks of the choices within their experts; places and weights: as XLA makes them."""
@@ -230,23 +252,25 @@ class OpCosts:
         return mosaic_supported(self.model.hardware.capability, "grouped_gemm")
 
     def tiles(self) -> Prediction:
-        """One of two small kernels that list the tiles of a grouped GEMM."""
+        """One of two small kernels that list the tiles of the grouped GEMMs."""
         return self.model.kernel(0.0, 0.0)
 
     def dispatch(self, rows: int, whole: bool) -> Prediction:
-        return self._elementwise(2 * self.routed(rows, whole) * self.shapes.hidden)
+        s = self.shapes
+        return self.model.gather(self.routed(rows, whole), s.hidden, room=s.room(whole), element_bytes=s.element_bytes)
 
-    def combine(self, rows: int) -> Prediction:
-        """XLA reads a row for every choice; for those that are not here the first, again and again."""
-        return self._elementwise((rows * self._experts.per_token + rows) * self.shapes.hidden)
+    def combine(self, rows: int, whole: bool) -> Prediction:
+        s, choices = self.shapes, self._experts.per_token
+        here, spread = self.routed(rows, whole), s.devices if whole else 1
+        return self.model.combine(rows, here, s.hidden, choices, spread, element_bytes=s.element_bytes)
 
     def transpose(self, rows: int) -> Prediction:
         """Attention output is turned before GEMV.AG."""
         return self._elementwise(2 * rows * self.shapes.q_heads * self.shapes.head_dim)
 
-    def silu(self, rows: int) -> Prediction:
-        """Two halves are read, their product is written."""
-        return self._elementwise(3 * rows * self.shapes.ffn)
+    def silu(self, name: str, rows: int) -> Prediction:
+        """Two halves of what UG gives are read, their product is written; name: of `Shapes.gemms`."""
+        return self._elementwise(1.5 * rows * self.shapes.gemms[name][0])
 
     def norm(self, rows: int) -> Prediction:
         return self.model.norm(rows, self.shapes.hidden, element_bytes=self.shapes.element_bytes)

@@ -21,8 +21,8 @@ FREE = frozenset(
 READS_PART = frozenset(["slice", "dynamic-slice", "gather"])
 UPDATES_PART = frozenset(["dynamic-update-slice", "scatter"])
 CONTROL = frozenset(["while", "conditional", "call"])
-# By (op, piece), of every layer alike, or a list of each layer's own.
-Costs = Mapping[tuple[str, int], Prediction | tuple[float, float] | list[Prediction]]
+# By (op, piece), of every layer alike, or a list of each layer's own; None: that layer has no such kernel.
+Costs = Mapping[tuple[str, int], Prediction | tuple[float, float] | list[Prediction | None]]
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,8 @@ class CostModel:
         given, parts = self.costs[piece.op, piece.piece], max(sharers[piece], 1)
         if isinstance(given, list):
             given = given[piece.layer or 0]
+        if given is None:
+            return None
         if isinstance(given, Prediction):
             flops, moved = given.flops / parts, given.bytes / parts
             prediction = replace(given, us=given.us / parts, flops=flops, bytes=moved)

@@ -14,7 +14,7 @@ from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.footprint import kv_bytes_per_token, page_bytes, weight_bytes
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
@@ -357,14 +357,14 @@ def kernel_costs(
     model: LatencyModel,
     item: int = 2,
     sms: int | None = None,
-) -> dict[tuple[str, int], Prediction | list[Prediction]]:
-    """Each attention piece of every layer, KV append, and what experts' kernels do, on one device; every row has
-    `context` tokens before it. item: bytes of an element of the pages; sms: the most that decode attention uses, None:
-    all."""
+) -> dict[tuple[str, int], Prediction | list[Prediction | None]]:
+    """Each attention piece of every layer, KV append, and what experts' kernels do in layers that have some, on one
+    device; every row has `context` tokens before it. item: bytes of an element of the pages; sms: the most that decode
+    attention uses, None: all."""
     load = StepLoad(1, 0, context, context)
-    costs = OpCosts(model, Shapes.of(config, devices, item), load, layer_windows(config))
+    costs = OpCosts(model, Shapes.of(config, devices, item), load)
     layers, whole = range(config.num_layers), plan.whole_experts(config.experts, devices)
-    found: dict[tuple[str, int], Prediction | list[Prediction]] = {}
+    found: dict[tuple[str, int], Prediction | list[Prediction | None]] = {}
     for piece in pieces:
         if piece.op == "KQV":
             found[APPEND, piece.piece] = costs.append(piece.rows)
@@ -373,7 +373,10 @@ def kernel_costs(
         elif piece.op == "PF":
             found["PF", piece.piece] = [costs.prefill_attention(piece.rows, layer) for layer in layers]
         elif config.experts is not None and piece.op in ("UG", "D"):
-            found[piece.op, piece.piece] = costs.grouped(piece.op, piece.rows, whole)
+            grouped = costs.grouped(piece.op, piece.rows, whole)
+            found[piece.op, piece.piece] = [grouped if kind.mlp.experts else None for kind in config.layers]
         elif piece.op == "DISPATCH":
             found[piece.op, piece.piece] = costs.dispatch(piece.rows, whole)
+        elif piece.op == "COMBINE":
+            found[piece.op, piece.piece] = costs.combine(piece.rows, whole)
     return found

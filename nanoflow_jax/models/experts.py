@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from kernels_pallas import gather_rows, grouped_gemm
+from kernels_pallas import combine_rows, gather_rows, grouped_gemm
 from kernels_pallas.gate import Gate
-from kernels_pallas.grouped_gemm import GROUP_ROWS
+from kernels_pallas.group_tiles import GROUP_ROWS
 from nanoflow_jax.config import Mlp
 from nanoflow_jax.models.layout import ExpertParams, LayerParams
 from nanoflow_jax.models.parts import contract, gated, gated_mlp_up, linear
@@ -25,6 +25,7 @@ from nanoflow_jax.models.parts import contract, gated, gated_mlp_up, linear
 _STATIC = ("backend", "tuning", "expected_rows")
 _grouped_gemm = jax.jit(grouped_gemm, static_argnames=("gate", *_STATIC), inline=True)
 _gather_rows = jax.jit(gather_rows, static_argnames=_STATIC, inline=True)
+_combine_rows = jax.jit(combine_rows, static_argnames=_STATIC, inline=True)
 
 
 @struct.dataclass
@@ -39,14 +40,14 @@ class Routing:
 @struct.dataclass
 class Places:
     """rows [R] int32: the row that a place holds, some row where it is empty; sizes [E] int32: places of each expert,
-    with the empty ones at its end, and used [] of all; place [n, k] int32: where a row's choice is, and here [n, k]:
-    whether it is on this device."""
+    with the empty ones at its end, and used [] of all; place [n, k] int32: where a row's choice is, -1: on another
+    device; tiles: of the grouped GEMMs' kernel, which UG and D share, or None."""
 
     rows: jax.Array
     sizes: jax.Array
     used: jax.Array
     place: jax.Array
-    here: jax.Array
+    tiles: jax.Array | None = None
 
 
 def route(x: jax.Array, layer: ExpertParams, mlp: Mlp) -> Routing:
@@ -81,7 +82,7 @@ def places(chosen: jax.Array, first: jax.Array | int, count: int, align: int = G
     total = most_places(n, k, count, align)
     rows = jnp.zeros((total,), jnp.int32)
     rows = rows.at[jnp.where(here, place, total)].set(jnp.arange(n * k, dtype=jnp.int32) // k, mode="drop")
-    return Places(rows, sizes, starts[-1] + sizes[-1], place.reshape(n, k), here.reshape(n, k))
+    return Places(rows, sizes, starts[-1] + sizes[-1], jnp.where(here, place, -1).reshape(n, k))
 
 
 def by_expert(x: jax.Array, at: Places, **kernel: Any) -> jax.Array:
@@ -95,7 +96,7 @@ def gate_of(mlp: Mlp) -> Gate:
 
 def experts_up(x: jax.Array, at: Places, layer: ExpertParams, mlp: Mlp, **kernel: Any) -> jax.Array:
     """UG: x [R, H] by places -> activation(gate) * up, [R, f] of this device's f columns; kernel: of `grouped_gemm`."""
-    return _grouped_gemm(x, layer.ug, at.sizes, bias=layer.ug_bias, gate=gate_of(mlp), **kernel)
+    return _grouped_gemm(x, layer.ug, at.sizes, bias=layer.ug_bias, gate=gate_of(mlp), tiles=at.tiles, **kernel)
 
 
 def experts_down(
@@ -105,20 +106,14 @@ def experts_down(
     bias = layer.down_bias
     if bias is not None and bias_here is not True:
         bias = jnp.where(bias_here, bias, jnp.zeros((), bias.dtype))
-    return _grouped_gemm(x, layer.down, at.sizes, bias=bias, **kernel)
+    return _grouped_gemm(x, layer.down, at.sizes, bias=bias, tiles=at.tiles, **kernel)
 
 
-def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | None) -> jax.Array:
+def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | None, **kernel: Any) -> jax.Array:
     """[R, H] by places -> [n, H]: the weighted sum of each row's experts on this device, and of the shared one
-    [n, H]."""
-    total = jnp.zeros((at.place.shape[0], out.shape[1]), jnp.float32)
-    for choice in range(at.place.shape[1]):
-        here, weight = at.here[:, choice, None], routing.weights[:, choice, None]
-        rows = out[jnp.where(at.here[:, choice], at.place[:, choice], 0)].astype(jnp.float32)
-        total += jnp.where(here, weight * rows, 0)
-    if shared is not None and routing.shared is not None:
-        total += routing.shared[:, None] * shared.astype(jnp.float32)
-    return total.astype(out.dtype)
+    [n, H]; kernel: of `combine_rows`."""
+    weight = None if shared is None else routing.shared
+    return _combine_rows(out, at.place, routing.weights, shared=shared, shared_weight=weight, **kernel)
 
 
 def plain_experts(x: jax.Array, layer: LayerParams, mlp: Mlp) -> jax.Array:

@@ -10,8 +10,19 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels_pallas import add_rms_norm, append_kv, decode_attention, prefill_attention
+from kernels_pallas import (
+    add_rms_norm,
+    append_kv,
+    combine_rows,
+    decode_attention,
+    gather_rows,
+    grouped_gemm,
+    prefill_attention,
+)
+from kernels_pallas.gate import Gate
+from kernels_pallas.group_tiles import GROUP_ROWS, list_tiles
 from nanoflow_jax.models import parts
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.profile.points import BYTES, Point
@@ -44,10 +55,10 @@ class Kernel:
 
 
 def kernel(point: Point, page_size: int, backend: str) -> Kernel:
-    """The kernel of a point; `backend` of attention, append and norm: "xla" or "mosaic"."""
-    if point.op in ("decode_attention", "prefill_attention", "append", "norm"):
-        return _BUILDERS[point.op](point, page_size, backend)
-    return _BUILDERS[point.op](point)
+    """The kernel of a point; `backend` of those that have two: "xla" or "mosaic"."""
+    if point.op in ("copy", "gemm", "collective", "sampling"):
+        return _BUILDERS[point.op](point)
+    return _BUILDERS[point.op](point, page_size, backend)
 
 
 def _random(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -177,6 +188,61 @@ def _sampling(point: Point) -> Kernel:
     return Kernel(make, call, rows * vocab * 4)
 
 
+def _aligned(rows: int) -> int:
+    return -(-rows // GROUP_ROWS) * GROUP_ROWS
+
+
+def _grouped(point: Point, _: int, backend: str) -> Kernel:
+    """Rows fall to experts as they come. The list of tiles is there: a layer makes it once for two of these."""
+    rows, experts, n, k, parts = (point[name] for name in ("rows", "experts", "n", "k", "parts"))
+    dtype, mosaic = DTYPES[point["dtype"]], backend == "mosaic" and n % 64 == k % 64 == 0
+    drawn = np.random.default_rng(0).multinomial(rows, [1 / experts] * experts)
+    sizes = [_aligned(size) if mosaic else int(size) for size in drawn]
+    places = max(_aligned(rows * point["room"]), sum(sizes))
+    multiply = partial(grouped_gemm, gate=Gate() if parts == 2 else None, backend="mosaic" if mosaic else "xla")
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        grouped = jnp.asarray(sizes, jnp.int32)
+        weight = (experts, *((parts,) if parts == 2 else ()), n, k)
+        own = [(_random(2 * i, (places, k), dtype), _random(2 * i + 1, weight, dtype)) for i in range(sets)]
+        return (grouped, list_tiles(places, grouped) if mosaic else None), own
+
+    def call(shared: tuple[jax.Array, jax.Array | None], own: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return multiply(*own, shared[0], tiles=shared[1])
+
+    return Kernel(make, call, (experts * parts * n * k + rows * k) * BYTES[point["dtype"]])
+
+
+def _gather(point: Point, _: int, backend: str) -> Kernel:
+    rows, hidden, dtype = point["rows"], point["hidden"], DTYPES[point["dtype"]]
+    used, mosaic = _aligned(rows), backend == "mosaic" and hidden % 64 == 0
+    bring = partial(gather_rows, backend="mosaic" if mosaic else "xla")
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        at = jax.random.randint(jax.random.key(7), (_aligned(rows * point["room"]),), 0, rows, jnp.int32)
+        return (at, jnp.int32(used)), [_random(i, (rows, hidden), dtype) for i in range(sets)]
+
+    return Kernel(make, lambda shared, x: bring(x, *shared), 2 * rows * hidden * BYTES[point["dtype"]])
+
+
+def _combine(point: Point, _: int, backend: str) -> Kernel:
+    """Each of a token's choices is on this device with the same chance."""
+    shape, hidden, dtype = (point["rows"], point["choices"]), point["hidden"], DTYPES[point["dtype"]]
+    rng, count = np.random.default_rng(0), point["rows"] * point["choices"]
+    here = rng.permutation(count)[: max(1, count // point["spread"])]
+    place = np.full(count, -1, np.int32)
+    place[here] = rng.permutation(len(here))
+    mosaic = backend == "mosaic" and hidden % 64 == 0
+    add = partial(combine_rows, backend="mosaic" if mosaic else "xla")
+
+    def make(sets: int) -> tuple[Any, list[Any]]:
+        at = jnp.asarray(place.reshape(shape)), _random(1, shape, jnp.float32)
+        return at, [_random(2 + i, (len(here), hidden), dtype) for i in range(sets)]
+
+    size = (len(here) + shape[0]) * hidden * BYTES[point["dtype"]]
+    return Kernel(make, lambda shared, x: add(x, *shared), size)
+
+
 def _collective(point: Point) -> Kernel:
     elements, devices = point["bytes"] // BYTES[point["dtype"]], point["devices"]
     columns = max(c for c in range(1, COLUMNS + 1) if elements // devices % c == 0)
@@ -200,5 +266,8 @@ _BUILDERS: dict[str, Callable[..., Kernel]] = {
     "append": _append,
     "norm": _norm,
     "sampling": _sampling,
+    "grouped_gemm": _grouped,
+    "gather": _gather,
+    "combine": _combine,
     "collective": _collective,
 }

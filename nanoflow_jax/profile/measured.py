@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,30 @@ class ProfileModel:
     def sampling(self, rows: int, vocab: int) -> Prediction:
         return self._answer(self.roofline.sampling(rows, vocab), "sampling", (rows,), vocab=vocab)
 
+    def grouped_gemm(
+        self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
+    ) -> Prediction:
+        estimate = self.roofline.grouped_gemm(rows, experts, n, k, parts, room=room, dtype=dtype)
+        family: dict[str, Size] = {"experts": experts, "n": n, "k": k, "parts": parts, "room": room, "dtype": dtype}
+        return self._answer(estimate, "grouped_gemm", (rows,), **family)
+
+    def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
+        estimate = self.roofline.gather(rows, hidden, room=room, element_bytes=element_bytes)
+        dtype = DTYPES.get(int(element_bytes), "")
+        return self._answer(estimate, "gather", (rows,), hidden=hidden, room=room, dtype=dtype)
+
+    def combine(
+        self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
+    ) -> Prediction:
+        """Measured where choices are spread evenly; where more of them are here, as much longer as by the roofline."""
+        made = partial(
+            self.roofline.combine, hidden=hidden, choices=choices, spread=spread, element_bytes=element_bytes
+        )
+        estimate, even = made(rows, here), made(rows, rows * choices / spread)
+        dtype = DTYPES.get(int(element_bytes), "")
+        found = self._answer(even, "combine", (rows,), hidden=hidden, choices=choices, spread=spread, dtype=dtype)
+        return replace(estimate, us=found.us * estimate.us / even.us, source=found.source)
+
     def host_copy(self, copied_bytes: float) -> Prediction:
         return self.roofline.host_copy(copied_bytes)
 
@@ -192,6 +217,18 @@ def _estimate(model: RooflineModel, op: str, family: tuple[tuple[str, Size], ...
         "append": lambda rows: model.append(rows, f["kv_heads"], f["head_dim"], kv_bytes=BYTES[f["dtype"]]),
         "norm": lambda rows: model.norm(rows, f["hidden"], element_bytes=BYTES[f["dtype"]]),
         "sampling": lambda rows: model.sampling(rows, f["vocab"]),
+        "grouped_gemm": lambda rows: model.grouped_gemm(
+            rows, f["experts"], f["n"], f["k"], f["parts"], room=f["room"], dtype=f["dtype"]
+        ),
+        "gather": lambda rows: model.gather(rows, f["hidden"], room=f["room"], element_bytes=BYTES[f["dtype"]]),
+        "combine": lambda rows: model.combine(
+            rows,
+            rows * f["choices"] / f["spread"],
+            f["hidden"],
+            f["choices"],
+            f["spread"],
+            element_bytes=BYTES[f["dtype"]],
+        ),
     }
     return estimates[op]
 

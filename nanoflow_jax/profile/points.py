@@ -24,6 +24,9 @@ AXES: Mapping[str, tuple[str, ...]] = {
     "append": ("rows",),
     "norm": ("rows",),
     "sampling": ("rows",),
+    "grouped_gemm": ("rows",),
+    "gather": ("rows",),
+    "combine": ("rows",),
 }
 OPS = (*AXES, "pair")
 _HEADS = ("q_heads", "kv_heads", "head_dim", "dtype")
@@ -37,6 +40,10 @@ SHAPE: Mapping[str, tuple[str, ...]] = {
     "append": ("kv_heads", "head_dim", "dtype"),
     "norm": ("hidden", "dtype"),
     "sampling": ("vocab",),
+    # Of experts; the sizes are those of `LatencyModel`.
+    "grouped_gemm": ("experts", "n", "k", "parts", "room", "dtype"),
+    "gather": ("hidden", "room", "dtype"),
+    "combine": ("hidden", "choices", "spread", "dtype"),
 }
 _TEXTS: Mapping[str, Collection[str]] = {
     "dtype": tuple(BYTES),
@@ -240,7 +247,29 @@ def _single(scope: Scope, grid: Grid) -> list[Point]:
             found.append(_moved(scope, kind, n * row_bytes))
     found += [Point.of("append", rows=n, **kv) for n in rows]
     found += [Point.of("norm", rows=n, hidden=s.hidden, dtype=s.dtype) for n in (1, *rows)]
-    return found + [Point.of("sampling", rows=n, vocab=s.vocab) for n in spread(8, scope.tokens, grid.rows, 8)]
+    found += [Point.of("sampling", rows=n, vocab=s.vocab) for n in spread(8, scope.tokens, grid.rows, 8)]
+    return found + [point for whole in _splits(scope) for n in rows for point in _of_experts(scope, n, whole)]
+
+
+def _splits(scope: Scope) -> list[bool]:
+    """Whether experts are whole, each on one device, in any of the plans; nothing where there are none."""
+    s = scope.shapes
+    return sorted({plan.whole_experts(s.experts, s.devices) for plan in scope.plans}) if s.experts else []
+
+
+def _of_experts(scope: Scope, tokens: int, whole: bool) -> list[Point]:
+    """The grouped GEMMs of so many tokens, UG first, and what brings rows to them and from them."""
+    s = scope.shapes
+    assert s.experts is not None
+    spread = s.devices if whole else 1
+    rows, room = max(1, tokens * s.experts.per_token // spread), s.room(whole)
+    found = [
+        Point.of("grouped_gemm", rows=rows, experts=count, n=n, k=k, parts=parts, room=room, dtype=s.dtype)
+        for count, n, k, parts in s.expert_gemms(whole).values()
+    ]
+    found.append(Point.of("gather", rows=rows, hidden=s.hidden, room=room, dtype=s.dtype))
+    choices = s.experts.per_token
+    return [*found, Point.of("combine", rows=tokens, hidden=s.hidden, choices=choices, spread=spread, dtype=s.dtype)]
 
 
 def _moved(scope: Scope, kind: str, whole_bytes: int) -> Point:
@@ -255,11 +284,14 @@ def _budgets(scope: Scope, grid: Grid) -> list[int]:
 
 
 def _pairs(scope: Scope) -> list[Pair]:
-    """GEMM beside decode attention on each SM budget; GEMM and both attentions beside each kind of collective; at half
-    a step."""
+    """UG beside decode attention on each SM budget; UG and both attentions beside each kind of collective; at half a
+    step."""
     s, half = scope.shapes, max(8, scope.tokens // 2 // 8 * 8)
-    n, k = gemm_shapes(scope)["UG"]
-    gemm = Point.of("gemm", m=half, n=n, k=k, dtype=s.dtype)
+    if s.ffn:
+        n, k = gemm_shapes(scope)["UG"]
+        gemm = Point.of("gemm", m=half, n=n, k=k, dtype=s.dtype)
+    else:
+        gemm = _of_experts(scope, half, any(_splits(scope)))[0]
     context = min(PAIR_CONTEXT, scope.context, max(scope.page_size, scope.pool_tokens // half))
 
     heads: dict[str, Size] = {"q_heads": s.q_heads, "kv_heads": s.kv_heads, "head_dim": s.head_dim, "dtype": s.dtype}

@@ -8,7 +8,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ def profile(
         "vocab_size": config.vocab_size,
         "attention_backend": machine.backend,
         "page_size": page_size,
+        **({"experts": asdict(config.experts)} if config.experts else {}),
     }
     header = {
         "format": FORMAT,
@@ -252,6 +253,9 @@ def _calls(machine: Machine, one: Kernel, point: Point) -> int:
     us = one.set_bytes / machine.hardware.memory_bandwidth * US
     if point.op == "gemm":
         us = max(us, 2.0 * point["m"] * point["n"] * point["k"] / machine.hardware.bf16_flops * US)
+    if point.op == "grouped_gemm":
+        flops = 2.0 * point["rows"] * point["parts"] * point["n"] * point["k"]
+        us = max(us, flops / machine.hardware.bf16_flops * US)
     return int(min(CALLS[1], max(CALLS[0], PROGRAM_US / max(us, 1))))
 
 

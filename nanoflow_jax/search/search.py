@@ -22,7 +22,7 @@ from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.plan.ops import COLLECTIVE, OPS, STRATEGIES
 from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs, row_quantum
 from nanoflow_jax.search.bound import least_period
@@ -192,7 +192,7 @@ class Finder:
     ):  # fmt: skip
         self.name, self.model, self.devices = name, model, devices
         self.load, self.space, self.experts = load, space, config.experts is not None
-        self.costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config))
+        self.costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load)
         self.shares = Shares(model.hardware.calibration.network_share, ATTENTION_SHARE)
         self.speeds = Speeds(model)
         self.gathers = (None, "fp8") if self.costs.quantised else (None,)

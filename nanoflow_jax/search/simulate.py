@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import LatencyModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows, optimum
+from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.timeline.jobs import Shares, build_jobs
@@ -101,7 +101,7 @@ def simulate_step(
     hardware = model.hardware
     check_sms(plan, hardware)
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
-    costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, layer_windows(config), imbalance)
+    costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, imbalance)
     jobs = build_jobs(plan, costs, layers, shares, runtime)
     played = timeline(jobs, model, _meanwhile)
     totals = add_up(played, devices)

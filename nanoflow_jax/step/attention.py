@@ -103,9 +103,9 @@ def adds_products(config: ModelConfig, devices: int) -> bool:
 
 
 def experts_fit(config: ModelConfig, split: int) -> bool:
-    """Whether the grouped GEMMs take a model's experts, each split over so many devices."""
-    experts = config.experts
-    return experts is not None and config.hidden_size % 64 == 0 and experts.size % (split * 64) == 0
+    """Whether the kernels take a model's experts, each split over so many devices."""
+    experts, hidden = config.experts, config.hidden_size
+    return experts is not None and hidden % 64 == 0 and hidden >= 128 and experts.size % (split * 64) == 0
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ class KernelBackends:
 
 
 class KernelOptions(NamedTuple):
-    """Keyword arguments of decode_attention, prefill_attention, append_kv, add_rms_norm, of grouped_gemm with
-    gather_rows, and of rows_to_fp8."""
+    """Keyword arguments of decode_attention, prefill_attention, append_kv, add_rms_norm, of grouped_gemm, gather_rows
+    and combine_rows, and of rows_to_fp8."""
 
     decode: dict[str, Any]
     prefill: dict[str, Any]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 
-from kernels_pallas.grouped_gemm import GROUP_ROWS
+from kernels_pallas.group_tiles import GROUP_ROWS, list_tiles
 from nanoflow_jax.config import Mlp
 from nanoflow_jax.models.experts import Places, Routing, by_expert, combine, experts_down, experts_up, places, route
 from nanoflow_jax.models.layout import LayerParams
@@ -38,9 +39,10 @@ class ExpertOps:
             routing = route(span(*x), layer, mlp)
             count = layer.ug.shape[0]
             first = collectives.device_index() * count if self.expert_parallel else 0
-            return routing, places(
-                routing.chosen, first, count, GROUP_ROWS if self.options.experts["backend"] == "mosaic" else 1
-            )
+            if self.options.experts["backend"] != "mosaic":
+                return routing, places(routing.chosen, first, count, 1)
+            at = places(routing.chosen, first, count, GROUP_ROWS)
+            return routing, replace(at, tiles=list_tiles(at.rows.shape[0], at.sizes))
 
         return self.order.run(decide, *normed)
 
@@ -80,4 +82,5 @@ class ExpertOps:
         shared: jax.Array | None,
     ) -> jax.Array:
         weights, at = routing
-        return self.order.run(lambda *x: self._scaled(combine(*x)), projected, at, weights, shared)
+        options = self._expert_options(piece)
+        return self.order.run(lambda *x: self._scaled(combine(*x, **options)), projected, at, weights, shared)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from kernels_pallas.targets import mosaic_supported
 from nanoflow_jax.config import ConfigError, Mlp
 from nanoflow_jax.cost.latency import Prediction
-from nanoflow_jax.cost.shapes import OpCosts
+from nanoflow_jax.cost.shapes import SHARED, OpCosts
 from nanoflow_jax.plan.ops import HIDDEN, WIDTH
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import norm_fits
@@ -151,7 +151,9 @@ class JobMaker:
         self.behind: Jobs = ()  # the one before it, for which the next job of the compute stream waits
         self.awaited: Jobs = ()  # attention on its lane, which the next writes to the pages wait for
         self.made: list[tuple[int, int, Jobs]] = []  # of a layer, by rows: what makes queries, and writes keys
-        self.mlp = Mlp(experts=costs.shapes.experts)
+        self.mlp = Mlp()
+        self.mlps: list[tuple[str, float]] = []  # (end of their GEMMs' names, share of them) that all tokens go through
+        self.routed = 0.0  # share of a layer of experts
         self.whole_experts = plan.whole_experts(costs.shapes.experts, self.devices)
         self.alike = alike
         self.layer: int | None = None  # None: the mean of all
@@ -166,11 +168,12 @@ class JobMaker:
         self.issued = (len(self.jobs) - 1,)
         return self.issued
 
-    def _gemm(self, name: str, rows: int, *needs: Jobs, ready: bool = False) -> Jobs:
+    def _gemm(self, name: str, rows: int, *needs: Jobs, ready: bool = False, share: float = 1.0) -> Jobs:
         """In fp8, with what makes its operand if that is not ready, and what scales its result where no kernel follows
-        that does (after KQV the rotary embedding, after UG the product, on one device after O and D the addition)."""
+        that does (after KQV the rotary embedding, after UG the product, on one device after O and D the addition).
+        share: of it; in fp8 it is whole."""
         if not self.costs.quantised:
-            return self.run("gemm", self.costs.gemm(name, rows), *needs)
+            return self.run("gemm", self.costs.gemm(name, rows).times(share), *needs)
         if not ready:
             # O over N's comes transposed, which the kernel does not take.
             one_pass = self.one_pass and name != "O over N"
@@ -214,6 +217,13 @@ class JobMaker:
     def begin(self, layer: int) -> None:
         self.made.clear()
         self.layer = None if self.alike else layer
+        shapes = self.costs.shapes
+        self.routed = shapes.routed_share if self.alike else float(shapes.routed[layer % len(shapes.routed)])
+        shares = {"": (shapes.ffn, 1 - self.routed), SHARED: (shapes.shared, self.routed)}
+        self.mlps = [(name, share) for name, (size, share) in shares.items() if size and share]
+        self.mlp = Mlp()
+        if self.routed and shapes.experts is not None:
+            self.mlp = Mlp(experts=replace(shapes.experts, shared=len(self.mlps)))
 
     # -- ends of a step
 
@@ -325,24 +335,37 @@ class JobMaker:
         return self._gemm("O over K", piece.rows, *attention)
 
     def up_gate(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        self._gemm("UG", piece.rows, *normed, ready=piece.piece not in self.read_whole)
-        if not (self.costs.quantised and self.one_pass):
-            return self.run("elementwise", self.costs.silu(piece.rows))
-        if self.costs.shapes.gated_in_one:
-            return self.run("elementwise", self.costs.silu_quantised(piece.rows))
-        activated = self.run("elementwise", self.costs.silu(piece.rows))
-        return self.run("elementwise", self.costs.quantise("D", piece.rows, True), activated)
+        done: Jobs = ()
+        for name, share in self.mlps:
+            name, ready = f"UG{name}", piece.piece not in self.read_whole
+            done = self._gemm(name, piece.rows, *normed, done, ready=ready, share=share)
+            done = self._activated(name, piece.rows, done, share)
+        return done
+
+    def _activated(self, name: str, rows: int, done: Jobs, share: float) -> Jobs:
+        if self.costs.quantised and self.one_pass and self.costs.shapes.gated_in_one:
+            return self.run("elementwise", self.costs.silu_quantised(rows))
+        done = self.run("elementwise", self.costs.silu(name, rows).times(share), done)
+        if self.costs.quantised and self.one_pass:
+            done = self.run("elementwise", self.costs.quantise("D", rows, True), done)
+        return done
 
     # -- experts
 
     def route(self, piece: OpPiece, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        ready = self.run("gemm", self.costs.router(piece.rows), *normed)
+        ready = self._routed("gemm", self.costs.router(piece.rows), *normed)
         for prediction in self.costs.places(piece.rows, self.whole_experts):
-            ready = self.run("elementwise", prediction, ready)
+            ready = self._routed("elementwise", prediction, ready)
+        for _ in range(2 if self.costs.grouped_kernels else 0):
+            ready = self._routed("elementwise", self.costs.tiles(), ready)
         return ready
 
+    def _routed(self, kind: str, prediction: Prediction, *needs: Jobs) -> Jobs:
+        """A kernel that layers without experts do not have."""
+        return self.run(kind, prediction.times(self.routed), *needs)
+
     def dispatch(self, piece: OpPiece, routing: Jobs, span: RowSpan, normed: Sequence[Jobs]) -> Jobs:
-        return self.run("kernel", self.costs.dispatch(piece.rows, self.whole_experts), routing, *normed)
+        return self._routed("kernel", self.costs.dispatch(piece.rows, self.whole_experts), routing, *normed)
 
     def experts_up(self, piece: OpPiece, routing: Jobs, rows: Jobs) -> Jobs:
         return self._grouped("UG", piece, routing, rows)
@@ -351,12 +374,13 @@ class JobMaker:
         return self._grouped("D", piece, routing, activated)
 
     def _grouped(self, name: str, piece: OpPiece, routing: Jobs, x: Jobs) -> Jobs:
-        for _ in range(2 if self.costs.grouped_kernels else 0):
-            routing = self.run("elementwise", self.costs.tiles(), routing)
-        return self.run("gemm", self.costs.grouped(name, piece.rows, self.whole_experts), routing, x)
+        return self._routed("gemm", self.costs.grouped(name, piece.rows, self.whole_experts), routing, x)
 
     def combine(self, piece: OpPiece, routing: Jobs, projected: Jobs, shared: Jobs | None) -> Jobs:
-        return self.run("elementwise", self.costs.combine(piece.rows), routing, projected, shared or ())
+        done = self.costs.combine(piece.rows, self.whole_experts)
+        return self._routed("kernel", done, routing, projected, shared or ())
 
     def down(self, piece: OpPiece, activated: Jobs) -> Jobs:
-        return self._gemm("D", piece.rows, activated, ready=self.one_pass)
+        for name, share in self.mlps:
+            activated = self._gemm(f"D{name}", piece.rows, activated, ready=self.one_pass, share=share)
+        return activated

@@ -21,7 +21,7 @@ from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, "gather_rows/gpt-oss-120b-4096", "combine_rows/gpt-oss-120b-4096"])
 def test_cases_compile_for_their_gpu(name: str) -> None:
     mesh = gpu_mesh(load_hardware("h200"), 1)
     for implementation, (function, avals) in kernels.programs(CASES[name], Setting()).items():

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import gather_rows, grouped_gemm, grouped_gemm_mosaic
 from kernels_pallas.gate import Gate
-from kernels_pallas.grouped_gemm_mosaic import TILE, Plan, list_tiles
+from kernels_pallas.group_tiles import TILE, list_tiles
 from kernels_pallas.tuning import GROUPED, GroupedTuning
 from tests.kernels.compiled import compiled_report, launched
 from tests.tolerances import row_errors
@@ -91,8 +91,8 @@ def test_tiles_that_store_rows_of_others_would_show(
 ) -> None:
     """The twin whose tiles answer for all of their rows: whoever stores last is right or wrong."""
 
-    def whole_tiles(plan: Plan, sizes: jax.Array) -> jax.Array:
-        tiles = list_tiles(plan, sizes)
+    def whole_tiles(rows: int, sizes: jax.Array) -> jax.Array:
+        tiles = list_tiles(rows, sizes)
         return tiles.at[:-1, 2].set(tiles[:-1, 1] + TILE)
 
     x, weight = inputs(256, 3, 128, 64, None, False)
@@ -107,8 +107,7 @@ def test_tiles(seed: int) -> None:
     """Of any groups: every row of one is in one tile, and there are no others."""
     rng = np.random.default_rng(seed)
     sizes = rng.integers(0, 60, 12) * 8 * rng.integers(0, 2, 12)
-    plan = Plan(int(sizes.sum()) + 8 * seed + 128, 12, 64, 64, None, False, 64, 2, 132)
-    tiles = np.asarray(list_tiles(plan, jnp.asarray(sizes, jnp.int32)))
+    tiles = np.asarray(list_tiles(int(sizes.sum()) + 8 * seed + 128, jnp.asarray(sizes, jnp.int32)))
     count = tiles[-1, 0]
     rows = [(e, row) for e, first, end in tiles[:count] for row in range(first, min(end, first + TILE))]
     ends = np.cumsum(sizes)

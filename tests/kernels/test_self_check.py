@@ -15,7 +15,7 @@ from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels_pallas
-from kernels_pallas import self_check
+from kernels_pallas import combine_rows, self_check
 from kernels_pallas.add_norm_mosaic import make_plan
 from kernels_pallas.bench import check as command
 from kernels_pallas.decode_attention_mosaic import Q_SLOTS
@@ -86,6 +86,7 @@ def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
     monkeypatch.setattr(self_check, kernel, call)
     if kernel == "grouped_gemm":
         monkeypatch.setattr(self_check, "gather_rows", lambda x, rows, used, **more: x[rows])
+        monkeypatch.setattr(self_check, "combine_rows", lambda *arrays, **more: combine_rows(*arrays))
 
 
 def stale_pages(table: Any, stages: int = 12) -> Any:
@@ -239,6 +240,17 @@ def test_twins_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         KernelError, match=rf"^{kernel}: a row is off by .* of its norm from the XLA path, over 0\.02 \(.*\)$"
     ):
         check_kernel(kernel, heads)
+
+
+def test_sums_of_choices_that_are_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_mosaic(monkeypatch, "grouped_gemm", lambda f, *arrays, **more: f(*arrays, **more))
+
+    def twin(rows: Any, place: Any, weights: Any, backend: str = "xla", **more: Any) -> Any:
+        return combine_rows(rows, place % rows.shape[0] if backend == "mosaic" else place, weights)
+
+    monkeypatch.setattr(self_check, "combine_rows", twin)
+    with pytest.raises(KernelError, match=r"^grouped_gemm: a row is off by .* of its norm from the XLA path"):
+        check_kernel("grouped_gemm", BF16)
 
 
 def test_a_kernel_that_cannot_run_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

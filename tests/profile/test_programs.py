@@ -124,6 +124,9 @@ SMALL = {  # what one call issues
     Point.of("append", rows=64, **KV): "K",  # and no copy of the pages
     Point.of("norm", rows=64, hidden=1024, dtype="bf16"): "K",
     Point.of("sampling", rows=64, vocab=16032): "KK",
+    Point.of("grouped_gemm", rows=64, experts=4, n=128, k=256, parts=2, room=2, dtype="bf16"): "K",
+    Point.of("gather", rows=64, hidden=256, room=2, dtype="bf16"): "K",
+    Point.of("combine", rows=64, hidden=256, choices=4, spread=2, dtype="bf16"): "K",
     moved("all-gather"): "K",
     moved("all-reduce"): "K",
     moved("reduce-scatter"): "K",
@@ -136,7 +139,7 @@ def test_every_call_is_in_the_program(h200: Any, point: Point):
     one = built(point)
     text = compile_single(h200[0][one.network], one, CALLS, h200[1]).as_text()
     assert issued(text) == SMALL[point] * CALLS
-    if "attention" in point.op or point.op in ("append", "norm"):
+    if "attention" in point.op or point.op in ("append", "norm", "grouped_gemm", "gather", "combine"):
         assert text.count('custom_call_target="mosaic_gpu') == CALLS
 
 
@@ -164,6 +167,24 @@ def test_a_program_can_run_again(monkeypatch: pytest.MonkeyPatch):
         program = programs.pair(bench, gemm, lambda _: reduce)(a, b)
         program.run(2)
         assert program.calls == (a * ROUNDS, b * ROUNDS)
+
+
+def test_kernels_of_experts_have_the_rows_that_they_are_named_for():
+    """All rows in groups, in any of them; half of the choices here, each with a row of its own."""
+    rows, sizes = 40, {"experts": 4, "n": 8, "k": 16, "room": 2, "dtype": "f32"}
+    up = kernel(Point.of("grouped_gemm", rows=rows, parts=2, **sizes), 64, "xla")
+    (grouped, tiles), own = jax.jit(lambda: up.make(2))()
+    assert tiles is None and grouped.sum() == rows and (grouped > 0).all() and len(set(grouped.tolist())) > 1
+    assert own[0][0].shape == (2 * rows, 16) and own[1][1].shape == (4, 2, 8, 16)
+    assert up.call((grouped, tiles), own[0]).shape == (2 * rows, 8)
+    gather = kernel(Point.of("gather", rows=rows, hidden=8, room=2, dtype="f32"), 64, "xla")
+    (at, used), (x,) = gather.make(1)
+    assert used == rows and at.shape == (2 * rows,) and gather.call((at, used), x).shape == (2 * rows, 8)
+    combine = kernel(Point.of("combine", rows=rows, hidden=8, choices=4, spread=2, dtype="f32"), 64, "xla")
+    (place, weights), (x,) = combine.make(1)
+    here = np.asarray(place)[np.asarray(place) >= 0]
+    assert sorted(here) == list(range(2 * rows)) == list(range(x.shape[0])) and weights.shape == (rows, 4)
+    assert combine.call((place, weights), x).shape == (rows, 8)
 
 
 def test_in_place_calls_update_what_they_should():

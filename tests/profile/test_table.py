@@ -19,8 +19,9 @@ from jax.sharding import Mesh
 
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
-from nanoflow_jax.cost.shapes import Shapes
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import AXIS
@@ -33,6 +34,7 @@ from nanoflow_jax.profile.programs import Bench, Program
 from nanoflow_jax.profile.run import Machine, _scope, time_left
 from nanoflow_jax.profile.table import FORMAT, TableWriter, read_table, these_versions, this_machine
 from nanoflow_jax.profile.timing import PairTiming, Timing, speeds
+from tests.reference.checkpoints import write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -265,3 +267,53 @@ def test_points_cover_the_plans():
     assert not any(p.op == "collective" for p in alone) and len(alone) < len(found)
     assert spread(8, 2048, 3, 8) == [8, 128, 2048] and spread(64, 64, 5) == [64]
     assert time_left({"gemm": [1.0, 3.0]}, [found[1], found[3]]) == 4.0
+
+
+def test_points_cover_experts():
+    """Both splits, where plans have both; UG of the experts in pairs, where no other is there."""
+    whole, over = (replace(load_plan("two_all_reduce"), expert_parallel=way) for way in (True, False))
+    qwen = scope("qwen3-235b-a22b", 8, 2048, plans=(whole, over))
+    found = [p for p in points(qwen, GRIDS["few"]) if isinstance(p, Point)]
+    grouped = {tuple(p[name] for name in ("experts", "n", "k", "parts", "room")) for p in found if "group" in p.op}
+    assert grouped == {(16, 1536, 4096, 2, 8), (16, 4096, 1536, 1, 8), (128, 192, 4096, 2, 1), (128, 4096, 192, 1, 1)}
+    rows = {(p["spread"], p["rows"]) for p in found if p.op == "combine"}
+    assert rows == {(spread, n) for spread in (1, 8) for n in (8, 128, 2048)}
+    assert {p["rows"] for p in found if p.op == "gather" and p["room"] == 1} == {64, 1024, 16384}
+    assert (128, 4096) in {(p["n"], p["k"]) for p in found if p.op == "gemm"}  # the router
+    pairs = [p for p in points(qwen, GRIDS["few"], ["pair"]) if isinstance(p, Pair)]
+    assert {p.first.op for p in pairs} == {"grouped_gemm", "decode_attention", "prefill_attention"}
+    assert not {"grouped_gemm", "gather", "combine"} & {
+        p.op for p in points(scope("llama-3.1-70b", 8, 64), GRIDS["few"])
+    }
+
+
+def test_a_step_of_experts_is_asked_for_what_was_measured(tmp_path: Path):
+    """Every op of a layer that the simulator asks for has its measured time, and 1.5 times the rows of a device take
+    longer."""
+    config, plan = model_config("qwen3-235b-a22b")[1], load_plan("auto_qwen3_235b_a22b_8xh200")
+    tokens = plan.tokens_per_step or 0
+    with TableWriter(tmp_path / "t", header(), 0) as writer:
+        for point in points(scope("qwen3-235b-a22b", 8, tokens, plans=(plan,)), GRIDS["few"]):
+            if isinstance(point, Point) and point.op in ("gemm", "grouped_gemm", "gather", "combine"):
+                us = float(point["m" if point.op == "gemm" else "rows"])
+                writer.add(point, Timing(us, us, us, 5))
+    model = load_profile(tmp_path / "t", load_hardware("h200"), allow_foreign=True)
+    costs = OpCosts(model, Shapes.of(config, 8), StepLoad(tokens, 0, 1024.0, 0.0))
+    found = [costs.grouped("UG", 1152, True), costs.grouped("D", 1152, True), costs.dispatch(1152, True)]
+    found += [costs.combine(1152, True), costs.router(1152)]
+    assert [(p.us, p.source) for p in found] == [(pytest.approx(1152), PROFILE)] * 5
+    more = replace(costs, imbalance=1.5)
+    assert more.grouped("UG", 1152, True).us == more.dispatch(1152, True).us == pytest.approx(1728)
+    even, uneven = (replace(c, model=model.roofline).combine(1152, True).us for c in (costs, more))
+    assert more.combine(1152, True).us == pytest.approx(1152 * uneven / even) and uneven > 1.15 * even
+    assert costs.grouped("UG", 1152, False).source == ROOFLINE
+
+
+def test_a_profile_of_experts_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """All of it is measured, by the same model as a step's."""
+    folder, output = write_checkpoint("mixtral", tmp_path), tmp_path / "t.jsonl"
+    sizes = ["--devices", "1", "--tokens-per-step", "16", "--context", "64", "--points", "few"]
+    ops = ["--ops", "grouped_gemm", "gather", "combine", "--output", str(output), "--quiet"]
+    assert main(["profile", "--model", str(folder), *sizes, *ops]) == 0, capsys.readouterr().err
+    table = read_table(output)
+    assert {p.op for p in table.times} == {"grouped_gemm", "gather", "combine"} and not table.failed

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import Prediction, RooflineModel
-from nanoflow_jax.cost.shapes import OpCosts, Shapes, layer_windows
+from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config, parse_config
 from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
@@ -298,7 +298,7 @@ def test_norms_and_windows_of_families_have_their_cost() -> None:
 
     def jobs(**changes: Any) -> list[Job]:
         config = replace(SMALL, num_layers=1, **changes)
-        return list(build_jobs(plan, OpCosts(H200, Shapes.of(config, 8), load, layer_windows(config)), 1, SHARES))
+        return list(build_jobs(plan, OpCosts(H200, Shapes.of(config, 8), load), 1, SHARES))
 
     def with_attention(**changes: Any) -> list[Job]:
         (layer,) = SMALL.pattern

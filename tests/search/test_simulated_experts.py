@@ -2,24 +2,88 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 
 from nanoflow_jax.cli import main
+from nanoflow_jax.config import Layer, Layouts, Mlp, ModelConfig
 from nanoflow_jax.cost.demand import StepLoad
+from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.step import kernel_costs
+from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.known import known_plan
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan, row_quantum
 from nanoflow_jax.search.fit import quantizations
 from nanoflow_jax.search.simulate import simulate_step
+from nanoflow_jax.timeline.jobs import Shares, build_jobs
 
 H200 = RooflineModel(load_hardware("h200"))
 LOAD = StepLoad(1280, 768, 1024, 512)
 QWEN, MIXTRAL = model_config("qwen3-235b-a22b")[1], model_config("mixtral-8x7b")[1]
+PLAN = SchedulePlan("one", (NanoBatch(None, "reduce"),), expert_parallel=True)
+
+
+def kinds(shared: int) -> tuple[ModelConfig, ModelConfig, ModelConfig]:
+    """Four layers without experts, four with, and two of each in turn (Qwen2-MoE's decoder_sparse_step = 2)."""
+    (layer,) = QWEN.pattern
+    assert layer.mlp.experts is not None
+    routed = replace(layer, mlp=Mlp(experts=replace(layer.mlp.experts, shared=shared)))
+    patterns: list[tuple[Layer, ...]] = [(replace(layer, mlp=Mlp()),), (routed,)]
+    dense, experts, mixed = (replace(QWEN, num_layers=4, pattern=p) for p in (*patterns, patterns[0] + patterns[1]))
+    return dense, experts, mixed
+
+
+@pytest.mark.parametrize("shared", [0, 4096])
+def test_layers_of_either_kind_cost_what_they_are(shared: int) -> None:
+    """Jobs of a layer without experts, and of one with, are those of models where all are such, and the search's mean
+    layer takes as long as both on average."""
+
+    def layers(config: ModelConfig, alike: bool = False) -> list[list[tuple[str, str, float]]]:
+        found = defaultdict(list)
+        costs = OpCosts(H200, Shapes.of(config, 8), LOAD)
+        for job in build_jobs(PLAN, costs, 4, Shares(0.3, 0.4), alike=alike):
+            found[job.piece.layer].append((job.piece.op, job.kind, job.prediction.us))
+        return [found[i] for i in range(4)]
+
+    def us(layer: list[tuple[str, str, float]]) -> float:
+        return sum(us for *_, us in layer)
+
+    dense, experts, mixed = (layers(config) for config in kinds(shared))
+    assert mixed == [dense[0], experts[1], dense[2], experts[3]]
+    mean = layers(kinds(shared)[2], alike=True)
+    assert us(mean[1]) == pytest.approx((us(dense[1]) + us(experts[1])) / 2)
+    assert abs(us(dense[1]) - us(experts[1])) > 0.05 * us(mean[1])
+
+
+@pytest.mark.parametrize("shared", [0, 4096])
+def test_steps_optimum_and_weights_of_mixed_layers(shared: int) -> None:
+    """All between those of models where layers are of one kind, with the ends of a step counted once."""
+    dense, experts, mixed = kinds(shared)
+    both = dense.active_params + experts.active_params
+    assert 2 * mixed.active_params == both
+    assert optimum(mixed, H200.hardware) == H200.hardware.bf16_flops / both
+    weights = [
+        weight_bytes(param_infos(config, 8, Layouts(o_by_output=False, expert_parallel=True)), 8)
+        for config in (dense, experts, mixed)
+    ]
+    assert 2 * weights[2] == weights[0] + weights[1] and weights[0] < weights[1] / 2
+    times = [simulate_step(PLAN, config, H200, 8, LOAD).us for config in (dense, experts, mixed)]
+    assert 2 * times[2] == pytest.approx(times[0] + times[1], rel=0.01)
+
+
+def test_the_inspector_asks_for_grouped_gemms_where_there_are_experts() -> None:
+    """Elsewhere a kernel under UG's name is the norm ahead of it."""
+    *_, mixed = kinds(0)
+    pieces = PLAN.pieces(1280, 768, row_quantum(8), experts=True)
+    found = kernel_costs(mixed, PLAN, pieces, 8, 1024, H200)
+    grouped = OpCosts(H200, Shapes.of(mixed, 8), LOAD).grouped("UG", 2048, True)
+    assert found["UG", 1] == [None, grouped, None, grouped]
 
 
 def test_the_optimum_is_of_the_weights_that_a_token_meets() -> None:

@@ -20,9 +20,9 @@ from nanoflow_jax.step.attention import why_not_mosaic
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from tools.gpu_session import aot as session_aot
 from tools.gpu_session.aot import GPUS, programs, run_options
-from tools.gpu_session.parts import Part, call_a, good, whole_fp8
+from tools.gpu_session.parts import Part, call_a, good, of_experts, whole_fp8
 
-PARTS: dict[str, Part] = {part.name: part for part in [*call_a(), *good("h100"), whole_fp8("h100")]}
+PARTS: dict[str, Part] = {part.name: part for part in [*call_a(), *good("h100"), whole_fp8("h100"), *of_experts()]}
 STEPS = ("tokens.tiny", "8b.8-layers", "fp8.whole", "70b.nanoflow_70b", "70b.sequential")
 
 
@@ -32,6 +32,9 @@ def test_every_part_that_compiles_is_listed() -> None:
     assert {name for name, titles in found.items() if not titles} == {"machine", "torch"}
     assert found["8b.whole"] == ["llama-3.1-8b, 32 layers, sequential, mosaic, 1280 + 768 rows"]
     assert [title.split(", ")[-2] for title in found["tokens.8b"]] == ["xla", "Logprobs", "mosaic", "Logprobs"]
+    assert (
+        found["experts.kernels"][0] == "grouped_gemm/qwen3-235b-up-1152, timed" and len(found["experts.kernels"]) == 8
+    )
     assert len(found["check.decode"]) == 18  # two models: the definition, and eight ways
     # The run's step is the one that the check of its tokens has compiled: the same program, from the cache.
     assert found["8b.8-layers"][0].partition(", ")[2] == found["tokens.8b"][2].partition(", ")[2]

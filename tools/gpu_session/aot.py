@@ -23,10 +23,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas.bench import check, kernels, measure
-from kernels_pallas.bench.cases import CASES, AppendCase, DecodeCase
+from kernels_pallas.bench.cases import CASES, AppendCase, Case, DecodeCase
+from kernels_pallas.bench.expert_cases import ExpertCase
+from kernels_pallas.bench.experts import expert_call
 from kernels_pallas.bench.kernels import Setting
 from kernels_pallas.self_check import make_check
-from kernels_pallas.tuning import tuned_gpu
+from kernels_pallas.tuning import GROUPED, tuned_gpu
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.commands import bench as command
 from nanoflow_jax.config import ConfigError
@@ -43,7 +45,7 @@ from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
 from tools.gpu_session import attention_check, beside
-from tools.gpu_session.parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good, whole_fp8
+from tools.gpu_session.parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good, of_experts, whole_fp8
 
 PROGRAM = "tools.gpu_session.aot"
 GPUS = ("h100_sxm", "h200")
@@ -122,11 +124,14 @@ def _kernels(part: Part) -> Named:
         yield "copies", _jitted(measure.copies(effort.calls(measure.COPY_SECONDS)), bytes_)
         yield "GEMMs", _jitted(measure.gemm_program(effort.calls(measure.GEMM_SECONDS)), square, square, [()])
         return
-    case = CASES[part.arguments[part.arguments.index("--case") + 1]]
 
-    def build(mesh: Mesh, hardware: Hardware) -> Compiled:
+    def build(mesh: Mesh, hardware: Hardware, case: Case) -> Compiled:
         setting = Setting(gpu=tuned_gpu(hardware.device_name), capability=hardware.capability)
         calls, sets = setting.calls(case), setting.sets(case)
+        if isinstance(case, ExpertCase):
+            first, shared, own = case.avals()
+            call = expert_call(case, setting.mosaic(GROUPED))
+            return _jitted(measure.chained(call, sets, calls), first, shared, [own] * sets)(mesh, hardware)
         if isinstance(case, AppendCase):
             keys, values, *own = case.avals()
             program = kernels.appends(kernels.append_call(case, setting, "mosaic"), sets, calls)
@@ -139,7 +144,9 @@ def _kernels(part: Part) -> Named:
             call = kernels.prefill_call(setting)
         return _jitted(measure.chained(call, sets, calls), q, (k, v, *rest), [table] * sets)(mesh, hardware)
 
-    yield "timed", build
+    names = [part.arguments[i + 1] for i, argument in enumerate(part.arguments) if argument == "--case"]
+    for name in names:
+        yield "timed" if len(names) == 1 else f"{name}, timed", partial(build, case=CASES[name])
 
 
 def _tokens(part: Part, layers: int | None) -> Named:
@@ -220,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
     parser.add_argument("--layers", type=int, help="of a model, at most; all that a part runs when not given")
     options = parser.parse_args(arguments)
-    names = [part.name for part in [*call_a(), *good("h100"), whole_fp8("h100")]]
+    names = [part.name for part in [*call_a(), *good("h100"), whole_fp8("h100"), *of_experts()]]
     if unknown := set(options.only or ()) - set(names):
         parser.error(f"--only: {sorted(unknown)[0]!r} is no part; accepted: {', '.join(names)}")
     try:
@@ -231,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for gpu, hardware in gpus.items():
         mesh = gpu_mesh(hardware, 1)
         tuned = tuned_gpu(hardware.device_name)
-        for part in [*call_a(), *good(tuned), whole_fp8(tuned)]:
+        for part in [*call_a(), *good(tuned), whole_fp8(tuned), *of_experts()]:
             if options.only and part.name not in options.only:
                 continue
             total = 0.0

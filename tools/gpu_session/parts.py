@@ -211,6 +211,22 @@ def whole_fp8(gpu: str) -> Part:
     return Part("fp8.whole", (*THROUGHPUT, *_mosaic(arguments)), 420)
 
 
+def of_experts() -> list[Part]:
+    """Grouped GEMMs, gathered rows and weighted sums of Qwen3-235B and gpt-oss-120b on one of eight GPUs: right, then
+    how fast. A check of `later` is no part of call A, whose time is full."""
+    arguments = (*CHECK, "grouped_gemm")
+    cases = ("qwen3-235b-up-1152", "qwen3-235b-up-8192", "gpt-oss-120b-up-2112", "gpt-oss-120b-down-2112")
+    moved = ("qwen3-235b-2432", "gpt-oss-120b-2112")
+    names = [f"grouped_gemm/{name}" for name in cases]
+    names += [f"{kernel}/{name}" for kernel in ("gather_rows", "combine_rows") for name in moved]
+    timed = [a for name in names for a in ("--case", name)]
+    smallest = (*arguments, "--smallest")
+    return [
+        Part("experts.check", (*arguments, "--repeats", "100"), 120, sanitize=smallest),
+        Part("experts.kernels", (*KERNELS, "--ours", *timed), 240, ("experts.check",), sanitize=smallest),
+    ]
+
+
 def later(transformers_python: str, gpu: str | None) -> list[Part]:
     """What a longer time is for. A window must be as long as a request lives, so runs with 1024 output tokens take
     twice the time. Fewer layers, all alike, keep compiling short."""
@@ -229,6 +245,7 @@ def later(transformers_python: str, gpu: str | None) -> list[Part]:
     return [
         *found,
         whole_fp8(gpu or "h100"),
+        *of_experts(),
         Part("8b.transformers", (*THROUGHPUT, *eight, *timed, "--with-transformers", *python), 400),
         # Decode attention beside GEMMs against one after another: does overlap on one GPU pay?
         Part(
@@ -256,10 +273,9 @@ def tiny(part: Part) -> Part:
         arguments = [a for a in arguments if a not in ("--repeats", "100", "--smallest")]
         arguments += ["--smallest", "--interpret", "--repeats", "1"]
     elif module == KERNELS[1]:
-        if "--case" in arguments:
-            case = arguments[-1]
-            kernel = case.partition("/")[0]
-            arguments[-1] = TINY_CASES[kernel + ("-fp8" if case.endswith("-fp8") else "")]
+        for at in (i + 1 for i, argument in enumerate(arguments) if argument == "--case"):
+            kernel = arguments[at].partition("/")[0]
+            arguments[at] = TINY_CASES[kernel + ("-fp8" if arguments[at].endswith("-fp8") else "")]
         arguments.append("--interpret")
     elif module in (TOKENS[1], "tools.gpu_session.machine_check", "tools.gpu_session.beside"):
         arguments.append("--tiny")
@@ -277,6 +293,9 @@ TINY_CASES = {
     "decode_attention-fp8": "decode_attention/tiny-2x70-fp8",
     "prefill_attention": "prefill_attention/tiny-24-after-50",
     "append_kv": "append_kv/tiny-5",
+    "grouped_gemm": "grouped_gemm/tiny-up-24",
+    "gather_rows": "gather_rows/tiny-24",
+    "combine_rows": "combine_rows/tiny-24",
 }
 KEPT = ("--plan", "--compare", "--transformers-python")  # of a run, with what they name
 FLAGS = ("--one-shape", "--accept-unsteady", "--with-transformers")
