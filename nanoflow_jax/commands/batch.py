@@ -278,6 +278,8 @@ def _apply_ray_options(args: argparse.Namespace) -> None:
         return
     if args.data_parallel_size != 1:
         raise ConfigError("--ray: --data-parallel-size says the same; accepted: one of them")
+    if args.ray_replicas == 1:
+        raise ConfigError("--ray-replicas: 1 is the command without --ray; accepted: at least 2, or leave it out")
     args.data_parallel_size = args.ray_replicas or AS_MANY_AS_FIT
     if args.tensor_parallel_size is None:
         args.tensor_parallel_size = args.cpu_devices or args.ray_devices
