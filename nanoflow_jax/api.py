@@ -14,9 +14,9 @@ from typing import Any
 from nanoflow_jax.chat import PLAIN, ChatSettings, as_conversations, read_template
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.engine.calls import Calls
-from nanoflow_jax.engine.feed import Score, Work, feed, score_of
+from nanoflow_jax.engine.feed import Score, Work, feed
 from nanoflow_jax.engine.multiprocess import lead
-from nanoflow_jax.engine.outputs import Gathered
+from nanoflow_jax.engine.outputs import Gathered, run_steps
 from nanoflow_jax.engine.reasoning import find_reasoning
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.engine.setup import build_engine
@@ -251,21 +251,8 @@ class LLM:
         """As `run_stream`, step by step: yields after each what it has ended, often nothing. Does nothing about
         Ctrl-C."""
         if self.replicas is not None:
-            with closing(self.replicas.run(work)) as turns:
-                yield from turns
-            return
-        gathered = Gathered(self.tokenizer, self.reasoning)
-        with closing(feed(self._calls, work)) as steps:
-            for ended, _ in steps:
-                done: list[tuple[Work, RequestOutput | Score]] = []
-                for item, request in ended:
-                    if item.scored_from is not None:
-                        done.append((item, score_of(request)))
-                        continue
-                    output = gathered.take(item, request)
-                    if not gathered.is_open(item):
-                        done.append((item, output))
-                yield done
+            return self.replicas.run(work)
+        return run_steps(self._calls, work, self.tokenizer, self.reasoning)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""

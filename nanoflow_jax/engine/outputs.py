@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 
-from nanoflow_jax.engine.feed import Work
+from nanoflow_jax.engine.calls import Calls
+from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.reasoning import Marks, Reasoning
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.slot_table import SlotTable
@@ -65,6 +67,24 @@ class Gathered:
     def is_open(self, work: Work) -> bool:
         """Whether some of its completions have not ended."""
         return work in self._open
+
+
+def run_steps(
+    calls: Calls, work: Iterable[Work | None], tokenizer: Tokenizer, reasoning: Reasoning | None
+) -> Generator[list[tuple[Work, RequestOutput | Score]]]:
+    """Runs prepared prompts; yields, after each step, those whose completions have all ended, often none."""
+    gathered = Gathered(tokenizer, reasoning)
+    with closing(feed(calls, work)) as steps:
+        for ended, _ in steps:
+            done: list[tuple[Work, RequestOutput | Score]] = []
+            for item, request in ended:
+                if item.scored_from is not None:
+                    done.append((item, score_of(request)))
+                    continue
+                output = gathered.take(item, request)
+                if not gathered.is_open(item):
+                    done.append((item, output))
+            yield done
 
 
 def _completion(
