@@ -399,15 +399,12 @@ class Replicas:
         options["tensor_parallel_size"] = layout.devices
         if self._options.kv_offload_folder is not None:  # two processes do not share one
             options["kv_offload_folder"] = str(Path(self._options.kv_offload_folder) / f"replica-{member.number}")
-        given = ("NANOFLOW_COMPILE_CACHE", "XLA_FLAGS")
-        variables = {name: os.environ[name] for name in given if name in os.environ}
+        given: dict[str, Any] = {"num_cpus": 0, "num_gpus": 0 if layout.on_cpu else layout.devices}
         if layout.on_cpu:
-            count = os.environ.get("JAX_NUM_CPU_DEVICES") or str(layout.devices)
-            variables |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count}
-        actor = self._ray.remote(Replica).options(
-            num_cpus=0, num_gpus=0 if layout.on_cpu else layout.devices, max_concurrency=CALLS,
-            scheduling_strategy="SPREAD" if layout.on_cpu else "DEFAULT", runtime_env={"env_vars": variables},
-        )  # fmt: skip
+            given["scheduling_strategy"] = "SPREAD"
+        if not self._started_here or layout.cluster:  # else they have the variables of this process
+            given["runtime_env"] = {"env_vars": _variables(layout)}
+        actor = self._ray.remote(Replica).options(**given, max_concurrency=CALLS)
         member.actor = actor.remote(options, self._fingerprint, self._plan)
         member.starting = member.actor.about.remote()
 
@@ -467,15 +464,35 @@ def _ray() -> Any:
 
 def _start(ray: Any, layout: Layout) -> None:
     given: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    variables = {}
     if not layout.cluster:
         given |= {"address": "local", "include_dashboard": False, "num_cpus": 1}
+        variables = _variables(layout)
         if not layout.on_cpu:
             given["num_gpus"] = num_gpus()
     # What Ray says of dead workers would go to standard output, where results are; it is told here, in a line.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # JAX's: its processes exec
-        ray.init(**given)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"os\.fork\(\) was called", RuntimeWarning)  # JAX's: its processes exec
+            ray.init(**given)
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _variables(layout: Layout) -> dict[str, str]:
+    """Of a replica's process."""
+    found = {name: os.environ[name] for name in ("NANOFLOW_COMPILE_CACHE", "XLA_FLAGS") if name in os.environ}
+    if layout.on_cpu:
+        count = os.environ.get("JAX_NUM_CPU_DEVICES") or str(layout.devices)
+        found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": count}
+    return found
 
 
 def _line(error: BaseException) -> str:

@@ -204,6 +204,16 @@ def test_requests_without_seeds_get_different_ones_here() -> None:
     assert seeds == [5, 5, 5]
 
 
+def test_so_many_replicas_are_used() -> None:
+    """And each is kept full, however large n is: none gets all."""
+    for most, n in ((1, 1), (2, 1), (None, 1), (None, 5)):
+        used: list[int] = []
+        several = made(Ray(lambda actor, work, used=used: (used.append(actor.number), output(work))[1]), 3)
+        list(several.run(works(60, temperature=1.0, n=n, seed=1), most))
+        assert len(used) == 60 and set(used) == set(range(most or 3))
+        assert max(map(used.count, set(used))) <= 60 // (most or 3) + 12
+
+
 def test_a_closed_run_ends_what_the_replicas_have() -> None:
     several = made(Ray(lambda actor, work: output(work)))
     run = several.run(works(100))

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams
+from nanoflow_jax.bench.replicas import measure_scaling
 from nanoflow_jax.evaluate.batch import Settings, run_batch
 from nanoflow_jax.evaluate.journal import Journal
 from nanoflow_jax.evaluate.lines import identify
@@ -30,6 +31,7 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.replicas import Replicas
+from nanoflow_jax.workload import load_workload
 from tests.evaluate.flags import FLAGS, OPTIONS
 
 pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
@@ -203,6 +205,12 @@ def test_an_interrupted_call_ends_what_it_had(several: LLM) -> None:
     started = time.monotonic()
     assert several.generate("12+30=", GREEDY, use_tqdm=False)[0].outputs[0].text == "42"
     assert time.monotonic() - started < 4, "it waited for the others"
+
+
+def test_one_is_measured_against_all(several: LLM) -> None:
+    found = measure_scaling(several, load_workload("constant:8:8"), 40, 1)
+    assert (found.replicas, found.devices, found.requests) == (2, 8, 40)
+    assert found.ratio == found.all[0] / found.one[0] > 0
 
 
 def test_streams_are_refused(several: LLM) -> None:
