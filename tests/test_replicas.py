@@ -22,7 +22,8 @@ from nanoflow_jax.evaluate.journal import manifest_path
 from nanoflow_jax.evaluate.manifest import plan_identity
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.plan.plan import load_plan
-from nanoflow_jax.replicas import TRIES, About, ReplicaError, Replicas, _Member, find_layout
+from nanoflow_jax.replica_process import About
+from nanoflow_jax.replicas import TRIES, ReplicaError, Replicas, _Member, find_layout
 from tests.evaluate.stand_in import StandIn
 
 # -- devices
