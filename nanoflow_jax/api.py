@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.chat import PLAIN, ChatSettings, as_conversations, read_template
-from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.engine.calls import Call, Calls
-from nanoflow_jax.engine.feed import Score, Work, feed, score_of
+from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.engine.calls import Calls
+from nanoflow_jax.engine.feed import Score, Work, feed
 from nanoflow_jax.engine.multiprocess import lead
-from nanoflow_jax.engine.outputs import request_output
+from nanoflow_jax.engine.outputs import Gathered, run_steps
 from nanoflow_jax.engine.reasoning import find_reasoning
-from nanoflow_jax.engine.request import Request, RequestOutput
+from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.engine.setup import build_engine
-from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
@@ -28,7 +27,8 @@ from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, known_plan
 from nanoflow_jax.plan.plan import SchedulePlan, load_plan
-from nanoflow_jax.prompts import Prompt, as_list, as_pairs, text_and_tokens
+from nanoflow_jax.prompts import Prompt, as_list, as_pairs, check_prompt, text_and_tokens
+from nanoflow_jax.replicas import Replicas
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
@@ -50,6 +50,8 @@ class LLM:
     `help(LLM.__init__)` lists the options; `nanoflow_jax.options.LLMOptions` has them with all that is accepted.
 
     Several threads may call its methods at once: their requests share the steps, and each call gets what it gets alone.
+    With data_parallel_size, prompts are answered by replicas in processes of their own (nanoflow_jax.replicas); then
+    there is no `engine` and no `mesh` here, and `close` ends them.
     A request without a seed has one by its order of arrival; give seeds where threads must repeat what they sampled.
 
     Options of the interface that are not there yet are accepted only at the value that leaves them off.
@@ -69,6 +71,23 @@ class LLM:
         if dtype == "auto":
             dtype = "bfloat16" if config.dtype == "float16" else config.dtype
         self.config = replace(config, dtype=dtype, quantization=options.quantization or config.quantization)
+        spoken = resolve_tokenizer(options.tokenizer) if options.tokenizer else folder
+        self.tokenizer = Tokenizer(spoken, template, options.chat_template_kwargs)
+        self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
+        self._defaults = generation_defaults(folder)
+        self._eos = end_tokens(folder, self.config, self.tokenizer)
+        self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
+        self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
+        self.replicas: Replicas | None = None
+        if options.data_parallel_size != 1:
+            self.replicas = Replicas(options, folder)
+            self.plan, self.max_model_len = self.replicas.plan, self.replicas.max_model_len
+            self.prefill_rows = self.replicas.prefill_rows
+        else:
+            self._build(options)
+
+    def _build(self, options: LLMOptions) -> None:
+        """The engine, in this process."""
         self.mesh = make_mesh(self.config, options.tensor_parallel_size)
         if isinstance(options.plan, SchedulePlan):
             self.plan = options.plan
@@ -79,16 +98,16 @@ class LLM:
         else:
             self.plan = load_plan(str(options.plan))
         check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
-        spoken = resolve_tokenizer(options.tokenizer) if options.tokenizer else folder
-        self.tokenizer = Tokenizer(spoken, template, options.chat_template_kwargs)
-        self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
-        self._defaults = generation_defaults(folder)
-        eos = end_tokens(folder, self.config, self.tokenizer)
-        self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
+        self.engine = build_engine(self.folder, self.config, self.plan, self.mesh, self.tokenizer, self._eos, options)
         self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
-        self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
-        self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
+        # Of prompts, that a step computes at most.
+        self.prefill_rows = max(shape.prefill_rows for shape in self.engine.scheduler.shapes)
+
+    def close(self) -> None:
+        """Ends the replicas, where there are some."""
+        if self.replicas is not None:
+            self.replicas.close()
 
     def _hint(self, options: LLMOptions) -> None:
         """One line where the same GPUs are predicted to be much faster in another layout."""
@@ -143,27 +162,28 @@ class LLM:
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
-        of each has `finished` set. Closing the iterator ends what is still running."""
+        of each has `finished` set. Closing the iterator ends what is still running. Not with replicas (ConfigError)."""
+        if self.replicas is not None:
+            raise ConfigError(
+                "stream: not with data_parallel_size; accepted: run_stream, which yields each output as it ends"
+            )
         return self._stream(self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params))
 
     def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
-        call = Call(self._calls)
-        group_of: dict[Request, list[Request]] = {}
-        try:
-            for group in self._add(call, checked, watched=True):
-                group_of |= dict.fromkeys(group, group)
-            while call.unfinished or call.ended:
+        gathered = Gathered(self.tokenizer, self.reasoning)
+        with closing(feed(self._calls, self._works(checked), watched=True)) as steps:
+            while True:
                 with held_interrupts():
-                    call.step()
+                    changed = next(steps, None)
+                    if changed is None:
+                        return
+                    ended, grown = changed
+                    outputs: dict[Work, RequestOutput] = {}
                     with self._calls.alone():
-                        changed = [*call.ended, *call.grown]
-                        call.ended.clear()
-                        call.grown.clear()
-                        groups = {id(group_of[r]): group_of[r] for r in changed}.values()
-                        outputs = [self._output(group, self.engine.running) for group in groups]
-                yield from outputs
-        finally:
-            call.close()
+                        for item, request in ended + [(w, r) for w, r in grown if not r.finish_reason]:
+                            outputs[item] = gathered.take(item, request, self.engine.running)
+                # What the user holds does not grow with what comes.
+                yield from [replace(output, outputs=list(output.outputs)) for output in outputs.values()]
 
     def score(self, pairs: Sequence[tuple[Prompt, Prompt]], use_tqdm: bool = True) -> list[tuple[float, bool]]:
         """For each (context, continuation): the continuation's log-probability after the context, and whether it is
@@ -176,15 +196,14 @@ class LLM:
         self.last_scores = []
         params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
         encoded = [self._pair(context, continuation) for context, continuation in as_pairs(pairs)]
-        for tokens, _ in encoded:
-            self.engine.check(tokens, params)
-        with self._call() as (call, check_interrupt):
-            with self._calls.alone():
-                requests = [
-                    call.add(None, tokens, params, max_tokens=0, scored_from=border - 1) for tokens, border in encoded
-                ]
-            self._until_done(call, "scoring", use_tqdm, check_interrupt)
-        scores = [score_of(r) for r in requests]
+        work = [Work(i, None, tokens, params, border - 1) for i, (tokens, border) in enumerate(encoded)]
+        for item in work:
+            self.check(item.prompt_token_ids, params)
+        found: dict[int, Score] = {}
+        for item, score in self._answered(work, "scoring", use_tqdm):
+            assert isinstance(score, Score)
+            found[item.key] = score
+        scores = [found[i] for i in range(len(work))]
         done = [(s.logprob, s.is_greedy) if s.error is None else None for s in scores]
         self.last_scores = done
         for number, score in enumerate(scores):
@@ -195,7 +214,7 @@ class LLM:
     def prepare(self, prompt: Prompt, params: SamplingParams, key: Any = None) -> Work:
         """A prompt for `run_stream`. Raises ValueError when it cannot be served."""
         text, tokens = self._tokens(prompt, True)
-        self.engine.check(tokens, params)
+        self.check(tokens, params)
         return Work(key, text, tokens, params)
 
     def prepare_chat(
@@ -209,14 +228,14 @@ class LLM:
         """A conversation for `run_stream`; `now` is the time for templates that write it, the clock's when not given.
         Raises ValueError when it cannot be served."""
         text, tokens = self._tokens(self.tokenizer.chat(messages, settings, now), False)
-        self.engine.check(tokens, params)
+        self.check(tokens, params)
         return Work(key, text, tokens, params)
 
     def prepare_score(self, context: Prompt, continuation: Prompt, key: Any = None) -> Work:
         """A pair for `run_stream`, as `score` takes it. Raises ValueError when it cannot be served."""
         tokens, border = self._pair(context, continuation)
         params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
-        self.engine.check(tokens, params)
+        self.check(tokens, params)
         return Work(key, None, tokens, params, scored_from=border - 1)
 
     def run_stream(
@@ -226,18 +245,28 @@ class LLM:
         yields each with its output (a Score for a pair) as it ends, in no order. The iterator is asked for more between
         two steps, and may give None for "nothing this time"; `between` is called there, too. Closing it ends what is
         still running."""
-        with held_interrupts() as check_interrupt:
-
-            def check() -> None:
+        with held_interrupts() as check_interrupt, closing(self.run_steps(work)) as steps:
+            for ended in steps:
+                yield from ended
                 check_interrupt()
                 between()
 
-            for item, group in feed(self._calls, work, check):
-                scored = item.scored_from is not None
-                yield item, score_of(group[0]) if scored else self._output(group)
+    def run_steps(self, work: Iterable[Work | None]) -> Generator[list[tuple[Work, RequestOutput | Score]]]:
+        """As `run_stream`, step by step: yields after each what it has ended, often nothing. Does nothing about
+        Ctrl-C."""
+        if self.replicas is not None:
+            return self.replicas.run(work)
+        return run_steps(self._calls, work, self.tokenizer, self.reasoning)
 
-    def _output(self, group: Sequence[Request], running: SlotTable | None = None) -> RequestOutput:
-        return request_output(group, self.tokenizer, self.reasoning, running)
+    def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        """Raises ValueError when a prompt can never be served."""
+        check_prompt(prompt_token_ids, params, self.max_model_len, self.config.vocab_size, self._eos)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows computed so far: prompt tokens, and one for each token that is generated. With replicas, those of what
+        has ended."""
+        return self.engine.num_rows if self.replicas is None else self.replicas.num_rows
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -288,15 +317,11 @@ class LLM:
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt"
             )
         for (_, tokens), p in zip(prompts, params, strict=True):
-            self.engine.check(tokens, p)
+            self.check(tokens, p)
         return [(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
 
-    def _add(self, call: Call, checked: list[Checked], watched: bool = False) -> list[list[Request]]:
-        """Queues the completions of each prompt."""
-        with self._calls.alone():
-            return [
-                [call.add(text, tokens, p, index=i, watched=watched) for i in range(p.n)] for text, tokens, p in checked
-            ]
+    def _works(self, checked: Sequence[Checked]) -> list[Work]:
+        return [Work(place, text, tokens, params) for place, (text, tokens, params) in enumerate(checked)]
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, use_tqdm: bool
@@ -304,42 +329,25 @@ class LLM:
         checked = self._checked(prompts, sampling_params)
         outputs: list[RequestOutput | None] = [None] * len(checked)
         self.last_outputs = outputs
-        groups: list[list[Request]] = []
-        try:
-            with self._call() as (call, check_interrupt):
-                groups = self._add(call, checked)
-                self._until_done(call, "generating", use_tqdm, check_interrupt)
-        finally:
-            for place, group in enumerate(groups):
-                if all(r.finish_reason not in (None, "abort") for r in group):
-                    outputs[place] = self._output(group)
+        for item, output in self._answered(self._works(checked), "generating", use_tqdm):
+            assert isinstance(output, RequestOutput)
+            outputs[item.key] = output
         return [output for output in outputs if output is not None]
 
-    @contextmanager
-    def _call(self) -> Iterator[tuple[Call, Callable[[], None]]]:
-        """A call on the engine, and what raises its Ctrl-C. What it leaves unfinished, after an exception or an
-        interruption, is ended."""
-        call = Call(self._calls)
-        with held_interrupts() as check_interrupt:
-            try:
-                yield call, check_interrupt
-            finally:
-                if call.unfinished:
-                    call.close()
-                    with self._calls.alone():
-                        pass  # it is done with
-
-    def _until_done(self, call: Call, what: str, use_tqdm: bool, check_interrupt: Callable[[], None]) -> None:
+    def _answered(
+        self, work: Sequence[Work], what: str, use_tqdm: bool
+    ) -> Generator[tuple[Work, RequestOutput | Score]]:
+        """`run_stream` with its progress shown."""
         start, produced = time.monotonic(), 0
-        with Progress(len(call.unfinished) + len(call.ended), what, "requests", use_tqdm) as bar:
-            going = True
-            while going:
-                check_interrupt()
-                going = call.step()
-                while call.ended:
-                    request = call.ended.popleft()
-                    produced += len(request.tokens) - request.prompt_length
-                    bar.advance(note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
+        with (
+            Progress(sum(w.completions for w in work), what, "requests", use_tqdm) as bar,
+            closing(self.run_stream(work)) as results,
+        ):
+            for item, output in results:
+                if isinstance(output, RequestOutput):
+                    produced += sum(len(o.token_ids) for o in output.outputs)
+                bar.advance(item.completions, note=f"{produced / (time.monotonic() - start):.0f} tokens/s")
+                yield item, output
 
 
 def auto_plan(
@@ -367,8 +375,8 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
     sampling = {k: options.pop(k) for k in list(options) if k in known and k != "seed"}
     if "seed" in options:
         sampling["seed"] = options["seed"]
-    llm = LLM(model, **{"progress": False, **options})
-    outputs = llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)
+    with closing(LLM(model, **{"progress": False, **options})) as llm:
+        outputs = llm.generate(prompts, llm.default_sampling_params(**sampling), use_tqdm=False)
     for number, output in enumerate(outputs):
         if (error := output.outputs[0].error) is not None:
             raise RuntimeError(f"prompt {number}: {error}")

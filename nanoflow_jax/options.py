@@ -62,6 +62,11 @@ _MODEL = Accepted(lambda v: isinstance(v, (str, Path)), "is not accepted; it mus
 _SHARE = Accepted(lambda v: _number(v) and 0 < v <= 1, "is not accepted; it must be above 0 and at most 1")
 _AMOUNT = Accepted(lambda v: _number(v) and 0 <= v < float("inf"), "is not accepted; it must be a number of at least 0")
 _SWITCH = _one_of(True, False)
+AS_MANY_AS_FIT = "auto"
+_REPLICAS = Accepted(
+    lambda v: v == AS_MANY_AS_FIT or (_number(v, int) and 1 <= v < 2**16),
+    f'is not accepted; it must be an integer of at least 1, or "{AS_MANY_AS_FIT}"',
+)
 REASONING_PARSERS = ("none", "harmony")  # by name; any other is a pair of tags
 _PARSER = Accepted(
     lambda v: isinstance(v, str) and (v in REASONING_PARSERS or len(set(v.split())) == len(v.split()) == 2),
@@ -113,6 +118,11 @@ class LLMOptions:
     tensor_parallel_size: Annotated[int | None, About(
         "devices in the mesh", _at_least(1), none="all that are present", identity=True,
     )] = None  # fmt: skip
+    data_parallel_size: Annotated[int | str, About(
+        "replicas of the model, each with tensor_parallel_size devices and a process of its own: 8 x 1, 4 x 2, 2 x 4 "
+        'GPUs; "auto": as many as the GPUs hold. Ray starts them on this machine, or where RAY_ADDRESS says, and again '
+        "when one dies", _REPLICAS,
+    )] = 1  # fmt: skip
     plan: Annotated[str | Path | SchedulePlan, About(
         'a name in configs/plans, or the path of a TOML file; "auto" is the best one known for model, GPU and load, '
         "else two_gather_one_reduce. A SchedulePlan is taken as it is", identity=True,

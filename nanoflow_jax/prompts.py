@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
 from nanoflow_jax.system.reading import one_line
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -60,6 +61,22 @@ def as_pairs(pairs: Sequence[tuple[Prompt, Prompt]]) -> list[tuple[Prompt, Promp
         if isinstance(pair, str | bytes | Mapping) or not isinstance(pair, Sequence) or len(pair) != 2:
             raise _refused("pairs", pair, accepted)
     return [(context, continuation) for context, continuation in pairs]
+
+
+def check_prompt(
+    token_ids: Sequence[int], params: SamplingParams, max_model_len: int, vocab_size: int, end_tokens: Sequence[int]
+) -> None:
+    """Raises ValueError when a prompt can never be served by a model with these figures."""
+    if not token_ids:
+        raise ValueError("prompt: it is empty; at least one token is needed")
+    if len(token_ids) >= max_model_len:
+        raise ValueError(f"prompt: {len(token_ids)} tokens; accepted: at most {max_model_len - 1} (max_model_len - 1)")
+    low, high = min(token_ids), max(token_ids)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"prompt: token id {low if low < 0 else high} is outside the vocabulary; accepted: 0 to {vocab_size - 1}"
+        )
+    check_vocabulary(params, vocab_size, () if params.ignore_eos else end_tokens)
 
 
 def _refused(name: str, value: Any, accepted: str) -> ValueError:

@@ -294,6 +294,8 @@ OPTIONS = {
         "--json",
         "--chat",
         "--system",
+        "--tools",
+        "--documents",
         "--max-tokens",
         "--n",
         "--temperature",
@@ -309,6 +311,7 @@ OPTIONS = {
         "--tokenizer",
         "--dtype",
         "--tensor-parallel-size",
+        "--data-parallel-size",
         "--plan",
         "--max-model-len",
         "--tokens-per-step",
@@ -423,8 +426,8 @@ def test_process_output_file_and_cpu_devices(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert file.read_text() == "12+30=42\n"
     assert done.stderr.splitlines() == [
-        "plan two_gather_one_reduce: no plan is known for this device",
         "end tokens: 257 '<|end_of_text|>' (generation_config.json), 261 '<|end_of_turn|>' (generation_config.json)",
+        "plan two_gather_one_reduce: no plan is known for this device",
         "attention backend: xla; KV pages: float32; plan: two_gather_one_reduce; mesh: 2 devices",
     ]
 

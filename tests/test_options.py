@@ -21,7 +21,8 @@ from nanoflow_jax.step.attention import BACKENDS, KV_CACHE_DTYPES, QUANTIZATIONS
 
 # The interface that others write code against.
 DEFAULTS = {
-    "revision": None, "tokenizer": None, "dtype": "auto", "tensor_parallel_size": None, "plan": "auto",
+    "revision": None, "tokenizer": None, "dtype": "auto", "tensor_parallel_size": None,
+    "data_parallel_size": 1, "plan": "auto",
     "max_model_len": None, "tokens_per_step": 2048, "decode_slots": None, "page_size": 64, "kv_cache_tokens": None,
     "memory_utilization": 0.9, "enable_prefix_caching": True, "kv_offload_gib": 0, "kv_offload_disk_gib": 0,
     "kv_offload_folder": None, "deterministic": False, "attention_backend": "auto", "quantization": None,
@@ -40,6 +41,7 @@ SAID: dict[str, tuple[list[str], Any]] = {
     "tokenizer": (["--tokenizer", "t"], "t"),
     "dtype": (["--dtype", "float32"], "float32"),
     "tensor_parallel_size": (["--tensor-parallel-size", "2"], 2),
+    "data_parallel_size": (["--data-parallel-size", "4"], 4),
     "plan": (["--plan", "sequential"], "sequential"),
     "max_model_len": (["--max-model-len", "77"], 77),
     "tokens_per_step": (["--tokens-per-step", "72"], 72),
@@ -172,7 +174,9 @@ def test_flags_of_benchmarks() -> None:
     args = parsed(bench.add, "bench", "throughput", "--model", "tiny", "--quiet")
     assert llm_options(args).arguments() == {"model": "tiny", **DEFAULTS, **common, "progress": False}
     names = {
-        name for name in SAID if not name.startswith("kv_offload") and name not in ("revision", "tokenizer", *CHATS)
+        name
+        for name in SAID
+        if not name.startswith("kv_offload") and name not in ("revision", "tokenizer", "data_parallel_size", *CHATS)
     }
     said = {name: SAID[name] for name in names}
     flags = [flag for arguments, _ in said.values() for flag in arguments]

@@ -58,7 +58,9 @@ class HostReport:
 class StandInRunner(Runner):
     """With programs that do nothing but take a step's arguments and return tokens."""
 
-    def __init__(self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int):
+    def __init__(
+        self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int, tokens: int = 1000
+    ):
         self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
         self.on_dispatch = None
         weights = jax.tree.leaves(param_infos(config, 1), is_leaf=is_info)
@@ -69,7 +71,7 @@ class StandInRunner(Runner):
 
         def choose(packed: jax.Array, shape: StepShape) -> jax.Array:
             sampling = unpack(packed, shape).sampling
-            return (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % 1000
+            return (sampling.position * 7 + sampling.seed.astype(jnp.int32) % 1000) % tokens
 
         self._steps: dict[StepShape, Any] = {}
         self._extras: dict[tuple[Extra, StepShape], Any] = {}

@@ -7,20 +7,31 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import add_model_options, llm_options, make_llm
+from nanoflow_jax.commands.options import (
+    add_chat_options,
+    add_model_options,
+    chat_settings,
+    llm_options,
+    make_llm,
+    positive,
+)
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.options import AS_MANY_AS_FIT
 from nanoflow_jax.version import __version__
 
 if TYPE_CHECKING:
+    from nanoflow_jax.api import LLM
+    from nanoflow_jax.chat import ChatSettings
     from nanoflow_jax.evaluate.batch import BatchReport, Settings
     from nanoflow_jax.evaluate.journal import Journal
     from nanoflow_jax.evaluate.lines import FileIdentity
     from nanoflow_jax.evaluate.manifest import Manifest
-    from nanoflow_jax.evaluate.ray_data import RayOptions
     from nanoflow_jax.tokenizer import Tokenizer
 
 SAMPLING_OPTIONS = (
@@ -54,6 +65,7 @@ def add(commands: Any) -> None:
     for name, kind, text in SAMPLING_OPTIONS:
         sampling.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
     sampling.add_argument("--seed", type=int, default=0, help="of requests that bring none, together with their line")
+    add_chat_options(p, "lines that bring none")
     add_model_options(p)
     _add_ray_options(p)
     p.set_defaults(run=_run)
@@ -61,16 +73,17 @@ def add(commands: Any) -> None:
 
 def _add_ray_options(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group(
-        "many replicas", "On this machine, or on the Ray cluster that RAY_ADDRESS names; only here is anything written."
+        "replicas on a Ray cluster",
+        "--data-parallel-size and --tensor-parallel-size by other names, on this machine or where RAY_ADDRESS says.",
     )
-    group.add_argument("--ray", action="store_true", help="answer with several replicas, by Ray Data")
-    group.add_argument("--ray-replicas", type=int, metavar="N", help="how many; as many as GPUs hold when not given")
+    group.add_argument("--ray", action="store_true", help="answer with several replicas")
     group.add_argument(
-        "--ray-devices", type=int, default=8, metavar="N", help="GPUs of each replica; with --cpu-devices those instead"
+        "--ray-replicas", type=positive, metavar="N", help="how many; as many as GPUs hold when not given"
     )
     group.add_argument(
-        "--ray-block", type=int, default=2048, metavar="LINES", help="lines that a replica answers at a time"
-    )
+        "--ray-devices", type=positive, default=8, metavar="N",
+        help="GPUs of each replica; with --cpu-devices those instead",
+    )  # fmt: skip
 
 
 def add_run_options(p: argparse.ArgumentParser) -> None:
@@ -110,7 +123,6 @@ def run_manifest(
     """
     from importlib.metadata import version
 
-    from nanoflow_jax.config import ConfigError
     from nanoflow_jax.engine.reasoning import find_reasoning
     from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
     from nanoflow_jax.weights.hub import resolve_model
@@ -147,7 +159,7 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
 
     if args.plan != "auto":
         return plan_identity(load_plan(args.plan))
-    if getattr(args, "ray", False) and not args.deterministic and not args.cpu_devices:
+    if args.data_parallel_size != 1 and not args.deterministic and not args.cpu_devices:
         return str(_kept(output, args.restart).get("plan", UNKNOWN))
     import jax
 
@@ -157,34 +169,23 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
     return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
 
 
-class ReplicaPlan:
-    """What replicas on Ray have resolved `--plan` to: into the manifest, before a record of theirs is written. Called
-    with the plan and the kind of device of each. Raises ConfigError where it is not the manifest's, or not the same for
-    all."""
+def tell_plan(llm: LLM, output: Path, manifest: Manifest, may_change: bool) -> None:
+    """What replicas have resolved `--plan auto` to: into the manifest of `output`, before a record of theirs is in it.
+    Raises ConfigError where another plan is there."""
+    from nanoflow_jax.evaluate.journal import manifest_path
+    from nanoflow_jax.evaluate.manifest import plan_identity
 
-    def __init__(self, output: Path, manifest: Manifest, allow_changed: bool):
-        self._output, self._manifest, self._may_change = output, manifest, allow_changed
-        self._first: tuple[str, str] | None = None
-
-    def __call__(self, plan: str, device: str) -> None:
-        from nanoflow_jax.config import ConfigError
-        from nanoflow_jax.evaluate.journal import manifest_path
-
-        first, known = self._first, str(self._manifest.identity["plan"])
-        if first is not None and plan != first[0]:
-            raise ConfigError(
-                f"--plan: replicas would mix plans: {first[0]} on {first[1]}, {plan} on {device}; accepted: the name "
-                "of one plan for all; the results so far are kept"
-            )
-        if first is None and plan != known:
-            if known != UNKNOWN and not self._may_change:
-                raise ConfigError(
-                    f"--output: {self._output} holds results of another run: plan was {known} and is {plan} on "
-                    f"{device}; accepted: the same again by --plan, or --allow-changed"
-                )
-            self._manifest = replace(self._manifest, identity={**self._manifest.identity, "plan": plan})
-            self._manifest.write(manifest_path(self._output))
-        self._first = first or (plan, device)
+    if llm.replicas is None:
+        return
+    plan, known = plan_identity(llm.plan), str(manifest.identity["plan"])
+    if plan == known:
+        return
+    if known != UNKNOWN and not may_change:
+        raise ConfigError(
+            f"--output: {output} holds results of another run: plan was {known} and is {plan} on "
+            f"{llm.replicas.device_kind}; accepted: the same again by --plan, or --allow-changed"
+        )
+    replace(manifest, identity={**manifest.identity, "plan": plan}).write(manifest_path(output))
 
 
 def _begun(output: Path, restart: bool) -> str:
@@ -202,19 +203,26 @@ def _kept(output: Path, restart: bool) -> Mapping[str, Any]:
     return Manifest.read(beside).identity if not restart and beside.exists() else {}
 
 
+def chat_identity(chat: ChatSettings) -> dict[str, Any]:
+    """Tools and documents of a whole run, where it has some."""
+    return {name: list(given) for name in ("tools", "documents") if (given := getattr(chat, name)) is not None}
+
+
 def chat_time(manifest: Manifest) -> datetime | None:
     """The time for chat templates that write it; None: they do not."""
     begun = manifest.identity.get("chat_time")
     try:
         return None if begun is None else datetime.fromisoformat(begun)
     except (TypeError, ValueError):
-        from nanoflow_jax.config import ConfigError
-
         raise ConfigError(f"--output: chat_time {begun!r} of its manifest is no time; --restart begins anew") from None
 
 
 def _devices(args: argparse.Namespace) -> int:
-    """Those of all processes."""
+    """Those of all processes; of replicas those of one."""
+    if args.data_parallel_size != 1:
+        from nanoflow_jax.replicas import find_layout
+
+        return find_layout(llm_options(args)).devices
     if args.cpu_devices and not (args.distributed or args.coordinator):
         return args.cpu_devices
     import jax
@@ -238,12 +246,13 @@ def _run(args: argparse.Namespace) -> int:
     sampling = {name: getattr(args, name) for name in names if hasattr(args, name)}
     SamplingParams(**sampling)  # a bad setting is told before the model is loaded
     served = args.served_model_name or args.model
-    ray = _ray_options(args)
+    _apply_ray_options(args)
+    chat = chat_settings(args)
     found = identify(source)
-    identity = {"input": found.sha256, "sampling": sampling, "served_model_name": served}
+    identity = {"input": found.sha256, "sampling": sampling, "served_model_name": served, **chat_identity(chat)}
     about = {"input": str(source), "input_bytes": found.size, "input_lines": found.lines}
     manifest = run_manifest(args, run_tokenizer(args), "batch", output, identity, about)
-    settings = Settings(served, sampling, args.seed, now=chat_time(manifest))
+    settings = Settings(served, sampling, args.seed, now=chat_time(manifest), chat=chat)
     with Journal.open(
         output,
         manifest,
@@ -255,32 +264,25 @@ def _run(args: argparse.Namespace) -> int:
             print(f"--allow-changed: {journal.told}", file=sys.stderr)
         if journal.done and not args.quiet:
             print(f"continuing: {len(journal.done)} of {found.lines} lines have a result", file=sys.stderr)
-        report = _answer(args, source, found, journal, settings, manifest, ray)
+        report = _answer(args, source, found, journal, settings, manifest)
         if args.ordered:
             journal.finish()
             write_in_order(output)
-    print(json.dumps(_json(report)) if args.json else _text(report, output))
+    print(json.dumps(_json(report, output)) if args.json else _text(report, output))
     return 0
 
 
-def _ray_options(args: argparse.Namespace) -> RayOptions | None:
-    """None without --ray. Raises ConfigError for what cannot be."""
-    from nanoflow_jax.config import ConfigError
-
+def _apply_ray_options(args: argparse.Namespace) -> None:
+    """--ray as the options of `LLM` that it stands for."""
     if not args.ray:
-        return None
-    from nanoflow_jax.evaluate.ray_data import RayOptions
-
-    for name in ("ray_replicas", "ray_devices", "ray_block"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: {value} is not accepted; it must be at least 1")
-    if args.distributed or args.coordinator:
-        raise ConfigError("--ray: a replica on Ray is one process; accepted: --ray, or several processes, not both")
-    devices = args.cpu_devices or args.ray_devices
-    if args.tensor_parallel_size is None:  # and not all that the driver's machine has
-        args.tensor_parallel_size = devices
-    return RayOptions(args.ray_replicas, devices, bool(args.cpu_devices), args.ray_block)
+        return
+    if args.data_parallel_size != 1:
+        raise ConfigError("--ray: --data-parallel-size says the same; accepted: one of them")
+    if args.ray_replicas == 1:
+        raise ConfigError("--ray-replicas: 1 is the command without --ray; accepted: at least 2, or leave it out")
+    args.data_parallel_size = args.ray_replicas or AS_MANY_AS_FIT
+    if args.tensor_parallel_size is None:
+        args.tensor_parallel_size = args.cpu_devices or args.ray_devices
 
 
 def _answer(
@@ -290,34 +292,30 @@ def _answer(
     journal: Journal,
     settings: Settings,
     manifest: Manifest,
-    ray: RayOptions | None,
 ) -> BatchReport:
     from nanoflow_jax.evaluate.batch import BatchReport, run_batch
 
     if len(journal.done) >= found.lines:
         return BatchReport(found.lines, journal.errors, found.lines, 0, 0, 0.0)
     try:
-        if ray is not None:
-            from nanoflow_jax.evaluate.ray_data import run_batch_on_ray
-
-            model = manifest.identity["model"]
-            return run_batch_on_ray(
-                llm_options(args).arguments(), model, source, found, journal, settings, ray,
-                ReplicaPlan(journal.path, manifest, args.allow_changed), progress=not args.quiet,
-            )  # fmt: skip
-        return run_batch(make_llm(args), source, found, journal, settings, progress=not args.quiet)
+        with closing(make_llm(args)) as llm:
+            tell_plan(llm, journal.path, manifest, args.allow_changed)
+            return run_batch(llm, source, found, journal, settings, progress=not args.quiet)
     except KeyboardInterrupt:
         journal.finish()
         print(f"{journal.synced} of {found.lines} results are safe; the same command continues", file=sys.stderr)
         raise
 
 
-def _json(report: BatchReport) -> dict[str, Any]:
-    return {**asdict(report), "tokens_per_second": report.tokens_per_second}
+def _json(report: BatchReport, output: Path) -> dict[str, Any]:
+    from nanoflow_jax.evaluate.batch import unfinished_thoughts
+
+    counted = {"unfinished_thoughts": unfinished_thoughts(output)}
+    return {**asdict(report), "tokens_per_second": report.tokens_per_second, **counted}
 
 
 def _text(report: BatchReport, output: Path) -> str:
-    from nanoflow_jax.evaluate.batch import first_errors
+    from nanoflow_jax.evaluate.batch import first_errors, unfinished_thoughts
 
     lines = [f"{report.lines} lines: {report.lines - report.errors} answered, {report.errors} with an error; {output}"]
     new = report.lines - report.done_before
@@ -333,4 +331,6 @@ def _text(report: BatchReport, output: Path) -> str:
         lines += ["errors:", *(f"  {text}" for text in told)]
         if report.errors > len(told):
             lines.append(f'  and {report.errors - len(told)} more: lines with "error": {{ in {output}')
+    if cut := unfinished_thoughts(output):
+        lines.append(f"{cut} answers are missing: their thoughts had not ended")
     return "\n".join(lines)

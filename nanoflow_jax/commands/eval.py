@@ -7,15 +7,22 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.batch import add_run_options, chat_time, run_manifest, run_tokenizer
-from nanoflow_jax.commands.options import add_model_options, make_llm
+from nanoflow_jax.commands.batch import (
+    add_run_options,
+    chat_identity,
+    chat_time,
+    run_manifest,
+    run_tokenizer,
+    tell_plan,
+)
+from nanoflow_jax.commands.options import add_chat_options, add_model_options, chat_settings, make_llm
 from nanoflow_jax.system.install import install_command
 
 if TYPE_CHECKING:
@@ -41,6 +48,7 @@ def add(commands: Any) -> None:
     p.add_argument("--num-fewshot", type=int, metavar="N", help="examples before each question; the task's own number")
     p.add_argument("--compare", metavar="FOLDER", help="another run's folder: differences, paired by question")
     p.add_argument("--seed", type=int, default=0, help="of sampling, where a task samples without a seed of its own")
+    add_chat_options(p, "tasks with chat: true")
     add_run_options(p)
     add_model_options(p)
     p.set_defaults(run=_run)
@@ -86,13 +94,15 @@ def _ask(
     from nanoflow_jax.evaluate.report import samples_path
     from nanoflow_jax.evaluate.run_task import run_task
 
-    journals, times, tokenizer = [], [], run_tokenizer(args)
+    journals, manifests, tokenizer, chat = [], [], run_tokenizer(args), chat_settings(args)
     for task, questions in zip(tasks, asked, strict=True):
         rendered = json.dumps([asdict(q) for q in questions], sort_keys=True)
         identity = {"task": task.to_json(), "questions": hashlib.sha256(rendered.encode()).hexdigest()}
+        if task.chat:
+            identity |= chat_identity(chat)
         path = samples_path(folder, task.name)
         manifest = run_manifest(args, tokenizer, "eval", path, identity, {"count": len(questions)}, chats=task.chat)
-        times.append(chat_time(manifest))
+        manifests.append(manifest)
         opened = Journal.open(
             path,
             manifest,
@@ -108,9 +118,12 @@ def _ask(
         print(f"continuing: {sum(left)} of {sum(map(len, asked))} questions are left", file=sys.stderr)
     if not any(left):
         return
-    llm = make_llm(args)
-    for task, questions, journal, now in zip(tasks, asked, journals, times, strict=True):
-        run_task(llm, task, questions, journal, progress=not args.quiet, now=now)
+    with closing(make_llm(args)) as llm:
+        for journal, manifest in zip(journals, manifests, strict=True):
+            tell_plan(llm, journal.path, manifest, args.allow_changed)
+        for task, questions, journal, manifest in zip(tasks, asked, journals, manifests, strict=True):
+            now = chat_time(manifest)
+            run_task(llm, task, questions, journal, progress=not args.quiet, now=now, chat=chat)
 
 
 def _report(args: argparse.Namespace, tasks: Sequence[Task], folder: Path, other: Path | None) -> int:

@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import add_model_options, make_llm, positive
+from nanoflow_jax.commands.options import add_chat_options, add_model_options, make_llm, positive
 
 if TYPE_CHECKING:
     from nanoflow_jax.engine.request import CompletionOutput, RequestOutput
@@ -42,6 +43,7 @@ def add(commands: Any) -> None:
         help="each prompt is a user's message, through the chat template; without --json only the answer is printed",
     )
     p.add_argument("--system", metavar="TEXT", help="with --chat: the system's message, before the user's")
+    add_chat_options(p, "each chat (--chat)")
     sampling = p.add_argument_group("sampling (defaults: the model's generation_config.json, else greedy)")
     sampling.add_argument("--max-tokens", type=positive, default=64, help="tokens to generate at most")
     sampling.add_argument(
@@ -82,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    for name, needed in (("system", "chat"), ("logprobs", "json")):
+    for name, needed in (("system", "chat"), ("tools", "chat"), ("documents", "chat"), ("logprobs", "json")):
         if getattr(args, name, None) is not None and not getattr(args, needed):
             print(f"nanoflow generate: --{name}: --{needed} is needed with it", file=sys.stderr)
             return 2
@@ -93,13 +95,15 @@ def _run(args: argparse.Namespace) -> int:
     seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
     for seed in (seeds[0], seeds[-1]):
         SamplingParams(**wanted, **seed)  # a bad setting is told before the model is loaded
-    with _open_output(args.output) as write:
-        llm = make_llm(args, seed=0)  # --seed is that of the prompts
+    # --seed is that of the prompts.
+    with _open_output(args.output) as write, closing(make_llm(args, seed=0)) as llm:
         params = [llm.default_sampling_params(**wanted, **seed) for seed in seeds]
         if args.chat:
             system = [{"role": "system", "content": args.system}] if args.system is not None else []
             conversations = [[*system, {"role": "user", "content": p}] for p in prompts]
-            outputs = llm.chat(conversations, params, use_tqdm=not args.quiet)
+            outputs = llm.chat(
+                conversations, params, use_tqdm=not args.quiet, tools=args.tools, documents=args.documents
+            )
         else:
             outputs = llm.generate(prompts, params, use_tqdm=not args.quiet)
         for prompt, output in zip(prompts, outputs, strict=True):

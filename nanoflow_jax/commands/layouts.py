@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
         "GPUs of a replica, replicas, plan. The fastest is first; what does not fit is listed with the reason.\n\n"
         "  nanoflow layouts --model llama-3.1-70b --gpu h200 --gpus 8 --workload sharegpt\n"
         "  nanoflow layouts --model config.json --gpu h100_sxm --gpus 4 --all\n\n"
-        "Times are predicted, as by nanoflow simulate. Replicas: nanoflow batch --ray, or a process for each.",
+        "Times are predicted, as by nanoflow simulate. Replicas: --data-parallel-size of batch and eval.",
     )
     add_machine(p)
     p.add_argument("--gpus", type=positive, default=8, help="GPUs of the node, all of which are used")

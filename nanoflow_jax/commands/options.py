@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.chat import check_kwargs, read_template
-from nanoflow_jax.options import KINDS, OPTIONS, LLMOptions
+from nanoflow_jax.chat import MOST_BYTES, ChatSettings, check_kwargs, read_template
+from nanoflow_jax.options import AS_MANY_AS_FIT, KINDS, OPTIONS, LLMOptions
 from nanoflow_jax.system.install import install_command
-from nanoflow_jax.system.reading import Malformed, one_line, parse_json
+from nanoflow_jax.system.reading import Malformed, one_line, parse_json, read_text
 
 
 def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -46,6 +46,10 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def replicas(text: str) -> int | str:
+    return text if text == AS_MANY_AS_FIT else positive(text)
+
+
 def json_object(text: str) -> dict[str, Any]:
     try:
         found = parse_json(text)
@@ -68,7 +72,34 @@ def template_text(path: str) -> str:
     return text
 
 
+def json_objects(path: str) -> list[dict[str, Any]]:
+    """A file that holds a JSON list of objects."""
+    try:
+        found = parse_json(read_text(path, MOST_BYTES))
+        if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+            raise Malformed("not a list of objects")
+    except ValueError as error:  # ConfigError, Malformed, a path with a NUL
+        told = one_line(str(error).removeprefix(f"{path}: "), 120)
+        raise argparse.ArgumentTypeError(f"{path}: {told}; accepted: a file with a JSON list of objects") from None
+    return found
+
+
+def add_chat_options(p: argparse.ArgumentParser, of: str) -> None:
+    """Tools and documents of all chats `of` a run."""
+    for name, text in (
+        ("tools", "functions that the model may call, as its template wants them"),
+        ("documents", "documents to answer from, usually with title and text"),
+    ):
+        p.add_argument(f"--{name}", type=json_objects, metavar="FILE", help=f"{text}: a JSON list of objects, for {of}")
+
+
+def chat_settings(args: argparse.Namespace) -> ChatSettings:
+    """Of a command with `add_chat_options`."""
+    return ChatSettings(tools=args.tools, documents=args.documents)
+
+
 _READ: dict[str, tuple[str, Any]] = {  # of options: how a flag's argument is called, and what it is read by
+    "data_parallel_size": ("N", replicas),
     "chat_template": ("FILE", template_text),
     "chat_template_kwargs": ("JSON", json_object),
     "reasoning_parser": ("TAGS", str),

@@ -24,7 +24,8 @@ from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.step_batch import build_inputs
 from nanoflow_jax.engine.text import WatchedText
-from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
+from nanoflow_jax.prompts import check_prompt
+from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.logprobs import TokenLogprobs
 from nanoflow_jax.step.sampler import StepOutput
@@ -121,20 +122,7 @@ class Engine:
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""
-        if not prompt_token_ids:
-            raise ValueError("prompt: it is empty; at least one token is needed")
-        if len(prompt_token_ids) >= self.max_model_len:
-            raise ValueError(
-                f"prompt: {len(prompt_token_ids)} tokens; "
-                f"accepted: at most {self.max_model_len - 1} (max_model_len - 1)"
-            )
-        low, high = min(prompt_token_ids), max(prompt_token_ids)
-        if low < 0 or high >= self.vocab_size:
-            raise ValueError(
-                f"prompt: token id {low if low < 0 else high} is outside the vocabulary; "
-                f"accepted: 0 to {self.vocab_size - 1}"
-            )
-        check_vocabulary(params, self.vocab_size, () if params.ignore_eos else self._eos)
+        check_prompt(prompt_token_ids, params, self.max_model_len, self.vocab_size, self._eos)
 
     def add(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,10 @@ class Work:
         """Of output; None: up to the model's length."""
         return 0 if self.scored_from is not None else self.params.max_tokens
 
+    @property
+    def completions(self) -> int:
+        return 1 if self.scored_from is not None else self.params.n
+
 
 @dataclass(frozen=True)
 class Score:
@@ -51,53 +55,68 @@ def score_of(request: Request) -> Score:
     return Score(total, all(bool((part == 1).all()) for part in rows.ranks), rows.count)
 
 
-def feed(
-    calls: Calls, work: Iterable[Work | None], check_interrupt: Callable[[], None] = lambda: None
-) -> Generator[tuple[Work, list[Request]]]:
-    """Runs `work` to its end; yields each with its completions, in the order in which they end.
+def room_ahead(calls: Calls) -> int:
+    """Requests that admission may take in the next steps: what waits beside the running ones."""
+    return 2 * max(shape.prefill_segments for shape in calls.engine.scheduler.shapes)
+
+
+Changed = list[tuple[Work, Request]]
+
+
+def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Generator[tuple[Changed, Changed]]:
+    """Runs `work` to its end; yields, after each step, the completions that have ended, and of those that are `watched`
+    those that have only grown, each with its work. (Another thread's step may have ended one of the latter since: that
+    is told next.)
 
     The iterator is asked between two steps, for as much as admission may take in the next ones: what it does there
     (reading, tokenizing) costs time only where it takes longer than a step. None means "nothing this time, ask
-    again".
+    again". The completions of a prompt are requests from when there is room for them: there are never more of them
+    than slots and what waits for the next steps, however large `n` is.
     """
-    scheduler = calls.engine.scheduler
-    ahead = 2 * max(shape.prefill_segments for shape in scheduler.shapes)
+    scheduler, ahead = calls.engine.scheduler, room_ahead(calls)
     capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
     source, more = iter(work), True
-    group_of: dict[Request, tuple[Work, list[Request]]] = {}
+    item: Work | None = None  # of which the completions from `index` on are still to come
+    index = 0
+    work_of: dict[Request, Work] = {}
     call = Call(calls)
     try:
-        while more or group_of:
-            new: list[Work] = []
-            room = min(ahead - len(scheduler.waiting), capacity - len(group_of))
+        while more or item is not None or work_of:
+            new: list[tuple[Work, int]] = []
+            room = min(ahead - len(scheduler.waiting), capacity - len(work_of))
             for _ in range(4 * ahead):
-                if not more or room <= 0:
+                if len(new) >= room:
                     break
-                try:
-                    item = next(source)
-                except StopIteration:
-                    more = False
-                    break
+                if item is None and more:
+                    index = 0
+                    try:
+                        item = next(source)
+                    except StopIteration:
+                        more = False
                 if item is not None:
-                    new.append(item)
-                    room -= 1 if item.scored_from is not None else item.params.n
+                    new.append((item, index))
+                    index += 1
+                    item = item if index < item.completions else None
             if new:
                 with calls.alone():
-                    for item in new:
-                        group = _add(call, item)
-                        group_of |= dict.fromkeys(group, (item, group))
-            check_interrupt()
+                    work_of |= {_add(call, one, i, watched): one for one, i in new}
             call.step()
+            ended: Changed = []
+            grown: Changed = []
             while call.ended:
-                item, group = group_of.pop(call.ended.popleft())
-                if not any(r in group_of for r in group):
-                    yield item, group
+                request = call.ended.popleft()
+                ended.append((work_of.pop(request), request))
+            if call.grown:
+                with calls.alone():
+                    grown = [(work_of[request], request) for request in call.grown]
+                    call.grown.clear()
+            yield ended, grown
     finally:
         call.close()
 
 
-def _add(call: Call, work: Work) -> list[Request]:
+def _add(call: Call, work: Work, index: int, watched: bool) -> Request:
     text, tokens, params = work.prompt, work.prompt_token_ids, work.params
     if work.scored_from is not None:
-        return [call.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)]
-    return [call.add(text, tokens, params, index=i) for i in range(params.n)]
+        return call.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)
+    return call.add(text, tokens, params, index=index, watched=watched)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing
 
+from nanoflow_jax.engine.calls import Calls
+from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.reasoning import Marks, Reasoning
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.slot_table import SlotTable
@@ -25,11 +28,63 @@ def request_output(
     first = requests[0]
     completions = [_completion(r, tokenizer, reasoning, running) for r in requests]
     prompt_logprobs = None
-    if first.params.prompt_logprobs is not None:
+    if first.params.prompt_logprobs is not None and first.index == 0:
         prompt_logprobs = [None, *logprob_dicts(first.prompt_logprobs, first.prompt_token_ids[1:], tokenizer)]
     return RequestOutput(
         first.request_id, first.prompt, first.prompt_token_ids, completions, first.metrics, prompt_logprobs
     )
+
+
+class Gathered:
+    """Outputs of prompts whose completions end one by one. What stays of a completion is what the user gets of it: the
+    request, with a copy of the prompt's tokens, is let go of."""
+
+    def __init__(self, tokenizer: Tokenizer, reasoning: Reasoning | None):
+        self._tokenizer, self._reasoning = tokenizer, reasoning
+        self._open: dict[Work, tuple[RequestOutput, set[int]]] = {}  # and the indices that have not ended
+
+    def take(self, work: Work, request: Request, running: SlotTable | None = None) -> RequestOutput:
+        """All that is known of the prompt, with what `request` now has; `running` as in `request_output`."""
+        found = request_output([request], self._tokenizer, self._reasoning, running)
+        output, left = self._open.get(work, (found, set(range(work.completions))))
+        if work not in self._open:
+            found.outputs = [*(CompletionOutput(i, "", [], content="") for i in range(request.index)), *found.outputs]
+            found.outputs += [CompletionOutput(i, "", [], content="") for i in range(request.index + 1, len(left))]
+            self._open[work] = output, left
+        elif request.index == 0:  # the prompt's logprobs and times are those of the first completion
+            output.request_id, output.metrics, output.prompt_logprobs = (
+                found.request_id, found.metrics, found.prompt_logprobs,
+            )  # fmt: skip
+            output.outputs[0] = found.outputs[0]
+        else:
+            output.outputs[request.index] = found.outputs[0]
+        if request.finish_reason:
+            left.discard(request.index)
+            if not left:
+                del self._open[work]
+        return output
+
+    def is_open(self, work: Work) -> bool:
+        """Whether some of its completions have not ended."""
+        return work in self._open
+
+
+def run_steps(
+    calls: Calls, work: Iterable[Work | None], tokenizer: Tokenizer, reasoning: Reasoning | None
+) -> Generator[list[tuple[Work, RequestOutput | Score]]]:
+    """Runs prepared prompts; yields, after each step, those whose completions have all ended, often none."""
+    gathered = Gathered(tokenizer, reasoning)
+    with closing(feed(calls, work)) as steps:
+        for ended, _ in steps:
+            done: list[tuple[Work, RequestOutput | Score]] = []
+            for item, request in ended:
+                if item.scored_from is not None:
+                    done.append((item, score_of(request)))
+                    continue
+                output = gathered.take(item, request)
+                if not gathered.is_open(item):
+                    done.append((item, output))
+            yield done
 
 
 def _completion(

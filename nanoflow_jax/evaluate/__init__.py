@@ -8,7 +8,6 @@ manifest   what a run is: model, settings, input; a changed one is not continued
 windows    order of the requests: sorted in windows, longest first
 batch      `run_batch`: a file through an LLM;  answer: records through an LLM
 tasks      what is asked and how an answer is judged;  metrics, prompts, run_task
-ray_data   the same file through many replicas, by Ray Data
 lm_eval    the model "nanoflow" of lm-evaluation-harness
 report     tables, JSON, pictures, and the comparison of two runs
 """

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanoflow_jax.chat import PLAIN, ChatSettings
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput, error_line
@@ -38,13 +39,15 @@ class Settings:
     """model     the served name: in responses, and what a body's `model` must be
     sampling  defaults of fields that a request leaves out, over the model's own (generation_config.json)
     seed      of requests that bring none, together with their line: the same whatever ran before
-    now       the time for chat templates that write it; None: the clock's"""
+    now       the time for chat templates that write it; None: the clock's
+    chat      tools and documents of chats that bring none"""
 
     model: str
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     window: int = WINDOW
     now: datetime | None = None
+    chat: ChatSettings = PLAIN
 
 
 def parse_lines(
@@ -102,7 +105,9 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
     try:
         params = llm.default_sampling_params(**wanted)
         if record.messages is not None:
-            return llm.prepare_chat(record.messages, params, record, settings.now, record.chat)
+            chat, run = record.chat, settings.chat
+            chat = replace(chat, tools=chat.tools or run.tools, documents=chat.documents or run.documents)
+            return llm.prepare_chat(record.messages, params, record, settings.now, chat)
         assert record.prompt is not None
         return llm.prepare(record.prompt, params, record)
     except ValueError as error:
@@ -113,13 +118,12 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
 
 def work_steps(llm: LLM) -> Callable[[Work], float]:
     """About how many steps a prompt takes at most: what windows are sorted by."""
-    prefill_rows = max(shape.prefill_rows for shape in llm.engine.scheduler.shapes)
 
     def steps(item: Work) -> float:
         prompt = len(item.prompt_token_ids)
         room = llm.max_model_len - prompt
         most = room if item.most_tokens is None else min(item.most_tokens, room)
-        return most + prompt / prefill_rows
+        return most + prompt / llm.prefill_rows
 
     return steps
 
@@ -179,7 +183,7 @@ def run_batch(
     when the input was changed meanwhile.
     """
     num_lines = found.lines
-    before, started, rows_before = len(journal.done), time.monotonic(), llm.engine.num_rows
+    before, started, rows_before = len(journal.done), time.monotonic(), llm.num_rows
     prompt_tokens = completion_tokens = 0
     with Progress(num_lines - before, "answering", "requests", progress) as bar:
         shown = before
@@ -195,7 +199,7 @@ def run_batch(
         def show() -> None:
             nonlocal shown
             seconds, now = time.monotonic() - started, journal.synced
-            note = f"{(llm.engine.num_rows - rows_before) / seconds:.0f} tokens/s"  # also of what has not ended yet
+            note = f"{(llm.num_rows - rows_before) / seconds:.0f} tokens/s"  # also of what has not ended yet
             if now > before and not sys.stderr.isatty():  # the bar of a terminal tells it
                 note += f", {_duration((num_lines - now) * seconds / (now - before))} left"
             bar.advance(now - shown, note)
@@ -251,3 +255,9 @@ def first_errors(path: Path, count: int = 3) -> list[str]:
                 if len(found) == count:
                     break
     return found
+
+
+def unfinished_thoughts(path: Path) -> int:
+    """Answers of a results file that are missing because their thoughts had not ended."""
+    with open(path, "rb") as file:
+        return sum(line.count(b'"content": null') for line in file)  # in a text, quotes have a backslash

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from nanoflow_jax.chat import PLAIN, ChatSettings
 from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.evaluate.batch import work_steps
@@ -36,10 +37,11 @@ def run_task(
     journal: Journal,
     progress: bool = True,
     now: datetime | None = None,
+    chat: ChatSettings = PLAIN,
 ) -> None:
     """Asks what has no record in the journal yet, which is complete and durable when this returns. A question that
     cannot be served, or that the engine fails on, scores 0 and keeps its error. `now`: the time for chat templates that
-    write it."""
+    write it; `chat`: how chats are rendered."""
     left = [sample for sample in asked if sample.number not in journal.done]
     scores: dict[int, list[Score | None]] = {}
     started = time.monotonic()
@@ -52,7 +54,7 @@ def run_task(
         def work() -> Iterator[Work | None]:
             for sample in left:
                 try:
-                    items = _prepare(llm, task, sample, now)
+                    items = _prepare(llm, task, sample, now, chat)
                 except ValueError as error:
                     emit(sample, {}, dict.fromkeys(task.metrics, 0.0), " ".join(str(error).split()))
                     yield None
@@ -74,13 +76,13 @@ def run_task(
         journal.finish()
 
 
-def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None) -> list[Work]:
+def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None, chat: ChatSettings) -> list[Work]:
     if sample.choices is not None:
         continuations = [task.delimiter + choice for choice in sample.choices]
         return [llm.prepare_score(sample.prompt, c, _Key(sample, i)) for i, c in enumerate(continuations)]
     params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.generate})
     if sample.messages is not None:
-        return [llm.prepare_chat(sample.messages, params, _Key(sample), now)]
+        return [llm.prepare_chat(sample.messages, params, _Key(sample), now, chat)]
     return [llm.prepare(sample.prompt, params, _Key(sample))]
 
 

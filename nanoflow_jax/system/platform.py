@@ -29,6 +29,16 @@ def has_gpu() -> bool:
     return os.path.exists("/dev/nvidiactl") or os.path.exists("/proc/driver/nvidia/version")
 
 
+def num_gpus() -> int:
+    """NVIDIA GPUs that this process may use; counted without JAX, which would start and take their memory."""
+    if not has_gpu():
+        return 0
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return next((i for i, name in enumerate(names) if name in ("", "-1")), len(names))
+    return sum(name.removeprefix("nvidia").isdecimal() for name in os.listdir("/dev") if name.startswith("nvidia"))
+
+
 def prefer_cpu_without_gpu() -> None:
     """Sets JAX_PLATFORMS=cpu where the CUDA plugin is installed but no NVIDIA device is present.
 

@@ -236,6 +236,17 @@ def test_generate(llm: LLM, folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert run(llm, monkeypatch, *command, "--max-tokens", "2") == 0
     out, err = capsys.readouterr()
     assert out == "\n\n"
+    (folder / "tools.json").write_text('[{"b": 2}]')
+    (folder / "wrong.json").write_text('{"b": 2}')
+    with monkeypatch.context() as patch:
+        seen: list[Any] = []
+        chat = llm.chat
+        patch.setattr(llm, "chat", lambda *a, **given: (seen.append(given["tools"]), chat(*a, **given))[1])
+        assert run(llm, patch, *command, "--tools", str(folder / "tools.json")) == 0
+        assert seen == [[{"b": 2}]] and capsys.readouterr().out == "yes\nyes\n"
+    with pytest.raises(SystemExit):
+        run(llm, monkeypatch, *command, "--tools", str(folder / "wrong.json"))
+    assert "wrong.json: not a list of objects; accepted: a file with a JSON list" in capsys.readouterr().err
     assert err.splitlines()[0] == "nanoflow generate: prompt 1: no answer; its thought had not ended after 2 tokens"
 
 
@@ -270,8 +281,24 @@ def test_batch(llm: LLM, folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     last = next(p for p in prompts if p.documents)
     assert (last.tools, last.chat_template_kwargs) == ([{"b": 2}], {"reasoning_effort": "low"})
 
+    prompts.clear()
+    for name in ("tools", "documents"):
+        (tmp_path / f"{name}.json").write_text(json.dumps([{"of": name}]))
+    whole = [f"--{name}={tmp_path / name}.json" for name in ("tools", "documents")]
+    assert run(llm, monkeypatch, *command, *whole) == 1
+    assert "tools was null and is " in capsys.readouterr().err
+    assert run(llm, monkeypatch, *command, *whole, "--restart") == 0
+    assert "1 answers are missing: their thoughts had not ended" in capsys.readouterr().out
+    given = [(p.tools, p.documents) for p in prompts]
+    assert given.count(([{"of": "tools"}], [{"of": "documents"}])) == 3, "a line's own come before those of the run"
+    assert given.count(([{"b": 2}], [{"a": 1}])) == 1
+    assert run(llm, monkeypatch, *command, *whole, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["unfinished_thoughts"] == 1
+    assert run(llm, monkeypatch, *command, "--restart") == 0
+    capsys.readouterr()
+
     identity = Manifest.read(manifest_path(output)).identity
-    assert identity["reasoning_parser"] == "<think> </think>"
+    assert "tools" not in identity and identity["reasoning_parser"] == "<think> </think>"
     (tmp_path / "t.jinja").write_text(TEMPLATE + " ")
     for flags, told in (
         (("--reasoning-parser", "none"), "reasoning_parser was "),
@@ -301,6 +328,21 @@ def test_eval(llm: LLM, folder: Path, tmp_path: Path, monkeypatch: pytest.Monkey
         result = json.loads((tmp_path / name / "results.json").read_text())["results"][name]
         assert (result["metrics"]["exact_match"]["value"], result["unfinished_thoughts"]) == (value, told)
         assert (f"- {name}: 2 of 2" in out) is bool(told)
+        (tmp_path / "docs.json").write_text('[{"title": "t"}]')
+        again = ("eval", str(task), "-o", str(tmp_path / name), "--model", str(folder), "--documents")
+        assert run(llm, monkeypatch, *again, str(tmp_path / "docs.json")) == 1, "another run"
+        assert "documents was null and is " in capsys.readouterr().err
+        seen: list[Any] = []
+        with monkeypatch.context() as patch:
+            rendered = llm.tokenizer.chat
+            patch.setattr(
+                llm.tokenizer,
+                "chat",
+                lambda *a, rendered=rendered, seen=seen: (seen.append(a[1].documents), rendered(*a))[1],
+            )
+            assert run(llm, patch, *again, str(tmp_path / "docs.json"), "--restart") == 0
+        assert seen == [[{"title": "t"}]] * 2
+        capsys.readouterr()
         first = json.loads((tmp_path / name / f"{name}.samples.jsonl").read_text().splitlines()[0])
         assert (first["output"], first["reasoning_content"]) == (None if told else "yes", "is the")
 

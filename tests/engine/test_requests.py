@@ -3,6 +3,7 @@ raw logits, computed by a step of their own, say."""
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.engine import Engine
+from nanoflow_jax.engine.request import Request, RequestOutput
 from tests.engine.engine_driver import (
     CASE,
     EOS,
@@ -273,3 +275,44 @@ def test_folder_of_the_tokenizer_is_as_described(pieces: list[bytes], tmp_path: 
     assert sum(len(p) > 1 for p in pieces) > 50
     assert sum(not p.isascii() for p in pieces) >= 10
     assert write_tokenizer(tmp_path)[1] == pieces
+
+
+@pytest.mark.parametrize("how", ["generate", "run_stream", "stream"])
+def test_the_completions_that_wait_do_not_grow_with_n(
+    llm: LLM, reference: Reference, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts with n = 60 never more requests are there than slots and what the next steps may take, and a prompt's
+    outputs are given out as soon as its last one has ended: before later prompts have begun."""
+    alive, most, order = weakref.WeakSet(), 0, []
+    add, step = Engine.add, Engine.step
+
+    def added(self: Engine, *args: Any, **options: Any) -> Request:
+        request = add(self, *args, **options)
+        alive.add(request)
+        return request
+
+    def stepped(self: Engine) -> list[Request]:
+        nonlocal most
+        most = max(most, len(alive))
+        return step(self)
+
+    monkeypatch.setattr(Engine, "add", added)
+    monkeypatch.setattr(Engine, "step", stepped)
+    params = SamplingParams(temperature=1.0, seed=3, n=60, max_tokens=2, ignore_eos=True)
+    prompts = [p[:9] for p in reference.prompts[:3]]
+    if how == "generate":
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    elif how == "run_stream":
+        found = {}
+        for work, output in llm.run_stream(llm.prepare(p, params, i) for i, p in enumerate(prompts)):
+            found[work.key] = output
+            order.append(len(alive))
+        outputs = [found[i] for i in range(3)]
+    else:
+        last = {o.request_id: o for o in llm.stream(prompts, params)}
+        outputs = list(last.values())
+        assert all(o.finished for o in outputs)
+    assert [[c.index for c in o.outputs] for o in outputs] == [list(range(60))] * 3  # type: ignore[union-attr]
+    assert len({tuple(c.token_ids) for c in outputs[0].outputs}) > 20  # type: ignore[union-attr]
+    ahead = 2 * max(shape.prefill_segments for shape in llm.engine.scheduler.shapes)
+    assert most <= 2 * (llm.engine.running.count + ahead) < 60, "some are kept a step longer"

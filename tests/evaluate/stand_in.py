@@ -13,7 +13,6 @@ import signal
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from nanoflow_jax.engine.feed import Work
@@ -32,10 +31,11 @@ class StandIn:
 
     max_model_len = 512
     default_max_tokens = None
+    prefill_rows = 64
+    num_rows = 0
+    replicas = None
 
     def __init__(self, slots: int = 8, pause: float = 0.0):
-        shape = SimpleNamespace(prefill_rows=64, prefill_segments=4)
-        self.engine = SimpleNamespace(scheduler=SimpleNamespace(shapes=[shape]), num_rows=0)
         self._slots, self._pause = slots, pause
 
     def default_sampling_params(self, **overrides: Any) -> SamplingParams:

@@ -1,0 +1,163 @@
+"""The process of a replica: an `LLM` in an actor of Ray, and what it says of itself."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from nanoflow_jax.config import ConfigError
+from nanoflow_jax.engine.feed import Score, Work, room_ahead
+from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.evaluate.manifest import model_fingerprint, plan_identity
+from nanoflow_jax.plan.plan import SchedulePlan
+
+POLL_SECONDS = 0.1  # a replica that has nothing to tell answers after so long
+
+
+@dataclass(frozen=True)
+class About:
+    """What a replica says when it is ready. capacity: requests that keep its engine full while messages travel."""
+
+    process: int
+    node: str
+    gpus: str
+    devices: int
+    max_model_len: int
+    prefill_rows: int
+    capacity: int
+    plan: SchedulePlan
+    device_kind: str
+
+
+class Replica:
+    """An `LLM` in an actor of Ray."""
+
+    def __init__(self, options: Mapping[str, Any], fingerprint: str, plan: str | None):
+        from nanoflow_jax.api import LLM
+
+        self._calls: dict[int, _Call] = {}
+        self._lock = threading.Lock()
+        try:
+            self._llm = LLM(**options)
+            self._about = _about(self._llm)
+            node = self._about.node
+            if model_fingerprint(self._llm.folder) != fingerprint:
+                raise ConfigError(f"model: {options['model']} is another model on node {node}")
+            check_plan(plan or plan_identity(self._llm.plan), self._llm.plan, self._about.device_kind, node)
+        except Exception as error:  # Ray would tell it with a page of traces
+            self._error: str | None = cause_line(error)
+        else:
+            self._error = None
+
+    def about(self) -> About:
+        if self._error is not None:
+            raise ConfigError(self._error)
+        return self._about
+
+    def exchange(self, call: int, new: list[Work]) -> list[tuple[Any, RequestOutput | Score]]:
+        """Takes prompts of a call, whose keys are their numbers; returns what has ended meanwhile, waiting a little."""
+        with self._lock:
+            if call not in self._calls:
+                self._calls[call] = _Call(self._llm)
+        return self._calls[call].exchange(new)
+
+    def close(self, call: int) -> None:
+        """Ends what is unfinished of a call."""
+        with self._lock:
+            found = self._calls.pop(call, None)
+        if found is not None:
+            found.close()
+
+
+def _about(llm: Any) -> About:
+    slots, device = llm.engine.running.count, llm.mesh.devices.flat[0]
+    return About(
+        process=os.getpid(),
+        node=os.uname().nodename,
+        gpus=os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        devices=len(device.client.local_devices()),
+        max_model_len=llm.max_model_len,
+        prefill_rows=llm.prefill_rows,
+        capacity=slots + room_ahead(llm._calls) + slots // 4 + 8,
+        plan=llm.plan,
+        device_kind=device.device_kind,
+    )
+
+
+class _Call:
+    """A thread that keeps the engine full with the prompts of one call."""
+
+    def __init__(self, llm: Any):
+        self._changed = threading.Condition()
+        self._new: deque[Work] = deque()
+        self._ended: list[tuple[Any, RequestOutput | Score]] = []
+        self._running, self._closed = 0, False
+        self._failure: BaseException | None = None
+        threading.Thread(target=self._work, args=(llm,), daemon=True).start()
+
+    def exchange(self, new: list[Work]) -> list[tuple[Any, RequestOutput | Score]]:
+        with self._changed:
+            self._new.extend(new)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or self._failure, POLL_SECONDS)
+            if self._failure is not None:
+                raise self._failure
+            ended, self._ended = self._ended, []
+            return ended
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _source(self) -> Iterator[Work | None]:
+        while not self._closed:
+            if self._running and not self._new:
+                yield None
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._new or self._closed)
+                if self._closed:
+                    return
+                item = self._new.popleft()
+                self._running += 1
+            yield item
+
+    def _work(self, llm: Any) -> None:
+        try:
+            with closing(llm.run_steps(self._source())) as steps:
+                for ended in steps:
+                    if self._closed:
+                        return
+                    if ended:
+                        with self._changed:
+                            self._ended += [(item.key, output) for item, output in ended]
+                            self._running -= len(ended)
+                            self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._failure = error
+                self._changed.notify_all()
+
+
+def check_plan(wanted: str, plan: SchedulePlan, device: str, node: str) -> None:
+    if (found := plan_identity(plan)) != wanted:
+        raise ConfigError(
+            f"plan: replicas would mix plans: {wanted}, and {found} on {device} of node {node}; accepted: the name of "
+            "one plan for all"
+        )
+
+
+def cause_line(error: BaseException) -> str:
+    """The cause that a user can act on, without the traces around it."""
+    while (cause := getattr(error, "cause", None) or error.__cause__) is not None and cause is not error:
+        error = cause
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, ValueError):  # ConfigError and WeightsError are ValueErrors
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[-1].strip() if lines else ''}"
