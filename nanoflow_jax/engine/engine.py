@@ -1,7 +1,8 @@
 """The engine: a loop of schedule, dispatch, book, one step ahead of what the host knows.
 
 While the device runs step n, the host builds and dispatches step n + 1, and only then reads the tokens of step n. A
-request that step n ends has a row in step n + 1 all the same; what that row gives is dropped.
+request that step n ends has a row in step n + 1 all the same; what that row gives is dropped. Where a row of step n + 1
+is constrained (`engine.structured`), what follows its layers is dispatched after the tokens of step n are known.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.step_batch import build_inputs
+from nanoflow_jax.engine.structured import Constraint, Grammars, constrained_rows, output_of
 from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
 from nanoflow_jax.step.batch import StepShape
@@ -87,6 +89,7 @@ class Engine:
         self.runner, self.tables, self.offload = runner, tables, offload
         self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
         self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
+        self.grammars = Grammars(tokenizer, vocab_size, eos_token_ids)
         self.running = SlotTable(
             runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows, len(windows)
         )
@@ -135,6 +138,8 @@ class Engine:
                 f"accepted: 0 to {self.vocab_size - 1}"
             )
         check_vocabulary(params, self.vocab_size, () if params.ignore_eos else self._eos)
+        if params.structured_outputs is not None:
+            self.grammars.check(params.structured_outputs)
 
     def add(
         self,
@@ -165,9 +170,11 @@ class Engine:
         if seed is None or index:
             spawn = [self._seed, number] if seed is None else [seed, index]
             seed = int(np.random.SeedSequence(spawn).generate_state(1, np.uint32)[0])
+        form = params.structured_outputs
+        constraint = None if form is None or allowed == 0 else self.grammars.constraint(form, stops)
         request = Request(
             number, str(number), prompt, prompt_token_ids, params, seed, frozenset(stops), limit, index, watched,
-            scored_from,
+            scored_from, constraint,
         )  # fmt: skip
         self._quarantine.add(request)
         return request
@@ -200,20 +207,26 @@ class Engine:
         start, start_cpu, waited, tokens = time.perf_counter(), time.thread_time(), 0.0, 0
         finished: list[Request] = []
         self.updated = []
-        scheduled = None
+        scheduled = begun = None
         try:
             flight, self._flight = self._flight, None
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
                 inputs = build_inputs(scheduled, self.running, self.runner.num_pages, self.runner.sizes)
                 scored = bool(inputs.targets.max(initial=-1) >= 0)
-                self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
+                if constrained := constrained_rows(scheduled, self.running):
+                    begun = self.runner.begin(scheduled.shape, inputs)
+                else:
+                    self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
                 self.num_steps += 1
             if flight is not None:
                 asked = time.perf_counter()
                 sampled = np.asarray(flight.output.sampled.tokens)
                 waited = time.perf_counter() - asked
                 tokens = self._process_output(flight, sampled, finished)
+            if begun is not None:
+                allowed = self._allowed(scheduled, constrained, finished)
+                self._flight = _Flight(scheduled, self.runner.finish(begun, allowed), scored)
             self._quarantine.progressed()
             if not self.scheduler.has_work and not self._quarantine.has_work:
                 self._flight = None  # all its rows belong to requests that have ended
@@ -245,6 +258,7 @@ class Engine:
                     self._process_orphan(orphan, int(sampled[row]), output, row, finished)
             rows, slots = rows[here], slots[here]
         ended = run.append(slots, sampled[rows])
+        self._advance(slots, sampled[rows])
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
             request = run.requests[slots[i]]
             assert request is not None
@@ -263,6 +277,41 @@ class Engine:
 
     def _is_current(self, step: ScheduledStep, slot: int) -> bool:
         return bool(self.running.epoch[slot] == step.epochs[slot])
+
+    def _advance(self, slots: np.ndarray, tokens: np.ndarray) -> None:
+        """Lets the constraints among these slots take the tokens that were booked, all at once."""
+        some = np.flatnonzero(self.running.constrained[slots] & (tokens >= 0))
+        found, taken = list[Constraint](), list[int]()
+        for slot, token in zip(slots[some].tolist(), tokens[some].tolist(), strict=True):
+            request = self.running.requests[slot]
+            assert request is not None and request.constraint is not None
+            before = int(self.running.known[slot]) - request.prompt_length - 1
+            if request.constraint.taken == before and token not in request.stop_tokens:
+                found.append(request.constraint)
+                taken.append(token)
+        self.grammars.advance(found, taken)
+
+    def _allowed(
+        self, step: ScheduledStep, rows: Sequence[tuple[int, int]], finished: list[Request]
+    ) -> dict[int, np.ndarray]:
+        """What each constrained row may be, given all tokens before; of rows whose requests have ended, nothing."""
+
+        def stands(request: Request, constraint: Constraint) -> bool:
+            try:
+                constraint.take(output_of(request, self.running))
+            except RuntimeError as error:  # a grammar that has become too large for the matcher
+                self._fail(request, error)
+                self._end(request, finished)
+            return not request.finish_reason
+
+        found = list[tuple[int, Request, Constraint]]()
+        for row, slot in rows:
+            request = self.running.requests[slot]
+            if request is not None and (constraint := request.constraint) and self._is_current(step, slot):
+                if stands(request, constraint):
+                    found.append((row, request, constraint))
+        masks = self.grammars.masks([constraint for _, _, constraint in found])
+        return {row: mask for (row, *of), mask in zip(found, masks, strict=True) if stands(*of)}
 
     def _process_orphan(
         self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]
@@ -315,8 +364,14 @@ class Engine:
         stopped = self._stop_string(request, token, length)
         if token in request.stop_tokens:
             request.finish("stop", token if token in params.stop_token_ids else None)
+        elif not stopped and request.constraint is not None and self._is_complete(request, request.constraint):
+            request.finish("stop")
         elif not stopped and length >= request.max_length:
             request.finish("length")
+
+    def _is_complete(self, request: Request, constraint: Constraint) -> bool:
+        constraint.take(output_of(request, self.running))
+        return constraint.is_complete
 
     def _stop_string(self, request: Request, token: int, length: int) -> bool:
         params = request.params
