@@ -85,6 +85,7 @@ class LLM:
         self._defaults = generation_defaults(folder)
         eos = end_tokens(folder, self.config, self.tokenizer)
         self.engine = build_engine(folder, self.config, self.plan, self.mesh, self.tokenizer, eos, options)
+        self.engine.grammars.reasoning = self.reasoning
         self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
         self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not

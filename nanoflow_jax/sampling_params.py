@@ -87,7 +87,7 @@ class StructuredOutputsParams:
         if self.json is not None:
             self.schema()
 
-    def schema(self) -> dict[str, Any] | bool:
+    def schema(self) -> dict[str, Any]:
         """Of `json` or `json_object`. Raises ValueError."""
         if self.json_object:
             return {"type": "object"}
@@ -97,11 +97,9 @@ class StructuredOutputsParams:
                 found = parse_json(found)
             except ValueError as error:
                 raise ValueError(f"structured_outputs: json: not JSON ({error})") from None
-        if isinstance(found, Mapping):
-            found = dict(found)
-        if not isinstance(found, dict | bool):
+        if not isinstance(found, Mapping):
             raise _refused("structured_outputs: json", self.json, "a JSON schema: an object, or its text")
-        return found
+        return dict(found)
 
 
 @_names_the_nearest
@@ -135,9 +133,9 @@ class SamplingParams:
     detokenize           False: no text, token ids only
     structured_outputs   the form that the output must have; None: any
 
-    The order of processing: structured_outputs, logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k, top_p. Greedy
-    requests are subject to those before temperature. Raises ValueError naming the field and what is accepted, and
-    TypeError for a name that is no field.
+    The order of processing: structured_outputs, logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k,
+    top_p. Greedy requests are subject to those before temperature. Raises ValueError naming the field and what is
+    accepted, and TypeError for a name that is no field.
     """
 
     n: int = 1

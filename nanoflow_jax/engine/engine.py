@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, PagePool
 from nanoflow_jax.engine.quarantine import Quarantine
 from nanoflow_jax.engine.request import Request, error_line
-from nanoflow_jax.engine.runner import Runner
+from nanoflow_jax.engine.runner import Begun, Runner
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.step_batch import build_inputs
@@ -139,7 +140,7 @@ class Engine:
             )
         check_vocabulary(params, self.vocab_size, () if params.ignore_eos else self._eos)
         if params.structured_outputs is not None:
-            self.grammars.check(params.structured_outputs)
+            self.grammars.constraint(params.structured_outputs, prompt_token_ids)
 
     def add(
         self,
@@ -171,7 +172,9 @@ class Engine:
             spawn = [self._seed, number] if seed is None else [seed, index]
             seed = int(np.random.SeedSequence(spawn).generate_state(1, np.uint32)[0])
         form = params.structured_outputs
-        constraint = None if form is None or allowed == 0 else self.grammars.constraint(form, stops)
+        constraint = None
+        if form is not None and allowed != 0:
+            constraint = self.grammars.constraint(form, prompt_token_ids, stops)
         request = Request(
             number, str(number), prompt, prompt_token_ids, params, seed, frozenset(stops), limit, index, watched,
             scored_from, constraint,
@@ -207,15 +210,16 @@ class Engine:
         start, start_cpu, waited, tokens = time.perf_counter(), time.thread_time(), 0.0, 0
         finished: list[Request] = []
         self.updated = []
-        scheduled = begun = None
+        scheduled = rest = None
         try:
             flight, self._flight = self._flight, None
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
                 inputs = build_inputs(scheduled, self.running, self.runner.num_pages, self.runner.sizes)
                 scored = bool(inputs.targets.max(initial=-1) >= 0)
-                if constrained := constrained_rows(scheduled, self.running):
+                if rows := constrained_rows(scheduled, self.running):
                     begun = self.runner.begin(scheduled.shape, inputs)
+                    rest = partial(self._finish_step, scheduled, begun, rows, scored)
                 else:
                     self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
                 self.num_steps += 1
@@ -224,9 +228,8 @@ class Engine:
                 sampled = np.asarray(flight.output.sampled.tokens)
                 waited = time.perf_counter() - asked
                 tokens = self._process_output(flight, sampled, finished)
-            if begun is not None:
-                allowed = self._allowed(scheduled, constrained, finished)
-                self._flight = _Flight(scheduled, self.runner.finish(begun, allowed), scored)
+            if rest is not None:
+                self._flight = rest(finished)
             self._quarantine.progressed()
             if not self.scheduler.has_work and not self._quarantine.has_work:
                 self._flight = None  # all its rows belong to requests that have ended
@@ -291,10 +294,16 @@ class Engine:
                 taken.append(token)
         self.grammars.advance(found, taken)
 
-    def _allowed(
-        self, step: ScheduledStep, rows: Sequence[tuple[int, int]], finished: list[Request]
-    ) -> dict[int, np.ndarray]:
-        """What each constrained row may be, given all tokens before; of rows whose requests have ended, nothing."""
+    def _finish_step(
+        self,
+        step: ScheduledStep,
+        begun: Begun,
+        rows: Sequence[tuple[int, int]],
+        scored: bool,
+        finished: list[Request],
+    ) -> _Flight:
+        """Dispatches what follows a step's layers: all tokens before it are known, so that each constrained row has a
+        mask (no mask is needed where the request has ended)."""
 
         def stands(request: Request, constraint: Constraint) -> bool:
             try:
@@ -302,16 +311,22 @@ class Engine:
             except RuntimeError as error:  # a grammar that has become too large for the matcher
                 self._fail(request, error)
                 self._end(request, finished)
-            return not request.finish_reason
+            return not request.finish_reason and not constraint.is_free
 
         found = list[tuple[int, Request, Constraint]]()
         for row, slot in rows:
             request = self.running.requests[slot]
-            if request is not None and (constraint := request.constraint) and self._is_current(step, slot):
-                if stands(request, constraint):
-                    found.append((row, request, constraint))
+            if request is None or request.constraint is None or not self._is_current(step, slot):
+                continue
+            if stands(request, request.constraint):
+                found.append((row, request, request.constraint))
         masks = self.grammars.masks([constraint for _, _, constraint in found])
-        return {row: mask for (row, *of), mask in zip(found, masks, strict=True) if stands(*of)}
+        allowed = {
+            row: mask
+            for (row, request, constraint), mask in zip(found, masks, strict=True)
+            if stands(request, constraint)
+        }
+        return _Flight(step, self.runner.finish(begun, allowed), scored)
 
     def _process_orphan(
         self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]

@@ -2,8 +2,8 @@
 
 A request has a matcher, which takes its tokens as the host books them and then says which may follow. The matcher knows
 tokens by the bytes that they add to a text, the same bytes that the text is made of, so what it allows is what the text
-shows. Special and end tokens are no text, and never allowed inside of one; where the text may end, the engine allows
-the request's end tokens.
+shows. Special and end tokens are no text, and never allowed inside of one; where the text may end, the request's end
+tokens are allowed. A thought (`engine.reasoning`) before the text is free.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nanoflow_jax.engine.reasoning import Reasoning, Thought
 from nanoflow_jax.sampling_params import StructuredOutputsParams
 from nanoflow_jax.system.reading import one_line
 from nanoflow_jax.tokenizer import Tokenizer
@@ -34,27 +35,38 @@ PARALLEL = 4  # matchers from which on threads share the work
 class Constraint:
     """What one request's output may be, as far as its tokens have been taken."""
 
-    def __init__(self, matcher: Any, stop_tokens: Collection[int]):
-        self.matcher = matcher
-        self.stop_tokens = np.array(sorted(stop_tokens), np.intp)
+    def __init__(self, matcher: Any, stop_tokens: Collection[int], thought: Thought | None = None):
+        self.matcher, self._thought = matcher, thought
+        self.stop_tokens = tuple(stop_tokens)
         self.taken = 0  # tokens of the output
 
     def take(self, output: np.ndarray) -> None:
         """output: all tokens so far. Raises RuntimeError for one that is not allowed: a mask was not applied."""
         for token in output[self.taken :].tolist():
-            self.matcher.consume_token(token)
-            self.taken += 1
-        self.check()
-
-    def check(self) -> None:
-        """Raises RuntimeError when the matcher has given up: it would allow an end anywhere."""
+            if self.counts(token):
+                self.matcher.consume_token(token)
         if self.matcher.is_error():
             raise RuntimeError(f"structured_outputs: {_first_line(self.matcher.get_error())}")
+
+    def counts(self, token: int) -> bool:
+        """Whether the matcher must take the next token, which is no thought."""
+        self.taken += 1
+        return self._thought is None or not self._thought.take(token)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether the next token may be any: a thought goes on."""
+        return self._thought is not None and self._thought.goes_on
+
+    @property
+    def may_begin(self) -> Sequence[int]:
+        """Tokens that begin a thought, where one may begin now."""
+        return () if self._thought is None else self._thought.may_begin
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing can be added to the text."""
-        return self.matcher.is_stopped()
+        return not self.is_free and self.matcher.is_stopped()
 
 
 class Grammars:
@@ -66,30 +78,34 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, end_tokens: Collection[int]):
         self._tokenizer, self._vocab_size, self._end_tokens = tokenizer, vocab_size, end_tokens
+        self.reasoning: Reasoning | None = None  # what keeps a thought apart from the text
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers, or what is wrong
         self._lock = threading.Lock()
 
-    def check(self, params: StructuredOutputsParams) -> None:
-        """Raises ValueError, one line, for what cannot be compiled."""
-        self._matcher(params)
-
-    def constraint(self, params: StructuredOutputsParams, stop_tokens: Collection[int]) -> Constraint:
-        """For a request, whose params have passed `check`."""
-        return Constraint(self._matcher(params).deep_copy(), [t for t in stop_tokens if t < self._vocab_size])
+    def constraint(
+        self, params: StructuredOutputsParams, prompt: Sequence[int] = (), stop_tokens: Collection[int] = ()
+    ) -> Constraint:
+        """For a request. Raises ValueError, one line, for what cannot be compiled."""
+        matcher, thought = self._matcher(params), None
+        if self.reasoning is not None and self._tokenizer is not None:
+            try:
+                thought = self.reasoning.thought(self._tokenizer, prompt)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs: {error}") from None
+        return Constraint(matcher.deep_copy(), [t for t in stop_tokens if t < self._vocab_size], thought)
 
     def advance(self, constraints: Sequence[Constraint], tokens: Sequence[int]) -> None:
-        """Each takes a token, all at once. What goes wrong is told by each one's `check`."""
-        if len(constraints) < PARALLEL:
-            for constraint, token in zip(constraints, tokens, strict=True):
-                constraint.matcher.consume_token(token)
+        """Each takes a token, all at once. What goes wrong is told by each one's `take`."""
+        some = [(c.matcher, t) for c, t in zip(constraints, tokens, strict=True) if c.counts(t)]
+        if len(some) < PARALLEL:
+            for matcher, token in some:
+                matcher.consume_token(token)
         else:
-            self._executor.consume_token_par([(c.matcher, t) for c, t in zip(constraints, tokens, strict=True)])
-        for constraint in constraints:
-            constraint.taken += 1
+            self._executor.consume_token_par(some)
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         """Of each the tokens that may come next, [n, bytes] uint8: bit i of byte j for token 8 j + i. What goes wrong
-        is told by each one's `check`."""
+        is told by each one's `take`."""
         words = np.zeros((len(constraints), -(-(self._vocab_size + 1) // 32)), np.int32)
         at, size = words.ctypes.data, words.strides[0]
         if len(constraints) < PARALLEL:
@@ -103,8 +119,9 @@ class Grammars:
         ends = np.flatnonzero(found[:, place] >> bit & 1)
         found[:, place] &= ~np.uint8(1 << bit)
         for row in ends.tolist():
-            tokens = constraints[row].stop_tokens
-            np.bitwise_or.at(found[row], tokens >> 3, (1 << (tokens & 7)).astype(np.uint8))
+            _allow(found[row], constraints[row].stop_tokens)
+        for row, constraint in enumerate(constraints):
+            _allow(found[row], constraint.may_begin)
         return found
 
     def _matcher(self, params: StructuredOutputsParams) -> Any:
@@ -128,12 +145,10 @@ class Grammars:
             from llguidance import LLMatcher
         except ImportError:
             raise ValueError(MISSING) from None
-        kind, given = _kind(params)
+        (kind, given), matcher = _kind(params), None
         try:
             matcher = LLMatcher(self._vocabulary, _grammar(params), log_level=0)
             wrong = matcher.get_error() if matcher.is_error() else ""
-            if not wrong and matcher.is_stopped():
-                wrong = "it accepts the empty text alone"
         except ValueError as error:
             wrong = str(error)
         if wrong:
@@ -201,10 +216,17 @@ def output_of(request: Request, running: SlotTable) -> np.ndarray:
     return tokens[request.prompt_length :]
 
 
+def _allow(mask: np.ndarray, tokens: Sequence[int]) -> None:
+    for token in tokens:
+        mask[token >> 3] |= np.uint8(1 << (token & 7))
+
+
 def _kind(params: StructuredOutputsParams) -> tuple[str, Any]:
     if params.json_object:
         return "json_object", True
-    return next((name, v) for name in ("json", "regex", "choice", "grammar") if (v := getattr(params, name)) is not None)
+    return next(
+        (name, v) for name in ("json", "regex", "choice", "grammar") if (v := getattr(params, name)) is not None
+    )
 
 
 def _grammar(params: StructuredOutputsParams) -> str:

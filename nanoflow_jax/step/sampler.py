@@ -95,7 +95,7 @@ def sample(
 def allowed(logits: jax.Array, masks: Masks) -> jax.Array:
     """The logits [B, V/p], -inf where a row's mask has no bit."""
     bits = masks.bits.at[masks.rows].get(mode="clip")  # [B, V/p/8]
-    has = (bits[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)) & jnp.uint8(1)
+    has = (bits[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & jnp.uint8(1)
     free = masks.rows >= masks.bits.shape[0]
     return jnp.where((has.reshape(logits.shape) != 0) | free[:, None], logits, -jnp.inf)
 
