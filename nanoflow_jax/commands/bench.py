@@ -14,6 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands import bench_batch as batch_command
+from nanoflow_jax.commands import bench_structured as structured_command
 from nanoflow_jax.commands.options import add_bench_options, check_outputs, llm_options, positive
 from nanoflow_jax.version import __version__
 
@@ -39,6 +40,7 @@ def add(commands: Any) -> None:
     _add_throughput(kinds)
     _add_host(kinds)
     batch_command.add(kinds)
+    structured_command.add(kinds)
 
 
 # -- host

@@ -110,6 +110,9 @@ class Letters:
 
     first_bytes = token_bytes
 
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(character) - ord("A") for character in text]
+
 
 def alone(
     prompt: Sequence[int],
