@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -30,12 +30,14 @@ ENDLESS = StructuredOutputsParams(json={"type": "array", "items": PERSON, "minIt
 
 @dataclass(frozen=True)
 class Pair:
-    """Seconds until the last request without a form had ended, those requests' tokens per second in the run of all
-    without a form and in the mixed one, and what of a mixed run's time the host spent on masks."""
+    """Two runs up to the end of the last request without a form: one in which none has a form, and the mixed one.
+    Processor seconds are of all threads: on a CPU the device's, too, so that nothing is hidden behind anything."""
 
     free_seconds: float
     mixed_seconds: float
-    steps: tuple[int, int]  # of the two runs
+    free_cpu: float
+    mixed_cpu: float
+    steps: tuple[int, int]
     mask_us: float  # of the host, for each constrained row and step: taking tokens and computing masks
 
     @property
@@ -43,17 +45,21 @@ class Pair:
         """Throughput of a request without a form beside those with one, over that beside others without."""
         return self.free_seconds / self.mixed_seconds
 
+    @property
+    def cpu_ratio(self) -> float:
+        return self.free_cpu / self.mixed_cpu
+
 
 @dataclass(frozen=True)
 class HostCost:
-    """Microseconds of the host for each constrained row and step, with a vocabulary of `vocab` made-up tokens."""
+    """Microseconds for each constrained row and step, with a vocabulary of `vocab` made-up tokens."""
 
     vocab: int
     rows: int
     form: str
-    mask_us: float  # rows one after another
-    take_us: float
-    both_us: float  # all rows of a step at once, by as many threads as the engine takes
+    mask_us: float  # on a processor, rows one after another
+    take_us: float  # as well
+    both_us: float  # by the clock, all rows of a step at once, by as many threads as the engine takes
     build_seconds: float  # of the tokenizer, once
 
 
@@ -68,17 +74,24 @@ class StructuredCost:
     def ratio(self) -> float:
         return median(pair.ratio for pair in self.pairs)
 
+    @property
+    def cpu_ratio(self) -> float:
+        return median(pair.cpu_ratio for pair in self.pairs)
 
-def measure_structured(llm: LLM, share: float, prompt: int, output: int, repeats: int) -> StructuredCost:
-    """As many requests as there are slots, of `prompt` tokens, `share` of them constrained; one run to warm up."""
+
+def measure_structured(
+    llm: LLM, share: float, prompt: int, output: int, repeats: int, device_ms: float | None = None
+) -> StructuredCost:
+    """As many requests as there are slots, of `prompt` tokens, `share` of them constrained; one run to warm up.
+    device_ms: `PacedRunner`'s; None: the device as it is."""
     count = llm.engine.running.count
     every = round(1 / share)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(1, min(200, llm.config.vocab_size), prompt).tolist() for _ in range(count)]
     constrained = [number % every == every - 1 for number in range(count)]
 
-    def run(mixed: bool) -> tuple[float, int, float]:
-        engine, spent = llm.engine, 0.0
+    def run(mixed: bool) -> tuple[float, float, int, float]:
+        engine = llm.engine
         with _Timed(engine.grammars) as timed:
             waiting = set()
             for number, (tokens, one) in enumerate(zip(prompts, constrained, strict=True)):
@@ -90,20 +103,57 @@ def measure_structured(llm: LLM, share: float, prompt: int, output: int, repeats
                 request = engine.add(None, tokens, params)
                 if not one:
                     waiting.add(request)
-            before, start = engine.num_steps, time.perf_counter()
+            before, start, start_cpu = engine.num_steps, time.perf_counter(), time.process_time()
             while waiting:
                 waiting.difference_update(engine.step())
-            seconds, steps = time.perf_counter() - start, engine.num_steps - before
-            spent = timed.seconds / max(1, timed.rows) * 1e6
+            seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+            steps, spent = engine.num_steps - before, timed.seconds / max(1, timed.rows) * 1e6
             engine.abort_all()
-        return seconds, steps, spent
+        return seconds, cpu, steps, spent
 
+    if device_ms is not None:
+        paced: Any = PacedRunner(llm.engine.runner, device_ms / 1e3)
+        llm.engine.runner = paced
     run(False), run(True)
     pairs = []
     for _ in range(repeats):
         free, mixed = run(False), run(True)
-        pairs.append(Pair(free[0], mixed[0], (free[1], mixed[1]), mixed[2]))
+        pairs.append(Pair(free[0], mixed[0], free[1], mixed[1], (free[2], mixed[2]), mixed[3]))
     return StructuredCost(count, sum(constrained), output, tuple(pairs))
+
+
+class PacedRunner:
+    """A runner whose steps seem to take `seconds` of a device that shares no processor with the host: a step's layers
+    begin when they are dispatched and the step before has ended, and what follows them when that is dispatched, too;
+    whoever reads the tokens waits until then. What the device waits for the host shows in the time of a run."""
+
+    def __init__(self, runner: Any, seconds: float):
+        self._runner, self._seconds, self._free = runner, seconds, 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def dispatch(self, *step: Any) -> Any:
+        return self.finish(self.begin(*step))
+
+    def begin(self, *step: Any) -> Any:
+        self._free = max(self._free, time.perf_counter()) + self._seconds
+        return self._runner.begin(*step)
+
+    def finish(self, *begun: Any) -> Any:
+        output = self._runner.finish(*begun)
+        self._free = max(self._free, time.perf_counter())
+        return replace(output, sampled=replace(output.sampled, tokens=_Late(output.sampled.tokens, self._free)))
+
+
+class _Late:
+    def __init__(self, tokens: Any, ready: float):
+        self._tokens, self._ready = tokens, ready
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        tokens = np.asarray(self._tokens, dtype)
+        time.sleep(max(0.0, self._ready - time.perf_counter()))
+        return tokens
 
 
 class _Timed:
@@ -176,9 +226,9 @@ def measure_host(vocab: int, rows: int, steps: int = 40) -> list[HostCost]:
             constraints = [constraint for constraint in constraints if not constraint.is_complete]
             for constraint in constraints:
                 copy = constraint.matcher.deep_copy()
-                start = time.perf_counter()
+                start = time.thread_time()
                 copy.compute_bitmask()
-                alone += time.perf_counter() - start
+                alone += time.thread_time() - start
             start = time.perf_counter()
             masks = grammars.masks(constraints)
             together += time.perf_counter() - start
@@ -186,9 +236,9 @@ def measure_host(vocab: int, rows: int, steps: int = 40) -> list[HostCost]:
             tokens = [int(rng.choice(few)) if len(few) else 0 for few in some]
             for constraint, token in zip(constraints, tokens, strict=True):
                 copy = constraint.matcher.deep_copy()
-                start = time.perf_counter()
+                start = time.thread_time()
                 copy.consume_token(token)
-                taking += time.perf_counter() - start
+                taking += time.thread_time() - start
             start = time.perf_counter()
             grammars.advance(constraints, tokens)
             together += time.perf_counter() - start

@@ -35,6 +35,12 @@ def add(kinds: Any) -> None:
     p.add_argument("--prompt-tokens", type=positive, default=32, help="of each request")
     p.add_argument("--output-tokens", type=positive, default=128, help="of each request")
     p.add_argument("--repeat", type=positive, default=5, help="pairs of runs")
+    p.add_argument(
+        "--device-ms",
+        type=positive,
+        metavar="MS",
+        help="on a CPU: each step seems to take so long on a device of its own; the model's own device when not given",
+    )
     p.add_argument("--vocab", type=positive, default=128_256, help="size of the made-up vocabulary")
     p.add_argument("--rows", type=positive, default=64, help="constrained rows of a step, with that vocabulary")
     add_bench_options(p)
@@ -49,18 +55,26 @@ def _run(args: argparse.Namespace) -> int:
 
     limit = args.max_model_len or args.prompt_tokens + args.output_tokens + 1
     llm = make_llm(args, max_model_len=limit, enable_prefix_caching=False, seed=0)
-    cost = measure_structured(llm, args.share, args.prompt_tokens, args.output_tokens, args.repeat)
+    cost = measure_structured(llm, args.share, args.prompt_tokens, args.output_tokens, args.repeat, args.device_ms)
     host = measure_host(args.vocab, args.rows)
     if args.json:
-        print(json.dumps({**asdict(cost), "ratio": cost.ratio, "host": [asdict(h) for h in host]}, indent=1))
+        print(
+            json.dumps(
+                {**asdict(cost), "ratio": cost.ratio, "cpu_ratio": cost.cpu_ratio, "host": [asdict(h) for h in host]},
+                indent=1,
+            )
+        )
         return 0
     for pair in cost.pairs:
         print(
             f"none with a form {pair.free_seconds:.3f} s in {pair.steps[0]} steps, {cost.constrained} of "
-            f"{cost.requests} with one {pair.mixed_seconds:.3f} s in {pair.steps[1]} steps: ratio {pair.ratio:.3f}; "
-            f"masks {pair.mask_us:.0f} us a constrained row and step"
+            f"{cost.requests} with one {pair.mixed_seconds:.3f} s in {pair.steps[1]} steps: ratio {pair.ratio:.3f}, "
+            f"of processor time {pair.cpu_ratio:.3f}; masks {pair.mask_us:.0f} us a constrained row and step"
         )
-    print(f"throughput of requests without a form, beside those with one / beside others: {cost.ratio:.3f} (median)")
+    print(
+        "throughput of requests without a form, beside those with one / beside others: "
+        f"{cost.ratio:.3f}, by processor time {cost.cpu_ratio:.3f} (medians)"
+    )
     for h in host:
         print(
             f"vocabulary of {h.vocab}, {h.form}: mask {h.mask_us:.0f} us, token {h.take_us:.0f} us a row and step; "

@@ -9,6 +9,7 @@ tokens are allowed. A thought (`engine.reasoning`) before the text is free.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 MISSING = "structured_outputs: llguidance is needed; in a checkout: pip install -e '.[structured]'"
 MOST_GRAMMARS = 256  # that are kept compiled, the latest used
-PARALLEL = 4  # matchers from which on threads share the work
+PARALLEL = 16  # matchers from which on threads share the work; for a few, waking them takes longer
 
 
 class Constraint:
@@ -81,6 +82,7 @@ class Grammars:
         self.reasoning: Reasoning | None = None  # what keeps a thought apart from the text
         self._compiled: OrderedDict[str, Any] = OrderedDict()  # matchers, or what is wrong
         self._lock = threading.Lock()
+        self.threads = (os.cpu_count() or 1) * 3 // 4  # the others are the program's, and those of XLA
 
     def constraint(
         self, params: StructuredOutputsParams, prompt: Sequence[int] = (), stop_tokens: Collection[int] = ()
@@ -97,7 +99,7 @@ class Grammars:
     def advance(self, constraints: Sequence[Constraint], tokens: Sequence[int]) -> None:
         """Each takes a token, all at once. What goes wrong is told by each one's `take`."""
         some = [(c.matcher, t) for c, t in zip(constraints, tokens, strict=True) if c.counts(t)]
-        if len(some) < PARALLEL:
+        if not self._shared(len(some)):
             for matcher, token in some:
                 matcher.consume_token(token)
         else:
@@ -108,7 +110,7 @@ class Grammars:
         is told by each one's `take`."""
         words = np.zeros((len(constraints), -(-(self._vocab_size + 1) // 32)), np.int32)
         at, size = words.ctypes.data, words.strides[0]
-        if len(constraints) < PARALLEL:
+        if not self._shared(len(constraints)):
             for number, constraint in enumerate(constraints):
                 constraint.matcher.unsafe_compute_mask_ptr(at + number * size, size)
         else:
@@ -123,6 +125,9 @@ class Grammars:
         for row, constraint in enumerate(constraints):
             _allow(found[row], constraint.may_begin)
         return found
+
+    def _shared(self, count: int) -> bool:
+        return count >= PARALLEL and self.threads > 1
 
     def _matcher(self, params: StructuredOutputsParams) -> Any:
         key = repr(params)
@@ -166,7 +171,7 @@ class Grammars:
     def _executor(self) -> Any:
         from llguidance import LLExecutor
 
-        return LLExecutor()
+        return LLExecutor(self.threads)
 
 
 class _Words:

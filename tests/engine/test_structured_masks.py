@@ -153,17 +153,19 @@ def test_the_ends_are_the_requests_own(tokenizers: dict[str, Tokenizer]) -> None
 def test_many_are_computed_as_each_alone(tokenizers: dict[str, Tokenizer]) -> None:
     """By threads, from PARALLEL on: each mask in its own row, each token to its own matcher."""
     grammars = grammars_of(tokenizers["tiny"])
-    forms = [Form(regex=f"[{a}x]{{3}}") for a in "abcdefgh"]
+    grammars.threads = 3
+    forms = [Form(regex=f"[{a}x]{{3}}") for a in "abcdefghABCDEFGH"]
     together = [grammars.constraint(form) for form in forms]
     alone = [grammars.constraint(form) for form in forms]
-    for text in (b"axcxexgx", b"xbxdxfxh"):
+    for text in (b"axcxexgxAxCxExGx", b"xbxdxfxhxBxDxFxH"):
         masks = grammars.masks(together)
         for row, (constraint, token) in enumerate(zip(alone, text, strict=True)):
             np.testing.assert_array_equal(masks[row], grammars.masks([constraint])[0])
             constraint.take(np.full(constraint.taken + 1, token))
         grammars.advance(together, list(text))
-    assert [c.taken for c in together] == [2] * 8
-    assert len({mask.tobytes() for mask in grammars.masks(together)}) == 8
+    assert [c.taken for c in together] == [2] * 16
+    assert len({mask.tobytes() for mask in grammars.masks(together)}) == 16
+    assert "_executor" in vars(grammars)
 
 
 def test_a_token_that_is_not_allowed_is_told(tokenizers: dict[str, Tokenizer]) -> None:
