@@ -24,8 +24,8 @@ from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.runner import Begun, Runner
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.slot_table import SlotTable
-from nanoflow_jax.engine.step_batch import build_inputs
-from nanoflow_jax.engine.structured import Constraint, Grammars, constrained_rows, output_of
+from nanoflow_jax.engine.step_batch import build_inputs, constrained_rows
+from nanoflow_jax.engine.structured import Constraint, Grammars
 from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.sampling_params import SamplingParams, check_vocabulary
 from nanoflow_jax.step.batch import StepShape
@@ -307,7 +307,7 @@ class Engine:
 
         def stands(request: Request, constraint: Constraint) -> bool:
             try:
-                constraint.take(output_of(request, self.running))
+                constraint.take(self.running.output_of(request))
             except RuntimeError as error:  # a grammar that has become too large for the matcher
                 self._fail(request, error)
                 self._end(request, finished)
@@ -385,7 +385,7 @@ class Engine:
             request.finish("length")
 
     def _is_complete(self, request: Request, constraint: Constraint) -> bool:
-        constraint.take(output_of(request, self.running))
+        constraint.take(self.running.output_of(request))
         return constraint.is_complete
 
     def _stop_string(self, request: Request, token: int, length: int) -> bool:

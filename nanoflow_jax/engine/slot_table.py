@@ -126,7 +126,6 @@ class SlotTable:
         request.slot = None
         self.requests[slot] = None
         self.number[slot] = NEVER
-        self.constrained[slot] = False
         self.known[slot] = self.length[slot] = self.computed[slot] = 0
         self.num_pages[slot] = self.most_pages[slot] = 0
         self.dropped[slot] = self.filled[slot] = 0
@@ -148,6 +147,11 @@ class SlotTable:
         self.__init__(self.count, self.tokens.shape[1], self.page_size, self._num_biases, self.pages.shape[1])
         self.epoch = epoch
         return sorted(found, key=lambda r: r.number)
+
+    def output_of(self, request: Request) -> np.ndarray:
+        """Tokens of a request's output that the host knows, also of one that has no slot."""
+        tokens = request.tokens if request.slot is None else self.tokens[request.slot, : self.known[request.slot]]
+        return tokens[request.prompt_length :]
 
     def pages_of(self, slot: int) -> np.ndarray:
         """All that it holds, table by table, each in order of the sequence."""

@@ -14,7 +14,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,11 +22,6 @@ from nanoflow_jax.engine.reasoning import Reasoning, Thought
 from nanoflow_jax.sampling_params import StructuredOutputsParams
 from nanoflow_jax.system.reading import one_line
 from nanoflow_jax.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from nanoflow_jax.engine.request import Request
-    from nanoflow_jax.engine.scheduler import ScheduledStep
-    from nanoflow_jax.engine.slot_table import SlotTable
 
 MISSING = "structured_outputs: llguidance is needed; in a checkout: pip install -e '.[structured]'"
 MOST_GRAMMARS = 256  # that are kept compiled, the latest used
@@ -206,19 +201,6 @@ class _Words:
             found.append(self._id_of[data[at:end]])
             at = end
         return found
-
-
-def constrained_rows(step: ScheduledStep, running: SlotTable) -> list[tuple[int, int]]:
-    """Sampled rows of a step that need a mask: row and slot."""
-    constrained, first = running.constrained, step.shape.decode_rows
-    found = [(row, int(step.decode[row])) for row in np.flatnonzero(step.samples & constrained[step.decode]).tolist()]
-    return found + [(first + i, c.slot) for i, c in enumerate(step.prefill) if c.samples and constrained[c.slot]]
-
-
-def output_of(request: Request, running: SlotTable) -> np.ndarray:
-    """Tokens of the output that the host knows."""
-    tokens = request.tokens if request.slot is None else running.tokens[request.slot, : running.known[request.slot]]
-    return tokens[request.prompt_length :]
 
 
 def _allow(mask: np.ndarray, tokens: Sequence[int]) -> None:
