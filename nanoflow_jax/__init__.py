@@ -16,9 +16,9 @@ use_cuda_toolkit()
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM, generate
-    from nanoflow_jax.sampling_params import SamplingParams
+    from nanoflow_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
-__all__ = ["LLM", "SamplingParams", "__version__", "generate"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutputsParams", "__version__", "generate"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,10 +27,10 @@ def __getattr__(name: str) -> Any:
         from nanoflow_jax import api
 
         return getattr(api, name)
-    if name == "SamplingParams":
-        from nanoflow_jax.sampling_params import SamplingParams
+    if name in ("SamplingParams", "StructuredOutputsParams"):
+        from nanoflow_jax import sampling_params
 
-        return SamplingParams
+        return getattr(sampling_params, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

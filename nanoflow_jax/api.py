@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime
@@ -20,6 +20,7 @@ from nanoflow_jax.engine.outputs import Gathered, run_steps
 from nanoflow_jax.engine.reasoning import find_reasoning
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.engine.setup import build_engine
+from nanoflow_jax.engine.structured import Grammars
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
@@ -76,6 +77,8 @@ class LLM:
         self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)
         self._eos = end_tokens(folder, self.config, self.tokenizer)
+        self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self._eos)
+        self.grammars.reasoning = self.reasoning
         self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
         self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
         self.replicas: Replicas | None = None
@@ -99,6 +102,7 @@ class LLM:
             self.plan = load_plan(str(options.plan))
         check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
         self.engine = build_engine(self.folder, self.config, self.plan, self.mesh, self.tokenizer, self._eos, options)
+        self.engine.grammars = self.grammars
         self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
         # Of prompts, that a step computes at most.
@@ -261,6 +265,8 @@ class LLM:
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""
         check_prompt(prompt_token_ids, params, self.max_model_len, self.config.vocab_size, self._eos)
+        if params.structured_outputs is not None:
+            self.grammars.constraint(params.structured_outputs, prompt_token_ids)
 
     @property
     def num_rows(self) -> int:

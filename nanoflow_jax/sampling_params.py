@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
+from nanoflow_jax.system.reading import parse_json
+
 MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
 MAX_N = 1000  # completions of one prompt, where files ask for them
 MAX_FLOAT = 1e30  # settings stay in float32, and so do logits times a penalty
@@ -28,6 +30,76 @@ def _names_the_nearest[T](cls: type[T]) -> type[T]:
 
     setattr(cls, "__init__", init)  # noqa: B010 - as an assignment it would be an error of types
     return cls
+
+
+@_names_the_nearest
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What form an output must have. Exactly one of the first five is given; names and meanings are vLLM's.
+
+    json         JSON that fits this schema (a mapping, or its text)
+    regex        text that this regular expression matches as a whole (the syntax of Rust's regex crate)
+    choice       one of these texts
+    grammar      text of this grammar: Lark as llguidance has it, or GBNF
+    json_object  True: any JSON object
+    disable_any_whitespace         JSON without spaces and line ends between its parts
+    disable_additional_properties  objects whose schema names properties have no others
+    whitespace_pattern             regular expression of what stands between the parts of JSON
+
+    Raises ValueError naming the field and what is accepted, and TypeError for a name that is no field. Whether it can
+    be compiled is found out when a request is given to an `LLM`.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object")
+        given = [name for name in kinds if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none"
+            raise ValueError(f"structured_outputs: {found} given; accepted: exactly one of {', '.join(kinds)}")
+        for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(getattr(self, name), bool) and (name != "json_object" or self.json_object is not None):
+                raise _refused(f"structured_outputs: {name}", getattr(self, name), "True or False")
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise _refused(f"structured_outputs: {name}", value, "a text that is not empty")
+        if self.choice is not None:
+            accepted = "a list of texts, none of them empty"
+            if not isinstance(self.choice, (list, tuple)) or not self.choice:
+                raise _refused("structured_outputs: choice", self.choice, accepted)
+            if not all(isinstance(text, str) and text for text in self.choice):
+                raise _refused("structured_outputs: choice", self.choice, accepted)
+        of_json = self.json is not None or bool(self.json_object)
+        for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
+            if getattr(self, name) and not of_json:
+                raise ValueError(f"structured_outputs: {name} is about JSON, but {given[0]} is given")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("structured_outputs: whitespace_pattern, but disable_any_whitespace allows none; give one")
+        if self.json is not None:
+            self.schema()
+
+    def schema(self) -> dict[str, Any]:
+        """Of `json` or `json_object`. Raises ValueError."""
+        if self.json_object:
+            return {"type": "object"}
+        found: Any = self.json
+        if isinstance(found, str):
+            try:
+                found = parse_json(found)
+            except ValueError as error:
+                raise ValueError(f"structured_outputs: json: not JSON ({error})") from None
+        if not isinstance(found, Mapping):
+            raise _refused("structured_outputs: json", self.json, "a JSON schema: an object, or its text")
+        return dict(found)
 
 
 @_names_the_nearest
@@ -59,10 +131,11 @@ class SamplingParams:
     include_stop_str_in_output  leave the stop string in the text
     skip_special_tokens  leave special tokens out of the text
     detokenize           False: no text, token ids only
+    structured_outputs   the form that the output must have; None: any
 
-    The order of processing: logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k, top_p. Greedy
-    requests are subject to those before temperature. Raises ValueError naming the field and what is accepted, and
-    TypeError for a name that is no field.
+    The order of processing: structured_outputs, logit_bias and allowed_token_ids, penalties, temperature, min_p, top_k,
+    top_p. Greedy requests are subject to those before temperature. Raises ValueError naming the field and what is
+    accepted, and TypeError for a name that is no field.
     """
 
     n: int = 1
@@ -86,6 +159,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     detokenize: bool = True
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         _integer("n", self.n, 1, MAX_INT)
@@ -127,6 +201,8 @@ class SamplingParams:
                 _integer("logit_bias", token, 0, MAX_INT)
                 _number("logit_bias", bias, -100, 100, "a number from -100 to 100 for each token")
         self._check_stop()
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise _refused("structured_outputs", self.structured_outputs, "None or StructuredOutputsParams")
 
     def _check_stop(self) -> None:
         if self.stop is None:

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,22 @@ def test_json(cli: Cli) -> None:
         "prompt_tokens": 7,
     }
     assert second["text"] == "50"
+
+
+def test_forms(cli: Cli, tmp_path: Path) -> None:
+    """A schema as text or in a file, a regular expression, choices; two of them are wrong usage."""
+    schema = '{"enum": ["yes", "no"]}'
+    (tmp_path / "schema.json").write_text(schema)
+    for form, wanted in (
+        (["--json-schema", schema], ('"yes"', '"no"')),
+        (["--json-schema", str(tmp_path / "schema.json")], ('"yes"', '"no"')),
+        (["--regex", "[xyz]{3}k"], tuple("".join(p) + "k" for p in product("xyz", repeat=3))),
+        (["--choice", "abc", "--choice", "abd"], ("abc", "abd")),
+    ):
+        status, out, _ = generate(cli, "12+30=", *form)
+        assert status == 0 and out.removeprefix("12+30=").rstrip("\n") in wanted
+    refused(generate(cli, "12+30=", "--json-schema", '{"type": "objec"}'), "structured_outputs", "Invalid type: objec")
+    refused(generate(cli, "12+30=", "--json-schema", "no_such.json"), "no_such.json", "cannot be read")
 
 
 def test_output_goes_to_a_file(cli: Cli, tmp_path: Path) -> None:

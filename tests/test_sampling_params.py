@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from nanoflow_jax import SamplingParams
+from nanoflow_jax.sampling_params import StructuredOutputsParams as Form
 from nanoflow_jax.sampling_params import check_vocabulary
 
 ACCEPTED: dict[str, list[Any]] = {
@@ -33,6 +34,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "include_stop_str_in_output": [True, False],
     "skip_special_tokens": [True, False],
     "detokenize": [True, False],
+    "structured_outputs": [None, Form(regex="a"), Form(json={}), Form(json="{}"), Form(choice=["a", "b"])],
 }
 
 REFUSED: dict[str, list[Any]] = {
@@ -71,6 +73,7 @@ REFUSED: dict[str, list[Any]] = {
     "include_stop_str_in_output": [1, 0, "yes", None],
     "skip_special_tokens": [1, "no", None],
     "detokenize": [0, "", None],
+    "structured_outputs": ["json", {"regex": "a"}, True],
 }
 
 
@@ -104,6 +107,7 @@ def test_every_field_of_the_interface_is_in_a_table() -> None:
         "include_stop_str_in_output",
         "skip_special_tokens",
         "detokenize",
+        "structured_outputs",
     ]
 
 
@@ -142,6 +146,41 @@ def test_fields_that_contradict_each_other() -> None:
     assert refusal(n=2, temperature=0).startswith("n: 2 is not accepted; it must be 1 with temperature 0")
     assert "detokenize=False" in refusal(stop="a", detokenize=False)
     assert SamplingParams(stop=[], detokenize=False).stop_strings == ()
+
+
+FORMS: list[tuple[dict[str, Any], str]] = [
+    ({}, "none given; accepted: exactly one of json, regex, choice, grammar, json_object"),
+    ({"json_object": False}, "none given"),
+    ({"regex": "a", "json": {}}, "json and regex given"),
+    ({"regex": ""}, "regex: '' is not accepted"),
+    ({"regex": b"a"}, "regex: b'a'"),
+    ({"grammar": ["a"]}, "grammar: "),
+    ({"choice": []}, "choice: "),
+    ({"choice": "ab"}, "choice: "),
+    ({"choice": ["a", ""]}, "choice: "),
+    ({"json": "{"}, "json: not JSON"),
+    ({"json": '{"a": 1, "a": 2}'}, "json: not JSON"),
+    ({"json": [1]}, "json: [1] is not accepted; it must be a JSON schema"),
+    ({"json": "true"}, "json: 'true' is not accepted"),
+    ({"json_object": 1}, "json_object: 1"),
+    ({"json": {}, "disable_any_whitespace": "yes"}, "disable_any_whitespace: 'yes'"),
+    ({"json": {}, "whitespace_pattern": 3}, "whitespace_pattern: 3"),
+    ({"json": {}, "whitespace_pattern": " ", "disable_any_whitespace": True}, "give one"),
+    ({"regex": "a", "disable_additional_properties": True}, "disable_additional_properties is about JSON"),
+]
+
+
+@pytest.mark.parametrize(("given", "words"), FORMS, ids=[str(given) for given, _ in FORMS])
+def test_forms_that_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        Form(**given)
+    assert str(caught.value).startswith(f"structured_outputs: {words}") or words in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_forms_that_there_are_not() -> None:
+    with pytest.raises(TypeError, match="no field 'structural_tag'; accepted: json, regex"):
+        Form(structural_tag="a")  # type: ignore[call-arg]
 
 
 def test_stop_strings() -> None:

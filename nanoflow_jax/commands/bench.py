@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanoflow_jax.commands import bench_batch as batch_command
 from nanoflow_jax.commands import bench_replicas as replicas_command
+from nanoflow_jax.commands import bench_structured as structured_command
 from nanoflow_jax.commands.options import add_bench_options, check_outputs, llm_options, positive
 from nanoflow_jax.version import __version__
 
@@ -41,6 +42,7 @@ def add(commands: Any) -> None:
     _add_host(kinds)
     batch_command.add(kinds)
     replicas_command.add(kinds)
+    structured_command.add(kinds)
 
 
 # -- host

@@ -15,6 +15,7 @@ from nanoflow_jax.commands.options import add_chat_options, add_model_options, m
 
 if TYPE_CHECKING:
     from nanoflow_jax.engine.request import CompletionOutput, RequestOutput
+    from nanoflow_jax.sampling_params import StructuredOutputsParams
 
 
 def add(commands: Any) -> None:
@@ -25,6 +26,8 @@ def add(commands: Any) -> None:
         "  nanoflow generate '12+30=' 'reverse abc='\n"
         "  nanoflow generate --chat --system 'Be brief.' 'What is 12+30?'\n"
         "  nanoflow generate '12+30=' --n 3 --temperature 0.8 --json --logprobs 2\n"
+        "  nanoflow generate 'My name is' --json-schema person.json --max-tokens 200\n"
+        "  nanoflow generate --chat 'Is this good? I like it.' --choice yes --choice no\n"
         "  nanoflow generate --input prompts.txt --json > results.jsonl\n"
         "  echo '12+30=' | nanoflow generate --input -",
     )
@@ -66,6 +69,14 @@ def add(commands: Any) -> None:
     sampling.add_argument(
         "--ignore-eos", action="store_true", default=argparse.SUPPRESS, help="go on past the model's end token"
     )
+    form = sampling.add_mutually_exclusive_group()
+    form.add_argument(
+        "--json-schema", metavar="FILE|TEXT", help="completions are JSON that fits this schema; a text begins with '{'"
+    )
+    form.add_argument("--regex", metavar="TEXT", help="completions match this regular expression as a whole")
+    form.add_argument(
+        "--choice", action="append", metavar="TEXT", help="completions are one of these; may be given several times"
+    )
     sampling.add_argument(
         "--logprobs", type=int, default=argparse.SUPPRESS, metavar="N",
         help="with --json: of each token its logprob, and those of the N likeliest",
@@ -92,6 +103,8 @@ def _run(args: argparse.Namespace) -> int:
         raise ValueError(f"prompt {empty[0]} is empty; every line must hold a prompt")
     names = ("n", "max_tokens", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "logprobs")
     wanted = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    if (form := _form(args)) is not None:
+        wanted["structured_outputs"] = form
     seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
     for seed in (seeds[0], seeds[-1]):
         SamplingParams(**wanted, **seed)  # a bad setting is told before the model is loaded
@@ -125,6 +138,19 @@ def _run(args: argparse.Namespace) -> int:
                     file=sys.stderr,
                 )
     return 1 if failed else 0
+
+
+def _form(args: argparse.Namespace) -> StructuredOutputsParams | None:
+    """What form the completions must have. Raises ValueError."""
+    from nanoflow_jax.sampling_params import StructuredOutputsParams
+    from nanoflow_jax.system.reading import read_text
+
+    if args.json_schema is not None:
+        text = args.json_schema
+        return StructuredOutputsParams(json=text if text.lstrip().startswith("{") else read_text(text))
+    if args.regex is not None or args.choice is not None:
+        return StructuredOutputsParams(regex=args.regex, choice=args.choice)
+    return None
 
 
 def _record(args: argparse.Namespace, prompt: str, output: RequestOutput, done: CompletionOutput) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The engine: a loop of schedule, dispatch, book, one step ahead of what the host knows.
 
 While the device runs step n, the host builds and dispatches step n + 1, and only then reads the tokens of step n. A
-request that step n ends has a row in step n + 1 all the same; what that row gives is dropped.
+request that step n ends has a row in step n + 1 all the same; what that row gives is dropped. Where a row of step n + 1
+is constrained (`engine.structured`), what follows its layers is dispatched after the tokens of step n are known.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,10 +21,11 @@ from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.pages import Key, PagePool
 from nanoflow_jax.engine.quarantine import Quarantine
 from nanoflow_jax.engine.request import Request, error_line
-from nanoflow_jax.engine.runner import Runner
+from nanoflow_jax.engine.runner import Begun, Runner
 from nanoflow_jax.engine.scheduler import Hooks, ScheduledStep, Scheduler
 from nanoflow_jax.engine.slot_table import SlotTable
-from nanoflow_jax.engine.step_batch import build_inputs
+from nanoflow_jax.engine.step_batch import build_inputs, constrained_rows
+from nanoflow_jax.engine.structured import Constraint, Grammars
 from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.prompts import check_prompt
 from nanoflow_jax.sampling_params import SamplingParams
@@ -88,6 +91,7 @@ class Engine:
         self.runner, self.tables, self.offload = runner, tables, offload
         self.max_model_len, self.vocab_size, self.on_step = max_model_len, vocab_size, on_step
         self._tokenizer, self._eos, self._seed, self._count = tokenizer, eos_token_ids, seed, 0
+        self.grammars = Grammars(tokenizer, vocab_size, eos_token_ids)
         self.running = SlotTable(
             runner.sizes.slots, max_model_len, runner.page_size, runner.sizes.bias_rows, len(windows)
         )
@@ -123,6 +127,8 @@ class Engine:
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""
         check_prompt(prompt_token_ids, params, self.max_model_len, self.vocab_size, self._eos)
+        if params.structured_outputs is not None:
+            self.grammars.constraint(params.structured_outputs, prompt_token_ids)
 
     def add(
         self,
@@ -153,9 +159,13 @@ class Engine:
         if seed is None or index:
             spawn = [self._seed, number] if seed is None else [seed, index]
             seed = int(np.random.SeedSequence(spawn).generate_state(1, np.uint32)[0])
+        form = params.structured_outputs
+        constraint = None
+        if form is not None and allowed != 0:
+            constraint = self.grammars.constraint(form, prompt_token_ids, stops)
         request = Request(
             number, str(number), prompt, prompt_token_ids, params, seed, frozenset(stops), limit, index, watched,
-            scored_from,
+            scored_from, constraint,
         )  # fmt: skip
         self._quarantine.add(request)
         return request
@@ -188,14 +198,18 @@ class Engine:
         start, start_cpu, waited, tokens = time.perf_counter(), time.thread_time(), 0.0, 0
         finished: list[Request] = []
         self.updated = []
-        scheduled = None
+        scheduled = rest = None
         try:
             flight, self._flight = self._flight, None
             scheduled = self.scheduler.schedule()
             if scheduled is not None:
                 inputs = build_inputs(scheduled, self.running, self.runner.num_pages, self.runner.sizes)
                 scored = bool(inputs.targets.max(initial=-1) >= 0)
-                self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
+                if rows := constrained_rows(scheduled, self.running):
+                    begun = self.runner.begin(scheduled.shape, inputs)
+                    rest = partial(self._finish_step, scheduled, begun, rows, scored)
+                else:
+                    self._flight = _Flight(scheduled, self.runner.dispatch(scheduled.shape, inputs), scored)
                 self.num_steps += 1
                 self.num_rows += scheduled.rows_used
             if flight is not None:
@@ -203,6 +217,8 @@ class Engine:
                 sampled = np.asarray(flight.output.sampled.tokens)
                 waited = time.perf_counter() - asked
                 tokens = self._process_output(flight, sampled, finished)
+            if rest is not None:
+                self._flight = rest(finished)
             self._quarantine.progressed()
             if not self.scheduler.has_work and not self._quarantine.has_work:
                 self._flight = None  # all its rows belong to requests that have ended
@@ -234,6 +250,7 @@ class Engine:
                     self._process_orphan(orphan, int(sampled[row]), output, row, finished)
             rows, slots = rows[here], slots[here]
         ended = run.append(slots, sampled[rows])
+        self._advance(slots, sampled[rows])
         for i in np.flatnonzero(ended | run.watched[slots]).tolist():
             request = run.requests[slots[i]]
             assert request is not None
@@ -252,6 +269,53 @@ class Engine:
 
     def _is_current(self, step: ScheduledStep, slot: int) -> bool:
         return bool(self.running.epoch[slot] == step.epochs[slot])
+
+    def _advance(self, slots: np.ndarray, tokens: np.ndarray) -> None:
+        """Lets the constraints among these slots take the tokens that were booked, all at once."""
+        some = np.flatnonzero(self.running.constrained[slots] & (tokens >= 0))
+        found, taken = list[Constraint](), list[int]()
+        for slot, token in zip(slots[some].tolist(), tokens[some].tolist(), strict=True):
+            request = self.running.requests[slot]
+            assert request is not None and request.constraint is not None
+            before = int(self.running.known[slot]) - request.prompt_length - 1
+            if request.constraint.taken == before and token not in request.stop_tokens:
+                found.append(request.constraint)
+                taken.append(token)
+        self.grammars.advance(found, taken)
+
+    def _finish_step(
+        self,
+        step: ScheduledStep,
+        begun: Begun,
+        rows: Sequence[tuple[int, int]],
+        scored: bool,
+        finished: list[Request],
+    ) -> _Flight:
+        """Dispatches what follows a step's layers: all tokens before it are known, so that each constrained row has a
+        mask (no mask is needed where the request has ended)."""
+
+        def stands(request: Request, constraint: Constraint) -> bool:
+            try:
+                constraint.take(self.running.output_of(request))
+            except RuntimeError as error:  # a grammar that has become too large for the matcher
+                self._fail(request, error)
+                self._end(request, finished)
+            return not request.finish_reason and not constraint.is_free
+
+        found = list[tuple[int, Request, Constraint]]()
+        for row, slot in rows:
+            request = self.running.requests[slot]
+            if request is None or request.constraint is None or not self._is_current(step, slot):
+                continue
+            if stands(request, request.constraint):
+                found.append((row, request, request.constraint))
+        masks = self.grammars.masks([constraint for _, _, constraint in found])
+        allowed = {
+            row: mask
+            for (row, request, constraint), mask in zip(found, masks, strict=True)
+            if stands(request, constraint)
+        }
+        return _Flight(step, self.runner.finish(begun, allowed), scored)
 
     def _process_orphan(
         self, request: Request, token: int, output: StepOutput, row: int, finished: list[Request]
@@ -304,8 +368,14 @@ class Engine:
         stopped = self._stop_string(request, token, length)
         if token in request.stop_tokens:
             request.finish("stop", token if token in params.stop_token_ids else None)
+        elif not stopped and request.constraint is not None and self._is_complete(request, request.constraint):
+            request.finish("stop")
         elif not stopped and length >= request.max_length:
             request.finish("length")
+
+    def _is_complete(self, request: Request, constraint: Constraint) -> bool:
+        constraint.take(self.running.output_of(request))
+        return constraint.is_complete
 
     def _stop_string(self, request: Request, token: int, length: int) -> bool:
         params = request.params

@@ -25,7 +25,7 @@ from nanoflow_jax.engine.request import Request
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import PeerError, Processes, joined
 from nanoflow_jax.plan.plan import SchedulePlan, parse_plan
-from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 
 class MultiprocessEngine(Engine):
@@ -123,14 +123,16 @@ class FollowerEngine(MultiprocessEngine):
                 self._requests.pop(request.number, None)
 
 
-def params_fields(params: SamplingParams) -> dict[str, Any]:
+def params_fields(params: SamplingParams | StructuredOutputsParams) -> dict[str, Any]:
     """The fields that are not the defaults, for JSON."""
     found = {}
     for field in fields(params):
         value = getattr(params, field.name)
         if value != field.default:
-            if isinstance(value, Mapping):
-                value = list(value.items())
+            if isinstance(value, StructuredOutputsParams):
+                value = params_fields(value)
+            elif isinstance(value, Mapping):
+                value = dict(value) if field.name == "json" else list(value.items())
             elif value is not None and not isinstance(value, (str, int, float)):
                 value = list(value)
             found[field.name] = value
@@ -141,6 +143,8 @@ def params_from(found: dict[str, Any]) -> SamplingParams:
     """The inverse of `params_fields`."""
     if found.get("logit_bias") is not None:
         found = {**found, "logit_bias": dict(found["logit_bias"])}
+    if (form := found.get("structured_outputs")) is not None:
+        found = {**found, "structured_outputs": StructuredOutputsParams(**form)}
     return SamplingParams(**found)
 
 

@@ -115,10 +115,11 @@ def _completion(
 
 
 def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text up to the stop string, or without the stop token; as far as it is whole, while it is running."""
+    """The text up to the stop string, or without the stop token (a structured output may be complete without one); as
+    far as it is whole, while it is running."""
     if request.text is not None and (isinstance(request.stop_reason, str) or not request.finish_reason):
         return request.text
-    if request.finish_reason == "stop":
+    if request.finish_reason == "stop" and ids[-1] in request.stop_tokens:
         ids = ids[:-1]
     return output_text(tokenizer, request.prompt_token_ids, ids, request.params.skip_special_tokens)
 

@@ -6,7 +6,7 @@ not show them; else by their text. The parts are slices of the output's text, so
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow_jax.config import ConfigError
@@ -26,6 +26,30 @@ START, CHANNEL, MESSAGE, END, RETURN, CALL = (
     "<|call|>",
 )
 FINAL = "final"  # the channel of answers
+
+
+class Thought:
+    """Follows an output's tokens to where its answer begins. `may_begin`: tokens that begin a thought as the output's
+    first one; where none of them comes, the answer begins at once.
+
+    inside  the output begins inside a thought
+    ended   whether tokens of a thought, of which the latest was added, end there
+    """
+
+    def __init__(self, may_begin: Sequence[int], inside: bool, ended: Callable[[list[int]], bool]):
+        self.may_begin: Sequence[int] = () if inside else may_begin
+        self.goes_on = inside
+        self._ended, self._tokens = ended, list[int]()
+
+    def take(self, token: int) -> bool:
+        """Whether the token is of the thought; none is after one that is not."""
+        begins, self.may_begin = token in self.may_begin, ()
+        if not begins and not self.goes_on:
+            return False
+        self._tokens.append(token)
+        self.goes_on = not self._ended(self._tokens)
+        return True
+
 
 Parts = tuple[str | None, str | None]  # thought and answer; None: there was none, and not yet one
 
@@ -82,6 +106,16 @@ class Tags:
             if token == closed:
                 return text[begin:at].strip(), text[after:].lstrip()
         return text[begin:].strip(), None
+
+    def thought(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> Thought:
+        """Raises ValueError where it could not be told where the thought ends."""
+        inside = self._is_inside(tokenizer, prompt)
+        if self.ids is None:
+            if inside:
+                raise ValueError(f"{self.end}, at which the prompt's thought ends, is no token of its own")
+            return Thought((), False, lambda tokens: True)
+        opened, closed = self.ids
+        return Thought((opened,), inside, lambda tokens: tokens[-1] == closed)
 
     def _split_text(self, text: str, inside: bool, ended: bool) -> Parts:
         begin = 0
@@ -164,6 +198,23 @@ class Harmony:
         thoughts = [part.strip() for channel, part in parts if channel != FINAL]
         answers = [part for channel, part in parts if channel == FINAL]
         return "\n".join(filter(None, thoughts)) if thoughts else None, "\n".join(answers) if answers else None
+
+    def thought(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> Thought:
+        """The answer begins behind the header of a message in the channel of answers."""
+        opening = self._opening(prompt)
+
+        def ended(tokens: list[int]) -> bool:
+            if tokens and tokens[-1] != self.message:
+                return False
+            tokens = [*(opening or ()), *tokens]
+            if self.channel not in tokens:
+                return False
+            at = len(tokens) - 1 - tokens[::-1].index(self.channel)
+            return _channel(tokenizer.decode(tokens[at + 1 : -1]), True) == FINAL
+
+        if opening is not None and self.message in opening:
+            return Thought((), not ended([]), ended)
+        return Thought((self.channel,), opening is not None, ended)
 
     def _opening(self, prompt: Sequence[int]) -> Sequence[int] | None:
         """The beginning of a message that the prompt leaves open, behind its start; None: it leaves none open."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from nanoflow_jax.engine.pages import Key
 from nanoflow_jax.engine.reasoning import Marks
+from nanoflow_jax.engine.structured import Constraint
 from nanoflow_jax.sampling_params import SamplingParams
 
 
@@ -109,6 +110,7 @@ class Request:
     index: int = 0  # among the completions of one prompt
     watched: bool = False  # someone looks at its tokens one by one (a stream)
     scored_from: int = 0  # with prompt_logprobs: the prompt's tokens after this position are wanted
+    constraint: Constraint | None = None  # of structured_outputs
     tokens: np.ndarray = field(init=False)  # [n] int32: prompt and output, as of when it last had no slot
     keys: list[Key] = field(default_factory=list)  # of its full pages, as far as they were computed
     slot: int | None = None

@@ -7,9 +7,9 @@ import contextlib
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from nanoflow_jax.models.layout import ModelParams, page_tables
 from nanoflow_jax.parallel.mesh import AXIS, replicated
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Program, compile_step
-from nanoflow_jax.step.extras import Extra, Logprobs, Score, wanted
+from nanoflow_jax.step.extras import MASK_SPECS, Extra, Logprobs, Sample, Score, room_for_masks, wanted
 from nanoflow_jax.step.kernel_inputs import NO_PAGE
 from nanoflow_jax.step.logprobs import no_scores
-from nanoflow_jax.step.sampler import Sampled, StepOutput
+from nanoflow_jax.step.sampler import Masks, Sampled, StepOutput
 from nanoflow_jax.step.slots import StepInputs, pack
-from nanoflow_jax.step.trace import KVCache, StepState
+from nanoflow_jax.step.trace import KVCache, StepEnd, StepState
 from nanoflow_jax.system.progress import Progress
 
 logger = logging.getLogger("nanoflow_jax")
@@ -50,6 +50,16 @@ def _wait_for_steps() -> None:
     for output in _LATEST:
         with contextlib.suppress(Exception):
             jax.block_until_ready(output)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A step whose layers have been dispatched."""
+
+    shape: StepShape
+    inputs: StepInputs
+    packed: np.ndarray
+    end: StepEnd
 
 
 class Runner:
@@ -91,14 +101,28 @@ class Runner:
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         """Starts one step. Returns its output, whose tokens are on their way to the host."""
+        return self.finish(self.begin(shape, inputs))
+
+    def begin(self, shape: StepShape, inputs: StepInputs) -> Begun:
+        """Starts a step's layers alone. `finish` must come next."""
         packed = pack(inputs)
         if self.on_dispatch is not None:
             self.on_dispatch(packed)
         self.state, end = self._steps[shape](self._params, self.state, packed)
+        return Begun(shape, inputs, packed, end)
+
+    def finish(self, begun: Begun, allowed: Mapping[int, np.ndarray] | None = None) -> StepOutput:
+        """Starts what comes after the layers. allowed: of constrained rows, the tokens that they may have, as bits of
+        uint8 (`Masks`); what is beyond their end is not allowed."""
+        shape, packed, end = begun.shape, begun.packed, begun.end
         tokens, logprobs, scores = end.tokens, None, None
-        rows = wanted(inputs, self.sizes)
-        if rows.sample is not None:
-            slots, tokens = self._extra(rows.sample, shape)(self.state.slots, packed, end.logits)
+        rows = wanted(begun.inputs, self.sizes)
+        sample, masks = rows.sample, list[Masks]()
+        if allowed:
+            masks.append(self._masks(shape.sampled_rows, end.logits.shape[1], allowed))
+            sample = replace(sample or Sample(False, False), masks=masks[0].bits.shape[0])
+        if sample is not None:
+            slots, tokens = self._extra(sample, shape)(self.state.slots, packed, end.logits, *masks)
             self.state = replace(self.state, slots=slots)
         tokens.copy_to_host_async()
         if rows.logprobs:
@@ -111,6 +135,17 @@ class Runner:
         output = StepOutput(Sampled(tokens, logprobs), scores)
         _LATEST.append(output)
         return output
+
+    def _masks(self, count: int, vocab: int, allowed: Mapping[int, np.ndarray]) -> Masks:
+        room = room_for_masks(len(allowed), count)
+        bits, rows = np.zeros((room, vocab // 8), np.uint8), np.full(count, room, np.int32)
+        for number, (row, mask) in enumerate(allowed.items()):
+            rows[row] = number
+            bits[number, : len(mask)] = mask[: vocab // 8]
+        if self.on_dispatch is not None:
+            self.on_dispatch(bits)
+        sharding = NamedSharding(self.mesh, MASK_SPECS.bits)  # each process has the whole, and gives its devices theirs
+        return Masks(jax.make_array_from_callback(bits.shape, sharding, bits.__getitem__), rows)
 
     def _extra(self, extra: Extra, shape: StepShape) -> Any:
         key = extra, shape

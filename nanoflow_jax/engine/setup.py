@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,8 @@ def _check_processes(processes: Processes, folder: Path, options: LLMOptions) ->
     """Raises ConfigError, in all processes, unless they can run as one."""
     if options.kv_offload_gib:
         raise ConfigError("kv_offload_gib: pages split over several processes cannot be offloaded yet; accepted: 0")
-    processes.agree("packages", f"nanoflow_jax {__version__}, jax {version('jax')}, jaxlib {version('jaxlib')}")
+    packages = [f"{name} {version(name)}" for name in ("jax", "jaxlib", "llguidance") if find_spec(name)]
+    processes.agree("packages", ", ".join([f"nanoflow_jax {__version__}", *packages]))
     processes.agree(f"model: {folder.name}", model_digest(folder))
 
 

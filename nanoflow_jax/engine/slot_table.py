@@ -45,7 +45,8 @@ class SlotTable:
         self.most_pages = zeros()  # of a sequence of max_length
         self.stops = np.full((STOPS, slots), -1, np.int32)
         self.num_stops = 0  # the most that any request here has had
-        self.watched = np.zeros(slots, bool)
+        self.watched = np.zeros(slots, bool)  # its tokens are looked at one by one
+        self.constrained = np.zeros(slots, bool)  # what its next token may be depends on its last one
         self.min_length = zeros()  # until the sequence is so long, bias_below counts, then bias
         self.bias_below = zeros()
         # As one array, so that a step takes all settings of its rows at once. `position` is not kept here. The last
@@ -101,7 +102,10 @@ class SlotTable:
         self.stops[:, slot] = -1
         self.stops[: min(len(stops), STOPS), slot] = stops[:STOPS]
         self.num_stops = max(self.num_stops, min(len(stops), STOPS))
-        self.watched[slot] = request.watched or bool(params.stop) or params.logprobs is not None or len(stops) > STOPS
+        self.constrained[slot] = constrained = request.constraint is not None
+        self.watched[slot] = (
+            request.watched or constrained or bool(params.stop) or params.logprobs is not None or len(stops) > STOPS
+        )
         self.min_length[slot] = request.prompt_length + params.min_tokens
         self.bias_below[slot], self.bias[slot] = biases
         penalised = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
@@ -143,6 +147,11 @@ class SlotTable:
         self.__init__(self.count, self.tokens.shape[1], self.page_size, self._num_biases, self.pages.shape[1])
         self.epoch = epoch
         return sorted(found, key=lambda r: r.number)
+
+    def output_of(self, request: Request) -> np.ndarray:
+        """Tokens of a request's output that the host knows, also of one that has no slot."""
+        tokens = request.tokens if request.slot is None else self.tokens[request.slot, : self.known[request.slot]]
+        return tokens[request.prompt_length :]
 
     def pages_of(self, slot: int) -> np.ndarray:
         """All that it holds, table by table, each in order of the sequence."""

@@ -50,6 +50,13 @@ def build_inputs(step: ScheduledStep, running: SlotTable, num_pages: int, sizes:
     return inputs
 
 
+def constrained_rows(step: ScheduledStep, running: SlotTable) -> list[tuple[int, int]]:
+    """Sampled rows of the step whose requests are constrained: row and slot."""
+    constrained, first = running.constrained, step.shape.decode_rows
+    found = [(row, int(step.decode[row])) for row in np.flatnonzero(step.samples & constrained[step.decode]).tolist()]
+    return found + [(first + i, c.slot) for i, c in enumerate(step.prefill) if c.samples and constrained[c.slot]]
+
+
 def _fill_sampling(inputs: StepInputs, step: ScheduledStep, running: SlotTable) -> None:
     """Rows that do not sample take neutral settings, which cost nothing and change no history."""
     n, first, chunks = len(step.decode), step.shape.decode_rows, step.prefill

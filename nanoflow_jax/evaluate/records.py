@@ -17,7 +17,7 @@ import numpy as np
 
 from nanoflow_jax.chat import EFFORTS, PLAIN, ChatSettings, checked_messages
 from nanoflow_jax.evaluate.lines import Line
-from nanoflow_jax.sampling_params import MAX_LOGPROBS, MAX_N
+from nanoflow_jax.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputsParams
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -38,7 +38,7 @@ LABELS = (
 # Fields accepted only where they change nothing: client libraries write their defaults out.
 SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,), "stream_options": ({},), "echo": (False,), "store": (False,), "best_of": (1,), "suffix": ("",),
-    "response_format": ({"type": "text"},), "modalities": (["text"],), "verbosity": ("medium",),
+    "modalities": (["text"],), "verbosity": ("medium",),
     "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "use_beam_search": (False,), "num_beams": (1,), "num_return_sequences": (1,), "length_penalty": (1,),
     "early_stopping": (False,), "no_repeat_ngram_size": (0,), "typical_p": (1,), "epsilon_cutoff": (0,),
@@ -52,6 +52,8 @@ SWITCHED_OFF_IN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "add_special_tokens": (True,), "tools": ([],), "documents": ([],), "chat_template_kwargs": ({},),
     },
 }  # fmt: skip
+# Fields of a body that say what form the output must have.
+FORMS = ("response_format", "structured_outputs")
 # Fields of a chat's body that say how it is rendered (`ChatSettings`), besides reasoning_effort.
 RENDERING = ("chat_template_kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message")
 # Fields of a message; others must be empty, as in answers that are sent back.
@@ -257,11 +259,10 @@ def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tup
             if not any(_is_same(value, neutral) for neutral in off[name]):
                 told = " or ".join(json.dumps(neutral) for neutral in off[name])
                 _refuse(name, f"{value!r} is not supported in a batch; accepted: {told}, or leave it out")
-        elif name not in (accepted := (*SAMPLING, *LABELS, *off, *own, "model")):
+        elif name not in (accepted := (*SAMPLING, *FORMS, *LABELS, *off, *own, "model")):
             near = get_close_matches(name, accepted, 1)
-            told = (
-                f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted((*own, *SAMPLING, 'model')))}"
-            )
+            known = ", ".join(sorted((*own, *SAMPLING, *FORMS, "model")))
+            told = f"did you mean {near[0]!r}?" if near else f"accepted: {known}"
             _refuse(name, f"unknown or unsupported field; {told}")
     model = body.get("model")
     if model is not None and models and model not in models:
@@ -277,7 +278,42 @@ def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tup
         _wrong("n", n, f"a whole number from 1 to {MAX_N}")
     if "logit_bias" in sampling:
         sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
+    if (form := _form(body)) is not None:
+        sampling["structured_outputs"] = form
     return sampling
+
+
+def _form(body: dict[str, Any]) -> StructuredOutputsParams | None:
+    """Of `response_format`, OpenAI's, or `structured_outputs`, vLLM's; None: the output may have any."""
+    wanted, form = body.get("response_format"), body.get("structured_outputs")
+    if form is not None:
+        if wanted not in (None, {"type": "text"}):
+            _refuse("response_format", "structured_outputs is there, too; give one")
+        if not isinstance(form, dict):
+            _wrong("structured_outputs", form, 'an object, such as {"regex": ...}')
+        return _made("structured_outputs", {name: value for name, value in form.items() if value is not None})
+    if wanted is None:
+        return None
+    accepted = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}}'
+    fields = dict(wanted) if isinstance(wanted, dict) else {}
+    kind, given = fields.pop("type", None), fields.pop("json_schema", None)
+    if fields or kind not in ("text", "json_object", "json_schema") or (given is not None) != (kind == "json_schema"):
+        _wrong("response_format", wanted, accepted)
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict) or set(given) - {"name", "description", "strict", "schema"}:
+        _wrong("response_format", wanted, accepted)
+    return _made("response_format", {"json": schema})
+
+
+def _made(name: str, fields: dict[str, Any]) -> StructuredOutputsParams:
+    try:
+        return StructuredOutputsParams(**fields)
+    except (TypeError, ValueError) as error:
+        raise _Refused(name, str(error) if name == "structured_outputs" else f"{name}: {error}") from None
 
 
 def _whole(value: Any) -> Any:

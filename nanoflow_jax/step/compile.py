@@ -22,8 +22,9 @@ from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.parallel.mesh import AXIS, local_aval, replicated
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.extras import LARGEST, Extra, Logprobs, Sample, build_extra
+from nanoflow_jax.step.extras import LARGEST, MASK_SPECS, Extra, Logprobs, Sample, build_extra
 from nanoflow_jax.step.logprobs import no_scores
+from nanoflow_jax.step.sampler import Masks
 from nanoflow_jax.step.slots import SlotSizes, abstract_slots, packed_length
 from nanoflow_jax.step.trace import CACHE_SPEC, END_SPECS, KVCache, StepSpec, StepState, build_step, cache_shape
 
@@ -137,7 +138,11 @@ class Program:
         sharding = NamedSharding(whole, END_SPECS.logits)
         logits = self._local(jax.ShapeDtypeStruct((count, vocab), jnp.float32, sharding=sharding))
         if isinstance(extra, Sample):
-            return program.lower(self.state.slots, packed, logits)
+            bits = jax.ShapeDtypeStruct(
+                (extra.masks, vocab // 8), jnp.uint8, sharding=NamedSharding(whole, MASK_SPECS.bits)
+            )
+            masks = (Masks(self._local(bits), self._replicated(count)),) if extra.masks else ()
+            return program.lower(self.state.slots, packed, logits, *masks)
         if isinstance(extra, Logprobs):
             return program.lower(packed, logits, self._replicated(count))
         hidden = self._replicated(shape.prefill_rows, config.hidden_size, dtype=self.infos.embedding.dtype)

@@ -1,4 +1,5 @@
-"""What some rows of a step want beyond the likeliest token: sampling, bias, penalties, logprobs, scores of the prompt.
+"""What some rows of a step want beyond the likeliest token: sampling, masks, bias, penalties, logprobs, scores of the
+prompt.
 
 Each is a small program of its own, which the host starts after the step when some row wants it: the host knows that
 ahead, so no conditional asks for it on the device. Outside of a command buffer, as beside a lane or with collectives
@@ -19,20 +20,23 @@ from jax.sharding import PartitionSpec as P
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.parallel import collectives
+from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.step.batch import SamplingArrays
 from nanoflow_jax.step.head import first_token, head_logits
 from nanoflow_jax.step.logprobs import SCORE_CHUNK, Scores, TokenLogprobs, score_chunk, token_logprobs
-from nanoflow_jax.step.sampler import biased, penalized, sample
+from nanoflow_jax.step.sampler import Masks, biased, penalized, sample
 from nanoflow_jax.step.slots import SLOT_SPECS, SlotSizes, SlotState, StepInputs, unpack
 from nanoflow_jax.step.trace import END_SPECS, StepSpec
 
 
 @dataclass(frozen=True)
 class Sample:
-    """`(slots, packed, logits) -> (slots, tokens [B])`, slots donated; which searches it needs."""
+    """`(slots, packed, logits) -> (slots, tokens [B])`, slots donated; which searches it needs. masks: of constrained
+    rows, there is room for so many in a fourth argument, `Masks`; 0: there is none."""
 
     top_k: bool
     top_p: bool
+    masks: int = 0
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Score:
 
 
 Extra = Sample | Logprobs | Score
-LARGEST: tuple[Extra, ...] = (Sample(True, True), Logprobs(), Score())
+FEW_MASKS = 8
+LARGEST: tuple[Extra, ...] = (Sample(True, True, FEW_MASKS), Logprobs(), Score())
+MASK_SPECS = Masks(bits=P(None, AXIS), rows=P())
 
 
 @dataclass(frozen=True)
@@ -77,17 +83,27 @@ def sample_wanted(params: SamplingArrays, bias_rows: int, histories: int) -> Sam
     return Sample(bool((sampled & (params.top_k > 0)).any()), bool((sampled & (params.top_p < 1)).any()))
 
 
+def room_for_masks(count: int, rows: int) -> int:
+    """How many masks a program takes where `count` of its `rows` rows have one: few programs are compiled."""
+    room = FEW_MASKS
+    while room < count:
+        room *= 4
+    return min(room, max(rows, FEW_MASKS))
+
+
 def build_extra(extra: Extra, spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.stages.Wrapped:
     """The jitted program, for steps of `spec.shape`."""
     shape, config = spec.shape, spec.config
     declared, tree = jax.tree.flatten(infos, is_leaf=is_info)
 
-    def choose(slots: SlotState, packed: jax.Array, logits: jax.Array) -> tuple[SlotState, jax.Array]:
+    def choose(
+        slots: SlotState, packed: jax.Array, logits: jax.Array, masks: Masks | None = None
+    ) -> tuple[SlotState, jax.Array]:
         assert isinstance(extra, Sample)
         inputs = unpack(packed, shape)
         with jax.named_scope("SAMPLE.1"):
             tokens, slots = sample(
-                logits, first_token(logits), inputs.sampling, slots, top_k=extra.top_k, top_p=extra.top_p
+                logits, first_token(logits), inputs.sampling, slots, masks=masks, top_k=extra.top_k, top_p=extra.top_p
             )
             return replace(slots, tokens=slots.tokens.at[inputs.slots].set(tokens, mode="drop")), tokens
 
@@ -108,7 +124,8 @@ def build_extra(extra: Extra, spec: StepSpec, mesh: Mesh, infos: ModelParams) ->
 
     function: Callable[..., Any]
     if isinstance(extra, Sample):
-        function, given, out = choose, (SLOT_SPECS, P(), END_SPECS.logits), (SLOT_SPECS, P())
+        given = SLOT_SPECS, P(), END_SPECS.logits, *((MASK_SPECS,) if extra.masks else ())
+        function, out = choose, (SLOT_SPECS, P())
     elif isinstance(extra, Logprobs):
         function, given, out = logprobs, (P(), END_SPECS.logits, P()), P()
     else:

@@ -1,9 +1,9 @@
 """Sampling on vocabulary shards: no device ever sees another's logits, only a few numbers per row.
 
-The order is vLLM's: bias, penalties (both act on greedy rows too), temperature, min-p, top-k, top-p, noise. Each part
-leaves the rows that do not want it bit for bit as they were, so that it may be left out when none does; sums over the
-vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the neighbours or on
-the mesh.
+The order is vLLM's: masks, bias, penalties (these act on greedy rows too), temperature, min-p, top-k, top-p, noise.
+Each part leaves the rows that do not want it bit for bit as they were, so that it may be left out when none does; sums
+over the vocabulary are of integers, which are exact in any order. So a token does not depend on its row, on the
+neighbours or on the mesh.
 
 A row whose logits hold NaN or +inf, or leave nothing to choose from, gives token -1, whatever it wants.
 
@@ -35,6 +35,18 @@ EVERYTHING = 2**32 - 1  # a weight that no search reaches
 
 
 @struct.dataclass
+class Masks:
+    """Which tokens constrained rows may have. K masks, V vocabulary padded to the mesh, a multiple of 8 on each device.
+
+    bits  [K, V/8] uint8, split over V: bit i of byte j stands for token 8 j + i
+    rows  [B] int32: the mask of each sampled row; K: it has none
+    """
+
+    bits: Any
+    rows: Any
+
+
+@struct.dataclass
 class Sampled:
     tokens: Any  # [B] int32; -1: none can be chosen
     logprobs: TokenLogprobs | None  # [B]; None: no row wants them
@@ -57,25 +69,35 @@ def sample(
     params: SamplingArrays,
     slots: SlotState,
     *,
+    masks: Masks | None = None,
     top_k: bool = True,
     top_p: bool = True,
 ) -> tuple[jax.Array, SlotState]:
     """One token per row, int32 [B], the same on all devices, and the slots with these tokens counted. -1: no token can
-    be chosen, because logits are not finite.
+    be chosen, because logits are not finite, or none is allowed.
 
     logits        [B, V/p] float32, this device's share; padding entries are -inf
     first         int32 scalar: vocabulary index of the first column
+    masks         this device's share; None: no row has one
     top_k, top_p  whether some row may want it: False saves the search
 
     No two rows may name the same row of the counts. Both tables have at least one row: XLA's partitioner crashes on a
     split array that has none.
     """
     greedy = params.temperature <= 0
-    x = adjust(logits, params, slots)
+    x = adjust(logits if masks is None else allowed(logits, masks), params, slots)
     noisy = temper(x, params, top_k=top_k, top_p=top_p) + _gumbel(first, x.shape[1], params)
     # What is chosen from may have lost a NaN (to top-k, say), so the raw logits are looked at.
     tokens = _argmax(jnp.where(greedy[:, None], x, noisy), first, _sound(logits))
     return tokens, replace(slots, counts=_count(slots.counts, params.history, tokens - first))
+
+
+def allowed(logits: jax.Array, masks: Masks) -> jax.Array:
+    """The logits [B, V/p], -inf where a row's mask has no bit."""
+    bits = masks.bits.at[masks.rows].get(mode="clip")  # [B, V/p/8]
+    has = (bits[:, :, None] >> jnp.arange(8, dtype=jnp.uint8)[None, None, :]) & jnp.uint8(1)
+    free = masks.rows >= masks.bits.shape[0]
+    return jnp.where((has.reshape(logits.shape) != 0) | free[:, None], logits, -jnp.inf)
 
 
 def adjust(logits: jax.Array, params: SamplingArrays, slots: SlotState) -> jax.Array:

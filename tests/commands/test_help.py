@@ -32,7 +32,11 @@ def test_nanoflow_alone_teaches_by_task(capsys: pytest.CaptureFixture[str]) -> N
 def test_no_help_tells_a_default_that_is_nothing(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     if command == "lm-eval":
         pytest.skip("lm-eval's own")
-    kinds = ([command, kind] for kind in ("throughput", "host", "batch")) if command == "bench" else [[command]]
+    kinds = (
+        ([command, kind] for kind in ("throughput", "host", "batch", "structured"))
+        if command == "bench"
+        else [[command]]
+    )
     for words in kinds:
         with pytest.raises(SystemExit):
             main([*words, "--help"])

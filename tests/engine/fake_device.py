@@ -110,6 +110,9 @@ class Letters:
 
     first_bytes = token_bytes
 
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return [ord(character) - ord("A") for character in text]
+
 
 def alone(
     prompt: Sequence[int],
@@ -177,6 +180,7 @@ class FakeRunner:
         self.windows = windows
         self.fails: Callable[[StepInputs], bool] = lambda inputs: False
         self.at_once = True
+        self.allowed: dict[int, np.ndarray] = {}  # of rows, while a step runs: bits of the tokens
         self.num_steps = 0
         self.reset()
 
@@ -197,6 +201,16 @@ class FakeRunner:
     def insert(self, pages: Sequence[int], contents: Sequence[np.ndarray]) -> None:
         for page, content in zip(pages, contents, strict=True):
             self.contents[page] = content
+
+    def begin(self, shape: StepShape, inputs: StepInputs) -> tuple[StepShape, StepInputs]:
+        return shape, inputs
+
+    def finish(self, begun: tuple[StepShape, StepInputs], allowed: dict[int, np.ndarray]) -> StepOutput:
+        self.allowed = {row: np.unpackbits(mask, bitorder="little") for row, mask in allowed.items()}
+        try:
+            return self.dispatch(*begun)
+        finally:
+            self.allowed = {}
 
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         self.num_steps += 1
@@ -275,6 +289,8 @@ class FakeRunner:
         row, history = int(s.bias[place]), int(s.history[place])
         counted = history != self.sizes.slots
         bias = NO_BIAS if row == self.sizes.bias_rows else self.biases[row]
+        if (mask := self.allowed.get(place)) is not None:
+            bias = bias[0] | set(np.flatnonzero(mask[:VOCAB] == 0).tolist()), bias[1]
         token = choose(attention, settings, bias, self.history[history] if counted else 0)
         if counted:
             self.history[history] = (self.history[history] + mix(token, 1)) & _MASK

@@ -21,12 +21,13 @@ from nanoflow_jax.engine.multiprocess import (
 )
 from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.parallel.processes import PeerError
-from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.sampling_params import SamplingParams, StructuredOutputsParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.slots import SlotSizes, StepInputs, pack
-from tests.engine.fake_device import EOS, VOCAB, FakeRunner, FakeTables, Letters
+from tests.engine.fake_device import EOS, VOCAB, FakeRunner, FakeTables, Letters, letters
 
 PAGE, LONGEST = 4, 64
+FORM = [letters([8, 9, 10, 11]), letters([9, 9, 9]), letters(range(30, 39))]
 SHAPES = step_shapes(16, 8, LONGEST // PAGE, 4)
 
 
@@ -103,6 +104,7 @@ def settings(i: int) -> SamplingParams:
         {"logit_bias": {3: -5.0, 9: 2.5}, "presence_penalty": 0.5},
         {"allowed_token_ids": {8, 9, 10, 11}, "logprobs": 2, "ignore_eos": True},
         {"stop_token_ids": (12, 13), "seed": 7, "prompt_logprobs": 0},
+        {"structured_outputs": StructuredOutputsParams(choice=FORM), "logprobs": 1},
     ]
     return SamplingParams(max_tokens=12, **kinds[i % len(kinds)])
 
@@ -112,7 +114,7 @@ def test_the_follower_dispatches_what_the_leader_dispatches() -> None:
     requests = []
     for i, prompt in enumerate(prompts(25)):
         requests.append(
-            pair.leader.add(None, prompt, settings(i), watched=i % 7 == 0, max_tokens=0 if i % 6 == 5 else None)
+            pair.leader.add(None, prompt, settings(i), watched=i % 7 == 0, max_tokens=0 if i % 7 == 4 else None)
         )
         if i % 3 == 0:
             pair.turn()
@@ -125,6 +127,8 @@ def test_the_follower_dispatches_what_the_leader_dispatches() -> None:
     assert isinstance(leader, Runner) and isinstance(follower, Runner)
     assert len(leader.inputs) > 20 and follower.inputs == leader.inputs
     assert {r.finish_reason for r in requests} == {"stop", "length", "abort"}
+    formed = [r for r in requests if r.params.structured_outputs and r.finish_reason == "stop"]
+    assert len(formed) >= 2 and {letters(r.output_token_ids) for r in formed} <= set(FORM)
     assert not pair.follower._requests, "requests that have ended are kept"
     assert not pair.follower.has_work
     link = pair.leader.processes
@@ -187,6 +191,9 @@ tokens = st.integers(0, VOCAB - 1)
             "allowed_token_ids": st.none() | st.sets(tokens, min_size=1, max_size=4),
             "logprobs": st.none() | st.integers(0, 5),
             "detokenize": st.booleans(),
+            "structured_outputs": st.none()
+            | st.builds(StructuredOutputsParams, json=st.sampled_from(['{"type": "object"}', {"enum": [1]}]))
+            | st.builds(StructuredOutputsParams, choice=st.lists(texts, min_size=1)),
         },
     )
 )

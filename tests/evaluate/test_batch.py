@@ -134,6 +134,42 @@ def test_errors_that_only_the_model_can_tell(cli: Cli, tmp_path: Path) -> None:
     assert records[-1]["response"]["body"]["choices"][0]["text"] == "42"
 
 
+def test_structured_outputs(cli: Cli, tmp_path: Path) -> None:
+    """In OpenAI's words, in vLLM's, for chats and completions; one that cannot be compiled is that line's error."""
+    schema = {"type": "object", "properties": {"a": {"enum": ["x", "yy"]}}, "required": ["a"]}
+    tight = {"json": {**schema, "additionalProperties": False}, "disable_any_whitespace": True}
+    messages = [{"role": "user", "content": "What is 25+17?"}]
+
+    def asked(kind: str, **more: Any) -> Json:
+        return {"temperature": 1e6, "max_tokens": 60, "response_format": {"type": kind, **more}}
+
+    lines = [
+        request(COMPLETIONS, "schema", prompt="12+30=", temperature=1e6, max_tokens=60, structured_outputs=tight),
+        request(CHAT, "bad", messages=messages, **asked("json_schema", json_schema={"schema": {"type": "objec"}})),
+        request(
+            CHAT, "chat", messages=messages, **asked("json_schema", json_schema={"name": "a", "schema": tight["json"]})
+        ),
+        request(CHAT, "object", messages=messages, **asked("json_object")),
+        {"prompt": "12+30=", "structured_outputs": {"choice": ["maybe"]}},
+        {"prompt": "12+30=", "structured_outputs": {"regex": "("}},
+        {"prompt": "12+30="},
+    ]
+    records, printed = run(cli, tmp_path, lines)
+    assert "7 lines: 5 answered, 2 with an error" in printed
+    errors = {i: r["error"] for i, r in enumerate(records) if r["error"] is not None}
+    assert {i: (e["code"], e["param"], e["line"]) for i, e in errors.items()} == {
+        1: ("invalid_request", "structured_outputs", 2),
+        5: ("invalid_request", "structured_outputs", 6),
+    }
+    assert "Invalid type: objec" in errors[1]["message"] and "unclosed group" in errors[5]["message"]
+    choices = [r["response"]["body"]["choices"][0] for r in records if r["error"] is None]
+    assert json.loads(choices[0]["text"]) in ({"a": "x"}, {"a": "yy"})
+    chat, whole = choices[1]["message"]["content"], choices[1]["finish_reason"] == "stop"
+    assert json.loads(chat) in ({"a": "x"}, {"a": "yy"}) if whole else chat.startswith("{")
+    assert choices[2]["message"]["content"].startswith("{")
+    assert [choice["text"] for choice in choices[3:]] == ["maybe", "42"]
+
+
 def test_characters_that_other_readers_take_for_line_ends(cli: Cli, tmp_path: Path) -> None:
     """U+2028, U+0085 and a form feed in a text, unescaped: one line in, one line out, and the text as it was."""
     odd = "a\u2028b\u0085c\x0bd"
