@@ -17,6 +17,7 @@ class Work:
 
     key          whatever the caller needs to know it again
     scored_from  not None: nothing is generated; the logprobs of the prompt's tokens after this position are wanted
+    prompt_only  nothing is generated; of the prompt the params may want logprobs
     """
 
     key: Any
@@ -24,11 +25,12 @@ class Work:
     prompt_token_ids: list[int]
     params: SamplingParams
     scored_from: int | None = None
+    prompt_only: bool = False
 
     @property
     def most_tokens(self) -> int | None:
         """Of output; None: up to the model's length."""
-        return 0 if self.scored_from is not None else self.params.max_tokens
+        return 0 if self.scored_from is not None or self.prompt_only else self.params.max_tokens
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def feed(
             if new:
                 with calls.alone():
                     for item in new:
-                        group = _add(call, item)
+                        group = add_work(call, item)
                         group_of |= dict.fromkeys(group, (item, group))
             check_interrupt()
             call.step()
@@ -96,8 +98,10 @@ def feed(
         call.close()
 
 
-def _add(call: Call, work: Work) -> list[Request]:
+def add_work(call: Call, work: Work) -> list[Request]:
+    """Queues its completions. To be called within `Calls.alone`."""
     text, tokens, params = work.prompt, work.prompt_token_ids, work.params
     if work.scored_from is not None:
         return [call.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)]
-    return [call.add(text, tokens, params, index=i) for i in range(params.n)]
+    most = 0 if work.prompt_only else None
+    return [call.add(text, tokens, params, index=i, max_tokens=most) for i in range(params.n)]
