@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive
 
-from nanoflow_jax.evaluate.response import Json
+from nanoflow_jax.evaluate.response import Json, encode_json
 
 
 class Refused(Exception):

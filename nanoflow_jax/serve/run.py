@@ -75,7 +75,7 @@ async def _serve(
     server = Server(llm, settings, limits, api_key, on_death)
     config = uvicorn.Config(
         server.app, lifespan="off", log_level="warning", access_log=False, server_header=False, backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=1,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=1, interface="asgi3", proxy_headers=False,
     )  # fmt: skip
     http = _Uvicorn(config)
     for number in (signal.SIGTERM, signal.SIGINT):
