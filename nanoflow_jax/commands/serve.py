@@ -74,4 +74,5 @@ def _run(args: argparse.Namespace) -> int:
         print(f"nanoflow serve: {args.host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     settings = Settings(args.served_model_name or args.model, sampling, args.seed)
     limits = Limits(args.max_body_mib * 2**20, args.max_prompts, args.max_queue)
-    return serve(make_llm(args), at, settings, limits, key, args.quiet)
+    with at:
+        return serve(make_llm(args), at, settings, limits, key, args.quiet)

@@ -8,6 +8,7 @@ from nanoflow_jax.engine.reasoning import Marks, Reasoning
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.slot_table import SlotTable
 from nanoflow_jax.engine.text import GrowingText, output_text, text_offsets
+from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.tokenizer import Tokenizer
 
 
@@ -73,7 +74,6 @@ class GrowingOutput:
         params = request.params
         self.request, self._tokenizer, self._reasoning = request, tokenizer, reasoning
         self._growing = GrowingText(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
-        self._held = max((len(stop) - 1 for stop in params.stop_strings), default=0)
         self._ids: list[int] = []
         self._text = 0  # characters that have been given
         self._thought, self._answer = 0, 0
@@ -90,7 +90,7 @@ class GrowingOutput:
                 offsets.append(self._growing.length)
                 self._growing.add(token)
         text = self._growing.text if params.detokenize else ""
-        part = CompletionOutput(request.index, text[: max(self._text, len(text) - self._held)], list(token_ids))
+        part = CompletionOutput(request.index, _without_stops(text, params), list(token_ids))
         part.content = part.text
         if self._reasoning is not None and params.detokenize:
             skip = params.skip_special_tokens
@@ -118,19 +118,27 @@ class GrowingOutput:
 
     def _cut(self, part: CompletionOutput) -> CompletionOutput:
         """Without what of its texts was given before."""
-        part.text, self._text = part.text[self._text :], len(part.text)
-        if part.reasoning_content is not None:
-            thought, self._thought = part.reasoning_content[self._thought :], len(part.reasoning_content)
-            part.reasoning_content = thought
-        if part.content is not None:
-            part.content, self._answer = part.content[self._answer :], len(part.content)
+        part.text, self._text = part.text[self._text :], max(self._text, len(part.text))
+        if (thought := part.reasoning_content) is not None:
+            part.reasoning_content, self._thought = thought[self._thought :], max(self._thought, len(thought))
+        if (answer := part.content) is not None:
+            part.content, self._answer = answer[self._answer :], max(self._answer, len(answer))
         return part
 
 
+def _without_stops(text: str, params: SamplingParams) -> str:
+    """A running output's text without its last characters, which a stop string may come to take away."""
+    held = max((len(stop) - 1 for stop in params.stop_strings), default=0)
+    return text[: max(0, len(text) - held)]
+
+
 def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
-    """The text up to the stop string, or without the stop token; as far as it is whole, while it is running."""
-    if request.text is not None and (isinstance(request.stop_reason, str) or not request.finish_reason):
-        return request.text
+    """The text up to the stop string, or without the stop token; as far as it is settled, while it is running."""
+    if request.text is not None:
+        if not request.finish_reason:
+            return _without_stops(request.text, request.params)
+        if isinstance(request.stop_reason, str):
+            return request.text
     if request.finish_reason == "stop":
         ids = ids[:-1]
     return output_text(tokenizer, request.prompt_token_ids, ids, request.params.skip_special_tokens)

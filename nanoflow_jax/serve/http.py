@@ -67,6 +67,7 @@ async def http_error(request: Request, error: HTTPException) -> Response:
     headers = dict(error.headers or {})
     message = told.get(error.status_code, error.detail)
     if "Allow" in headers:
+        headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
         message += f"; accepted: {headers['Allow']}"
     refused = Refused(error.status_code, message, "not_found" if error.status_code == 404 else "invalid_request")
     refused.headers = headers

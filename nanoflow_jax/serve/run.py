@@ -33,12 +33,17 @@ class _Uvicorn(uvicorn.Server):
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that does not listen yet. Raises ValueError, one line, where that address cannot be had."""
+    found = None
+    if not 0 <= port < 2**16:  # getaddrinfo takes the remainder
+        raise ValueError(f"--port: {port} is not accepted; it must be from 0 (a free one) to 65535")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, socket.SOCK_STREAM)
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
+        if found is not None:
+            found.close()
         raise ValueError(f"--host, --port: {host}:{port} cannot be had ({error}); name another") from None
     return found
 
