@@ -57,7 +57,8 @@ STREAMING = ("stream", "stream_options")  # of a body that may be streamed
 # Fields of a chat's body that say how it is rendered (`ChatSettings`), besides reasoning_effort.
 RENDERING = ("chat_template_kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message")
 # Fields of a message; others must be empty, as in answers that are sent back.
-MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+MESSAGE = ("role", "content", "tool_calls", *MESSAGE_TEXTS)
 EMPTY_IN_MESSAGES: tuple[Any, ...] = (None, [], {}, "")
 
 
@@ -185,7 +186,7 @@ def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
 
 def _prompts(given: Any, most: int) -> list[Any]:
     """The prompts of a body that has one or several."""
-    if not isinstance(given, list) or not given or isinstance(given[0], int):
+    if not isinstance(given, list) or not given or isinstance(given[0], int | float):
         return [given]
     if len(given) > most:
         _refuse("prompt", f"{len(given)} prompts; accepted: at most {most} in a request")
@@ -249,7 +250,7 @@ def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models:
     body = {name: _whole(value) if name in WHOLE else value for name, value in body.items()}
     sampling = _body(COMPLETIONS, body, models, ("prompt", "logprobs", "echo"))
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int | float):
         _refuse("prompt", "a list of prompts is not accepted; give each its own line")
     prompt, echo = _prompt(prompt), body.get("echo") or False
     if not isinstance(echo, bool):
@@ -264,6 +265,8 @@ def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models:
 
 
 def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list):
+        prompt = [_whole(token) for token in prompt]
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
         _wrong("prompt", prompt, "a text or a list of token ids")
     return prompt
@@ -313,7 +316,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         given = {name: value for name, value in message.items() if value not in EMPTY_IN_MESSAGES}
         if unknown := sorted(set(given) - set(MESSAGE)):
             _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: {', '.join(MESSAGE)}")
-        for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
+        for name in MESSAGE_TEXTS:
             if not isinstance(given.get(name, ""), str):
                 _wrong("messages", message, f"messages whose {name} is a text")
         kept.append({**given, **{name: message[name] for name in ("role", "content") if name in message}})

@@ -10,7 +10,9 @@ from nanoflow_jax.chat import EFFORTS
 from nanoflow_jax.evaluate.records import (
     CHAT,
     COMPLETIONS,
+    EMPTY_IN_MESSAGES,
     LABELS,
+    MESSAGE_TEXTS,
     SAMPLING,
     STREAMING,
     SWITCHED_OFF,
@@ -38,6 +40,13 @@ _SWITCH: Schema = {"type": ["boolean", "null"]}
 _TOKEN: Schema = {"type": "integer", "minimum": 0, "maximum": MAX_INT}
 _TEXT: Schema = {"type": "string"}
 _OBJECT: Schema = {"type": "object"}
+_EMPTY: Schema = {"enum": list(EMPTY_IN_MESSAGES)}
+_PART: Schema = {  # of a message's content
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": _TEXT},
+    "additionalProperties": False,
+}
 # Of the fields that are SamplingParams'.
 _SAMPLING: Mapping[str, Schema] = {
     "n": _whole(1, MAX_N),
@@ -93,8 +102,11 @@ _OWN: Mapping[str, Mapping[str, Schema]] = {
                 "required": ["role"],
                 "properties": {
                     "role": _TEXT,
-                    "content": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": _OBJECT}]},
+                    "content": {"anyOf": [_TEXT, {"type": "array", "items": _PART}]},
+                    "tool_calls": {"anyOf": [{"type": "array", "items": _OBJECT}, _EMPTY]},
+                    **{name: {"anyOf": [_TEXT, _EMPTY]} for name in MESSAGE_TEXTS},
                 },
+                "additionalProperties": _EMPTY,
             },
         },
         "logprobs": _SWITCH,

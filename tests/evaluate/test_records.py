@@ -80,7 +80,7 @@ BAD: list[tuple[Any, str | None, str]] = [
     ({"prompt": {"text": "x"}}, "prompt", "a text or a list of token ids"),
     ({"prompt": ["a", "b"]}, "prompt", "its own line"),
     ({"prompt": [1, True]}, "prompt", "token ids"),
-    ({"prompt": [1, 2.0]}, "prompt", "token ids"),
+    ({"prompt": [1, 2.5]}, "prompt", "token ids"),
     ({"prompt": "x", "custom_id": 7}, "custom_id", "7"),
     ({"prompt": "x", "custom_id": ""}, "custom_id", "512"),
     ({"prompt": "x", "custom_id": "a" * 513}, "custom_id", "512"),

@@ -26,7 +26,7 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     (COMPLETIONS, {"prompt": [256, 49, 50, 43, 51, 48, 61], "max_tokens": 0, "logprobs": 1, "echo": True}),
     (COMPLETIONS, {"prompt": "12+30=", "max_tokens": 1, "echo": True}),
     (COMPLETIONS, {"prompt": "reverse abcdef=", "stop": ["edx", "cb"], "max_tokens": 20, "logprobs": 0}),
-    (COMPLETIONS, {"prompt": "sort 52917=", "n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 9, "ignore_eos": True}),
+    (COMPLETIONS, {"prompt": "sort 529=", "n": 3, "temperature": 2.0, "seed": 5, "max_tokens": 9, "ignore_eos": True}),
     (COMPLETIONS, {"prompt": "sort 52917=", "temperature": 3.0, "min_p": 0.01, "top_k": 50, "top_p": 0.99, "seed": 1}),
     (CHAT, {"messages": HELLO, "max_completion_tokens": 12, "logprobs": True, "top_logprobs": 2}),
     (CHAT, {"messages": HELLO, "n": 2, "temperature": 1.5, "seed": 3, "max_tokens": 7}),

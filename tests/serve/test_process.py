@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import pytest
 
-pytest.importorskip("uvicorn", reason="the serve extra is not installed")
-openai = pytest.importorskip("openai", reason="OpenAI's client is not installed (the dev extra)")
-
 from nanoflow_jax import LLM
 from tests.evaluate.flags import FLAGS
+
+pytest.importorskip("uvicorn", reason="the serve extra is not installed")
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed (the dev extra)")
 
 KEY = "only-here"
 LIMIT = 120.0  # seconds after which a server counts as stuck
@@ -160,12 +160,50 @@ def test_lm_evaluation_harness_finds_the_scores_of_nanoflow_lm_eval(
     assert (found, theirs) == (wanted, ours)
 
 
+@pytest.mark.filterwarnings("ignore")  # of schemathesis and of hypothesis under it
+def test_what_the_schema_says_is_so(server: Running) -> None:
+    """A few seconds of schemathesis's examples, most of them wrong in one way: no failure, no status and no answer
+    that is not described, nothing accepted that is not."""
+    schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed (the dev extra)")
+    from hypothesis import Phase, given, settings
+    from schemathesis.checks import not_a_server_error
+    from schemathesis.specs.openapi.checks import (
+        content_type_conformance,
+        negative_data_rejection,
+        response_schema_conformance,
+        status_code_conformance,
+    )
+
+    headers = {"Authorization": f"Bearer {KEY}"}
+    schema = schemathesis.openapi.from_url(f"{server.url.removesuffix('/v1')}/openapi.json", headers=headers)
+    checks = [
+        not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance,
+        negative_data_rejection,
+    ]  # fmt: skip
+    seen = 0
+    for mode in (schemathesis.GenerationMode.NEGATIVE, schemathesis.GenerationMode.POSITIVE):
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            if mode is schemathesis.GenerationMode.NEGATIVE and operation.method == "get":
+                continue
+
+            @settings(max_examples=12 if operation.method == "post" else 2, phases=[Phase.generate], derandomize=True)
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def check(case: Any) -> None:
+                nonlocal seen
+                seen += 1
+                case.call_and_validate(headers=headers, checks=checks)
+
+            check()
+    assert seen > 40
+
+
 def test_a_signal_finishes_what_runs(server: Running) -> None:
     """The last test of this server."""
     with server.client() as client, server.client() as late:
         late.models.list()  # a connection that is there already
         chunks = client.completions.create(
-            model="tiny", prompt="12", max_tokens=120, stream=True, extra_body={"ignore_eos": True}, n=64,
+            model="tiny", prompt="12", max_tokens=120, stream=True, extra_body={"ignore_eos": True}, n=24,
             temperature=1.0,
         )  # fmt: skip
         next(chunks)
@@ -176,7 +214,7 @@ def test_a_signal_finishes_what_runs(server: Running) -> None:
             late.completions.create(model="tiny", prompt="12+30=")
         assert refused.value.status_code == 503 and refused.value.response.headers["retry-after"]
         ends = [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason]
-        assert ends == ["length"] * 64
+        assert ends == ["length"] * 24
     assert server.process.wait(LIMIT) == 0
     assert told == "shutting down: what runs is finished\n"
     assert server.process.stderr.read() == ""
