@@ -82,7 +82,7 @@ class Client:
         return reply
 
     async def get(self, path: str, **headers: str) -> Reply:
-        return await self.ask("GET", path, **headers)
+        return await self.ask("GET", path, b"", None, **headers)
 
     async def post(self, path: str, body: Any, leaves: Any = None, **headers: str) -> Reply:
         data = body if isinstance(body, bytes | list) else json.dumps(body).encode()
