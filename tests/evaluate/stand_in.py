@@ -32,6 +32,7 @@ class StandIn:
 
     max_model_len = 512
     default_max_tokens = None
+    tokenizer = None  # nothing is echoed
 
     def __init__(self, slots: int = 8, pause: float = 0.0):
         shape = SimpleNamespace(prefill_rows=64, prefill_segments=4)

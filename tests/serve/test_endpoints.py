@@ -99,6 +99,8 @@ def test_echo_is_the_prompt_with_its_logprobs(llm: LLM) -> None:
     wanted = [step and step[token].logprob for token, step in zip(ids, steps, strict=True)]
     assert found["token_logprobs"] == wanted and wanted[0] is None
     assert found["tokens"][1:] == list("12+30=") and found["text_offset"] == [0, 0, 1, 2, 3, 4, 5]
+    more = record(llm, COMPLETIONS, {"prompt": "12+30=", "max_tokens": 2, "logprobs": 1, "echo": True})["choices"][0]
+    assert more["text"] == "12+30=42" and more["logprobs"]["text_offset"][-3:] == [5, 6, 7]
     assert [max(t.values()) for t in found["top_logprobs"][1:]] == [
         max(lp.logprob for lp in s.values()) for s in steps if s
     ]
