@@ -275,6 +275,11 @@ class LLM:
         return self.engine.num_rows if self.replicas is None else self.replicas.num_rows
 
     @property
+    def calls(self) -> Calls:
+        """The engine as several threads share it, for those who add requests and run steps themselves."""
+        return self._calls
+
+    @property
     def default_max_tokens(self) -> int | None:
         """`max_new_tokens` of generation_config.json; None: it says nothing."""
         return self._defaults.get("max_tokens")

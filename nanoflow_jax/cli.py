@@ -24,6 +24,7 @@ from nanoflow_jax.commands import (
     models,
     profile,
     search,
+    serve,
     simulate,
 )
 from nanoflow_jax.commands.parser import Parser
@@ -37,6 +38,7 @@ TASKS = (
         (
             (generate, "generate '12+30=' 'reverse abc='"),
             (batch, "batch --input requests.jsonl --output results.jsonl"),
+            (serve, "serve --port 8000"),
         ),
     ),
     (

@@ -24,7 +24,7 @@ FLOORS = (
     ("inspect", "search"),
     ("api",),
     ("evaluate", "distributed"),
-    ("bench",),
+    ("bench", "serve"),
     ("commands",),
     ("cli",),
 )

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -164,6 +164,16 @@ class Call:
                 f"{error_line(self.failure)}; this call can be made again"
             ) from self.failure
         return had
+
+    def end(self, requests: Iterable[Request]) -> None:
+        """Ends those of its requests that have not ended: they do not come in `ended`. To be called within
+        `Calls.alone`."""
+        for request in requests:
+            if request in self.unfinished:
+                self._calls.engine.abort(request)
+                self._calls._call_of.pop(request, None)
+                self.grown.pop(request, None)
+                self.unfinished.discard(request)
 
     def close(self) -> None:
         """Ends what is unfinished; see `Calls.drop`."""

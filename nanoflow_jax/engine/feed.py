@@ -17,6 +17,7 @@ class Work:
 
     key          whatever the caller needs to know it again
     scored_from  not None: nothing is generated; the logprobs of the prompt's tokens after this position are wanted
+    prompt_only  nothing is generated; of the prompt the params may want logprobs
     """
 
     key: Any
@@ -24,11 +25,12 @@ class Work:
     prompt_token_ids: list[int]
     params: SamplingParams
     scored_from: int | None = None
+    prompt_only: bool = False
 
     @property
     def most_tokens(self) -> int | None:
         """Of output; None: up to the model's length."""
-        return 0 if self.scored_from is not None else self.params.max_tokens
+        return 0 if self.scored_from is not None or self.prompt_only else self.params.max_tokens
 
     @property
     def completions(self) -> int:
@@ -99,7 +101,7 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
                     item = item if index < item.completions else None
             if new:
                 with calls.alone():
-                    work_of |= {_add(call, one, i, watched): one for one, i in new}
+                    work_of |= {add_work(call, one, i, watched): one for one, i in new}
             call.step()
             ended: Changed = []
             grown: Changed = []
@@ -115,8 +117,10 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
         call.close()
 
 
-def _add(call: Call, work: Work, index: int, watched: bool) -> Request:
+def add_work(call: Call, work: Work, index: int, watched: bool = False) -> Request:
+    """Queues one of its completions. To be called within `Calls.alone`."""
     text, tokens, params = work.prompt, work.prompt_token_ids, work.params
     if work.scored_from is not None:
         return call.add(text, tokens, params, max_tokens=0, scored_from=work.scored_from)
-    return call.add(text, tokens, params, index=index, watched=watched)
+    most = 0 if work.prompt_only else None
+    return call.add(text, tokens, params, index=index, max_tokens=most, watched=watched)

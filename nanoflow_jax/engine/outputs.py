@@ -10,7 +10,8 @@ from nanoflow_jax.engine.feed import Score, Work, feed, score_of
 from nanoflow_jax.engine.reasoning import Marks, Reasoning
 from nanoflow_jax.engine.request import CompletionOutput, Logprob, LogprobRows, Request, RequestOutput
 from nanoflow_jax.engine.slot_table import SlotTable
-from nanoflow_jax.engine.text import output_text, text_offsets
+from nanoflow_jax.engine.text import GrowingText, output_text, text_offsets
+from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.tokenizer import Tokenizer
 
 
@@ -25,14 +26,18 @@ def request_output(
     reasoning  what keeps a thought apart from the answer
     running    where requests that are not done yet have their tokens; None: all are done
     """
-    first = requests[0]
-    completions = [_completion(r, tokenizer, reasoning, running) for r in requests]
-    prompt_logprobs = None
-    if first.params.prompt_logprobs is not None and first.index == 0:
-        prompt_logprobs = [None, *logprob_dicts(first.prompt_logprobs, first.prompt_token_ids[1:], tokenizer)]
-    return RequestOutput(
-        first.request_id, first.prompt, first.prompt_token_ids, completions, first.metrics, prompt_logprobs
-    )
+    output = prompt_output(requests[0], tokenizer)
+    output.outputs = [_completion(r, tokenizer, reasoning, running) for r in requests]
+    return output
+
+
+def prompt_output(request: Request, tokenizer: Tokenizer) -> RequestOutput:
+    """What is known of the prompt alone; its logprobs, of the first completion, when that has got a token, or has
+    ended."""
+    ids, logprobs = request.prompt_token_ids, None
+    if request.params.prompt_logprobs is not None and request.index == 0:
+        logprobs = [None, *logprob_dicts(request.prompt_logprobs, ids[1:], tokenizer)]
+    return RequestOutput(request.request_id, request.prompt, ids, [], request.metrics, logprobs)
 
 
 class Gathered:
@@ -114,11 +119,83 @@ def _completion(
     return output
 
 
+class GrowingOutput:
+    """A completion in parts, for a stream: each part holds what has come since the part before, so that the parts
+    together are what `request_output` gives. A part costs what its tokens cost, however long the output is.
+
+    The last characters are held back as long as they may belong to a stop string.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer, reasoning: Reasoning | None = None):
+        params = request.params
+        self.request, self._tokenizer, self._reasoning = request, tokenizer, reasoning
+        self._growing = GrowingText(tokenizer, request.prompt_token_ids, params.skip_special_tokens)
+        self._ids: list[int] = []
+        self._text = 0  # characters that have been given
+        self._thought, self._answer = 0, 0
+
+    def take(self, token_ids: Sequence[int]) -> CompletionOutput:
+        """The part of tokens that a running request has got."""
+        request, params = self.request, self.request.params
+        before, offsets = len(self._ids), list[int]()
+        self._ids += token_ids
+        if params.logprobs is None:
+            self._growing.extend(token_ids)
+        else:
+            for token in token_ids:
+                offsets.append(self._growing.length)
+                self._growing.add(token)
+        text = self._growing.text if params.detokenize else ""
+        part = CompletionOutput(request.index, _without_stops(text, params), list(token_ids))
+        part.content = part.text
+        if self._reasoning is not None and params.detokenize:
+            skip = params.skip_special_tokens
+            marks = request.marks = request.marks or Marks(
+                self._tokenizer, request.prompt_token_ids, skip, self._reasoning.marks
+            )
+            part.reasoning_content, part.content = self._reasoning.split(
+                self._tokenizer, request.prompt_token_ids, marks.take(self._ids), part.text, False
+            )
+        if params.logprobs is not None:
+            rows = request.logprobs.between(before, len(self._ids))
+            part.logprobs = logprob_dicts(rows, token_ids, self._tokenizer)
+            part.text_offsets = offsets
+        return self._cut(part)
+
+    def finish(self) -> CompletionOutput:
+        """The last part, of a request that has ended."""
+        whole, before = _completion(self.request, self._tokenizer, self._reasoning, None), len(self._ids)
+        whole.token_ids = whole.token_ids[before:]
+        if whole.logprobs is not None:
+            whole.logprobs = whole.logprobs[before:]
+        if whole.text_offsets is not None:
+            whole.text_offsets = whole.text_offsets[before:]
+        return self._cut(whole)
+
+    def _cut(self, part: CompletionOutput) -> CompletionOutput:
+        """Without what of its texts was given before."""
+        part.text, self._text = part.text[self._text :], max(self._text, len(part.text))
+        if (thought := part.reasoning_content) is not None:
+            part.reasoning_content, self._thought = thought[self._thought :], max(self._thought, len(thought))
+        if (answer := part.content) is not None:
+            part.content, self._answer = answer[self._answer :], max(self._answer, len(answer))
+        return part
+
+
+def _without_stops(text: str, params: SamplingParams) -> str:
+    """A running output's text without its last characters, which a stop string may come to take away."""
+    held = max((len(stop) - 1 for stop in params.stop_strings), default=0)
+    return text[: max(0, len(text) - held)]
+
+
 def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
     """The text up to the stop string, or without the stop token (a structured output may be complete without one); as
-    far as it is whole, while it is running."""
-    if request.text is not None and (isinstance(request.stop_reason, str) or not request.finish_reason):
-        return request.text
+    far as it is settled, while it is running."""
+    if request.text is not None:
+        if not request.finish_reason:
+            return _without_stops(request.text, request.params)
+        if isinstance(request.stop_reason, str):
+            return request.text
     if request.finish_reason == "stop" and ids[-1] in request.stop_tokens:
         ids = ids[:-1]
     return output_text(tokenizer, request.prompt_token_ids, ids, request.params.skip_special_tokens)

@@ -94,6 +94,12 @@ class LogprobRows:
         self.top_logprobs.append(logprobs)
         self.count += len(logprob)
 
+    def between(self, first: int, last: int) -> LogprobRows:
+        """Of some of the tokens, where each was added by itself, as generated ones are."""
+        rows = slice(first, last)
+        parts = (self.logprobs[rows], self.ranks[rows], self.top_tokens[rows], self.top_logprobs[rows])
+        return LogprobRows(*parts, count=last - first)
+
 
 @dataclass(eq=False)
 class Request:

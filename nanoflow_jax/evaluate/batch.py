@@ -103,13 +103,15 @@ def prepare(llm: LLM, record: Record, settings: Settings) -> Work | Problem:
     if "seed" not in wanted:
         wanted["seed"] = int(np.random.SeedSequence([settings.seed, record.line]).generate_state(1, np.uint32)[0])
     try:
+        if record.echo:
+            wanted["prompt_logprobs"] = wanted.get("logprobs")
         params = llm.default_sampling_params(**wanted)
         if record.messages is not None:
             chat, run = record.chat, settings.chat
             chat = replace(chat, tools=chat.tools or run.tools, documents=chat.documents or run.documents)
             return llm.prepare_chat(record.messages, params, record, settings.now, chat)
         assert record.prompt is not None
-        return llm.prepare(record.prompt, params, record)
+        return replace(llm.prepare(record.prompt, params, record), prompt_only=record.prompt_only)
     except ValueError as error:
         return record.refused(error)
     except Exception as error:  # a chat template or a tokenizer that fails on one text must not end the run
@@ -153,7 +155,7 @@ def answer(
     ordered = longest_first(work(), work_steps(llm), lambda item: item.key.num_bytes, settings.window)
     for item, output in llm.run_stream(ordered, between):
         assert isinstance(output, RequestOutput)
-        emit(response_record(item.key, output, settings.model))
+        emit(response_record(item.key, output, settings.model, llm.tokenizer))
 
 
 @dataclass(frozen=True)

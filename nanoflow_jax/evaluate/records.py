@@ -1,4 +1,5 @@
-"""One line of a batch file, parsed strictly: a `Record` to run, or a `Problem` that names the field at fault.
+"""A line of a batch file, or the body of a request to a server, parsed strictly: a `Record` to run, or a `Problem` that
+names the field at fault.
 
 Accepted are the OpenAI batch format (`custom_id`, `method`, `url`, `body`) for chat and plain completions, and plain
 lines `{"prompt": ...}` with an optional `custom_id` and the same fields as a completion's body.
@@ -37,7 +38,7 @@ LABELS = (
 )  # fmt: skip
 # Fields accepted only where they change nothing: client libraries write their defaults out.
 SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {
-    "stream": (False,), "stream_options": ({},), "echo": (False,), "store": (False,), "best_of": (1,), "suffix": ("",),
+    "stream": (False,), "stream_options": ({},), "store": (False,), "best_of": (1,), "suffix": ("",),
     "modalities": (["text"],), "verbosity": ("medium",),
     "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "use_beam_search": (False,), "num_beams": (1,), "num_return_sequences": (1,), "length_penalty": (1,),
@@ -47,17 +48,19 @@ SWITCHED_OFF: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,), "mm_processor_kwargs": ({},),
 }  # fmt: skip
 SWITCHED_OFF_IN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    CHAT: {"add_special_tokens": (False,)},
+    CHAT: {"add_special_tokens": (False,), "echo": (False,)},
     COMPLETIONS: {
         "add_special_tokens": (True,), "tools": ([],), "documents": ([],), "chat_template_kwargs": ({},),
     },
 }  # fmt: skip
 # Fields of a body that say what form the output must have.
 FORMS = ("response_format", "structured_outputs")
+STREAMING = ("stream", "stream_options")  # of a body that may be streamed
 # Fields of a chat's body that say how it is rendered (`ChatSettings`), besides reasoning_effort.
 RENDERING = ("chat_template_kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message")
 # Fields of a message; others must be empty, as in answers that are sent back.
-MESSAGE = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+MESSAGE_TEXTS = ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+MESSAGE = ("role", "content", "tool_calls", *MESSAGE_TEXTS)
 EMPTY_IN_MESSAGES: tuple[Any, ...] = (None, [], {}, "")
 
 
@@ -77,7 +80,11 @@ class Problem:
 class Record:
     """A request. Either `prompt` (text or token ids) or `messages` is set; `sampling` holds what the line asks for,
     by the names of SamplingParams, `chat` how the messages are rendered. digest: of the line's content, however it is
-    spaced and ordered."""
+    spaced and ordered.
+
+    echo         the response begins with the prompt
+    prompt_only  nothing is generated: max_tokens 0, with echo
+    """
 
     line: int
     custom_id: str | None
@@ -88,12 +95,27 @@ class Record:
     num_bytes: int = 0  # of its line
     digest: str = field(default="", compare=False)
     chat: ChatSettings = PLAIN
+    echo: bool = False
+    prompt_only: bool = False
 
     def refused(self, error: ValueError) -> Problem:
         """What came of an error that was told about this record's prompt or settings."""
         name, colon, _ = str(error).partition(": ")
         found = problem(self.line, self.custom_id, str(error), name if colon and name.isidentifier() else None)
         return replace(found, digest=self.digest)
+
+
+@dataclass(frozen=True)
+class Body:
+    """What was asked of an endpoint: a record of each prompt, and how they are answered.
+
+    stream         as they grow
+    include_usage  at the end of a stream
+    """
+
+    records: list[Record]
+    stream: bool = False
+    include_usage: bool = False
 
 
 class _Refused(Exception):
@@ -124,6 +146,55 @@ def parse_line(line: Line, models: Collection[str] = ()) -> Record | Problem:
     return replace(found, digest=hashlib.blake2b(content, digest_size=8).hexdigest())
 
 
+def parse_body(endpoint: str, data: bytes, number: int, models: Collection[str], most_prompts: int) -> Body | Problem:
+    """The body of a request to an endpoint, which may be streamed and have several prompts. Never raises.
+
+    number  of its first record, as lines of a file have one; the others follow
+    """
+    line = Line(number, data)
+    try:
+        body = _json_object(data, "the body")
+        if endpoint == CHAT:
+            records = [_chat(line, None, _without(body, STREAMING), models)]
+        else:
+            prompts = _prompts(body.get("prompt"), most_prompts)
+            first = _completion(line, None, {**_without(body, STREAMING), "prompt": prompts[0]}, models)
+            records = [replace(first, line=number + i, prompt=_prompt(p)) for i, p in enumerate(prompts)]
+        return Body(records, *_streaming(body))
+    except _Refused as error:
+        return problem(number, None, str(error), error.name)
+
+
+def _without(body: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in names}
+
+
+def _streaming(body: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether to stream, and whether to tell the usage at the end."""
+    stream, options = body.get("stream"), body.get("stream_options")
+    if stream is not None and not isinstance(stream, bool):
+        _wrong("stream", stream, "true or false")
+    if options is None or options == {}:
+        return bool(stream), False
+    given = {name: value for name, value in options.items() if value is not None} if isinstance(options, dict) else {}
+    usage = given.pop("include_usage", False)
+    others_off = given in ({}, {"include_obfuscation": False})
+    if not isinstance(options, dict) or not isinstance(usage, bool) or not others_off:
+        _wrong("stream_options", options, '{"include_usage": true}, or false')
+    if not stream:
+        _refuse("stream_options", "it needs stream: true")
+    return True, usage
+
+
+def _prompts(given: Any, most: int) -> list[Any]:
+    """The prompts of a body that has one or several."""
+    if not isinstance(given, list) or not given or isinstance(given[0], int | float):
+        return [given]
+    if len(given) > most:
+        _refuse("prompt", f"{len(given)} prompts; accepted: at most {most} in a request")
+    return given
+
+
 def _refuse(name: str | None, message: str) -> NoReturn:
     raise _Refused(name, f"{name}: {message}" if name else message)
 
@@ -132,13 +203,13 @@ def _wrong(name: str, value: Any, accepted: str) -> NoReturn:
     _refuse(name, f"{value!r} is not accepted; it must be {accepted}")
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def _json_object(data: bytes, what: str = "the line") -> dict[str, Any]:
     if not data.strip():
-        _refuse(None, "the line is empty; a JSON object is needed")
+        _refuse(None, f"{what} is empty; a JSON object is needed")
     try:
         value = parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
-        _refuse(None, f"not UTF-8 text (byte {error.start} of the line)")
+        _refuse(None, f"not UTF-8 text (byte {error.start} of {what})")
     except Malformed as error:
         _refuse(error.field, str(error) if error.field else f"not JSON ({error})")
     if not isinstance(value, dict):
@@ -179,15 +250,28 @@ def _openai(line: Line, custom_id: str | None, fields: dict[str, Any], models: C
 
 def _completion(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
     body = {name: _whole(value) if name in WHOLE else value for name, value in body.items()}
-    sampling = _body(COMPLETIONS, body, models, ("prompt", "logprobs"))
+    sampling = _body(COMPLETIONS, body, models, ("prompt", "logprobs", "echo"))
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int | float):
         _refuse("prompt", "a list of prompts is not accepted; give each its own line")
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
-        _wrong("prompt", prompt, "a text or a list of token ids")
+    prompt, echo = _prompt(prompt), body.get("echo") or False
+    if not isinstance(echo, bool):
+        _wrong("echo", echo, "true or false")
+    if prompt_only := echo and sampling.get("max_tokens") == 0:
+        sampling["max_tokens"] = 1  # as far as SamplingParams is concerned
     if (wanted := body.get("logprobs")) is not None and wanted is not False:  # a chat's way to want none
         sampling["logprobs"] = wanted
-    return Record(line.number, custom_id, COMPLETIONS, prompt, None, sampling, len(line.data))
+    return Record(
+        line.number, custom_id, COMPLETIONS, prompt, None, sampling, len(line.data), echo=echo, prompt_only=prompt_only
+    )
+
+
+def _prompt(prompt: Any) -> str | list[int]:
+    if isinstance(prompt, list):
+        prompt = [_whole(token) for token in prompt]
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(type(t) is int for t in prompt)):
+        _wrong("prompt", prompt, "a text or a list of token ids")
+    return prompt
 
 
 def _chat(line: Line, custom_id: str | None, body: dict[str, Any], models: Collection[str]) -> Record:
@@ -234,7 +318,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
         given = {name: value for name, value in message.items() if value not in EMPTY_IN_MESSAGES}
         if unknown := sorted(set(given) - set(MESSAGE)):
             _refuse("messages", f"field {unknown[0]!r} of a message is not supported; accepted: {', '.join(MESSAGE)}")
-        for name in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
+        for name in MESSAGE_TEXTS:
             if not isinstance(given.get(name, ""), str):
                 _wrong("messages", message, f"messages whose {name} is a text")
         kept.append({**given, **{name: message[name] for name in ("role", "content") if name in message}})
@@ -258,7 +342,7 @@ def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tup
         if name in off:
             if not any(_is_same(value, neutral) for neutral in off[name]):
                 told = " or ".join(json.dumps(neutral) for neutral in off[name])
-                _refuse(name, f"{value!r} is not supported in a batch; accepted: {told}, or leave it out")
+                _refuse(name, f"{value!r} is not supported; accepted: {told}, or leave it out")
         elif name not in (accepted := (*SAMPLING, *FORMS, *LABELS, *off, *own, "model")):
             near = get_close_matches(name, accepted, 1)
             known = ", ".join(sorted((*own, *SAMPLING, *FORMS, "model")))

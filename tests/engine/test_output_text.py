@@ -155,6 +155,7 @@ def test_stop_strings_that_are_special_tokens_stop(bytes_: LLM, skip: bool, keep
         assert (done.text, done.finish_reason, done.stop_reason) == (wanted, "stop", stop)
         grown = [o.outputs[0].text for o in bytes_.stream("what is", greedy(stop=[stop], **options))]
         assert grown[-1] == wanted
+        assert all(after.startswith(before) for before, after in pairwise(grown)), grown
     shown = "" if skip else "<|im_end|>"
     assert text(bytes_, "what is", stop=["im_"], max_tokens=4, **options) == (
         f" yes{shown}\n user" if skip else " yes<|" + ("im_" if keep else "")

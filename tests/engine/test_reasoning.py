@@ -14,9 +14,9 @@ from tokenizers import AddedToken
 from nanoflow_jax import LLM, SamplingParams, api
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.engine.outputs import request_output
+from nanoflow_jax.engine.outputs import GrowingOutput, request_output
 from nanoflow_jax.engine.reasoning import find_reasoning
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.request import CompletionOutput, Request
 from nanoflow_jax.engine.text import WatchedText
 from nanoflow_jax.evaluate.journal import manifest_path
 from nanoflow_jax.evaluate.manifest import Manifest
@@ -49,7 +49,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]
 
 
 def states(tokenizer: Tokenizer, prompt: str, output: str, **fields: Any) -> list[tuple[Any, Any]]:
-    """(thought, answer) after each token of a stream, and at its end as if the output was made at once."""
+    """(thought, answer) after each token of a stream, and at its end as if the output was made at once. The parts that
+    a server streams come to the same."""
     reasoning = find_reasoning(tokenizer, None)
     params = SamplingParams(temperature=0.0, **fields)
     ids, tokens = tokenizer.encode(prompt, False), tokenizer.encode(output, False)
@@ -61,6 +62,8 @@ def states(tokenizer: Tokenizer, prompt: str, output: str, **fields: Any) -> lis
         return found
 
     grown, watched, seen = request([]), WatchedText(tokenizer, ids, params), []
+    streamed = request([])
+    growing, parts = GrowingOutput(streamed, tokenizer, reasoning), list[CompletionOutput]()
     for number in range(len(tokens)):
         grown.tokens = request(tokens[: number + 1]).tokens
         stop = watched.add(tokens[number])
@@ -70,10 +73,21 @@ def states(tokenizer: Tokenizer, prompt: str, output: str, **fields: Any) -> lis
         done = request_output([grown], tokenizer, reasoning).outputs[0]
         seen.append((done.reasoning_content, done.content))
         if stop is not None:
-            return seen
-    whole = request(tokens)
-    whole.finish_reason = "length"
+            whole = grown
+            break
+        if number % 3:
+            parts.append(growing.take(tokens[sum(len(p.token_ids) for p in parts) : number + 1]))
+    else:
+        whole = request(tokens)
+        whole.finish_reason = "length"
     done = request_output([whole], tokenizer, reasoning).outputs[0]
+    streamed.tokens, streamed.text = whole.tokens, whole.text
+    streamed.finish_reason, streamed.stop_reason = whole.finish_reason, whole.stop_reason
+    parts.append(growing.finish())
+    assert "".join(part.text for part in parts) == done.text
+    assert "".join(part.reasoning_content or "" for part in parts) == (done.reasoning_content or "")
+    assert "".join(part.content or "" for part in parts).rstrip() == (done.content or "").rstrip()
+    assert [token for part in parts for token in part.token_ids] == done.token_ids
     return [*seen, (done.reasoning_content, done.content)]
 
 
@@ -142,6 +156,7 @@ def test_stop_strings_end_thoughts_too(tokenizers: dict[str, Tokenizer]) -> None
     assert states(tokenizers["tokens"], "a<|im_start|>", thought, stop=[" x"])[-1] == ("the", None)
     assert states(tokenizers["tokens"], "a<|im_start|>", thought, stop=["</think>"])[-1] == ("the x is", "")
     assert states(tokenizers["tokens"], "a<|im_start|>", thought, stop=[" no"])[-1] == ("the x is", "yes x")
+    assert states(tokenizers["tokens"], "a<|im_start|>", thought, stop=["is</think>yes"])[-1] == ("the x", "")
 
 
 def test_what_tells_them_apart(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:

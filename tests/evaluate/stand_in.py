@@ -34,6 +34,7 @@ class StandIn:
     prefill_rows = 64
     num_rows = 0
     replicas = None
+    tokenizer = None  # nothing is echoed
 
     def __init__(self, slots: int = 8, pause: float = 0.0):
         self._slots, self._pause = slots, pause
