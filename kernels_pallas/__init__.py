@@ -20,6 +20,9 @@ from kernels_pallas.add_norm import add_rms_norm
 from kernels_pallas.append_kv import append_kv
 from kernels_pallas.decode_attention import decode_attention
 from kernels_pallas.grouped_gemm import gather_rows, grouped_gemm
+from kernels_pallas.kernel_names import name_after_kernel
 from kernels_pallas.prefill_attention import prefill_attention
+
+name_after_kernel()
 
 __all__ = ["add_rms_norm", "append_kv", "decode_attention", "gather_rows", "grouped_gemm", "prefill_attention"]
