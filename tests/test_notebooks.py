@@ -1,5 +1,5 @@
-"""The notebooks run from a fresh kernel. Those with timelines are stored with what they printed, and print that again; the
-others without."""
+"""The notebooks run from a fresh kernel. Those with timelines are stored with what they printed, and print it again;
+the others are stored without."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from PIL import Image
 FOLDER = Path(__file__).parents[1] / "notebooks"
 WIDEST, COLORS = 1300, 48  # of a stored picture, pixels; its palette
 PICTURE = "image/png"
-# What may differ: seconds, versions, and numbers that XLA gives its instructions.
-VARIES = (r"\(\d+ s\)", r"^compiled by .*$", r"(?<=[a-z_])\.\d+(\.\d+)*(?= \(| rearranges| blocks|$)")
+# What may differ: rounding errors, seconds, versions, and numbers that XLA gives its instructions.
+VARIES = (r"\d\.\d+e-\d+", r"\(\d+ s\)", r"^compiled by .*$", r"(?<=[a-z_])\.\d+(\.\d+)*(?= \(| rearranges| blocks|$)")
 
 
 def small_png(encoded: str) -> str:
