@@ -30,10 +30,10 @@ def test_every_piece_is_labelled_within_its_bar(plan: str) -> None:
     boxes = [bar.get_window_extent() for bar in bars]
     for text, box in texts.items():
         middle = ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2)
-        if (around := [b for b in boxes if b.contains(*middle)]) and text.get_va() == "center":
+        if (around := [b for b in boxes if b.contains(*middle)]) and text.get_verticalalignment() == "center":
             wide, high = max(b.width for b in around), max(b.height for b in around)
             assert box.width <= wide + 1 and box.height <= high + 1, text.get_text()
-    above = [box for text, box in texts.items() if text.get_va() == "bottom"]
+    above = [box for text, box in texts.items() if text.get_verticalalignment() == "bottom"]
     assert not any(a.overlaps(b) for i, a in enumerate(above) for b in above[:i])
 
 
