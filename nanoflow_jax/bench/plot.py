@@ -47,7 +47,7 @@ def _draw(ax: Axes, report: ThroughputReport) -> None:
         ax.axvspan(start, stop, color="white", alpha=0.55, linewidth=0)
     ax.annotate("", (first, height * 1.06), (last, height * 1.06), arrowprops={"arrowstyle": "<->", "color": INK})
     lost = report.lost
-    note = f"measured: {report.tokens_per_second_per_gpu:,.0f} tokens/s/GPU" + "".join(
+    note = f"measured: {report.tokens_per_second_per_gpu:,.0f} tokens/s/{report.unit}" + "".join(
         f" · {name.replace('_', ' ')} {lost[name]:.1%}" for name in ("host", "shape_padding", "pages", "preemption")
     )
     ax.text((first + last) / 2, height * 1.09, note, ha="center", va="bottom", fontsize=9.5, color=INK)
@@ -68,7 +68,9 @@ def plot_reports(reports: Sequence[ThroughputReport], path: str | Path) -> Figur
     panels = figure.subplots(len(reports), squeeze=False)[:, 0]
     for ax, report in zip(panels, reports, strict=True):
         _draw(ax, report)
-    panels[-1].set_xlabel("seconds since the first step; pale: ramp and end, not measured")
+    several = any(len({step.shape.rows for step in report.steps}) > 1 for report in reports)
+    smaller = "; white within: steps of a smaller shape" if several else ""
+    panels[-1].set_xlabel(f"seconds since the first step; pale: ramp and end, not measured{smaller}")
     panels[0].legend(loc="upper right", bbox_to_anchor=(1, 1.16), ncols=3, frameon=False, fontsize=9.5)
     figure.savefig(str(path))
     return figure

@@ -69,6 +69,11 @@ class ThroughputReport:
     steps: tuple[TimedStep, ...] = field(default=(), repr=False)
     span: Window | None = field(default=None, repr=False)
 
+    @property
+    def unit(self) -> str:
+        """What a rate is of."""
+        return "device" if self.device == "cpu" else "GPU"
+
     def to_json(self) -> dict[str, Any]:
         """Plain data, without the steps."""
         plain = replace(self, steps=(), span=None)
@@ -90,7 +95,7 @@ def text(report: ThroughputReport) -> str:
         )
     lines = [
         f"{report.model}{layers}, {report.dtype}, plan {report.plan}, {report.workload}: {where}",
-        f"{report.tokens_per_second_per_gpu:,.1f} tokens/s/GPU (prompt + output, computed"
+        f"{report.tokens_per_second_per_gpu:,.1f} tokens/s/{report.unit} (prompt + output, computed"
         f"{', without network' if report.rank_of else ''}), {optimum}",
         *_hits(report),
         "time: "
@@ -128,6 +133,6 @@ def _hits(report: ThroughputReport) -> list[str]:
         return ["prefix caching is off"]
     hits = report.prefix_hits
     return [
-        f"{report.served_tokens_per_second_per_gpu:,.1f} tokens/s/GPU served: those computed, and prompt tokens found "
-        f"in kept pages ({hits['cached_tokens']:.0f} of {hits['prompt_tokens']:.0f}, {hits['share']:.1%})"
+        f"{report.served_tokens_per_second_per_gpu:,.1f} tokens/s/{report.unit} served: those computed, and prompt "
+        f"tokens found in kept pages ({hits['cached_tokens']:.0f} of {hits['prompt_tokens']:.0f}, {hits['share']:.1%})"
     ]

@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from nanoflow_jax.commands.options import add_mesh_size, check_outputs, positive
+from nanoflow_jax.commands.options import add_html, add_mesh_size, check_outputs, positive
 
 
 def add(commands: Any) -> None:
@@ -48,6 +48,7 @@ def add(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print JSON: collectives, findings, totals, memory")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
     p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
+    add_html(p)
     p.set_defaults(run=_run)
 
 
@@ -55,10 +56,11 @@ def _run(args: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"  # compile-only: a GPU that is present stays untouched
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # the compiler's own warnings; findings are reported here
     options = dict(_option(text) for text in args.xla_option)
-    check_outputs(args, "trace", "plot")
+    check_outputs(args, "trace", "plot", "html")
 
     from nanoflow_jax.hardware import load_hardware
-    from nanoflow_jax.inspect.step import compare, inspect_step
+    from nanoflow_jax.inspect.compare import compare
+    from nanoflow_jax.inspect.step import inspect_step
     from nanoflow_jax.models.registry import model_config
     from nanoflow_jax.plan.known import check_sms, named_plan
 
@@ -94,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
         data = [i.to_json() for i in inspections]
         print(json.dumps(data[0] if len(data) == 1 else data, indent=1))
     else:
-        print("\n\n".join([*(i.text() for i in inspections), *([compare(inspections)] if args.compare else [])]))
+        print("\n\n".join([*([compare(inspections)] if args.compare else []), *(i.text() for i in inspections)]))
     if args.trace:
         from nanoflow_jax.timeline.chrome_trace import write_trace
 
@@ -103,6 +105,10 @@ def _run(args: argparse.Namespace) -> int:
         from nanoflow_jax.timeline.plot import plot_inspections
 
         plot_inspections(inspections, args.plot)
+    if args.html:
+        from nanoflow_jax.inspect.page import write_inspections
+
+        write_inspections(inspections, args.html)
     return 0
 
 

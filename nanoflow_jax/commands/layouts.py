@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import positive, table
+from nanoflow_jax.commands.options import positive
 from nanoflow_jax.commands.simulate import add_machine, read_machine
+from nanoflow_jax.system.table import table
 
 if TYPE_CHECKING:
     from nanoflow_jax.search.layouts import Layout

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import table
+from nanoflow_jax.system.table import table
 
 if TYPE_CHECKING:
     from nanoflow_jax.config import ModelConfig

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +13,6 @@ from nanoflow_jax.chat import MOST_BYTES, ChatSettings, check_kwargs, read_templ
 from nanoflow_jax.options import AS_MANY_AS_FIT, KINDS, OPTIONS, LLMOptions
 from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json, read_text
-
-
-def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns as wide as their widest cell; the first `left` of them begin at the left, the others end at the right."""
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = (
-        "  ".join(c.ljust(w) if k < left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def check_outputs(args: argparse.Namespace, *names: str) -> None:
@@ -38,6 +27,12 @@ def check_outputs(args: argparse.Namespace, *names: str) -> None:
             raise ValueError(f"--{name}: {path}: its folder does not exist")
         if name == "plot" and find_spec("matplotlib") is None:
             raise ValueError(f"--plot: matplotlib is needed; {install_command('plot')}")
+
+
+def add_html(p: argparse._ActionsContainer) -> None:
+    p.add_argument(
+        "--html", metavar="FILE", help="write one page for a browser: the plans side by side, timelines to zoom into"
+    )
 
 
 def positive(text: str) -> int:

@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import check_outputs, positive
-from nanoflow_jax.commands.simulate import add_target, read_target
+from nanoflow_jax.commands.options import add_html, check_outputs, positive
+from nanoflow_jax.commands.simulate import add_target, read_target, step_figures
 
 if TYPE_CHECKING:
     from nanoflow_jax.cost.demand import StepLoad
@@ -51,6 +51,7 @@ def add(commands: Any) -> None:
     p.add_argument("--output", metavar="FILE", help="write the plan to FILE (.toml); else to standard output")
     p.add_argument("--inspect", action="store_true", help="compile four layers for the GPU and report what overlaps")
     p.add_argument("--json", action="store_true", help="print JSON: the result, and predictions beside baselines")
+    add_html(p)
     p.add_argument("--quiet", action="store_true", help="no progress on standard error")
     p.set_defaults(run=_run)
 
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.search.simulate import simulate_step
     from nanoflow_jax.step.attention import page_dtype
 
-    check_outputs(args, "output")
+    check_outputs(args, "output", "html")
     if args.output and (not args.output.endswith(".toml") or Path(args.output).exists()):
         raise ValueError(f"--output: {args.output} exists, or is no .toml file; name a new one")
     if args.nano_batches and max(args.nano_batches) > 3:
@@ -138,6 +139,15 @@ def _run(args: argparse.Namespace) -> int:
         print("\n".join([*remarks, f"searched in {seconds:.1f} s; written to {args.output}"]))
     else:
         print(text, end="")
+    if args.html:
+        from nanoflow_jax.timeline.html import Shown, write_page
+
+        shown = [
+            Shown(s, s.inner, step_figures(s, s.totals.share_of_optimum or 0.0), None, {},
+                  {"plan file": text.splitlines()} if s.plan.name == name else {})
+            for s in steps.values()
+        ]  # fmt: skip
+        write_page(shown, args.html, f"{name}: {model_name} on {args.devices} x {gpu}", " ".join(remarks))
     if args.inspect:
         _inspect(args, gpu, plan, load)
     return 0
@@ -228,7 +238,8 @@ def _proof(found: Found) -> str:
 
 def _inspect(args: argparse.Namespace, gpu: str, plan: SchedulePlan, load: StepLoad) -> None:
     """What the compiled step overlaps, where the compiler plugin is installed."""
-    from nanoflow_jax.inspect.step import compare, inspect_step
+    from nanoflow_jax.inspect.compare import compare
+    from nanoflow_jax.inspect.step import inspect_step
 
     step = inspect_step(
         args.model,

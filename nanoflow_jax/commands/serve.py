@@ -52,15 +52,20 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.sampling_params import SamplingParams
+    from nanoflow_jax.system.install import install_command
 
     try:
         from nanoflow_jax.evaluate.batch import Settings
         from nanoflow_jax.serve.app import Limits
         from nanoflow_jax.serve.run import bind, is_loopback, serve
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{error.name} is not installed; accepted: pip install 'nanoflow_jax[serve]'") from None
+        raise ConfigError(f"{error.name} is not installed; accepted: {install_command('serve')}") from None
     if args.distributed or args.coordinator:
         raise ConfigError("--distributed, --coordinator: a server is one process; accepted: to leave them out")
+    if args.data_parallel_size != 1:
+        raise ConfigError(
+            f"--data-parallel-size: {args.data_parallel_size} is not accepted; a server has one replica: 1"
+        )
     if args.seed < 0:
         raise ConfigError(f"--seed: {args.seed} is not accepted; it must be at least 0")
     names = [name.replace("-", "_") for name, _, _ in SAMPLING_OPTIONS]

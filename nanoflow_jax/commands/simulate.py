@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import add_mesh_size, check_outputs, positive, table
+from nanoflow_jax.commands.options import add_html, add_mesh_size, check_outputs, positive
+from nanoflow_jax.system.table import table
 
 if TYPE_CHECKING:
     from nanoflow_jax.config import ModelConfig
     from nanoflow_jax.cost.demand import Demand
     from nanoflow_jax.cost.latency import LatencyModel
     from nanoflow_jax.search.predict import Throughput
+    from nanoflow_jax.search.simulate import Simulation
 
 DEFAULT_GPU = "h200"
 
@@ -52,6 +54,7 @@ def add(commands: Any) -> None:
     p.add_argument("--json", action="store_true", help="print JSON; a list with --compare")
     p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
     p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
+    add_html(p)
     p.set_defaults(run=_run)
 
 
@@ -133,7 +136,7 @@ def read_machine(args: argparse.Namespace) -> tuple[str, ModelConfig, LatencyMod
 
 
 def _run(args: argparse.Namespace) -> int:
-    check_outputs(args, "trace", "plot")
+    check_outputs(args, "trace", "plot", "html")
     from nanoflow_jax.plan.known import named_plan
     from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, predict
 
@@ -165,6 +168,19 @@ def _run(args: argparse.Namespace) -> int:
         from nanoflow_jax.timeline.plot import plot_inspections
 
         plot_inspections([result.simulation for result in results], args.plot)
+    if args.html:
+        from nanoflow_jax.timeline.html import Shown, write_page
+
+        shown = [
+            Shown(r.simulation, r.simulation.inner, _figures(r, results[0]), None, {}, {"report": text(r).splitlines()})
+            for r in results
+        ]
+        load = results[0].simulation.load
+        about = (
+            f"{demand.name}: {load.decode_rows} decode + {load.prefill_rows} prefill rows a step; simulated, nothing "
+            f"was compiled. Times are predicted: {results[0].latency_source}."
+        )
+        write_page(shown, args.html, f"{name} on {args.devices} x {model.hardware.name}", about)
     return 0
 
 
@@ -204,32 +220,37 @@ def _precision(result: Throughput) -> str:
     return weights + (f", {result.kv_cache_dtype} pages" if result.kv_cache_dtype != "auto" else "")
 
 
+def _figures(result: Throughput, first: Throughput) -> dict[str, str]:
+    """A plan's row by column, as texts."""
+    s, rate = result.simulation, result.simulation.tokens_per_second_per_gpu
+    return step_figures(s, rate / result.optimum) | {
+        "to first": f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}"
+    }
+
+
+def step_figures(s: Simulation, share: float) -> dict[str, str]:
+    """Of one step, by column. share: of the optimum."""
+    exposed = {"exposed us": f"{s.inner.exposed_network_us:z.0f}"} if s.devices > 1 else {}
+    return {
+        "layer us": f"{s.inner.us:.0f}",
+        **exposed,
+        "lost us": f"{s.inner.interference_us:z.0f}",
+        "step ms": f"{s.us / 1e3:.1f}",
+        "tokens/s/GPU": f"{s.tokens_per_second_per_gpu:,.0f}",
+        "of optimum": f"{share:.1%}",
+    }
+
+
 def compare(results: Sequence[Throughput]) -> str:
     """Plans side by side."""
     first = results[0]
-    network = first.simulation.devices > 1
-    titles = ("lost us", "step ms", "tokens/s/GPU", "of optimum", "to first")
-    rows: list[tuple[str, ...]] = [("plan", "layer us", *(("exposed us",) if network else ()), *titles)]
-    for result in results:
-        s, rate = result.simulation, result.simulation.tokens_per_second_per_gpu
-        rows.append(
-            (
-                s.plan.name,
-                f"{s.inner.us:.0f}",
-                *((f"{s.inner.exposed_network_us:z.0f}",) if network else ()),
-                f"{s.inner.interference_us:z.0f}",
-                f"{result.step_ms:.1f}",
-                f"{rate:,.0f}",
-                f"{rate / result.optimum:.1%}",
-                f"{rate / first.simulation.tokens_per_second_per_gpu:.3f}",
-            )
-        )
+    rows = [(result.simulation.plan.name, *_figures(result, first).values()) for result in results]
     s = first.simulation
     return "\n".join(
         [
             f"{first.model}{_precision(first)}, {first.demand.name}, {s.devices} x {s.hardware}, {s.runtime} runtime: "
             "predicted from "
             f"{first.latency_source}",
-            table(rows),
+            table([("plan", *_figures(first, first)), *rows]),
         ]
     )

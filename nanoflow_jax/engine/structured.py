@@ -20,10 +20,11 @@ import numpy as np
 
 from nanoflow_jax.engine.reasoning import Reasoning, Thought
 from nanoflow_jax.sampling_params import StructuredOutputsParams
+from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.reading import one_line
 from nanoflow_jax.tokenizer import Tokenizer
 
-MISSING = "structured_outputs: llguidance is needed; in a checkout: pip install -e '.[structured]'"
+MISSING = f"structured_outputs: llguidance is needed; accepted: {install_command('structured')}"
 MOST_GRAMMARS = 256  # that are kept compiled, the latest used
 PARALLEL = 16  # matchers from which on threads share the work; for a few, waking them takes longer
 

@@ -13,15 +13,16 @@ from nanoflow_jax.evaluate.metrics import Mean
 from nanoflow_jax.evaluate.report import Comparison, TaskResult
 from nanoflow_jax.system.output_files import create
 
-THIS, OTHER, INK = "#2b6cb0", "#dd7a1f", "#1d2430"
+THIS, OTHER, INK, LOSS = "#2b6cb0", "#dd7a1f", "#1d2430", "#c62828"
+CERTAIN = 0.05  # the p-value below which a loss is marked
 
 
 def plot_results(
     results: Sequence[TaskResult], path: Path | None = None, compared: Sequence[Comparison] = (), title: str = ""
 ) -> Figure:
     """A bar per task and metric, with one standard error. With a comparison (of the same tasks and metrics), the other
-    run's bars stand below, and the paired differences with their errors on the right. Writes a PNG unless `path` is
-    None."""
+    run's bars stand below, and the paired differences with their errors on the right, losses that are no
+    chance marked. Writes a PNG unless `path` is None."""
     rows = [(f"{r.name}\n{m}", value) for r in results for m, value in r.metrics.items()]
     places = list(range(len(rows)))
     figure = Figure(figsize=(11 if compared else 7, 1.6 + 0.6 * len(rows)), layout="constrained")
@@ -41,7 +42,14 @@ def plot_results(
         figure.legend(handles=drawn, loc="outside lower left", ncols=2, frameon=False)
         found = [c.difference for c in compared]
         errors = [d.stderr if d.n > 1 else 0.0 for d in found]
-        axes[1].errorbar([d.value for d in found], places, xerr=errors, fmt="o", color=INK, capsize=3)
+        for difference, error, place in zip(found, errors, places, strict=True):
+            lost = difference.n > 1 and difference.value < 0 and difference.p_value < CERTAIN
+            color = LOSS if lost else INK
+            axes[1].errorbar(difference.value, place, xerr=error, fmt="v" if lost else "o", color=color, capsize=3)
+            style = {"ha": "center", "va": "bottom", "fontsize": 9, "color": color}
+            text = f"{difference.value:+z.2f}{' worse' if lost else ''}"
+            axes[1].annotate(text, (difference.value, place), (0, 6), textcoords="offset points", **style)
+        axes[1].margins(x=0.25)
         axes[1].axvline(0, color="#b8bcc2", linewidth=1, zorder=0)
         axes[1].set_xlabel("this run less the other, paired by question, ± standard error")
     axes[0].set_yticks(places, [name for name, _ in rows])

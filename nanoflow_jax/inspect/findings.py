@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanoflow_jax.inspect.costs import (
@@ -50,6 +50,28 @@ class Finding:
     op: str | None
     layer: int | None
     detail: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Findings of one kind and op: how many, the layers where they are, and the first one's detail."""
+
+    kind: str
+    op: str | None
+    count: int
+    layers: tuple[int, ...]
+    detail: str
+
+
+def grouped(findings: Sequence[Finding]) -> list[Group]:
+    """In the order in which they were found."""
+    found: dict[tuple[str, str | None], list[Finding]] = {}
+    for finding in findings:
+        found.setdefault((finding.kind, finding.op), []).append(finding)
+    return [
+        Group(kind, op, len(same), tuple(sorted({f.layer for f in same if f.layer is not None})), same[0].detail)
+        for (kind, op), same in found.items()
+    ]
 
 
 @dataclass(frozen=True)
@@ -357,9 +379,8 @@ def find(module: Module, timeline: Timeline) -> tuple[Finding, ...]:
     rules = (merged_gemms, collective_faults, untraced_kernels, copies, misaligned_slices)
     found = [finding for rule in rules for finding in rule(program)]
     for collective in timeline.collectives:
-        if collective.is_async and not collective.beside:
-            what = "only " + ", ".join(collective.beside_other) if collective.beside_other else "nothing"
-            detail = f"{collective.name} of nano-batch {collective.nano_batch} has {what} between start and done"
+        if collective.is_async and not collective.between and not collective.beside:
+            detail = f"{collective.name} of nano-batch {collective.nano_batch} has no GEMM or attention beside it"
             found.append(Finding("exposed_collective", collective.op, collective.layer, detail))
     for (kind, text), number in Counter((u.kind, u.text) for u in module.unknown).items():
         where = next(u.where for u in module.unknown if (u.kind, u.text) == (kind, text))

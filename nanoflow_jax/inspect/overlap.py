@@ -9,14 +9,14 @@ each other, as it does for the simulator.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from nanoflow_jax.cost.latency import Prediction
 from nanoflow_jax.inspect.costs import CONTROL, Cost, CostModel
 from nanoflow_jax.inspect.hlo import Computation, Instruction, Module
 from nanoflow_jax.timeline.played import timeline
-from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Event, Piece, Timeline
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Piece, Timeline
 
 HOST, SIDE = "host", "side"
 OWN_STREAMS = {"collective": NETWORK, "host_copy": HOST}
@@ -53,15 +53,6 @@ class _Stream:
         return self.last + self.awaited
 
 
-@dataclass(eq=False)
-class _Open:
-    """A start whose done has not come: the place of the op that it waits for (None: of an empty region), and of the
-    kernels that are issued meanwhile."""
-
-    at: int | None
-    beside: list[int] = field(default_factory=list)
-
-
 def is_sync(instruction: Instruction) -> bool:
     """Whether XLA will run a collective on the compute stream."""
     return not instruction.opcode.endswith("-start") or '"is_sync":true' in instruction.config
@@ -81,8 +72,6 @@ class _Reader:
         self.hardware = model.latency.hardware
         self.ops: list[Issued] = []
         self.streams: dict[str, _Stream] = {COMPUTE: _Stream()}
-        self.open: list[_Open] = []
-        self.beside: dict[int, list[int]] = {}  # place of a collective → those of the kernels that run beside it
         self.inside: tuple[Piece, ...] = ()  # pieces of the loop, branch or region that is being read
         self.unknown_loops: dict[str, None] = {}
         self.left_out_us = 0.0
@@ -109,9 +98,6 @@ class _Reader:
         )  # fmt: skip
         at = len(self.ops) - 1
         queue.last, queue.awaited = (at,), ()
-        if cost.kind not in OWN_STREAMS:
-            for other in self.open:
-                other.beside.append(at)
         return at
 
     def _share(self, cost: Cost, stream: str) -> tuple[float, bool]:
@@ -125,14 +111,15 @@ class _Reader:
         return (min(1.0, sms / self.hardware.sm_count), True) if sms else (1.0, False)
 
     def run(self, computation: Computation, stream: str = COMPUTE) -> None:
-        started: dict[str, _Open] = {}  # by name in this computation
+        # By name in this computation: the places of the ops whose done has not come; None: an empty region's.
+        started: dict[str, int | None] = {}
         for instruction in computation.instructions:
             if instruction.opcode.endswith("-done") or instruction.opcode == "async-update":
-                source = started.get(instruction.operands[0]) if instruction.operands else None
-                if source is not None and instruction.opcode == "async-update":
-                    started[instruction.name] = source
-                elif source is not None:
-                    self.finish(source, stream)
+                at = started.get(instruction.operands[0]) if instruction.operands else None
+                if instruction.opcode == "async-update":
+                    started[instruction.name] = at
+                elif at is not None:
+                    self.streams[stream].awaited += (at,)
             elif instruction.opcode in CONTROL:
                 self.control(instruction, stream)
             else:
@@ -172,7 +159,9 @@ class _Reader:
             total += max(inner) if branches else sum(inner) * (trip_count(instruction) or 1)
         return total
 
-    def issue(self, computation: Computation, instruction: Instruction, stream: str, started: dict[str, _Open]) -> None:
+    def issue(
+        self, computation: Computation, instruction: Instruction, stream: str, started: dict[str, int | None]
+    ) -> None:
         cost = self.cost(computation, instruction)
         if cost.kind == "free":
             return
@@ -181,9 +170,9 @@ class _Reader:
             at = self.put(instruction, cost, NETWORK, stream, is_async=False)
             self.streams[stream].awaited += (at,)
         elif starts and cost.kind != "collective" and instruction.base in ("call", "async"):
-            self.begin(instruction, self.region(instruction, stream), started)
+            started[instruction.name] = self.region(instruction, stream)
         elif starts:
-            self.begin(instruction, self.put(instruction, cost, OWN_STREAMS.get(cost.kind, SIDE), stream), started)
+            started[instruction.name] = self.put(instruction, cost, OWN_STREAMS.get(cost.kind, SIDE), stream)
         else:
             self.put(instruction, cost, stream, stream)
 
@@ -200,16 +189,6 @@ class _Reader:
         self.inside = outer
         return queue.last[0] if len(self.ops) > before else None
 
-    def begin(self, instruction: Instruction, at: int | None, started: dict[str, _Open]) -> None:
-        started[instruction.name] = _Open(at)
-        self.open.append(started[instruction.name])
-
-    def finish(self, opened: _Open, stream: str) -> None:
-        self.open.remove(opened)
-        if opened.at is not None:
-            self.streams[stream].awaited += (opened.at,)
-            self.beside[opened.at] = opened.beside
-
 
 def simulate(model: CostModel, budgets: Budgets) -> Timeline:
     """Timeline of one run of the module. A loop without a known trip count runs once; a conditional takes its
@@ -217,10 +196,4 @@ def simulate(model: CostModel, budgets: Budgets) -> Timeline:
     ops in `call-start` regions."""
     reader = _Reader(model, budgets)
     reader.run(model.module.entry)
-    for opened in list(reader.open):  # a start without a done: nothing waits for it but the end of the step
-        reader.finish(opened, COMPUTE)
-
-    def beside(place: int, events: Sequence[Event]) -> list[Event]:
-        return [events[at] for at in reader.beside.get(place, ())]
-
-    return timeline(reader.ops, model.latency, beside, tuple(reader.unknown_loops), reader.left_out_us)
+    return timeline(reader.ops, model.latency, tuple(reader.unknown_loops), reader.left_out_us)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nanoflow_jax.cost.latency import LatencyModel, RooflineModel, optimal_tokens_per_second
 from nanoflow_jax.hardware import Hardware
 from nanoflow_jax.inspect.costs import CostModel, Costs
-from nanoflow_jax.inspect.findings import Finding, find
+from nanoflow_jax.inspect.findings import Finding, find, grouped
 from nanoflow_jax.inspect.hlo import parse
 from nanoflow_jax.inspect.overlap import Budgets, simulate
 from nanoflow_jax.timeline.timeline import Collective, Timeline
@@ -50,8 +49,9 @@ class Report:
         names = ("hardware", "devices", "notes")
         data: dict[str, Any] = {name: getattr(self, name) for name in names}
         data["notes"] = list(self.notes)
+        tuples = ("beside", "beside_other", "between")
         data["collectives"] = [
-            {**asdict(c), "beside": list(c.beside), "beside_other": list(c.beside_other)} for c in self.collectives
+            {**asdict(c), **{name: list(getattr(c, name)) for name in tuples}} for c in self.collectives
         ]
         data["findings"] = [asdict(finding) for finding in self.findings]
         data["totals"] = {**asdict(self.totals), "layers": [asdict(layer) for layer in self.totals.layers]}
@@ -136,12 +136,13 @@ def _text(value: Any) -> str:
 
 def render(report: Report, *, all_layers: bool = False) -> str:
     """Text for a terminal: collectives, totals, findings, memory. Without all_layers, the collectives of the
-    middle two layers."""
+    middle two layers. What is beside a collective is so in the predicted timeline, which the trace and the plot show
+    too."""
     totals = report.totals
     layers = sorted({c.layer for c in report.collectives if c.layer is not None})
     middle = layers if all_layers or len(layers) <= 2 else layers[len(layers) // 2 - 1 : len(layers) // 2 + 1]
     shown = [c for c in report.collectives if all_layers or c.layer in middle or c.op is None]
-    rows = [("layer", "op", "batch", "MiB", "async", "us", "exposed us", "beside")]
+    rows = [("layer", "op", "batch", "MiB", "async", "alone us", "actual us", "exposed us", "beside")]
     for c in shown:
         state = "yes" if c.is_async else "NO"
         beside = ", ".join(c.beside) or "NOTHING"
@@ -154,6 +155,7 @@ def render(report: Report, *, all_layers: bool = False) -> str:
                 mib,
                 state,
                 _text(c.predicted_us),
+                _text(c.actual_us),
                 _text(c.exposed_us),
                 beside,
             )
@@ -178,12 +180,10 @@ def render(report: Report, *, all_layers: bool = False) -> str:
     if totals.tokens_per_second_per_gpu is not None:
         share = "" if totals.share_of_optimum is None else f", {totals.share_of_optimum:.1%} of the optimum"
         lines.append(f"predicted: {totals.tokens_per_second_per_gpu:.0f} tokens/s/GPU{share}")
-    lines += ["", f"Findings: {len(report.findings) or 'none'}"]
-    counted = Counter((finding.kind, finding.op) for finding in report.findings)
-    for (kind, op), number in counted.items():
-        first = next(f for f in report.findings if (f.kind, f.op) == (kind, op))
-        where = "" if first.layer is None else f" in layer {first.layer}"
-        lines.append(f"  {kind} {op or ''} x {number}: {first.detail}{where}")
+    lines += ["", f"Findings in the program compiled, its ends included: {len(report.findings) or 'none'}"]
+    for group in grouped(report.findings):
+        where = f" in layers {', '.join(map(str, group.layers))}" if group.layers else ""
+        lines.append(f"  {group.kind} {group.op or ''} x {group.count}{where}: {group.detail}")
     if report.memory:
         m = report.memory
         parts = (

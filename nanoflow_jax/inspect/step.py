@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
 from nanoflow_jax.inspect.small import text as small_text
 from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
+from nanoflow_jax.inspect.versions import compiler_versions
+from nanoflow_jax.inspect.versions import text as versions_text
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups, page_tables
 from nanoflow_jax.models.registry import model_config
@@ -111,6 +113,7 @@ class StepInspection:
     report: Report
     hlo: str
     thunks: Thunks | None  # None: this XLA does not say
+    versions: Mapping[str, str]  # of what compiled it
 
     @property
     def pieces(self) -> tuple[OpPiece, ...]:
@@ -132,6 +135,7 @@ class StepInspection:
         data = self.report.to_json()
         data["memory"] = asdict(self.memory)
         data["inner_layer"] = asdict(self.inner_layer)
+        data["versions"] = dict(self.versions)
         data["thunks"] = None if self.thunks is None else {**asdict(self.thunks), "host_waits": self.thunks.host_waits}
         names = (
             "model",
@@ -159,8 +163,9 @@ class StepInspection:
                 f"{self.decode_tokens} decode + {self.tokens - self.decode_tokens} prefill tokens, "
                 f"decode attention {self.attention_backend}, KV pages {self.kv_cache_dtype}, "
                 f"context {self.context}{shortened} ({self.compile_seconds:.0f} s)",
+                versions_text(self.versions),
                 render(self.report),
-                self.inner_layer.text(),
+                f"{self.inner_layer.text()}; findings {self.inner_layer.findings:g}",
                 small_text(self.inner_layer.small),
                 f"memory per GPU, GiB: weights {m.weights / GIB:.2f}, temporaries {m.temporaries / GIB:.2f}{only}, "
                 f"device {m.device / GIB:.1f}; at {MEMORY_UTILIZATION:.0%} of it {m.headroom / GIB:.2f} are left for "
@@ -290,43 +295,8 @@ def inspect_step(
         report=report,
         hlo=hlo,
         thunks=thunks,
+        versions=compiler_versions(),
     )
-
-
-def compare(inspections: Sequence[StepInspection]) -> str:
-    """The plans, or GPUs, side by side: per inner layer, then per step. One device has no network."""
-    network = any(i.devices > 1 for i in inspections)
-    titles = ("collectives", "MiB", "layer us", "network us", "exposed us") if network else ("layer us",)
-    titles += ("lost us", "step ms", "tokens/s/GPU", "of optimum", "findings")
-    gpus = len({i.hardware.name for i in inspections}) > 1
-    rows: list[tuple[str, ...]] = [("plan", *(("GPU",) if gpus else ()), *titles)]
-    for i in inspections:
-        inner, totals = i.inner_layer, i.report.totals
-        rows.append(
-            (
-                i.plan.name,
-                *((i.hardware.name,) if gpus else ()),
-                *((f"{inner.collectives:g}", f"{inner.bytes / 2**20:.1f}") if network else ()),
-                f"{inner.us:.0f}",
-                *((f"{inner.network_us:.0f}", f"{inner.exposed_network_us:z.0f}") if network else ()),
-                f"{inner.interference_us:z.0f}",
-                f"{totals.us / 1e3:.1f}",
-                f"{totals.tokens_per_second_per_gpu:.0f}",
-                f"{totals.share_of_optimum:.1%}",
-                f"{inner.findings:g}",
-            )
-        )
-    names = 2 if gpus else 1
-    widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if k < names else cell.rjust(w) for k, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    what = "collectives, MiB, length, network, exposed network, " if network else "length, "
-    what += "lost beside others, findings"
-    return "\n".join([f"Per inner layer: {what}. Predicted.", *lines])
 
 
 def _memory(

@@ -5,7 +5,6 @@ A few layers are simulated. The inner ones repeat, so that their period stands f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nanoflow_jax.config import ConfigError, ModelConfig
@@ -16,7 +15,7 @@ from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.timeline.jobs import Shares, build_jobs
 from nanoflow_jax.timeline.played import timeline
-from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Collective, Event, Timed, Timeline
+from nanoflow_jax.timeline.timeline import COMPUTE, NETWORK, Collective, Timed, Timeline
 from nanoflow_jax.timeline.totals import InnerLayer, Totals, add_up, of_all_layers, whole_periods
 
 INNER = 3  # layers at least, or whole periods of the kinds of layers, that neither end of the step touches
@@ -103,7 +102,7 @@ def simulate_step(
     shares = shares or Shares(hardware.calibration.network_share, ATTENTION_SHARE)
     costs = OpCosts(model, Shapes.of(config, devices, page_bytes), load, imbalance)
     jobs = build_jobs(plan, costs, layers, shares, runtime)
-    played = timeline(jobs, model, _meanwhile)
+    played = timeline(jobs, model)
     totals = add_up(played, devices)
     inner = InnerLayer.of(totals, whole_periods(range(2, layers - 1), period) if layers >= 4 else range(layers))
     best = optimum(config, hardware, calibrated=True)
@@ -120,9 +119,3 @@ def simulate_step(
         played,
         totals,
     )
-
-
-def _meanwhile(place: int, events: Sequence[Event]) -> list[Event]:
-    """Kernels that run at the same time as a collective."""
-    one = events[place]
-    return [e for e in events if e.stream != NETWORK and e.start_us < one.end_us and one.start_us < e.end_us]

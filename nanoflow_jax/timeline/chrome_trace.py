@@ -11,7 +11,7 @@ from nanoflow_jax.timeline.timeline import Event, Timed
 LANES = ("compute", "memory", "network", "host")
 
 
-def _lane(event: Event) -> str:
+def lane_of(event: Event) -> str:
     """Resource; kernels of a side stream get a lane of their own, because they overlap those of the compute stream."""
     side = event.stream not in ("compute", "network", "host")
     return f"{event.lane}, {event.stream}" if side else event.lane
@@ -22,7 +22,7 @@ def trace(report: Timed) -> dict[str, Any]:
     collective is its own event on the lane "waiting". One device has neither a network nor that lane."""
     one = report.devices == 1
     known = [lane for lane in LANES if not (one and lane == "network")]
-    others = {_lane(event) for event in report.timeline.events} - set(known)
+    others = {lane_of(event) for event in report.timeline.events} - set(known)
     lanes = [*known, *sorted(others), *(() if one else ("waiting",))]
     number = {lane: i for i, lane in enumerate(lanes)}
     title = f"{report.hardware} x {report.devices}, predicted"
@@ -42,7 +42,7 @@ def trace(report: Timed) -> dict[str, Any]:
             "pieces": [str(piece) for piece in event.pieces],
         }
         shared = {"ph": "X", "pid": 0, "cat": event.kind, "name": event.label, "args": arguments}
-        events.append({**shared, "tid": number[_lane(event)], "ts": event.start_us, "dur": event.us})
+        events.append({**shared, "tid": number[lane_of(event)], "ts": event.start_us, "dur": event.us})
         if event.exposed_us > 0:
             start = event.end_us - event.exposed_us
             name = f"waiting for {event.label}"

@@ -3,7 +3,7 @@ beside. The same for the simulator and the inspector."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from nanoflow_jax.cost.latency import LatencyModel
@@ -74,11 +74,10 @@ def waits(ops: Sequence[Op], runs: Sequence[Run]) -> tuple[dict[int, float], dic
 def timeline(
     ops: Sequence[NamedOp],
     model: LatencyModel,
-    beside: Callable[[int, Sequence[Event]], Iterable[Event]],
     unknown_loops: tuple[str, ...] = (),
     left_out_us: float = 0.0,
 ) -> Timeline:
-    """The ops played. beside: the events that run beside the collective at a place. Raises ValueError, see `play`."""
+    """The ops, in issue order, played. Raises ValueError, see `play`."""
     played = play(ops, model)
     exposed, bubbles = waits(ops, played.runs)
     events = tuple(
@@ -99,7 +98,12 @@ def timeline(
         )
         for i, (op, run) in enumerate(zip(ops, played.runs, strict=True))
     )
-    collectives = [_collective(op, events[i], beside(i, events)) for i, op in enumerate(ops) if op.kind == "collective"]
+    waiting = _first_to_need(ops)
+    collectives = [
+        _collective(op, events[i], list(beside(events[i], events)), events[i + 1 : waiting.get(i, len(ops))])
+        for i, op in enumerate(ops)
+        if op.kind == "collective"
+    ]
     return Timeline(
         events=events,
         collectives=tuple(sorted(collectives, key=lambda collective: collective.start_us)),
@@ -111,8 +115,26 @@ def timeline(
     )
 
 
-def _collective(op: NamedOp, event: Event, beside: Iterable[Event]) -> Collective:
-    piece, beside = event.piece, tuple(beside)
+def beside(one: Event, events: Iterable[Event]) -> Iterator[Event]:
+    """The events of other streams that run at the same time."""
+    for other in events:
+        shared = min(one.end_us, other.end_us) - max(one.start_us, other.start_us)
+        if other.stream != one.stream and shared > TINY_US:
+            yield other
+
+
+def _first_to_need(ops: Sequence[NamedOp]) -> dict[int, int]:
+    """The place of the first op that waits for each op of another stream: behind its done."""
+    first: dict[int, int] = {}
+    for place, op in enumerate(ops):
+        for need in op.needs:
+            if ops[need].stream != op.stream:
+                first.setdefault(need, place)
+    return first
+
+
+def _collective(op: NamedOp, event: Event, beside: Sequence[Event], between: Sequence[Event]) -> Collective:
+    piece = event.piece
     return Collective(
         op=piece.op if piece else None,
         nano_batch=piece.piece if piece else None,
@@ -124,7 +146,9 @@ def _collective(op: NamedOp, event: Event, beside: Iterable[Event]) -> Collectiv
         is_async=op.is_async,
         beside=_labels(other for other in beside if other.kind in HEAVY),
         beside_other=_labels(other for other in beside if other.kind not in HEAVY),
+        between=_labels(other for other in between if other.kind in HEAVY),
         predicted_us=event.alone_us,
+        actual_us=event.us,
         exposed_us=event.exposed_us,
         start_us=event.start_us,
         source=event.source,

@@ -59,9 +59,12 @@ class Event:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective. bytes: the whole tensor; wire_bytes: what each GPU sends. beside: the GEMM and attention
-    pieces between its start and its done; beside_other: the other kernels there. nano_batch is the piece's number;
-    predicted_us: how long it takes alone."""
+    """One collective. bytes: the whole tensor; wire_bytes: what each GPU sends. nano_batch is the piece's number.
+
+    predicted_us: how long it takes alone; actual_us: in the timeline, slowed by what runs beside it; beside: the GEMM
+    and attention pieces that run at the same time there, beside_other: the other kernels. between: the GEMM and
+    attention pieces issued between its start and its done, whether it runs that long or not.
+    """
 
     op: str | None
     nano_batch: int | None
@@ -73,7 +76,9 @@ class Collective:
     is_async: bool
     beside: tuple[str, ...]
     beside_other: tuple[str, ...]
+    between: tuple[str, ...]
     predicted_us: float
+    actual_us: float
     exposed_us: float
     start_us: float
     source: str

@@ -85,6 +85,8 @@ def test_the_report_says_what_was_computed_and_what_was_found():
     assert lines[1].startswith("4.0 tokens/s/GPU (prompt + output, computed)")
     assert lines[2].startswith("8.0 tokens/s/GPU served")
     assert lines[2].endswith("(6 of 8, 75.0%)")
+    on_a_cpu = text(replace(report("a", OPTIONS, 8.0), device="cpu"))
+    assert on_a_cpu.count("tokens/s/device") == 2 and "/s/GPU" not in on_a_cpu
 
 
 def test_served_tokens_of_a_window():

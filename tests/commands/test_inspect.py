@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_one_device_and_auto(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.aot
 def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model of the user's own on two A100: the documented JSON, a trace with a lane per resource, a picture."""
-    trace, plot = tmp_path / "trace.json", tmp_path / "plot.png"
+    trace, plot, page = tmp_path / "trace.json", tmp_path / "plot.png", tmp_path / "page.html"
     size = [
         "--model",
         TINY,
@@ -98,7 +99,8 @@ def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         "--plan",
         "two_all_reduce",
     ]
-    assert main(["inspect", *size, "--json", "--trace", str(trace), "--plot", str(plot)]) == 0
+    files = ["--trace", str(trace), "--plot", str(plot), "--html", str(page)]
+    assert main(["inspect", *size, "--json", *files]) == 0
     data = json.loads(capsys.readouterr().out)
     assert {"collectives", "findings", "totals", "memory"} <= set(data)
     row = next(c for c in data["collectives"] if c["op"] == "D.AR" and c["layer"] == 1)
@@ -110,3 +112,28 @@ def test_json_trace_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lanes = {e["args"]["name"] for e in json.loads(trace.read_text())["traceEvents"] if e["name"] == "thread_name"}
     assert {"compute", "memory", "network"} <= lanes
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert set(data["versions"]) >= {"jax", "jaxlib", "ptxas"}
+    assert any(name.startswith("jax-cuda") for name in data["versions"])
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(), re.S)
+    assert found
+    shown = json.loads(found.group(1))
+    assert all(f"{name} {version}" in shown["about"] for name, version in data["versions"].items())
+    (plan,) = shown["plans"]
+    assert sum(group["count"] for group in plan["findings"]) == len(data["findings"])
+    assert sum(size for _, size in plan["memory"]) == data["memory"]["device"]
+    drawn = next(e for e in plan["events"] if (e["label"], e["kind"]) == ("L1/D.AR.1", "collective"))
+    assert (drawn["bytes"], drawn["alone"]) == (row["bytes"], pytest.approx(row["predicted_us"], abs=1e-4))
+
+
+@pytest.mark.aot
+def test_the_comparison_stands_first_and_counts_as_the_reports_do(capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--model", TINY, "--gpu", "a100_sxm_80", "--devices", "2", "--tokens-per-step", "128"]
+    assert main(["inspect", *size, "--plan", "two_all_reduce", "--compare", "sequential"]) == 0
+    out = capsys.readouterr().out
+    head, first, second = out.splitlines()[1:4]
+    assert head.endswith("findings  in a layer") and first.split()[0] == "two_all_reduce"
+    reports = re.findall(r"^Findings in the program compiled, its ends included: (\d+)$", out, re.M)
+    inner = re.findall(r"^inner layer, us: .*; findings (\d+)$", out, re.M)
+    assert [line.split()[-2:] for line in (first, second)] == [list(pair) for pair in zip(reports, inner, strict=True)]
+    assert reports[0] != inner[0]
+    assert out.index("two_all_reduce  ") < out.index("plan two_all_reduce,") and "compiled by jax " in out

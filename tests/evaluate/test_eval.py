@@ -29,7 +29,7 @@ from nanoflow_jax.evaluate.metrics import (
     pass_at,
     score_outputs,
 )
-from nanoflow_jax.evaluate.plot import plot_results
+from nanoflow_jax.evaluate.plot import LOSS, plot_results
 from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.report import Comparison, Failure, TaskResult, compare, results_table
 from nanoflow_jax.evaluate.run_task import judge_text
@@ -430,6 +430,10 @@ def test_pictures_show_the_figures() -> None:
     bars = [bar.get_width() for bar in patches]
     assert bars == [0.75, 0.5]
     assert [line.get_xdata()[0] for line in figure.axes[1].lines][:1] == [0.25]  # type: ignore[index]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["+0.25"]
+    worse = Comparison("t", "exact_match", mean([0] * 4), mean([1] * 4), paired_difference([0] * 4, [1] * 4), 0)
+    (mark,) = plot_results(results, compared=[worse]).axes[1].texts
+    assert (mark.get_text(), mark.get_color()) == ("-1.00 worse", LOSS)
     single = plot_results([TaskResult("t", "1", "none", 0, {"f1": mean([1.0])}, ())])
     assert len(single.axes) == 1
     assert "N/A" in results_table([TaskResult("t", "1", "none", 0, {"f1": mean([1.0])}, ())])

@@ -98,6 +98,22 @@ def test_a_collective_is_hidden_by_what_is_between_start_and_done() -> None:
     assert totals.layers[0].interference_us == pytest.approx(totals.interference_us)
 
 
+def test_what_stands_before_the_done_but_runs_later_is_not_beside() -> None:
+    """The table, the trace and the picture say the same: the collective is over before the third GEMM begins."""
+    third = GEMM.format(name="kqv", m=1024, x="b", scope="L1/KQV.2")
+    report = report_of(AR1, UG2, D2, third, DONE1)
+    (row,) = report.collectives
+    assert row.beside == ("L0/UG.2", "L0/D.2")
+    assert row.between == (*row.beside, "L1/KQV.2")
+    assert row.actual_us == pytest.approx(NET / KEPT)
+    (drawn,) = (e for e in trace(report)["traceEvents"] if e["name"] == "L0/D.AR.1" and e["ph"] == "X")
+    assert row.actual_us == drawn["dur"]
+    begins = next(e["ts"] for e in trace(report)["traceEvents"] if e["name"] == "L1/KQV.2")
+    assert begins > drawn["ts"] + drawn["dur"]
+    cells = next(line for line in render(report).splitlines() if " D.AR " in line).split("  ")
+    assert [f"{NET:.1f}", f"{NET / KEPT:.1f}"] == [cell.strip() for cell in cells if cell.strip()][5:7]
+
+
 def test_a_layer_is_as_long_as_what_it_takes_of_the_compute_stream() -> None:
     """Wherever XLA puts its ops: one of layer 0 runs last. What has no op counts for none."""
     untraced = "%n = bf16[1024,8192]{1,0} negate(%a)"
@@ -202,7 +218,9 @@ def test_attention_on_a_lane_keeps_its_sms() -> None:
 def test_a_wait_for_attention_and_the_network_is_the_networks_until_it_is_done() -> None:
     """AR1 ends first: until then the wait is exposed, the rest is a bubble. And the other way round."""
     late = beside_attention(1000.0, 44, ATTEND, AR1, ATTENDED, DONE1, UG2)
-    assert late.collectives[0].beside == ()  # attention was issued before it, in the region
+    assert late.collectives[0].beside == ("L0/GEMV.1",)  # although issued before it, in the region
+    assert late.collectives[0].between == ()
+    assert ("exposed_collective", "D.AR") not in kinds(late)
     assert late.totals.exposed_network_us + late.totals.bubble_us == pytest.approx(1000)
     assert late.totals.exposed_network_us == pytest.approx(late.timeline.events[1].us) == pytest.approx(NET / KEPT)
     early = beside_attention(60.0, 44, ATTEND, AR1, ATTENDED, DONE1, UG2).totals

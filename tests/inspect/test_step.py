@@ -14,8 +14,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.hardware import load_hardware
+from nanoflow_jax.inspect.compare import compare
 from nanoflow_jax.inspect.gpu_target import saving_options
-from nanoflow_jax.inspect.step import StepInspection, compare, inspect_step
+from nanoflow_jax.inspect.step import StepInspection, inspect_step
 from nanoflow_jax.timeline.plot import plot, plot_inspections
 
 pytestmark = pytest.mark.aot
@@ -90,7 +91,7 @@ def test_plots_of_chosen_layers() -> None:
     step = inspected()
     titles = [ax.get_title(loc="left") for ax in plot_inspections([step, step], layers=(1, 1)).axes]
     assert len(titles) == 2 and all("a100_sxm_80, layer 1: compute waits" in title for title in titles)
-    assert "layers 0 to 1" in plot_inspections([step]).axes[0].get_title(loc="left")
+    assert ", layer 1: compute waits" in plot_inspections([step]).axes[0].get_title(loc="left")  # the inner one
     with pytest.raises(ConfigError, match="layers: 7 to 8"):
         plot_inspections([step], layers=(7, 8))
 
