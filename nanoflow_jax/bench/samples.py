@@ -78,7 +78,7 @@ def measure(prompts: int, n: int) -> Memory:
         most, peak = max(most, len(calls._call_of)), max(peak, resident())
         for item, output in ended:
             assert isinstance(item.key, Record) and isinstance(output, RequestOutput)
-            size += len(encode_record(response_record(item.key, output, "tiny")))
+            size += len(encode_record(response_record(item.key, output, "tiny", tokenizer)))
             samples += len(output.outputs)
     return Memory(prompts, n, samples, size, most, before, peak, time.perf_counter() - started)
 
