@@ -26,10 +26,11 @@ from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
 from nanoflow_jax.parallel.mesh import make_mesh
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, known_plan
-from nanoflow_jax.plan.plan import SchedulePlan, load_plan
+from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.prompts import Prompt, as_list, as_pairs, check_prompt, text_and_tokens
-from nanoflow_jax.replicas import Replicas
+from nanoflow_jax.replicas.front import Replicas
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
@@ -83,7 +84,7 @@ class LLM:
         self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
         self.replicas: Replicas | None = None
         if options.data_parallel_size != 1:
-            self.replicas = Replicas(options, folder)
+            self.replicas = Replicas(LLM, options, folder)
             self.plan, self.max_model_len = self.replicas.plan, self.replicas.max_model_len
             self.prefill_rows = self.replicas.prefill_rows
         else:

@@ -24,7 +24,7 @@ from nanoflow_jax.engine.multiprocess import options_for, options_from
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel import last_words
 from nanoflow_jax.parallel.processes import _check_host, join
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from tests.replica_process import NUM_REQUESTS, OPTIONS, answers, run_batch, write_batch
 
 Start = Callable[[str], "Replica"]

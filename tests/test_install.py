@@ -61,7 +61,7 @@ def test_messages_name_extras_that_exist_and_nothing_else_says_how_to_install() 
         text = path.read_text()
         named |= set(re.findall(r"install_command\([\"']([a-z-]+)[\"']\)", text))
         assert path.name == "install.py" or "pip install" not in text, path
-    assert named == {"cuda", "inspect", "lm-eval", "plot", "ray"}
+    assert named == {"cuda", "inspect", "lm-eval", "plot", "ray", "serve", "structured"}
     assert named <= set(EXTRAS)
 
 

@@ -15,13 +15,15 @@ PACKAGES = ("nanoflow_jax", "kernels_pallas", "tools")
 # From the ground up: a room imports those of lines above its own, and none of its own line's neighbours.
 FLOORS = (
     ("system",),
-    ("chat", "prompts", "config", "sampling_params", "version"),
+    ("chat", "config", "sampling_params", "version"),
+    ("prompts",),
     ("hardware", "workload", "tokenizer", "parallel"),
     ("plan", "models"),
     ("options",),
-    ("step", "weights", "cost", "generation_config"),
+    ("step", "weights", "generation_config"),
+    ("cost",),  # what it costs depends on which kernels the step takes
     ("timeline", "profile", "engine"),
-    ("inspect", "search"),
+    ("inspect", "search", "replicas"),
     ("api",),
     ("evaluate", "distributed"),
     ("bench", "serve"),

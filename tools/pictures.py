@@ -16,7 +16,7 @@ from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.search.simulate import Simulation, simulate_step
 from nanoflow_jax.timeline.plot import HEIGHT, INK, plot_inspections
 from nanoflow_jax.timeline.timeline import NETWORK

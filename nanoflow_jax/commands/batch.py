@@ -124,7 +124,8 @@ def run_manifest(
     from importlib.metadata import version
 
     from nanoflow_jax.engine.reasoning import find_reasoning
-    from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
+    from nanoflow_jax.evaluate.manifest import Manifest
+    from nanoflow_jax.weights.fingerprint import model_fingerprint
     from nanoflow_jax.weights.hub import resolve_model
 
     if args.seed < 0:
@@ -153,12 +154,11 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
     """Name and digest of the plan that the LLM takes. Where only replicas on Ray can tell: what they took when the run
     of `output` began, or UNKNOWN."""
     from nanoflow_jax.api import auto_plan
-    from nanoflow_jax.evaluate.manifest import plan_identity
     from nanoflow_jax.models.registry import read_config
-    from nanoflow_jax.plan.plan import load_plan
+    from nanoflow_jax.plan.file import load_plan
 
     if args.plan != "auto":
-        return plan_identity(load_plan(args.plan))
+        return load_plan(args.plan).identity
     if args.data_parallel_size != 1 and not args.deterministic and not args.cpu_devices:
         return str(_kept(output, args.restart).get("plan", UNKNOWN))
     import jax
@@ -166,18 +166,17 @@ def _plan(args: argparse.Namespace, folder: Path, devices: int, output: Path) ->
     config = read_config(folder / "config.json")
     config = replace(config, quantization=args.quantization or config.quantization)
     rows = (args.tokens_per_step, args.decode_slots, args.deterministic)
-    return plan_identity(auto_plan(config, jax.devices()[0], devices, *rows))
+    return auto_plan(config, jax.devices()[0], devices, *rows).identity
 
 
 def tell_plan(llm: LLM, output: Path, manifest: Manifest, may_change: bool) -> None:
     """What replicas have resolved `--plan auto` to: into the manifest of `output`, before a record of theirs is in it.
     Raises ConfigError where another plan is there."""
     from nanoflow_jax.evaluate.journal import manifest_path
-    from nanoflow_jax.evaluate.manifest import plan_identity
 
     if llm.replicas is None:
         return
-    plan, known = plan_identity(llm.plan), str(manifest.identity["plan"])
+    plan, known = llm.plan.identity, str(manifest.identity["plan"])
     if plan == known:
         return
     if known != UNKNOWN and not may_change:
@@ -220,7 +219,7 @@ def chat_time(manifest: Manifest) -> datetime | None:
 def _devices(args: argparse.Namespace) -> int:
     """Those of all processes; of replicas those of one."""
     if args.data_parallel_size != 1:
-        from nanoflow_jax.replicas import find_layout
+        from nanoflow_jax.replicas.front import find_layout
 
         return find_layout(llm_options(args)).devices
     if args.cpu_devices and not (args.distributed or args.coordinator):

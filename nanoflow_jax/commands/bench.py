@@ -149,8 +149,8 @@ def _throughput(args: argparse.Namespace) -> int:
     from nanoflow_jax.bench.compare import TOGGLES, measure_in_turn
     from nanoflow_jax.bench.throughput import measure
     from nanoflow_jax.models.registry import model_file
+    from nanoflow_jax.plan.file import load_plan
     from nanoflow_jax.plan.known import AUTO
-    from nanoflow_jax.plan.plan import load_plan
     from nanoflow_jax.system.platform import use_compile_cache
 
     use_compile_cache()

@@ -53,8 +53,8 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import configs_root
     from nanoflow_jax.hardware import hardware_of_device
     from nanoflow_jax.models.registry import model_config
+    from nanoflow_jax.plan.file import load_plan
     from nanoflow_jax.plan.known import named_plan
-    from nanoflow_jax.plan.plan import load_plan
     from nanoflow_jax.profile.run import profile
 
     name, config = model_config(args.model)

@@ -59,8 +59,8 @@ def add(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.cost.demand import StepLoad
-    from nanoflow_jax.plan.plan import Target, load_plan, row_quantum
-    from nanoflow_jax.plan.write import plan_toml
+    from nanoflow_jax.plan.file import load_plan, plan_toml
+    from nanoflow_jax.plan.plan import Target, row_quantum
     from nanoflow_jax.search.predict import kv_capacity
     from nanoflow_jax.search.search import GRID, Space, search
     from nanoflow_jax.search.simulate import simulate_step

@@ -24,7 +24,8 @@ from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import PeerError, Processes, joined
-from nanoflow_jax.plan.plan import SchedulePlan, parse_plan
+from nanoflow_jax.plan.file import parse_plan
+from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.sampling_params import SamplingParams, StructuredOutputsParams
 
 

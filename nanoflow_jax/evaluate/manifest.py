@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -15,10 +14,9 @@ from nanoflow_jax.system.output_files import create
 from nanoflow_jax.system.reading import read_json_object
 
 if TYPE_CHECKING:
-    from nanoflow_jax.plan.plan import SchedulePlan
+    pass
 
 FORMAT = 1
-_WHOLE = 2**20  # files up to twice this size are hashed whole, larger ones by their ends and their size
 
 
 @dataclass(frozen=True)
@@ -72,32 +70,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Of a model's config, tokenizer and weights: sha256 over names, sizes and contents of its files; of large files
-    the first and the last MiB count. Notes (*.md) and hidden files do not."""
-    digest = hashlib.sha256()
-    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix.lower() != ".md"]
-    for path in paths:
-        name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        size = path.stat().st_size
-        digest.update(f"{name.as_posix()}\0{size}\0".encode())
-        with open(path, "rb") as file:
-            if size <= 2 * _WHOLE:
-                digest.update(file.read())
-            else:
-                digest.update(file.read(_WHOLE))
-                file.seek(-_WHOLE, os.SEEK_END)
-                digest.update(file.read(_WHOLE))
-    return digest.hexdigest()
-
-
-def plan_identity(plan: SchedulePlan) -> str:
-    """Name and digest."""
-    return f"{plan.name} {plan.digest[:16]}"
 
 
 def _differing(name: str, mine: Any, theirs: Any) -> Iterator[str]:

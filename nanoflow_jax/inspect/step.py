@@ -27,9 +27,10 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.layout import kv_groups, page_tables
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import check_divides
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import check_sms
 from nanoflow_jax.plan.ops import APPEND
-from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Option, Program, compile_step, step_bytes

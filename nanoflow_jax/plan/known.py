@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.hardware import Hardware
-from nanoflow_jax.plan.plan import SchedulePlan, Target, load_plan
+from nanoflow_jax.plan.file import load_plan
+from nanoflow_jax.plan.plan import SchedulePlan, Target
 
 AUTO, DEFAULT, UNCUT = "auto", "two_gather_one_reduce", "sequential"
 

@@ -14,8 +14,9 @@ from nanoflow_jax.cost.latency import LatencyModel, RooflineModel
 from nanoflow_jax.hardware import Hardware, hardware_of
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.parallel.mesh import valid_sizes
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import AUTO, known_plan, plans_with_target
-from nanoflow_jax.plan.plan import SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.plan.plan import SchedulePlan, row_quantum
 from nanoflow_jax.search.fit import PAGES, quantizations
 from nanoflow_jax.search.predict import TOKENS_PER_STEP, average_step, kv_capacity, predict
 from nanoflow_jax.step.attention import check_quantization

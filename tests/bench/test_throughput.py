@@ -26,7 +26,7 @@ from nanoflow_jax.models.params import random_params, rank_infos
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.compile import Program
 from nanoflow_jax.step.slots import SlotSizes, empty_inputs, pack

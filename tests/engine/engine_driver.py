@@ -25,7 +25,7 @@ from nanoflow_jax.engine.admission import Expectation
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.engine.scheduler import Scheduler, SchedulerStats
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import GREEDY_TOKENS, write_checkpoint

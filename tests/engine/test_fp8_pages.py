@@ -25,7 +25,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import NAMES, find_kv_scales, is_kv_scale
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.registry import parse_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.attention import page_dtype
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.checkpoint import convert

@@ -22,7 +22,7 @@ from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from tests.evaluate.flags import FLAGS, Cli
 from tests.evaluate.stand_in import StandIn
 from tests.scripted import LLAMA3_CONFIG, llama3, write_model

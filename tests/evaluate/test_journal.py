@@ -17,7 +17,8 @@ import pytest
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.evaluate import journal as journals
 from nanoflow_jax.evaluate.journal import Journal, JournalError, manifest_path, record_number
-from nanoflow_jax.evaluate.manifest import Manifest, model_fingerprint
+from nanoflow_jax.evaluate.manifest import Manifest
+from nanoflow_jax.weights.fingerprint import model_fingerprint
 
 MANIFEST = Manifest("batch", {"model": "abc", "input": "123"}, {"path": "here"})
 

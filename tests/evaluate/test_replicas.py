@@ -30,7 +30,7 @@ from nanoflow_jax.evaluate.manifest import Manifest
 from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
-from nanoflow_jax.replicas import Replicas
+from nanoflow_jax.replicas.front import Replicas
 from nanoflow_jax.workload import load_workload
 from tests.evaluate.flags import FLAGS, OPTIONS
 

@@ -10,7 +10,7 @@ from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.inspect.step import inspect_step
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.search.simulate import simulate_step
 
 pytestmark = pytest.mark.aot

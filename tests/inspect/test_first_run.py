@@ -19,7 +19,8 @@ from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks, par
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan, row_quantum
+from nanoflow_jax.plan.file import load_plan
+from nanoflow_jax.plan.plan import row_quantum
 from nanoflow_jax.step.compile import Option, Program, compile_step
 from nanoflow_jax.step.extras import LARGEST, Extra
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes

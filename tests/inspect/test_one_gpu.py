@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.timeline.timeline import COMPUTE, Event
 
 pytestmark = pytest.mark.aot

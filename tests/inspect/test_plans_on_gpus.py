@@ -19,7 +19,7 @@ from nanoflow_jax.inspect.hlo_words import MOSAIC
 from nanoflow_jax.inspect.report import inspect_compiled
 from nanoflow_jax.inspect.step import InspectedLayer, StepInspection, inspect_step, kernel_costs
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.search.simulate import Simulation, simulate_step
 from nanoflow_jax.timeline.timeline import Collective, Event
 

@@ -25,7 +25,7 @@ from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.quantised import Quantised
 from nanoflow_jax.models.registry import FAMILIES, read_config
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.attention import check_quantization
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.load import load_params, open_weights

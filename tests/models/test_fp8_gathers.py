@@ -22,9 +22,9 @@ from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.quantised import LARGEST, LEAST, QuantisedRows, join_parts
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan, parse_plan, plan_toml
 from nanoflow_jax.plan.known import known_plan
-from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan, parse_plan
-from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan
 from nanoflow_jax.search.layouts import layouts
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import Finder, Space, search

@@ -16,7 +16,7 @@ from nanoflow_jax.config import EMBEDDED
 from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.models.quantised import Quantised
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.tokenizer import Tokenizer
 from tests.reference.checkpoints import write_checkpoint

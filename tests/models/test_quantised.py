@@ -27,7 +27,7 @@ from nanoflow_jax.models.parts import contract
 from nanoflow_jax.models.quantised import LARGEST, Quantised, quantised_info
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import make_mesh
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights import convert
 from tests.reference.checkpoints import PROMPT_LENGTHS, load_reference, write_checkpoint

@@ -20,7 +20,7 @@ from nanoflow_jax.models.layout import LayerParams, ModelParams
 from nanoflow_jax.models.registry import FAMILIES, read_config
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import valid_sizes
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.trace import KVCache

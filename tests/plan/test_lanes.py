@@ -16,9 +16,9 @@ from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import known_hardware, load_hardware
 from nanoflow_jax.inspect.step import inspect_step
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan, plan_toml
 from nanoflow_jax.plan.known import check_sms
-from nanoflow_jax.plan.plan import Lane, load_plan
-from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.plan.plan import Lane
 from nanoflow_jax.profile import run as profile_run
 from nanoflow_jax.search.simulate import simulate_step
 

@@ -15,7 +15,7 @@ from nanoflow_jax.config import configs_root
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.registry import parse_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.batch import StepBatch, StepShape, empty_batch
 from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
 

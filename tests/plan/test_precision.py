@@ -12,11 +12,10 @@ from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError, ModelConfig, configs_root
 from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
-from nanoflow_jax.evaluate.manifest import plan_identity
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import known_plan, plans_with_target
-from nanoflow_jax.plan.plan import load_plan
 from nanoflow_jax.search.predict import average_step
 from nanoflow_jax.search.simulate import simulate_step
 from nanoflow_jax.workload import load_workload
@@ -60,7 +59,7 @@ def test_files_say_fp8_only() -> None:
         text = (configs_root() / "plans" / f"{name}.toml").read_text()
         assert ("quantization" in tomllib.loads(text)["for"]) == ("_fp8" in name), name
         assert target.quantization == ("fp8" if "_fp8" in name else None)
-    assert plan_identity(load_plan("auto_llama_3_1_70b_8xh200")) == "auto_llama_3_1_70b_8xh200 " + DIGEST
+    assert load_plan("auto_llama_3_1_70b_8xh200").identity == "auto_llama_3_1_70b_8xh200 " + DIGEST
 
 
 DIGEST = "1e4ff8ea7222bd3f"  # as it was before plans named a precision

@@ -25,7 +25,7 @@ from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.profile import timing
 from nanoflow_jax.profile.grid import Curve, SampleGrid
 from nanoflow_jax.profile.measured import EXTRAPOLATED_RATE, ProfileModel, load_profile

@@ -12,7 +12,7 @@ from nanoflow_jax.cost.demand import Demand
 from nanoflow_jax.cost.latency import RooflineModel, optimal_tokens_per_second, published_rate
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.search.predict import Throughput, predict
 from nanoflow_jax.workload import load_workload
 

@@ -13,8 +13,9 @@ from nanoflow_jax.cost.demand import Demand, StepLoad
 from nanoflow_jax.cost.latency import Prediction, Rate, RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import known_plan
-from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan
 from nanoflow_jax.search.orders import Chain, Order, best_order
 from nanoflow_jax.search.predict import average_step
 from nanoflow_jax.search.search import SHARES_OF_ONE, Finder, Space, search

@@ -16,9 +16,9 @@ from nanoflow_jax.cost.demand import StepLoad
 from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan, plan_toml
 from nanoflow_jax.plan.known import known_plan
-from nanoflow_jax.plan.plan import Target, load_plan
-from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.plan.plan import Target
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import LANE_SHARES, Finder, Found, Space, search
 from nanoflow_jax.search.simulate import simulate_step

@@ -18,7 +18,8 @@ from nanoflow_jax.cost.latency import Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config, parse_config
-from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, load_plan, needs
+from nanoflow_jax.plan.file import load_plan
+from nanoflow_jax.plan.plan import Lane, NanoBatch, OpPiece, SchedulePlan, needs
 from nanoflow_jax.search.predict import context_grid, kv_capacity, predict
 from nanoflow_jax.search.simulate import simulate_step
 from nanoflow_jax.timeline.jobs import SIDE, Job, Shares, build_jobs

@@ -17,8 +17,9 @@ from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.step import kernel_costs
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.registry import model_config
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import known_plan
-from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, load_plan, row_quantum
+from nanoflow_jax.plan.plan import NanoBatch, SchedulePlan, row_quantum
 from nanoflow_jax.search.fit import quantizations
 from nanoflow_jax.search.simulate import simulate_step
 from nanoflow_jax.timeline.jobs import Shares, build_jobs

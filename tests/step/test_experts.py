@@ -19,9 +19,9 @@ from nanoflow_jax.config import ConfigError, Experts, Mlp
 from nanoflow_jax.models.experts import combine, most_places, places, route
 from nanoflow_jax.models.layout import ExpertParams, ModelParams
 from nanoflow_jax.models.registry import FAMILIES, model_config
+from nanoflow_jax.plan.file import load_plan, parse_plan, plan_toml
 from nanoflow_jax.plan.ops import OPS, STRATEGIES
-from nanoflow_jax.plan.plan import SchedulePlan, load_plan, parse_plan
-from nanoflow_jax.plan.write import plan_toml
+from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.step.attention import check_quantization
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.hub import resolve_model

@@ -18,8 +18,9 @@ from nanoflow_jax.cost.latency import RooflineModel
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.step import inspect_step
 from nanoflow_jax.models.registry import read_config
+from nanoflow_jax.plan.file import load_plan, parse_plan
 from nanoflow_jax.plan.ops import COMPUTE, OPS, STRATEGIES, Op
-from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, load_plan, parse_plan
+from nanoflow_jax.plan.plan import OpPiece, SchedulePlan
 from nanoflow_jax.search.simulate import simulate_step
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.layer import StepProgram

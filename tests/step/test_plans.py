@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.parallel.mesh import check_divides, make_mesh, valid_sizes
+from nanoflow_jax.plan.file import load_plan, parse_plan
 from nanoflow_jax.plan.ops import OPS, STRATEGIES
-from nanoflow_jax.plan.plan import SPLIT_ABOVE, NanoBatch, OpPiece, SchedulePlan, load_plan, needs, parse_plan
+from nanoflow_jax.plan.plan import SPLIT_ABOVE, NanoBatch, OpPiece, SchedulePlan, needs
 from nanoflow_jax.step.batch import StepShape
 from tests.reference.checkpoints import load_reference, write_checkpoint
 from tests.step.step_driver import Driver, Packer, Steps, against_reference, logits_of

@@ -30,7 +30,7 @@ from nanoflow_jax.evaluate.tasks import Task, load_task
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import read_config
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.profile.measured import load_profile
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights import orbax_files

@@ -15,7 +15,7 @@ from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.attention import why_not_mosaic
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from tools.gpu_session import aot as session_aot

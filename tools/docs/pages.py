@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+LINK = re.compile(r"((?:!?\[[^\]]*)?\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")  # also of a picture that is a link
 LANGUAGES = {".py": "python", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash"}
 
 API = {
@@ -33,9 +33,9 @@ API = {
     "Several processes": ("nanoflow_jax.distributed.join", "nanoflow_jax.distributed.follow"),
 }
 PLANS = {
-    "A plan": ("nanoflow_jax.plan.plan", "nanoflow_jax.plan.plan.SchedulePlan", "nanoflow_jax.plan.plan.load_plan"),
+    "A plan": ("nanoflow_jax.plan.file", "nanoflow_jax.plan.plan.SchedulePlan", "nanoflow_jax.plan.file.load_plan"),
     "Predicting": ("nanoflow_jax.search.simulate.simulate_step", "nanoflow_jax.search.simulate.Simulation"),
-    "Proving": ("nanoflow_jax.inspect.step.inspect_step", "nanoflow_jax.inspect.step.compare"),
+    "Proving": ("nanoflow_jax.inspect.step.inspect_step", "nanoflow_jax.inspect.compare.compare"),
     "Measuring": ("nanoflow_jax.profile.run.profile",),
     "Figures of GPUs": ("nanoflow_jax.hardware.Hardware", "nanoflow_jax.hardware.load_hardware"),
 }

@@ -37,7 +37,8 @@ from nanoflow_jax.hardware import Hardware, load_hardware
 from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
-from nanoflow_jax.plan.plan import load_plan, row_quantum
+from nanoflow_jax.plan.file import load_plan
+from nanoflow_jax.plan.plan import row_quantum
 from nanoflow_jax.profile.programs import Bench, compile_pair
 from nanoflow_jax.step.compile import Program, compile_step
 from nanoflow_jax.step.extras import Extra, Logprobs

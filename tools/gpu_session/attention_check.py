@@ -26,7 +26,7 @@ from nanoflow_jax.bench.throughput import build_random
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.models.registry import model_config, read_config
 from nanoflow_jax.parallel.mesh import AXIS
-from nanoflow_jax.plan.plan import load_plan
+from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step import compile as compile_options
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,8 @@ from typing import Any
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work, room_ahead
 from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.evaluate.manifest import model_fingerprint, plan_identity
 from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.weights.fingerprint import model_fingerprint
 
 POLL_SECONDS = 0.1  # a replica that has nothing to tell answers after so long
 
@@ -35,20 +35,18 @@ class About:
 
 
 class Replica:
-    """An `LLM` in an actor of Ray."""
+    """An `LLM` in an actor of Ray, made by `make`."""
 
-    def __init__(self, options: Mapping[str, Any], fingerprint: str, plan: str | None):
-        from nanoflow_jax.api import LLM
-
+    def __init__(self, make: Callable[..., Any], options: Mapping[str, Any], fingerprint: str, plan: str | None):
         self._calls: dict[int, _Call] = {}
         self._lock = threading.Lock()
         try:
-            self._llm = LLM(**options)
+            self._llm = make(**options)
             self._about = _about(self._llm)
             node = self._about.node
             if model_fingerprint(self._llm.folder) != fingerprint:
                 raise ConfigError(f"model: {options['model']} is another model on node {node}")
-            check_plan(plan or plan_identity(self._llm.plan), self._llm.plan, self._about.device_kind, node)
+            check_plan(plan or self._llm.plan.identity, self._llm.plan, self._about.device_kind, node)
         except Exception as error:  # Ray would tell it with a page of traces
             self._error: str | None = cause_line(error)
         else:
@@ -146,7 +144,7 @@ class _Call:
 
 
 def check_plan(wanted: str, plan: SchedulePlan, device: str, node: str) -> None:
-    if (found := plan_identity(plan)) != wanted:
+    if (found := plan.identity) != wanted:
         raise ConfigError(
             f"plan: replicas would mix plans: {wanted}, and {found} on {device} of node {node}; accepted: the name of "
             "one plan for all"

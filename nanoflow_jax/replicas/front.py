@@ -14,7 +14,7 @@ import os
 import threading
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ import numpy as np
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.evaluate.manifest import model_fingerprint, plan_identity
 from nanoflow_jax.options import AS_MANY_AS_FIT, LLMOptions
 from nanoflow_jax.parallel.processes import joined
-from nanoflow_jax.replica_process import POLL_SECONDS, About, Replica, cause_line, check_plan
+from nanoflow_jax.replicas.process import POLL_SECONDS, About, Replica, cause_line, check_plan
 from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.platform import num_gpus
+from nanoflow_jax.weights.fingerprint import model_fingerprint
 
 logger = logging.getLogger("nanoflow_jax")
 
@@ -139,7 +139,9 @@ class Replicas:
     Raises ConfigError, one line: Ray is not installed, too few devices, an LLM that cannot be made. Ray is started on
     this machine, or joined where RAY_ADDRESS names a cluster or the program has called `ray.init`."""
 
-    def __init__(self, options: LLMOptions, folder: Path):
+    num_rows = 0  # prompt tokens of what has ended, and tokens it generated
+
+    def __init__(self, make: Callable[..., Any], options: LLMOptions, folder: Path):
         if joined() is not None:
             raise ConfigError(
                 "data_parallel_size: a replica is one process; accepted: several replicas, or several processes "
@@ -147,11 +149,10 @@ class Replicas:
             )
         layout = find_layout(options)
         self._ray = _ray()
-        self._options, self._layout = options, layout
+        self._make, self._options, self._layout = make, options, layout
         self._fingerprint, self._plan = model_fingerprint(folder), None
         self._started_here = not self._ray.is_initialized()
         self._lock, self._calls, self._seeds = threading.Lock(), itertools.count(), itertools.count()
-        self.num_rows = 0  # prompt tokens of what has ended, and tokens it generated
         try:
             if self._started_here:
                 _start(self._ray, layout)
@@ -165,7 +166,7 @@ class Replicas:
             first = self.members[0].about
             assert first is not None
             self.plan, self.device_kind, self.prefill_rows = first.plan, first.device_kind, first.prefill_rows
-            self._plan = plan_identity(first.plan)
+            self._plan = first.plan.identity
             for about in (m.about for m in self.members if m.about is not None):
                 check_plan(self._plan, about.plan, about.device_kind, about.node)
             self.max_model_len = min(m.about.max_model_len for m in self.members if m.about is not None)
@@ -280,7 +281,7 @@ class Replicas:
         if not self._started_here or layout.cluster:  # else they have the variables of this process
             given["runtime_env"] = {"env_vars": _variables(layout)}
         actor = self._ray.remote(Replica).options(**given, max_concurrency=CALLS)
-        member.actor = actor.remote(options, self._fingerprint, self._plan)
+        member.actor = actor.remote(self._make, options, self._fingerprint, self._plan)
         member.starting = member.actor.about.remote()
 
     def _ready(self, member: _Member) -> None:
