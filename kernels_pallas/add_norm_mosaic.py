@@ -48,7 +48,7 @@ WARPS = 4  # of a warpgroup
 ROW_UNIT = 128  # a row size is a multiple of this
 MAX_SECTIONS = 8  # of a row
 MAX_ROW, MAX_SCALED_ROW = 16_384, 8192
-OTHER = 2048  # bytes of shared memory for partial sums, barriers and alignment
+OTHER = 4096  # bytes of shared memory for partial sums, largest magnitudes, barriers and alignment (1024 each)
 
 
 @dataclass(frozen=True)

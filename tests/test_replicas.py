@@ -1,4 +1,4 @@
-"""How replicas are laid out and handed prompts, without Ray; tests/evaluate/test_replicas.py has the real one."""
+"""How replicas are laid out and handed prompts, without Ray; tests/evaluate/test_ray_replicas.py has the real one."""
 
 from __future__ import annotations
 

@@ -178,7 +178,8 @@ def faster_layout(model: str, config: ModelConfig, device: Any, gpus: int, kv_ca
     here = next(one for one in found if one.replicas == 1 and one.quantization == config.quantization)
     if here.refused or best.tokens_per_second < CLEARLY * here.tokens_per_second:
         return None
-    options = [f"tensor_parallel_size={best.devices}"]
+    options = [f"data_parallel_size={best.replicas}"] if best.replicas > 1 else []
+    options += [f"tensor_parallel_size={best.devices}"]
     options += [f"quantization={best.quantization!r}"] if best.quantization != config.quantization else []
     options += [f"tokens_per_step={best.tokens_per_step}", f"decode_slots={best.decode_slots}"]
     who = f"{best.replicas} replicas" if best.replicas > 1 else "one replica"

@@ -19,6 +19,7 @@ from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config, parse_config
 from nanoflow_jax.search import layouts as module
 from nanoflow_jax.search.layouts import Layout, faster_layout, layouts
+from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.workload import load_workload
 from tests.test_published_configs import QWEN2
 
@@ -161,13 +162,16 @@ def test_a_hint_names_what_to_give() -> None:
     hint = faster_layout("llama-3.1-70b", LLAMA, fake("NVIDIA H200"), 8)
     assert hint is not None and "\n" not in hint
     assert hint.startswith(
-        "8 replicas with tensor_parallel_size=1, quantization='fp8', tokens_per_step=432, decode_slots=144 are "
+        "8 replicas with data_parallel_size=8, tensor_parallel_size=1, quantization='fp8', tokens_per_step=432, "
+        "decode_slots=144 are "
     )
-    assert "2.4 times as fast" in hint
+    assert "2.5 times as fast" in hint
     assert "nanoflow layouts --model llama-3.1-70b --gpu h200 --gpus 8" in hint
     assert "kv_cache_dtype" not in hint
     own = faster_layout("m", replace(LLAMA, quantization="fp8"), fake("NVIDIA H100 80GB HBM3"), 8)
-    assert own is not None and own.startswith("4 replicas with tensor_parallel_size=2, tokens_per_step=")
+    assert own is not None and own.startswith(
+        "4 replicas with data_parallel_size=4, tensor_parallel_size=2, tokens_per_step="
+    )
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,8 @@ def test_an_llm_logs_it_once_on_gpus_alone(caplog: pytest.LogCaptureFixture, mon
     asks for none."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "faster_layout", lambda *a: (asked.append(a), "8 replicas are faster")[1])
-    monkeypatch.setattr(api, "build_engine", lambda *_: SimpleNamespace(max_model_len=64))
+    engine = SimpleNamespace(max_model_len=64, scheduler=SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)]))
+    monkeypatch.setattr(api, "build_engine", lambda *_: engine)
     LLM("tiny", tensor_parallel_size=2)
     assert not asked and "replicas" not in caplog.text
 

@@ -22,6 +22,7 @@ from nanoflow_jax.plan.plan import Target
 from nanoflow_jax.search.orders import best_order
 from nanoflow_jax.search.search import LANE_SHARES, Finder, Found, Space, search
 from nanoflow_jax.search.simulate import simulate_step
+from nanoflow_jax.step.batch import StepShape
 
 A100, H200 = (RooflineModel(load_hardware(name)) for name in ("a100_sxm_80", "h200"))
 LLAMA = model_config("llama_3_1_70b")[1]
@@ -139,7 +140,8 @@ def test_a_plan_searched_for_another_model_is_better_than_none(model: str, gpu: 
 def test_auto_on_a_cpu_says_what_it_takes(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoflow_jax import LLM, api
 
-    monkeypatch.setattr(api, "build_engine", lambda *_: SimpleNamespace(max_model_len=64))
+    engine = SimpleNamespace(max_model_len=64, scheduler=SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)]))
+    monkeypatch.setattr(api, "build_engine", lambda *_: engine)
     with caplog.at_level(logging.INFO, logger="nanoflow_jax"):
         assert LLM("tiny", tensor_parallel_size=1).plan.name == "two_gather_one_reduce"
     assert "plan two_gather_one_reduce: no plan is known for this device" in caplog.text

@@ -223,6 +223,13 @@ def test_wrong_prompts_are_refused_before_any_is_sent(several: LLM) -> None:
         several.generate([[1, 2], [3] * 200], GREEDY, use_tqdm=False)
 
 
+# A shell's background jobs are started without a handler for SIGINT.
+INTERRUPTIBLE = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from nanoflow_jax.cli import main; sys.exit(main())"
+)
+
+
 def test_ended_commands_leave_no_process(tmp_path: Path) -> None:
     """SIGTERM of one and Ctrl-C of another, both begun together."""
     runs: dict[signal.Signals, tuple[subprocess.Popen[str], Path, Path]] = {}
@@ -231,7 +238,7 @@ def test_ended_commands_leave_no_process(tmp_path: Path) -> None:
         source, out = tmp_path / f"{number.name}.in", tmp_path / f"{number.name}.out"
         write_input(source, 4000)
         folder = Path(tempfile.mkdtemp(prefix="ray"))
-        command = [sys.executable, "-m", "nanoflow_jax", "batch", "-i", str(source), "-o", str(out), *FLAGS, *layout]
+        command = [sys.executable, "-c", INTERRUPTIBLE, "batch", "-i", str(source), "-o", str(out), *FLAGS, *layout]
         environment = {**os.environ, "RAY_TMPDIR": str(folder), "PYTHONPATH": str(ROOT)}
         run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         runs[number] = run, out, folder
