@@ -116,6 +116,8 @@ def test_forms(cli: Cli, tmp_path: Path) -> None:
         assert status == 0 and out.removeprefix("12+30=").rstrip("\n") in wanted
     refused(generate(cli, "12+30=", "--json-schema", '{"type": "objec"}'), "structured_outputs", "Invalid type: objec")
     refused(generate(cli, "12+30=", "--json-schema", "no_such.json"), "no_such.json", "cannot be read")
+    # Before the model is loaded, and so before it is found missing.
+    refused(generate(cli, "12+30=", "--model", str(tmp_path), "--regex", "("), "regex: '('", "cannot be compiled")
 
 
 def test_output_goes_to_a_file(cli: Cli, tmp_path: Path) -> None:

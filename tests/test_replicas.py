@@ -165,6 +165,8 @@ def test_each_prompt_comes_back_once(caplog: pytest.LogCaptureFixture) -> None:
     ended = [item for turn in several.run(given) for item in turn]
     assert sorted(work.key for work, _ in ended) == sorted(work.key for work in works(60))
     assert all(isinstance(o, RequestOutput) and o.prompt_token_ids == w.prompt_token_ids for w, o in ended)
+    outputs = [o for _, o in ended if isinstance(o, RequestOutput)]
+    assert several.num_rows == sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs) > 60
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "of 2 (process " in told[0] and "has died; it is started again" in told[0]
 

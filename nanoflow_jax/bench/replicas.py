@@ -13,6 +13,8 @@ from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.workload import Workload
 
+ONE_REPLICA = "data_parallel_size: 1 replica has none to be measured against; accepted: at least 2"
+
 
 @dataclass(frozen=True)
 class Scaling:
@@ -37,7 +39,7 @@ def measure_scaling(llm: LLM, workload: Workload, count: int | None, repeats: in
     """Pairs of runs with the same `count` requests (None: 16 for each that runs at once). Use an LLM without prefix
     caching: the second run would find what the first computed. Raises ConfigError for an LLM without replicas."""
     if llm.replicas is None:
-        raise ConfigError("data_parallel_size: 1 replica has none to be measured against; accepted: at least 2")
+        raise ConfigError(ONE_REPLICA)
     about = [m.about for m in llm.replicas.members if m.about is not None]
     count = count or 16 * sum(a.capacity for a in about)
     requests = workload.requests(count, llm.max_model_len, llm.config.vocab_size, seed)

@@ -86,6 +86,7 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from nanoflow_jax.engine.structured import check_form
     from nanoflow_jax.sampling_params import SamplingParams
 
     prompts = list(args.prompts) + (_read_lines(args.input) if args.input else [])
@@ -104,6 +105,7 @@ def _run(args: argparse.Namespace) -> int:
     names = ("n", "max_tokens", "temperature", "top_p", "top_k", "stop", "stop_token_ids", "ignore_eos", "logprobs")
     wanted = {name: getattr(args, name) for name in names if hasattr(args, name)}
     if (form := _form(args)) is not None:
+        check_form(form)
         wanted["structured_outputs"] = form
     seeds = [{"seed": args.seed + i} if hasattr(args, "seed") else {} for i in range(len(prompts))]
     for seed in (seeds[0], seeds[-1]):

@@ -42,7 +42,19 @@ def positive(text: str) -> int:
 
 
 def replicas(text: str) -> int | str:
-    return text if text == AS_MANY_AS_FIT else positive(text)
+    if text == AS_MANY_AS_FIT:
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not accepted; it must be an integer of at least 1, or {AS_MANY_AS_FIT!r}"
+        )
+    return int(text)
+
+
+def port(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be from 0 (a free one) to 65535")
+    return int(text)
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from nanoflow_jax.commands.batch import SAMPLING_OPTIONS
-from nanoflow_jax.commands.options import add_model_options, make_llm, positive
+from nanoflow_jax.commands.options import add_model_options, make_llm, port, positive
 
 KEY = "NANOFLOW_API_KEY"
 
@@ -26,7 +26,7 @@ def add(commands: Any) -> None:
     )
     where = p.add_argument_group("server")
     where.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 is every one of this machine")
-    where.add_argument("--port", type=int, default=8000, help="port to listen at; 0 takes a free one, which is told")
+    where.add_argument("--port", type=port, default=8000, help="port to listen at; 0 takes a free one, which is told")
     where.add_argument(
         "--api-key", metavar="KEY",
         help=f"what clients must send as `Authorization: Bearer KEY` (default: the environment's {KEY}, which others "

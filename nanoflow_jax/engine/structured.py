@@ -66,6 +66,12 @@ class Constraint:
         return not self.is_free and self.matcher.is_stopped()
 
 
+def check_form(params: StructuredOutputsParams) -> None:
+    """Raises ValueError, one line, for what no tokenizer makes right: known before a model is loaded."""
+    if wrong := _matchers().validate_grammar(_grammar(params)):
+        raise ValueError(_cannot(params, wrong))
+
+
 class Grammars:
     """Compiles what requests ask for, each text once.
 
@@ -142,19 +148,13 @@ class Grammars:
         """A matcher that has taken nothing, or what is wrong."""
         if self._tokenizer is None:
             return "structured_outputs: it needs a tokenizer"
+        matchers, matcher = _matchers(), None
         try:
-            from llguidance import LLMatcher
-        except ImportError:
-            raise ValueError(MISSING) from None
-        (kind, given), matcher = _kind(params), None
-        try:
-            matcher = LLMatcher(self._vocabulary, _grammar(params), log_level=0)
+            matcher = matchers(self._vocabulary, _grammar(params), log_level=0)
             wrong = matcher.get_error() if matcher.is_error() else ""
         except ValueError as error:
             wrong = str(error)
-        if wrong:
-            return f"structured_outputs: {kind}: {one_line(repr(given), 120)} cannot be compiled: {_first_line(wrong)}"
-        return matcher
+        return _cannot(params, wrong) if wrong else matcher
 
     @cached_property
     def _vocabulary(self) -> Any:
@@ -168,6 +168,19 @@ class Grammars:
         from llguidance import LLExecutor
 
         return LLExecutor(self.threads)
+
+
+def _matchers() -> Any:
+    try:
+        from llguidance import LLMatcher
+    except ImportError:
+        raise ValueError(MISSING) from None
+    return LLMatcher
+
+
+def _cannot(params: StructuredOutputsParams, wrong: str) -> str:
+    kind, given = _kind(params)
+    return f"structured_outputs: {kind}: {one_line(repr(given), 120)} cannot be compiled: {_first_line(wrong)}"
 
 
 class _Words:

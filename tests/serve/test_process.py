@@ -223,6 +223,7 @@ def test_a_signal_finishes_what_runs(server: Running) -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
+        (["--port", "abc"], "argument --port: 'abc' is not accepted; it must be from 0 (a free one) to 65535"),
         (["--port", "99999"], "--port: 99999 is not accepted; it must be from 0 (a free one) to 65535"),
         (["--host", "no.such.host.invalid"], "--host, --port: no.such.host.invalid:8000 cannot be had"),
         (["--api-key", ""], "--api-key, NANOFLOW_API_KEY: it is empty"),
@@ -248,5 +249,7 @@ def test_bad_options_are_one_line_before_the_model_is_loaded(
     except ValueError as error:  # where `distributed.run` reports
         assert str(error).startswith(told)
         return
+    except SystemExit as error:  # wrong usage
+        assert error.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"nanoflow serve: {told}")
