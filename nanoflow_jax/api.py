@@ -78,17 +78,18 @@ class LLM:
         self.reasoning = find_reasoning(self.tokenizer, options.reasoning_parser)
         self._defaults = generation_defaults(folder)
         self._eos = end_tokens(folder, self.config, self.tokenizer)
-        self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self._eos)
-        self.grammars.reasoning = self.reasoning
         self.last_outputs: list[RequestOutput | None] = []  # of the `generate` or `chat` begun last, interrupted or not
         self.last_scores: list[tuple[float, bool] | None] = []  # of the `score` that ended last
         self.replicas: Replicas | None = None
         if options.data_parallel_size != 1:
+            self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self._eos)
             self.replicas = Replicas(LLM, options, folder)
             self.plan, self.max_model_len = self.replicas.plan, self.replicas.max_model_len
             self.prefill_rows = self.replicas.prefill_rows
         else:
             self._build(options)
+            self.grammars = self.engine.grammars
+        self.grammars.reasoning = self.reasoning
 
     def _build(self, options: LLMOptions) -> None:
         """The engine, in this process."""
@@ -103,7 +104,6 @@ class LLM:
             self.plan = load_plan(str(options.plan))
         check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
         self.engine = build_engine(self.folder, self.config, self.plan, self.mesh, self.tokenizer, self._eos, options)
-        self.engine.grammars = self.grammars
         self._calls = Calls(self.engine)
         self.max_model_len = self.engine.max_model_len
         # Of prompts, that a step computes at most.

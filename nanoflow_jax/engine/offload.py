@@ -14,7 +14,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import jax
 import numpy as np
@@ -34,11 +33,8 @@ class OffloadStats(FileStats):
     """Counts since the store was made."""
 
     put_pages: int = 0
-    put_bytes: int = 0
-    from_host_pages: int = 0  # restored
-    from_host_bytes: int = 0
+    from_host_pages: int = 0  # restored, and from disk
     from_disk_pages: int = 0
-    from_disk_bytes: int = 0
     dropped_pages: int = 0  # for lack of room, on the host, on the disk or on the way there
     failed_copies: int = 0  # pages that never arrived at the host
 
@@ -52,28 +48,23 @@ class OffloadStore:
                  XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB says.
     disk_bytes   at most these in files; 0: no disk
     folder       where a private folder for the files is made; None: among the system's temporary files
-    fingerprint  of whatever makes pages with equal keys differ; written into each file
 
     For use by one thread; a second one, its own, writes files. Raises ValueError for an argument that cannot be.
     """
 
-    def __init__(
-        self, host_bytes: int, disk_bytes: int = 0, folder: str | Path | None = None, *, fingerprint: Key
-    ) -> None:
+    def __init__(self, host_bytes: int, disk_bytes: int = 0, folder: str | Path | None = None) -> None:
         if not isinstance(host_bytes, int) or host_bytes < 1:
             raise ValueError(f"host_bytes: {host_bytes!r}; accepted: a positive number of bytes")
         if not isinstance(disk_bytes, int) or disk_bytes < 0:
             raise ValueError(f"disk_bytes: {disk_bytes!r}; accepted: a number of bytes, 0 for no disk")
         if folder is not None and not disk_bytes:
             raise ValueError(f"folder: {str(folder)!r} without disk_bytes; accepted: both or none")
-        if not isinstance(fingerprint, bytes) or not fingerprint:
-            raise ValueError(f"fingerprint: {fingerprint!r}; accepted: bytes, at least one")
         self.stats = OffloadStats()
         self._host_max, self._host_used = host_bytes, 0
         self._host: OrderedDict[Key, Contents] = OrderedDict()  # the first goes first
         self._in_flight: dict[Key, jax.Array] = {}  # in the order in which their copies began
         self._lock = threading.Condition()
-        self._files = PageFiles(disk_bytes, folder, fingerprint, self.stats, self._lock, self._left_disk, self._failed)
+        self._files = PageFiles(disk_bytes, folder, self.stats, self._lock, self._left_disk, self._failed)
         self._closed = self._warned = False
         if disk_bytes:
             atexit.register(self.close)
@@ -93,7 +84,6 @@ class OffloadStore:
             self._shrink(self._host_max - sum(page.nbytes for page in new.values()))
             for key, page in new.items():
                 self.stats.put_pages += 1
-                self.stats.put_bytes += page.nbytes
                 try:
                     copy = self._start_copy(page)
                 except COPY_ERRORS:
@@ -124,14 +114,31 @@ class OffloadStore:
         with self._lock:
             return next((i for i, key in enumerate(keys) if not self._has(key)), len(keys))
 
-    def get(self, keys: Sequence[Key]) -> list[np.ndarray]:
-        """Contents, read-only, of the longest run of `keys`, from the first on, that can be read; fewer than `count`
-        said when a file is damaged or gone, or a page never arrived."""
-        return [np.asarray(page) for page in self._get(keys, as_numpy=True)]
-
-    def get_for_device(self, keys: Sequence[Key]) -> list[Contents]:
-        """As `get`, for jax.device_put: a page in pinned memory is given as the jax.Array there, without a copy."""
-        return self._get(keys, as_numpy=False)
+    def get(self, keys: Sequence[Key]) -> list[Contents]:
+        """Contents, to read alone, of the longest run of `keys`, from the first on, that can be read; fewer than
+        `count` said when a file is damaged or gone, or a page never arrived. A page in pinned memory is given as the
+        jax.Array there, without a copy."""
+        with self._lock:
+            run = keys[: self.count(keys)]
+            in_memory = {key: self._host.get(key, self._files.queued(key)) for key in run}
+            read = self._files.read([key for key, page in in_memory.items() if page is None])
+            found: list[Contents] = []
+            for key in run:
+                if (page := in_memory[key]) is None:
+                    if (page := read.get(key)) is None:
+                        break
+                    self.stats.from_disk_pages += 1
+                else:
+                    if (page := self._arrived(key, page)) is None:
+                        break
+                    self.stats.from_host_pages += 1
+                found.append(page)
+            # The first page is made the one used last: without it the others are of no use.
+            for key, page in reversed(list(zip(run, found, strict=False))):
+                self._insert(key, page)
+                self._touch(key)
+            self._shrink(self._host_max)
+            return found
 
     def clear(self) -> None:
         """Forgets all pages."""
@@ -150,18 +157,6 @@ class OffloadStore:
             self.clear()
         self._files.close()
         atexit.unregister(self.close)
-
-    def __enter__(self) -> OffloadStore:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _flush(self) -> None:
-        """Waits until nothing is on its way to the disk."""
-        self._files.flush()
 
     # -- all of these with the lock held
 
@@ -232,38 +227,13 @@ class OffloadStore:
             if self._host.get(key) is page:
                 self._host[key] = settled
 
-    def _get(self, keys: Sequence[Key], as_numpy: bool) -> list[Contents]:
-        with self._lock:
-            run = keys[: self.count(keys)]
-            in_memory = {key: self._host.get(key, self._files.queued(key)) for key in run}
-            read = self._files.read([key for key, page in in_memory.items() if page is None])
-            found: list[Contents] = []
-            for key in run:
-                if (page := in_memory[key]) is None:
-                    if (page := read.get(key)) is None:
-                        break
-                    self.stats.from_disk_pages += 1
-                    self.stats.from_disk_bytes += page.nbytes
-                else:
-                    if (page := self._arrived(key, page, as_numpy)) is None:
-                        break
-                    self.stats.from_host_pages += 1
-                    self.stats.from_host_bytes += page.nbytes
-                found.append(page)
-            # The first page is made the one used last: without it the others are of no use.
-            for key, page in reversed(list(zip(run, found, strict=False))):
-                self._insert(key, page)
-                self._touch(key)
-            self._shrink(self._host_max)
-            return found
-
-    def _arrived(self, key: Key, page: Contents, as_numpy: bool) -> Contents | None:
+    def _arrived(self, key: Key, page: Contents) -> Contents | None:
         """The page once its copy has arrived; waits for it. None, and the page is gone, when that failed."""
         if isinstance(page, np.ndarray):
             return page
         try:
             page.block_until_ready()
-            return page if _is_pinned(page) and not as_numpy else np.asarray(page)
+            return page if _is_pinned(page) else np.asarray(page)
         except COPY_ERRORS:
             self._failed(key)
             return None

@@ -1,13 +1,11 @@
 """Pages of KV in files, one each, in a private folder: written in the background, checked in full when read.
 
-A file begins with a line that says what it is and one of JSON: version, fingerprint, key, dtype, shape and the CRC-32
-of the contents, which follow. Only the process that wrote a file reads it, so it knows what must be there.
+Only the process that wrote a file reads it, and knows what must be there: so many bytes with that CRC-32.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shutil
@@ -31,9 +29,6 @@ READERS = 4  # threads that read and check files at the same time
 
 PREFIX = "nanoflow-kv-"  # of the folders' names
 
-_MAGIC = b"nanoflow_jax KV page\n"
-_VERSION = 1
-
 logger = logging.getLogger("nanoflow_jax")
 
 Contents = np.ndarray | jax.Array
@@ -50,19 +45,17 @@ class FileStats:
 
 @dataclass(frozen=True)
 class _File:
-    header: bytes
     checksum: int
     dtype: np.dtype
     shape: tuple[int, ...]
-    size: int  # bytes, header included
+    size: int  # bytes
 
     def read(self, path: Path) -> np.ndarray | None:
         """The contents, or None when the file is not exactly what was written."""
-        bits = np.empty(self.size - len(self.header), np.uint8)
+        bits = np.empty(self.size, np.uint8)
         try:
             with open(path, "rb") as file:
-                whole = file.read(len(self.header)) == self.header and file.readinto(bits) == bits.nbytes
-                if not whole or file.read(1):
+                if file.readinto(bits) != self.size or file.read(1):
                     return None
         except OSError:
             return None
@@ -78,8 +71,7 @@ class PageFiles:
 
     folder       where the private folder is made, and those of killed processes are removed; None: among the system's
                  temporary files
-    fingerprint  written into each file
-    lock         must be held by callers, except of `flush` and `close`; its thread waits on it too
+    lock         must be held by callers, except of `close`; its thread waits on it too
     on_evict     called, with the lock held, for a page that goes for lack of room
     on_failure   called, with the lock held, for a page whose contents never arrived at the host
 
@@ -90,13 +82,12 @@ class PageFiles:
         self,
         max_bytes: int,
         folder: str | Path | None,
-        fingerprint: Key,
         stats: FileStats,
         lock: threading.Condition,
         on_evict: Callable[[Key], None],
         on_failure: Callable[[Key], None],
     ) -> None:
-        self._max, self._fingerprint, self._stats, self._lock = max_bytes, fingerprint, stats, lock
+        self._max, self._stats, self._lock = max_bytes, stats, lock
         self._on_evict, self._on_failure = on_evict, on_failure
         self._queue: OrderedDict[Key, Contents] = OrderedDict()
         self._files: OrderedDict[Key, _File] = OrderedDict()  # the first goes first
@@ -130,7 +121,7 @@ class PageFiles:
         """True: the page is here, or will be unless writing fails. False: there is no room for it."""
         if key in self:
             return True
-        if len(self._queue) >= PAGES_TO_WRITE or self._describe(key, contents, 0).size > self._max:
+        if len(self._queue) >= PAGES_TO_WRITE or contents.nbytes > self._max:
             return False
         self._queue[key] = contents
         self._lock.notify_all()
@@ -177,27 +168,8 @@ class PageFiles:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._owned)
 
-    def flush(self) -> None:
-        """Waits until nothing is left to write. Raises TimeoutError after a minute."""
-        with self._lock:
-            if not self._lock.wait_for(lambda: not self._queue, timeout=60):
-                raise TimeoutError("pages are still waiting to be written to disk")
-
     def _path(self, key: Key) -> Path:
         return self._folder / key.hex()
-
-    def _describe(self, key: Key, contents: Contents, checksum: int) -> _File:
-        """The size does not depend on the checksum."""
-        fields = {
-            "version": _VERSION,
-            "fingerprint": self._fingerprint.hex(),
-            "key": key.hex(),
-            "dtype": contents.dtype.name,
-            "shape": contents.shape,
-            "crc32": f"{checksum:08x}",
-        }
-        header = _MAGIC + json.dumps(fields).encode() + b"\n"
-        return _File(header, checksum, contents.dtype, contents.shape, len(header) + contents.nbytes)
 
     # -- the writer's thread
 
@@ -218,18 +190,17 @@ class PageFiles:
                 if self._finish(key, contents):
                     self._on_failure(key)
             return
-        file = self._describe(key, contents, zlib.crc32(bits))
+        file = _File(zlib.crc32(bits), contents.dtype, contents.shape, contents.nbytes)
         for path in self._make_room(file.size):
             _unlink(path)
         unfinished = self._path(key).with_suffix(".tmp")
         error: OSError | None = None
         try:
             with open(unfinished, "wb") as out:
-                out.write(file.header)
                 out.write(bits)
         except OSError as caught:
             error = caught
-            _unlink(unfinished)  # before the page leaves the queue: `flush` promises that nothing is under way
+            _unlink(unfinished)  # before the page leaves the queue: then nothing is under way
         with self._lock:
             wanted = self._finish(key, contents)  # it may have been cleared away in the meantime
             if wanted and error is None:

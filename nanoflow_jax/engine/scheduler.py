@@ -9,7 +9,7 @@ computed again later (or finds its pages again); the one that arrived first alwa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.engine.admission import Expectation, peak_growth
+from nanoflow_jax.engine.hooks import Hooks
 from nanoflow_jax.engine.pages import Key, PagePool, next_keys
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.slot_table import SlotTable
@@ -60,24 +61,6 @@ class SchedulerStats:
     restored_tokens: int = 0  # found in offloaded pages, at any admission
     recomputed_tokens: int = 0  # computed again after a preemption
     refused_for_pages: int = 0  # steps in which a request had to wait for pages
-
-
-@dataclass
-class Hooks:
-    """What admission asks of others.
-
-    biases   rows of the bias table for a request (below min_tokens, then), or None while the table is full
-    release  gives them back
-    enter    a request has taken its slot: its token history goes to the device
-    restore  copies offloaded pages with these keys back to these pages; returns how many, from the first on
-    offloaded  how many of these keys, from the first on, could be restored
-    """
-
-    biases: Callable[[Request], tuple[int, int] | None]
-    release: Callable[[Request], None]
-    enter: Callable[[Request], None]
-    restore: Callable[[list[Key], np.ndarray], int] | None = None
-    offloaded: Callable[[list[Key]], int] | None = None
 
 
 @dataclass
@@ -262,9 +245,7 @@ class Scheduler:
         run, pool, size = self.running, self.pool, self.page_size
         keys = self._keys(request)
         count, hits = self._windows.find(pool, keys)
-        offloaded = 0
-        if self.hooks.offloaded is not None and count < len(keys):
-            offloaded = self.hooks.offloaded(keys[count:])
+        offloaded = self.hooks.offloaded(keys[count:])
         end = min(request.prompt_length, len(request.tokens)) if self.by_phase else len(request.tokens)
         chunk = int(self._chunk_entries(count * size, end))
         entries = (self.pages_for(len(request.tokens)), max(chunk, count))  # of tables that keep all, and of others
@@ -284,7 +265,7 @@ class Scheduler:
         pages = pool.allocate(needed)
         assert pages is not None
         restored = 0
-        if offloaded and self.hooks.restore is not None:
+        if offloaded:
             wanted = keys[count : count + offloaded]
             restored = self.hooks.restore(wanted, pages[:offloaded])
             pool.register(pages[:restored].tolist(), wanted[:restored])

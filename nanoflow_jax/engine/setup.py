@@ -148,7 +148,7 @@ def build_engine(
     root = None
     if options.enable_prefix_caching:
         root = prefix_root(folder, sizes.spec.config, plan, sizes.attention, options.deterministic)
-    offload = _offload(options, root) if options.kv_offload_gib and root is not None else None
+    offload = _offload(options) if options.kv_offload_gib else None
     params = make_params(sizes.infos, mesh) if make_params else _load(sizes)
     shapes = sizes.shapes(max_model_len)
     runner = Runner(sizes.program(max_model_len, num_pages), params, shapes, options.progress)
@@ -294,10 +294,10 @@ def prefix_root(folder: Path, config: ModelConfig, plan: SchedulePlan, attention
     return root_key(str(folder.resolve()), repr(asdict(config)), plan.digest, attention, str(deterministic))
 
 
-def _offload(options: LLMOptions, root: Key) -> OffloadStore:
+def _offload(options: LLMOptions) -> OffloadStore:
     memory, disk = (int(gib * GIB) for gib in (options.kv_offload_gib, options.kv_offload_disk_gib))
     try:
-        return OffloadStore(memory, disk, options.kv_offload_folder, fingerprint=root)
+        return OffloadStore(memory, disk, options.kv_offload_folder)
     except ValueError as error:
         raise ConfigError(f"kv_offload_folder: {error}") from None
 

@@ -78,8 +78,8 @@ def assert_idle(llm: LLM) -> None:
     assert engine.running.num_running == 0
     assert engine.scheduler.pool.num_available == engine.scheduler.pool.num_pages
     assert not engine.scheduler.orphans
-    assert not engine._biases
-    assert not engine._texts
+    assert not engine.scheduler.hooks._biases
+    assert not engine._booking.texts
 
 
 def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int, hopeful: bool = False) -> SchedulerStats:
@@ -89,8 +89,7 @@ def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int, hopefu
     """
     scheduler = llm.engine.scheduler
     scheduler.pool.reset()  # what its pages hold will be overwritten
-    evicted = llm.engine._evicted if llm.engine.offload is not None else None
-    monkeypatch.setattr(scheduler, "pool", PagePool(num_pages, evicted))
+    monkeypatch.setattr(scheduler, "pool", PagePool(num_pages, scheduler.hooks.evict))
     monkeypatch.setattr(scheduler, "expectation", Expectation())
     if hopeful:
         monkeypatch.setattr(Scheduler, "_fits_later", lambda self, request, own, needed, available: needed <= available)

@@ -375,7 +375,7 @@ class FakeStore:
     def count(self, keys: Sequence[bytes]) -> int:
         return next((i for i, key in enumerate(keys) if key not in self.pages), len(keys))
 
-    def get_for_device(self, keys: Sequence[bytes]) -> list[np.ndarray]:
+    def get(self, keys: Sequence[bytes]) -> list[np.ndarray]:
         found = []
         for key in keys[: self.count(keys)]:
             self.asked += 1

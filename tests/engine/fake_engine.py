@@ -14,6 +14,7 @@ from nanoflow_jax.engine.engine import Engine, StepRecord
 from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import ScheduledStep
+from nanoflow_jax.prompts import check_prompt
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.slots import SlotSizes
@@ -130,7 +131,7 @@ class Drive:
     def _arrive(self) -> None:
         while len(self.requests) < len(self.jobs) and self.jobs[len(self.requests)].arrival <= self.steps:
             job = self.jobs[len(self.requests)]
-            self.engine.check(job.prompt, job.params)
+            check_prompt(job.prompt, job.params, self.engine.max_model_len, VOCAB, (EOS,))
             request = self.engine.add(
                 None, list(job.prompt), job.params, watched=job.watched, scored_from=job.scored_from,
                 max_tokens=0 if job.only_prompt else None,
@@ -212,7 +213,7 @@ class Drive:
         assert not engine.scheduler.waiting
         assert not engine.scheduler.orphans
         assert not +self.tables.users, "a bias row has still a user"
-        assert not engine._texts
+        assert not engine._booking.texts
 
     def check_answers(self, failed: Sequence[int] = ()) -> None:
         """Each gives what it would give alone; `failed`: numbers of those that end in an error."""

@@ -12,7 +12,6 @@ from nanoflow_jax.engine.offload import OffloadStore
 
 SHAPE = (2, 2, 8, 4, 2)  # layers, K and V, KV groups, page_size, d
 PAGE_BYTES = 4 * 2 * 2 * 8 * 4 * 2
-FINGERPRINT = b"what this is about"
 PLENTY = 1 << 30
 
 
@@ -34,6 +33,12 @@ def check_get(store: OffloadStore, numbers: Sequence[int]) -> int:
     for number, page in zip(numbers, found, strict=False):
         np.testing.assert_array_equal(page, np.asarray(page_of(number)))
     return len(found)
+
+
+def flush(store: OffloadStore) -> None:
+    """Waits until nothing is on its way to the disk."""
+    with store._lock:
+        assert store._lock.wait_for(lambda: not store._files._queue, timeout=60)
 
 
 def file_of(folder: Path, number: int) -> Path:

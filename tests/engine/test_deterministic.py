@@ -47,8 +47,8 @@ def load() -> Load:
 def no_leak(llm: LLM) -> Iterator[None]:
     yield
     assert_idle(llm)
-    assert llm.engine.offload is not None
-    llm.engine.offload.clear()
+    assert llm.engine.scheduler.hooks.offload is not None
+    llm.engine.scheduler.hooks.offload.clear()
     llm.engine.scheduler.pool.reset()
 
 

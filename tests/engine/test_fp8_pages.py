@@ -257,7 +257,7 @@ def test_prefixes_preemptions_and_offload_change_nothing(llm: LLM, monkeypatch: 
     for prompt in prompts:
         alone += tokens(llm.generate([prompt], greedy(20), use_tqdm=False))
         llm.engine.scheduler.pool.reset()
-    offload = llm.engine.offload
+    offload = llm.engine.scheduler.hooks.offload
     assert offload is not None
     offload.clear()
     stats = small_pool(llm, monkeypatch, 14, hopeful=True)

@@ -16,6 +16,7 @@ from nanoflow_jax.engine import scheduler as scheduler_module
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.request import RequestOutput
 from tests.engine.engine_driver import CASE, PAGE, VOCAB, assert_idle, crowd, greedy, make_llm, small_pool, tokens
+from tests.engine.offloaded import flush
 from tests.engine.test_faults import fails_at
 from tests.reference.checkpoints import Reference, load_reference
 
@@ -51,8 +52,8 @@ def fresh(llm: LLM) -> Iterator[None]:
 
 
 def store(llm: LLM) -> OffloadStore:
-    assert llm.engine.offload is not None
-    return llm.engine.offload
+    assert llm.engine.scheduler.hooks.offload is not None
+    return llm.engine.scheduler.hooks.offload
 
 
 def run(llm: LLM) -> list[list[int]]:
@@ -113,9 +114,7 @@ def test_the_crowd_with_and_without(llm: LLM, calm: list[list[int]]) -> None:
 
 def test_a_preempted_request_finds_its_pages(llm: LLM, calm: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Much of what it had is still there when it comes back."""
-    monkeypatch.setattr(llm.engine, "offload", None)
-    monkeypatch.setattr(llm.engine.scheduler.hooks, "restore", None)
-    monkeypatch.setattr(llm.engine.scheduler.hooks, "offloaded", None)
+    monkeypatch.setattr(llm.engine.scheduler.hooks, "offload", None)
     stats = small_pool(llm, monkeypatch, 24, hopeful=True)
     assert run(llm) == calm
     with_prefixes, preemptions = stats.recomputed_tokens, stats.preemptions
@@ -171,7 +170,7 @@ def test_spill_files(llm: LLM, calm: list[list[int]], monkeypatch: pytest.Monkey
     offload, stats = only_disk(llm, monkeypatch), small_pool(llm, monkeypatch, 20, hopeful=True)
     damaged = offload.stats.damaged_files
     assert run(llm) == calm
-    offload._flush()
+    flush(offload)
     files = [p for p in Path(offload._files._folder).rglob("*") if p.is_file()]
     assert len(files) > 10
     for file in files:
@@ -203,11 +202,11 @@ def test_a_full_disk(llm: LLM, calm: list[list[int]], monkeypatch: pytest.Monkey
     monkeypatch.setattr(page_files, "open", full, raising=False)
     for _ in range(2):
         assert run(llm) == calm
-    offload._flush()
+    flush(offload)
     assert offload.stats.write_errors > errors
 
 
-@pytest.mark.parametrize("what", ["extract", "insert", "missing", "put", "get_for_device", "count"])
+@pytest.mark.parametrize("what", ["extract", "insert", "missing", "put", "get", "count"])
 def test_a_copy_that_fails(llm: LLM, calm: list[list[int]], monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """Any call on the way to the host or back may raise: all requests end with their tokens, and no page leaks."""
     small_pool(llm, monkeypatch, 20, hopeful=True)

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nanoflow_jax.engine import engine, scheduler
 from nanoflow_jax.engine.engine import step_shapes
+from nanoflow_jax.engine.hooks import Hooks
 from nanoflow_jax.engine.pages import PagePool
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.engine.scheduler import ScheduledStep, Scheduler
@@ -411,7 +412,7 @@ TWINS: dict[str, Twin] = {
     "too many rows": (Scheduler, "_chunks", _overfills),
     "a decode row is forgotten": (Scheduler, "_due", _forgets_a_row),
     "the end is not seen": (SlotTable, "append", _books_late),
-    "biases are kept": (engine.Engine, "_release_biases", _keeps_biases),
+    "biases are kept": (Hooks, "release", _keeps_biases),
 }
 
 

@@ -81,7 +81,7 @@ class Run:
         while waiting or engine.has_work:
             for number, (prompt, params) in waiting[:25]:
                 try:
-                    engine.check(prompt, params)
+                    self.llm.check(prompt, params)
                 except ValueError:
                     self.refused.add(number)
                 else:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams, StructuredOutputsParams
-from nanoflow_jax.engine.engine import Engine
+from nanoflow_jax.engine.booking import Booking
 from nanoflow_jax.engine.request import CompletionOutput, RequestOutput
 from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.engine.structured import Constraint
@@ -114,13 +114,13 @@ def test_only_steps_with_a_constrained_row_have_masks(llm: LLM, monkeypatch: pyt
 
     for name in real:
         monkeypatch.setattr(Runner, name, spy(name))
-    process = Engine._process_output
+    book = Booking.book
 
-    def booked(self: Engine, *args: Any) -> int:
+    def booked(self: Booking, *args: Any) -> int:
         events.append("book")
-        return process(self, *args)
+        return book(self, *args)
 
-    monkeypatch.setattr(Engine, "_process_output", booked)
+    monkeypatch.setattr(Booking, "book", booked)
     free = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     run(llm, [free, SamplingParams(temperature=0, structured_outputs=StructuredOutputsParams(regex="abc"))])
     told = " ".join(events).replace("dispatch begin finish", "dispatch")

@@ -14,6 +14,7 @@ import pytest
 
 from nanoflow_jax import LLM, SamplingParams, api
 from nanoflow_jax.config import ConfigError
+from nanoflow_jax.engine.booking import Booking
 from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.request import RequestOutput
@@ -398,20 +399,20 @@ def test_a_failing_request_is_an_error_record(llm: LLM, monkeypatch: pytest.Monk
         json.dumps({"custom_id": str(i), "prompt": f"1{i}+30=", "stop": "x", "max_tokens": 4}).encode()
         for i in range(4)
     ]
-    encode, judge = llm.tokenizer.encode, Engine._finish_or_go_on
+    encode, judge = llm.tokenizer.encode, Booking._finish_or_go_on
 
     def breaks(text: str, add_special_tokens: bool) -> list[int]:
         if text.startswith("11"):
             raise TypeError("no such text")
         return encode(text, add_special_tokens)
 
-    def fails(self: Engine, request: Any, *rest: Any) -> None:
+    def fails(self: Booking, request: Any, *rest: Any) -> None:
         if request.prompt.startswith("12"):
             raise RuntimeError("broken")
         judge(self, request, *rest)
 
     monkeypatch.setattr(llm.tokenizer, "encode", breaks)
-    monkeypatch.setattr(Engine, "_finish_or_go_on", fails)
+    monkeypatch.setattr(Booking, "_finish_or_go_on", fails)
     items = parse_lines([Line(i + 1, line) for i, line in enumerate(lines)], ())
     answer(llm, items, Settings("tiny"), records.append)
     by_id = {r["custom_id"]: r for r in records}
