@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nanoflow_jax import LLM, api, generate
-from nanoflow_jax.commands import batch, bench, bench_batch, eval
+from nanoflow_jax.commands import batch, bench, bench_pairs, eval
 from nanoflow_jax.commands import generate as generate_command
 from nanoflow_jax.commands.options import llm_options
 from nanoflow_jax.commands.parser import Parser
@@ -182,7 +182,7 @@ def test_flags_of_benchmarks() -> None:
     flags = [flag for arguments, _ in said.values() for flag in arguments]
     found = llm_options(parsed(bench.add, "bench", "throughput", *flags, "--seed", "3")).arguments()
     assert found == {**DEFAULTS, **{name: value for name, (_, value) in said.items()}, "seed": 3}
-    assert llm_options(parsed(bench_batch.add, "batch")).arguments() == {"model": "tiny", **DEFAULTS, **common}
+    assert llm_options(parsed(bench_pairs.add_batch, "batch")).arguments() == {"model": "tiny", **DEFAULTS, **common}
 
 
 def test_help_says_what_none_is_and_names_flags(monkeypatch: pytest.MonkeyPatch) -> None:

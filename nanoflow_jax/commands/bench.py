@@ -13,10 +13,8 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands import bench_batch as batch_command
-from nanoflow_jax.commands import bench_replicas as replicas_command
-from nanoflow_jax.commands import bench_structured as structured_command
-from nanoflow_jax.commands.options import add_bench_options, check_outputs, llm_options, positive
+from nanoflow_jax.commands import bench_pairs, bench_structured
+from nanoflow_jax.commands.options import add_bench_options, check_outputs, llm_options, number, positive
 from nanoflow_jax.version import __version__
 
 if TYPE_CHECKING:
@@ -24,25 +22,17 @@ if TYPE_CHECKING:
     from nanoflow_jax.workload import Workload
 
 
-def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be a number of seconds above 0")
-    return value
+_seconds = number(lambda value: 0 < value < 1e6, "a number of seconds above 0")
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser("bench", help="measure throughput, or the host's work per step")
     kinds = p.add_subparsers(dest="bench", required=True, metavar="KIND")
     _add_throughput(kinds)
     _add_host(kinds)
-    batch_command.add(kinds)
-    replicas_command.add(kinds)
-    structured_command.add(kinds)
+    bench_pairs.add_batch(kinds)
+    bench_pairs.add_replicas(kinds)
+    bench_structured.add(kinds)
 
 
 # -- host

@@ -7,21 +7,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from nanoflow_jax.commands.options import add_bench_options, make_llm, positive
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 0.5:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be a number above 0, at most 0.5")
-    return value
+from nanoflow_jax.commands.options import add_bench_options, make_llm, number, positive
 
 
 def add(kinds: Any) -> None:
-    """Adds the kind to `nanoflow bench`."""
     p = kinds.add_parser(
         "structured",
         help="throughput beside structured outputs, and the host's work for them",
@@ -31,7 +20,10 @@ def add(kinds: Any) -> None:
         "  nanoflow bench structured --model ./llama-8b --share 0.25 --repeat 5",
     )
     p.add_argument("--model", default="tiny", help="'tiny', a local folder, or a Hub id")
-    p.add_argument("--share", type=_share, default=0.25, help="of the requests that have a form")
+    p.add_argument(
+        "--share", type=number(lambda value: 0 < value <= 0.5, "a number above 0, at most 0.5"), default=0.25,
+        help="of the requests that have a form",
+    )  # fmt: skip
     p.add_argument("--prompt-tokens", type=positive, default=32, help="of each request")
     p.add_argument("--output-tokens", type=positive, default=128, help="of each request")
     p.add_argument("--repeat", type=positive, default=5, help="pairs of runs")

@@ -33,23 +33,10 @@ def _run(args: argparse.Namespace) -> int:
         from nanoflow_jax.weights.checkpoint import convert
         from nanoflow_jax.weights.hub import resolve_model
 
-    bar: Progress | None = None
-    seen = 0
-
-    def report(_: str, done: int, total: int) -> None:
-        nonlocal bar, seen
-        if bar is None:
-            bar = Progress(total, "converting", "B", not args.quiet).__enter__()
-        bar.advance(done - seen)
-        seen = done
-
-    try:
+    with Progress(None, "converting", "B", not args.quiet) as bar:
         folder = convert(
-            resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype, progress=report,
-            quantization=args.quantization,
+            resolve_model(args.model, args.revision), Path(args.output), dtype=args.dtype,
+            progress=lambda _, done, total: bar.report(done, total), quantization=args.quantization,
         )  # fmt: skip
-    finally:
-        if bar is not None:
-            bar.__exit__()
     print(folder)
     return 0

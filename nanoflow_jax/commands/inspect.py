@@ -9,11 +9,10 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from nanoflow_jax.commands.options import add_html, add_mesh_size, check_outputs, positive
+from nanoflow_jax.commands.options import add_mesh_size, add_pictures, check_outputs, positive, write_pictures
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "inspect",
         help="compile a step for a GPU that need not be there, and report what overlaps",
@@ -46,9 +45,7 @@ def add(commands: Any) -> None:
     )
     p.add_argument("--free-order", action="store_true", help="leave the issue order to XLA instead of the plan")
     p.add_argument("--json", action="store_true", help="print JSON: collectives, findings, totals, memory")
-    p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
-    p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
-    add_html(p)
+    add_pictures(p)
     p.set_defaults(run=_run)
 
 
@@ -97,14 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(data[0] if len(data) == 1 else data, indent=1))
     else:
         print("\n\n".join([*([compare(inspections)] if args.compare else []), *(i.text() for i in inspections)]))
-    if args.trace:
-        from nanoflow_jax.timeline.chrome_trace import write_trace
-
-        write_trace(inspections[0].report, args.trace)
-    if args.plot:
-        from nanoflow_jax.timeline.plot import plot_inspections
-
-        plot_inspections(inspections, args.plot)
+    write_pictures(args, inspections[0].report, inspections)
     if args.html:
         from nanoflow_jax.inspect.page import write_inspections
 

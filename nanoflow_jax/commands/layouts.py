@@ -19,7 +19,6 @@ GIB = 2**30
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "layouts",
         help="rank the ways to use a node: precision, GPUs per replica, replicas, KV pages, plan",

@@ -19,7 +19,6 @@ GIB = 2**30
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "models",
         help="list the families of models, or say what a model needs and where it fits",
@@ -43,11 +42,22 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     from nanoflow_jax.hardware import known_hardware
     from nanoflow_jax.models.registry import model_config
+    from nanoflow_jax.parallel.mesh import valid_sizes
     from nanoflow_jax.search.fit import shares
+    from nanoflow_jax.step.attention import PAGE_SIZE, why_not_mosaic
 
     name, config = model_config(args.model)
-    found = shares(config, known_hardware())
-    print(json.dumps(_json(name, config, found), indent=1) if args.json else _text(name, config, found))
+    found, sizes = shares(config, known_hardware()), valid_sizes(config)
+    attention = why_not_mosaic(config, (9, 0), PAGE_SIZE)  # of a Hopper GPU
+    if args.json:
+        data = {
+            "model": name, "family": config.family, "parameters": config.num_params,
+            "active_parameters": config.active_params, "dtype": config.dtype, "max_length": config.max_length,
+            "mesh_sizes": sizes, "why_not_mosaic": attention, "shares": [asdict(share) for share in found],
+        }  # fmt: skip
+        print(json.dumps(data, indent=1))
+    else:
+        print(_text(name, config, found, sizes, attention))
     return 0
 
 
@@ -82,34 +92,8 @@ def _families_text() -> str:
     )
 
 
-def _sizes(config: ModelConfig) -> list[int]:
-    from nanoflow_jax.parallel.mesh import valid_sizes
-
-    return valid_sizes(config)
-
-
-def _attention(config: ModelConfig) -> str | None:
-    """Why the Mosaic kernels of a Hopper GPU would not be used; None: they are."""
-    from nanoflow_jax.step.attention import PAGE_SIZE, why_not_mosaic
-
-    return why_not_mosaic(config, (9, 0), PAGE_SIZE)
-
-
-def _json(name: str, config: ModelConfig, found: Sequence[Share]) -> dict[str, Any]:
-    return {
-        "model": name,
-        "family": config.family,
-        "parameters": config.num_params,
-        "active_parameters": config.active_params,
-        "dtype": config.dtype,
-        "max_length": config.max_length,
-        "mesh_sizes": _sizes(config),
-        "why_not_mosaic": _attention(config),
-        "shares": [asdict(share) for share in found],
-    }
-
-
-def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
+def _text(name: str, config: ModelConfig, found: Sequence[Share], sizes: Sequence[int], attention: str | None) -> str:
+    """attention: why the Mosaic kernels would not be used; None: they are."""
     from nanoflow_jax.plan.known import DEFAULT
 
     gpus = list(found[0].fits)
@@ -129,10 +113,10 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
             if fit.refused is None and fit.plan != DEFAULT:
                 plans.setdefault(fit.plan, []).append(f"{share.devices} x {gpu} {share.quantization or config.dtype}")
     no_fp8 = sorted({gpu for s in found for gpu, fit in s.fits.items() if (fit.refused or "").startswith("quantiz")})
-    sizes, attention = _sizes(config), _attention(config)
+    active = f" ({_parameters(config.active_params)} of them for a token)" if config.experts is not None else ""
     return "\n".join(
         [
-            f"{name}: family {config.family}, {_parameters(config.num_params)} parameters{_active(config)}, "
+            f"{name}: family {config.family}, {_parameters(config.num_params)} parameters{active}, "
             f"{config.dtype}; a sequence has at most {config.max_length:,} tokens",
             f"mesh sizes that work: {', '.join(map(str, sizes))}",
             f"attention on Hopper: {'Mosaic GPU kernels' if attention is None else f'plain XLA: {attention}'}",
@@ -146,13 +130,6 @@ def _text(name: str, config: ModelConfig, found: Sequence[Share]) -> str:
             *(f"  {plan}: {', '.join(where)}" for plan, where in sorted(plans.items())),
         ]
     )
-
-
-def _active(config: ModelConfig) -> str:
-    """Of models with experts; and what those run on, where it is not the kernel."""
-    if config.experts is None:
-        return ""
-    return f" ({_parameters(config.active_params)} of them for a token)"
 
 
 def _parameters(count: int) -> str:

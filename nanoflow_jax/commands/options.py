@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +35,36 @@ def add_html(p: argparse._ActionsContainer) -> None:
     p.add_argument(
         "--html", metavar="FILE", help="write one page for a browser: the plans side by side, timelines to zoom into"
     )
+
+
+def add_pictures(p: argparse._ActionsContainer) -> None:
+    """Of a command that makes timelines; `write_pictures` writes all but the page."""
+    p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
+    p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
+    add_html(p)
+
+
+def write_pictures(args: argparse.Namespace, traced: Any, plotted: Sequence[Any]) -> None:
+    if args.trace:
+        from nanoflow_jax.timeline.chrome_trace import write_trace
+
+        write_trace(traced, args.trace)
+    if args.plot:
+        from nanoflow_jax.timeline.plot import plot_inspections
+
+        plot_inspections(plotted, args.plot)
+
+
+def number(holds: Callable[[float], bool], accepted: str) -> Callable[[str], float]:
+    """What reads a number for which `holds`; `accepted` says which those are."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            if holds(value := float(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; it must be {accepted}")
+
+    return read
 
 
 def positive(text: str) -> int:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "profile",
         help="measure the ops of a plan on this machine, alone and in pairs, into a table file",

@@ -26,7 +26,6 @@ BASELINES_OF_ONE = ("sequential", "nanoflow_8b")  # on one device
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "search",
         help="find the best plan for a model, a GPU and a load",
@@ -65,6 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from nanoflow_jax.search.search import GRID, Space, search
     from nanoflow_jax.search.simulate import simulate_step
     from nanoflow_jax.step.attention import page_dtype
+    from nanoflow_jax.system.progress import Progress
 
     check_outputs(args, "output", "html")
     if args.output and (not args.output.endswith(".toml") or Path(args.output).exists()):
@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
     space = replace(Space.of(args.devices), batches=tuple(sorted(set(args.nano_batches))))
     if args.no_lanes:
         space = replace(space, shares=())
-    with _Bar(not args.quiet) as bar:
+    with Progress(None, "searching", "structures", not args.quiet) as bar:
         found = search(
             name, config, model, args.devices, load,
             space=space, workers=args.workers, page_bytes=item, progress=bar.report,
@@ -151,29 +151,6 @@ def _run(args: argparse.Namespace) -> int:
     if args.inspect:
         _inspect(args, gpu, plan, load)
     return 0
-
-
-class _Bar:
-    """Progress whose total is known once the structures have been ranked."""
-
-    def __init__(self, enabled: bool):
-        self._enabled, self._done = enabled, 0
-        self._bar: Any = None
-
-    def report(self, done: int, total: int) -> None:
-        from nanoflow_jax.system.progress import Progress
-
-        if self._bar is None:
-            self._bar = Progress(total, "searching", "structures", self._enabled).__enter__()
-        self._bar.advance(done - self._done)
-        self._done = done
-
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.__exit__()
 
 
 def explain(found: Found, steps: dict[str, Simulation], load: StepLoad, capacity: int) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.commands.options import add_html, add_mesh_size, check_outputs, positive
+from nanoflow_jax.commands.options import add_mesh_size, add_pictures, check_outputs, number, positive, write_pictures
 from nanoflow_jax.system.table import table
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ DEFAULT_GPU = "h200"
 
 
 def add(commands: Any) -> None:
-    """Adds the command to the parser; nothing heavy is imported before it runs."""
     p = commands.add_parser(
         "simulate",
         help="predict a plan's throughput on a GPU that need not be there, without compiling",
@@ -46,26 +45,14 @@ def add(commands: Any) -> None:
     )
     p.add_argument(
         "--expert-imbalance",
-        type=_imbalance,
+        type=number(lambda value: 1 <= value <= 1e6, "a number of at least 1"),
         default=1.0,
         metavar="X",
         help="rows of the device whose experts get most, over the mean (1.0: none)",
     )
     p.add_argument("--json", action="store_true", help="print JSON; a list with --compare")
-    p.add_argument("--trace", metavar="FILE", help="write a Chrome/Perfetto trace, one lane per resource")
-    p.add_argument("--plot", metavar="FILE", help="draw the timeline of two inner layers")
-    add_html(p)
+    add_pictures(p)
     p.set_defaults(run=_run)
-
-
-def _imbalance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 1.0 <= value <= 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is not accepted; expected a number of at least 1")
-    return value
 
 
 def add_target(p: Any) -> None:
@@ -160,14 +147,7 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps(data if args.compare else data[0], indent=1))
     else:
         print(compare(results) if args.compare else text(results[0]))
-    if args.trace:
-        from nanoflow_jax.timeline.chrome_trace import write_trace
-
-        write_trace(results[0].simulation, args.trace)
-    if args.plot:
-        from nanoflow_jax.timeline.plot import plot_inspections
-
-        plot_inspections([result.simulation for result in results], args.plot)
+    write_pictures(args, results[0].simulation, [result.simulation for result in results])
     if args.html:
         from nanoflow_jax.timeline.html import Shown, write_page
 

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas.checks import FP8
@@ -39,7 +38,7 @@ from nanoflow_jax.models.fp8_formats import find_weight_scales
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams, PageTables, kv_groups, page_tables
-from nanoflow_jax.models.params import is_info, rank_infos
+from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.parallel.processes import Processes, joined
@@ -355,13 +354,6 @@ def _kv_scales(source: WeightSource, config: ModelConfig) -> dict[str, tuple[int
 
 def _load(sizes: Sizes) -> ModelParams:
     assert sizes.source is not None
-    total = sum(info.nbytes for info in jax.tree.leaves(sizes.infos, is_leaf=is_info))
-    seen = 0
-    with Progress(total, "loading weights", "B", sizes.options.progress) as bar:
-
-        def report(_: str, done: int, __: int) -> None:
-            nonlocal seen
-            bar.advance(done - seen)
-            seen = done
-
-        return load_params(sizes.source, sizes.spec.config, sizes.mesh, sizes.infos, report)
+    with Progress(None, "loading weights", "B", sizes.options.progress) as bar:
+        read = (sizes.source, sizes.spec.config, sizes.mesh, sizes.infos)
+        return load_params(*read, lambda _, done, total: bar.report(done, total))

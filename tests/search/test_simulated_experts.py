@@ -140,7 +140,7 @@ def test_imbalance_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert "busiest" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main([*arguments, "--expert-imbalance", "0.5"])
-    assert "'0.5' is not accepted; expected a number of at least 1" in capsys.readouterr().err
+    assert "'0.5' is not accepted; it must be a number of at least 1" in capsys.readouterr().err
 
 
 def test_plans_for_experts_and_for_others_are_not_mixed_up() -> None:
