@@ -42,7 +42,6 @@ logger = logging.getLogger("nanoflow_jax")
 
 Message = Mapping[str, Any]
 Params = SamplingParams | Sequence[SamplingParams] | None
-Checked = tuple[str | None, list[int], SamplingParams]  # a prompt's text, its tokens and how to go on
 
 
 class LLM:
@@ -104,7 +103,7 @@ class LLM:
             self.plan = load_plan(str(options.plan))
         check_sms(self.plan, hardware_of(self.mesh.devices.flat[0]))
         self.engine = build_engine(self.folder, self.config, self.plan, self.mesh, self.tokenizer, self._eos, options)
-        self._calls = Calls(self.engine)
+        self.calls = Calls(self.engine)  # the engine as several threads share it
         self.max_model_len = self.engine.max_model_len
         # Of prompts, that a step computes at most.
         self.prefill_rows = max(shape.prefill_rows for shape in self.engine.scheduler.shapes)
@@ -174,9 +173,9 @@ class LLM:
             )
         return self._stream(self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params))
 
-    def _stream(self, checked: list[Checked]) -> Generator[RequestOutput]:
+    def _stream(self, work: list[Work]) -> Generator[RequestOutput]:
         gathered = Gathered(self.tokenizer, self.reasoning)
-        with closing(feed(self._calls, self._works(checked), watched=True)) as steps:
+        with closing(feed(self.calls, work, watched=True)) as steps:
             while True:
                 with held_interrupts():
                     changed = next(steps, None)
@@ -184,7 +183,7 @@ class LLM:
                         return
                     ended, grown = changed
                     outputs: dict[Work, RequestOutput] = {}
-                    with self._calls.alone():
+                    with self.calls.alone():
                         for item, request in ended + [(w, r) for w, r in grown if not r.finish_reason]:
                             outputs[item] = gathered.take(item, request, self.engine.running)
                 # What the user holds does not grow with what comes.
@@ -199,11 +198,7 @@ class LLM:
         those that have.
         """
         self.last_scores = []
-        params = SamplingParams(temperature=0.0, prompt_logprobs=0, detokenize=False)
-        encoded = [self._pair(context, continuation) for context, continuation in as_pairs(pairs)]
-        work = [Work(i, None, tokens, params, border - 1) for i, (tokens, border) in enumerate(encoded)]
-        for item in work:
-            self.check(item.prompt_token_ids, params)
+        work = [self.prepare_score(*pair, key=i) for i, pair in enumerate(as_pairs(pairs))]
         found: dict[int, Score] = {}
         for item, score in self._answered(work, "scoring", use_tqdm):
             assert isinstance(score, Score)
@@ -261,7 +256,7 @@ class LLM:
         Ctrl-C."""
         if self.replicas is not None:
             return self.replicas.run(work)
-        return run_steps(self._calls, work, self.tokenizer, self.reasoning)
+        return run_steps(self.calls, work, self.tokenizer, self.reasoning)
 
     def check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         """Raises ValueError when a prompt can never be served."""
@@ -274,11 +269,6 @@ class LLM:
         """Rows computed so far: prompt tokens, and one for each token that is generated. With replicas, those of what
         has ended."""
         return self.engine.num_rows if self.replicas is None else self.replicas.num_rows
-
-    @property
-    def calls(self) -> Calls:
-        """The engine as several threads share it, for those who add requests and run steps themselves."""
-        return self._calls
 
     @property
     def default_max_tokens(self) -> int | None:
@@ -311,8 +301,8 @@ class LLM:
             raise ValueError(f"pairs: the continuation {continuation!r} has no token of its own after its context")
         return tokens, before
 
-    def _checked(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params) -> list[Checked]:
-        """The prompts, each with its sampling params. Raises ValueError for what cannot be served."""
+    def _checked(self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params) -> list[Work]:
+        """The prompts, each with its place and its sampling params. Raises ValueError for what cannot be served."""
         if sampling_params is None:
             sampling_params = self.default_sampling_params()
         params: list[Any] = [sampling_params]
@@ -328,20 +318,18 @@ class LLM:
             raise ValueError(
                 f"sampling_params: {len(params)} given for {len(prompts)} prompts; accepted: one, or one per prompt"
             )
-        for (_, tokens), p in zip(prompts, params, strict=True):
-            self.check(tokens, p)
-        return [(text, tokens, p) for (text, tokens), p in zip(prompts, params, strict=True)]
-
-    def _works(self, checked: Sequence[Checked]) -> list[Work]:
-        return [Work(place, text, tokens, params) for place, (text, tokens, params) in enumerate(checked)]
+        work = [Work(i, *prompt, p) for i, (prompt, p) in enumerate(zip(prompts, params, strict=True))]
+        for item in work:
+            self.check(item.prompt_token_ids, item.params)
+        return work
 
     def _run(
         self, prompts: list[tuple[str | None, list[int]]], sampling_params: Params, use_tqdm: bool
     ) -> list[RequestOutput]:
-        checked = self._checked(prompts, sampling_params)
-        outputs: list[RequestOutput | None] = [None] * len(checked)
+        work = self._checked(prompts, sampling_params)
+        outputs: list[RequestOutput | None] = [None] * len(work)
         self.last_outputs = outputs
-        for item, output in self._answered(self._works(checked), "generating", use_tqdm):
+        for item, output in self._answered(work, "generating", use_tqdm):
             assert isinstance(output, RequestOutput)
             outputs[item.key] = output
         return [output for output in outputs if output is not None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.system.reading import ConfigError, one_line, read_text
+from nanoflow_jax.system.reading import ConfigError, one_line, read_text, refused
 
 MOST_BYTES = 4 * 2**20  # of a template, and as JSON of each thing that is passed to one
 # What has an argument of its own, and what a template is never given.
@@ -47,21 +47,21 @@ class ChatSettings:
     def __post_init__(self) -> None:
         for name in ("add_generation_prompt", "continue_final_message"):
             if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, getattr(self, name), "true or false")
+                raise refused(name, getattr(self, name), "true or false")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError(
                 "continue_final_message: it does not go together with add_generation_prompt, which begins a new "
                 "message; accepted: add_generation_prompt false"
             )
         if self.chat_template is not None and not isinstance(self.chat_template, str):
-            raise _wrong("chat_template", self.chat_template, "a text")
+            raise refused("chat_template", self.chat_template, "a text")
         check_kwargs(self.chat_template_kwargs)
         for name in ("tools", "documents"):
             value = getattr(self, name)
             if value is None:
                 continue
             if not isinstance(value, list | tuple) or not all(isinstance(item, Mapping) for item in value):
-                raise _wrong(name, value, "a list of JSON objects")
+                raise refused(name, value, "a list of JSON objects")
             _check_plain(name, list(map(dict, value)))
 
     def variables(self, defaults: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def check_kwargs(value: Any, name: str = "chat_template_kwargs") -> None:
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise _wrong(name, value, "a JSON object")
+        raise refused(name, value, "a JSON object")
     for key in value:
         if key in RESERVED:
             raise ValueError(
@@ -174,7 +174,3 @@ def read_template(given: str | Path | None) -> str | None:
 
 def _is_jinja(text: str) -> bool:
     return "{{" in text or "{%" in text
-
-
-def _wrong(name: str, value: Any, accepted: str) -> ValueError:
-    return ValueError(one_line(f"{name}: {value!r} is not accepted; it must be {accepted}"))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, config_path, configs_root
-from nanoflow_jax.system.reading import Malformed, parse_toml, read_text
+from nanoflow_jax.system.reading import read_toml
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,7 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     Raises ConfigError, one line naming the field and what is accepted.
     """
     path = config_path("hardware", str(name_or_path))
-    try:
-        table = parse_toml(read_text(path))
-    except Malformed as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     inner = table.pop("calibration", None)
     if not isinstance(inner, dict):
         names = ", ".join(field.name for field in fields(Calibration))

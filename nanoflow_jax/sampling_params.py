@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
-from nanoflow_jax.system.reading import parse_json
+from nanoflow_jax.system.reading import parse_json, refused
 
 MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
 MAX_N = 1000  # completions of one prompt, where files ask for them
@@ -67,17 +67,17 @@ class StructuredOutputsParams:
             raise ValueError(f"structured_outputs: {found} given; accepted: exactly one of {', '.join(kinds)}")
         for name in ("json_object", "disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool) and (name != "json_object" or self.json_object is not None):
-                raise _refused(f"structured_outputs: {name}", getattr(self, name), "True or False")
+                raise refused(f"structured_outputs: {name}", getattr(self, name), "True or False")
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str) or not value):
-                raise _refused(f"structured_outputs: {name}", value, "a text that is not empty")
+                raise refused(f"structured_outputs: {name}", value, "a text that is not empty")
         if self.choice is not None:
             accepted = "a list of texts, none of them empty"
             if not isinstance(self.choice, (list, tuple)) or not self.choice:
-                raise _refused("structured_outputs: choice", self.choice, accepted)
+                raise refused("structured_outputs: choice", self.choice, accepted)
             if not all(isinstance(text, str) and text for text in self.choice):
-                raise _refused("structured_outputs: choice", self.choice, accepted)
+                raise refused("structured_outputs: choice", self.choice, accepted)
         of_json = self.json is not None or bool(self.json_object)
         for name in ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern"):
             if getattr(self, name) and not of_json:
@@ -98,7 +98,7 @@ class StructuredOutputsParams:
             except ValueError as error:
                 raise ValueError(f"structured_outputs: json: not JSON ({error})") from None
         if not isinstance(found, Mapping):
-            raise _refused("structured_outputs: json", self.json, "a JSON schema: an object, or its text")
+            raise refused("structured_outputs: json", self.json, "a JSON schema: an object, or its text")
         return dict(found)
 
 
@@ -179,42 +179,42 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1, MAX_INT)
         _integer("min_tokens", self.min_tokens, 0, MAX_INT)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _refused("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
+            raise refused("min_tokens", self.min_tokens, f"at most max_tokens, {self.max_tokens}")
         if self.n > 1 and self.temperature == 0:
-            raise _refused("n", self.n, "1 with temperature 0: all completions would be the same")
+            raise refused("n", self.n, "1 with temperature 0: all completions would be the same")
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), 0, MAX_LOGPROBS)
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "detokenize"):
             if not isinstance(getattr(self, name), bool):
-                raise _refused(name, getattr(self, name), "True or False")
+                raise refused(name, getattr(self, name), "True or False")
         _token_ids("stop_token_ids", self.stop_token_ids, "a list of token ids")
         if self.allowed_token_ids is not None:
             accepted = "None or a list of at least one token id"
             _token_ids("allowed_token_ids", self.allowed_token_ids, accepted)
             if not self.allowed_token_ids:
-                raise _refused("allowed_token_ids", self.allowed_token_ids, accepted)
+                raise refused("allowed_token_ids", self.allowed_token_ids, accepted)
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise _refused("logit_bias", self.logit_bias, "None or a mapping of token ids to numbers")
+                raise refused("logit_bias", self.logit_bias, "None or a mapping of token ids to numbers")
             for token, bias in self.logit_bias.items():
                 _integer("logit_bias", token, 0, MAX_INT)
                 _number("logit_bias", bias, -100, 100, "a number from -100 to 100 for each token")
         self._check_stop()
         if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
-            raise _refused("structured_outputs", self.structured_outputs, "None or StructuredOutputsParams")
+            raise refused("structured_outputs", self.structured_outputs, "None or StructuredOutputsParams")
 
     def _check_stop(self) -> None:
         if self.stop is None:
             return
         accepted = "a string or a list of strings, none of them empty"
         if not isinstance(self.stop, (str, list, tuple)):
-            raise _refused("stop", self.stop, accepted)
+            raise refused("stop", self.stop, accepted)
         for text in self.stop_strings:
             if not isinstance(text, str) or not text:
-                raise _refused("stop", self.stop, accepted)
+                raise refused("stop", self.stop, accepted)
         if self.stop_strings and not self.detokenize:
-            raise _refused("stop", self.stop, "None with detokenize=False: there is no text to search")
+            raise refused("stop", self.stop, "None with detokenize=False: there is no text to search")
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -243,23 +243,19 @@ def check_vocabulary(params: SamplingParams, vocab_size: int, end_tokens: Collec
             )
 
 
-def _refused(name: str, value: Any, accepted: str) -> ValueError:
-    return ValueError(f"{name}: {value!r} is not accepted; it must be {accepted}")
-
-
 def _number(name: str, value: Any, low: float, high: float, accepted: str) -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:  # which NaN is not
-        raise _refused(name, value, accepted)
+        raise refused(name, value, accepted)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise _refused(name, value, f"an integer from {low} to {high}")
+        raise refused(name, value, f"an integer from {low} to {high}")
 
 
 def _token_ids(name: str, value: Any, accepted: str) -> None:
     if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping)):
-        raise _refused(name, value, accepted)
+        raise refused(name, value, accepted)
     for token in value:
         _integer(name, token, 0, MAX_INT)

@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 
 from nanoflow_jax.config import ConfigError, config_path
-from nanoflow_jax.system.reading import Malformed, parse_json, parse_toml, read_text
+from nanoflow_jax.system.reading import Malformed, parse_json, read_text, read_toml
 
 ROOM = 1.5  # a length limit below so many mean lengths would change the shape of the distribution
 LONGEST = 4096  # tokens of prompt and output together where nothing says otherwise
+CONSTANT = {
+    "constant": "constant:PROMPT:OUTPUT, both at least 1",
+    "shared": "shared:PREFIX:PROMPT:OUTPUT[:GROUPS], all at least 1, PREFIX at most PROMPT",
+}
 QUANTILES = np.array([NormalDist().inv_cdf((i + 0.5) / 4096) for i in range(4096)])
 
 
@@ -132,9 +136,6 @@ class Workload:
     def _chosen(self, count: int, limit: int, rng: np.random.Generator) -> list[Entry]:
         if self.entries:
             return [self.entries[i % len(self.entries)] for i in range(count)]
-        return self._sampled(count, limit, rng)
-
-    def _sampled(self, count: int, limit: int, rng: np.random.Generator) -> list[Entry]:
         constant = self.prompt.sigma == self.output.sigma == 0
         if not constant and limit < ROOM * self.mean_tokens:
             raise ConfigError(
@@ -151,35 +152,27 @@ class Workload:
 def load_workload(text: str, encode: Callable[[str], list[int]] | None = None) -> Workload:
     """The workload that a command line names. `encode` turns a prompt's text into tokens; None: the model has no
     tokenizer. Raises ConfigError, one line."""
-    if text.startswith("constant:"):
-        parts = text.split(":")[1:]
-        if len(parts) != 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-            raise ConfigError(f"workload: {text!r} is not accepted; expected constant:PROMPT:OUTPUT, both at least 1")
-        return Workload(text, Lengths(int(parts[0]), 0), Lengths(int(parts[1]), 0))
-    if text.startswith("shared:"):
-        return _shared(text)
+    if text.startswith(("constant:", "shared:")):
+        return _constant(text)
     if text.endswith((".jsonl", ".json")):
         return _from_lines(Path(text), encode)
     return _from_toml(config_path("workloads", text))
 
 
-def _shared(text: str) -> Workload:
-    parts = text.split(":")[1:]
-    good = len(parts) in (3, 4) and all(p.isdecimal() and int(p) > 0 for p in parts)
-    if not good or int(parts[0]) > int(parts[1]):
-        raise ConfigError(
-            f"workload: {text!r} is not accepted; expected shared:PREFIX:PROMPT:OUTPUT[:GROUPS], all at least 1, "
-            "PREFIX at most PROMPT"
-        )
-    prefix, prompt, output, groups = (*map(int, parts), 1)[:4]
-    return Workload(text, Lengths(prompt, 0), Lengths(output, 0), prefix=prefix, groups=groups)
+def _constant(text: str) -> Workload:
+    kind, *parts = text.split(":")
+    numbers = [int(part) for part in parts if part.isdecimal()]
+    good = len(numbers) == len(parts) and 0 not in numbers
+    if good and kind == "constant" and len(parts) == 2:
+        return Workload(text, Lengths(numbers[0], 0), Lengths(numbers[1], 0))
+    if good and kind == "shared" and len(parts) in (3, 4) and numbers[0] <= numbers[1]:
+        prefix, prompt, output, groups = (*numbers, 1)[:4]
+        return Workload(text, Lengths(prompt, 0), Lengths(output, 0), prefix=prefix, groups=groups)
+    raise ConfigError(f"workload: {text!r} is not accepted; expected {CONSTANT[kind]}")
 
 
 def _from_toml(path: Path) -> Workload:
-    try:
-        table = parse_toml(read_text(path))
-    except Malformed as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    table = read_toml(path)
     kinds = ("prompt_tokens", "output_tokens")
     if unknown := set(table) - {"description", *kinds}:
         raise ConfigError(f"{path}: unknown field {sorted(unknown)[0]!r}; accepted: description, {', '.join(kinds)}")

@@ -31,7 +31,7 @@ from nanoflow_jax.bench.timeline import (
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.shapes import optimum
 from nanoflow_jax.engine.engine import Engine
-from nanoflow_jax.engine.quarantine import error_line
+from nanoflow_jax.engine.request import error_line
 from nanoflow_jax.engine.setup import build_engine
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.layout import ModelParams

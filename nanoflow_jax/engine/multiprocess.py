@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import PeerError, Processes, joined
-from nanoflow_jax.plan.file import parse_plan
+from nanoflow_jax.plan.file import parse_plan, plan_toml
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.sampling_params import SamplingParams, StructuredOutputsParams
+from nanoflow_jax.system.reading import parse_toml
 
 
 class MultiprocessEngine(Engine):
@@ -58,20 +59,9 @@ class LeaderEngine(MultiprocessEngine):
         self._done: list[list[Any]] = []
         self._flight_message = -1  # the message whose step is in flight
 
-    def add(
-        self,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        *,
-        index: int = 0,
-        watched: bool = False,
-        max_tokens: int | None = None,
-        scored_from: int = 0,
-    ) -> Request:
-        given = {"index": index, "watched": watched, "max_tokens": max_tokens, "scored_from": scored_from}
-        self._done.append(["add", prompt_token_ids, params_fields(params), given])
-        return super().add(prompt, prompt_token_ids, params, **given)
+    def add(self, prompt: str | None, prompt_token_ids: list[int], params: SamplingParams, **options: Any) -> Request:
+        self._done.append(["add", prompt_token_ids, params_fields(params), options])
+        return super().add(prompt, prompt_token_ids, params, **options)
 
     def abort(self, request: Request) -> None:
         self._done.append(["abort", request.number])
@@ -169,7 +159,7 @@ def options_for(options: LLMOptions) -> dict[str, Any]:
 
     def simple(value: Any) -> Any:
         if isinstance(value, SchedulePlan):
-            return asdict(value)
+            return {"name": value.name, "toml": plan_toml(value, [])}
         return str(value) if isinstance(value, Path) else value
 
     return {name: simple(value) for name, value in options.arguments().items()}
@@ -177,25 +167,6 @@ def options_for(options: LLMOptions) -> dict[str, Any]:
 
 def options_from(found: dict[str, Any]) -> dict[str, Any]:
     """The inverse of `options_for`."""
-    plan = found["plan"]
-    if isinstance(plan, dict):
-        found = {**found, "plan": parse_plan(plan["name"], _without_none(plan))}
-    return found
-
-
-def _without_none(plan: dict[str, Any]) -> dict[str, Any]:
-    """As a plan's file would have it: no name, and no fields that say nothing."""
-    found: dict[str, Any] = {}
-    for name, value in plan.items():
-        if name == "name" or value is None:
-            continue
-        if name == "nano_batches":
-            value = [{k: v for k, v in batch.items() if v is not None} for batch in value]
-        elif name == "lanes":
-            value = {op: {k: v for k, v in lane.items() if v is not None} for op, lane in value.items()}
-        elif name == "splits":
-            value = {op: list(sizes) for op, sizes in value.items()}
-        elif name == "order":
-            value = list(value)
-        found[name] = value
+    if isinstance(plan := found["plan"], dict):
+        found = {**found, "plan": parse_plan(plan["name"], parse_toml(plan["toml"]))}
     return found

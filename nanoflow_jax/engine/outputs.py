@@ -51,18 +51,15 @@ class Gathered:
     def take(self, work: Work, request: Request, running: SlotTable | None = None) -> RequestOutput:
         """All that is known of the prompt, with what `request` now has; `running` as in `request_output`."""
         found = request_output([request], self._tokenizer, self._reasoning, running)
-        output, left = self._open.get(work, (found, set(range(work.completions))))
-        if work not in self._open:
-            found.outputs = [*(CompletionOutput(i, "", [], content="") for i in range(request.index)), *found.outputs]
-            found.outputs += [CompletionOutput(i, "", [], content="") for i in range(request.index + 1, len(left))]
-            self._open[work] = output, left
+        (completion,) = found.outputs
+        output, left = self._open.setdefault(work, (found, set(range(work.completions))))
+        if output is found:
+            output.outputs = [CompletionOutput(i, "", [], content="") for i in range(work.completions)]
         elif request.index == 0:  # the prompt's logprobs and times are those of the first completion
             output.request_id, output.metrics, output.prompt_logprobs = (
                 found.request_id, found.metrics, found.prompt_logprobs,
             )  # fmt: skip
-            output.outputs[0] = found.outputs[0]
-        else:
-            output.outputs[request.index] = found.outputs[0]
+        output.outputs[request.index] = completion
         if request.finish_reason:
             left.discard(request.index)
             if not left:
@@ -101,15 +98,9 @@ def _completion(
     ids = tokens[request.prompt_length :].tolist()
     params = request.params
     output = CompletionOutput(request.index, "", ids, request.finish_reason, request.stop_reason, error=request.error)
-    output.content = ""
     if params.detokenize:
-        output.content = output.text = _text(request, ids, tokenizer)
-        if reasoning is not None:
-            skip = params.skip_special_tokens
-            marks = request.marks = request.marks or Marks(tokenizer, request.prompt_token_ids, skip, reasoning.marks)
-            output.reasoning_content, output.content = reasoning.split(
-                tokenizer, request.prompt_token_ids, marks.take(ids), output.text, bool(request.finish_reason)
-            )
+        output.text = _text(request, ids, tokenizer)
+    _split(output, request, ids, tokenizer, reasoning)
     if params.logprobs is not None:
         output.logprobs = logprob_dicts(request.logprobs, ids, tokenizer)
         output.cumulative_logprob = sum(step[token].logprob for step, token in zip(output.logprobs, ids, strict=True))
@@ -117,6 +108,19 @@ def _completion(
             offsets = text_offsets(tokenizer, request.prompt_token_ids, ids, params.skip_special_tokens)
             output.text_offsets = [min(at, len(output.text)) for at in offsets]  # of a stop string there is no text
     return output
+
+
+def _split(
+    output: CompletionOutput, request: Request, ids: list[int], tokenizer: Tokenizer, reasoning: Reasoning | None
+) -> None:
+    """Thought and answer of an output whose text is that of `ids`."""
+    output.content = output.text
+    if reasoning is not None and request.params.detokenize:
+        prompt, skip = request.prompt_token_ids, request.params.skip_special_tokens
+        marks = request.marks = request.marks or Marks(tokenizer, prompt, skip, reasoning.marks)
+        output.reasoning_content, output.content = reasoning.split(
+            tokenizer, prompt, marks.take(ids), output.text, bool(output.finish_reason)
+        )
 
 
 class GrowingOutput:
@@ -147,15 +151,7 @@ class GrowingOutput:
                 self._growing.add(token)
         text = self._growing.text if params.detokenize else ""
         part = CompletionOutput(request.index, _without_stops(text, params), list(token_ids))
-        part.content = part.text
-        if self._reasoning is not None and params.detokenize:
-            skip = params.skip_special_tokens
-            marks = request.marks = request.marks or Marks(
-                self._tokenizer, request.prompt_token_ids, skip, self._reasoning.marks
-            )
-            part.reasoning_content, part.content = self._reasoning.split(
-                self._tokenizer, request.prompt_token_ids, marks.take(self._ids), part.text, False
-            )
+        _split(part, request, self._ids, self._tokenizer, self._reasoning)
         if params.logprobs is not None:
             rows = request.logprobs.between(before, len(self._ids))
             part.logprobs = logprob_dicts(rows, token_ids, self._tokenizer)

@@ -10,16 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.scheduler import Scheduler
 
 GIVE_UP = 3  # requests that fail alone twice, one after another, with none that gets on: it is not the requests
-
-
-def error_line(error: Exception) -> str:
-    """What is told of an error that ended a request: its type, and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return ": ".join([type(error).__name__, *lines[:1]])
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _about(llm: Any) -> About:
         devices=len(device.client.local_devices()),
         max_model_len=llm.max_model_len,
         prefill_rows=llm.prefill_rows,
-        capacity=slots + room_ahead(llm._calls) + slots // 4 + 8,
+        capacity=slots + room_ahead(llm.calls) + slots // 4 + 8,
         plan=llm.plan,
         device_kind=device.device_kind,
     )

@@ -42,6 +42,10 @@ def one_line(text: str, most: int = MESSAGE) -> str:
     return text
 
 
+def refused(name: str, value: Any, accepted: str) -> ValueError:
+    return ValueError(one_line(f"{name}: {value!r} is not accepted; it must be {accepted}"))
+
+
 def is_plain_name(name: Any) -> bool:
     """Whether it names a file or folder inside another, and nothing elsewhere."""
     return (
@@ -149,6 +153,14 @@ def _field(name: Any) -> str | None:
 
 def _encodable(name: str) -> str:
     return name.encode("utf-8", "replace").decode()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Raises ConfigError naming the file."""
+    try:
+        return parse_toml(read_text(path))
+    except Malformed as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
