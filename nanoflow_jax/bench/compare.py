@@ -14,7 +14,11 @@ from typing import Any
 
 from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport
 
-TOGGLES = ("deterministic", "no-prefix-caching", "xla-attention")
+SWITCHES = {  # by name: the option, and what it is called on and off
+    "deterministic": ("deterministic", "deterministic", "not deterministic"),
+    "no-prefix-caching": ("enable_prefix_caching", "prefix caching", "no prefix caching"),
+}
+TOGGLES = (*SWITCHES, "xla-attention")
 
 Measure = Callable[[ThroughputOptions], ThroughputReport]
 
@@ -69,15 +73,11 @@ class Comparison:
 
 def sides(options: ThroughputOptions, other: str) -> tuple[Side, Side]:
     """What --compare OTHER runs: one of TOGGLES changes that option, anything else is a plan."""
-    if other == "deterministic":
-        names = {True: "deterministic", False: "not deterministic"}
-        changed = replace(options, deterministic=not options.deterministic)
-        return Side(names[options.deterministic], options), Side(names[changed.deterministic], changed)
-    if other == "no-prefix-caching":
-        names = {True: "prefix caching", False: "no prefix caching"}
-        changed = replace(options, enable_prefix_caching=not options.enable_prefix_caching)
-        first, second = names[options.enable_prefix_caching], names[changed.enable_prefix_caching]
-        return Side(first, options), Side(second, changed)
+    if other in SWITCHES:
+        field, on, off = SWITCHES[other]
+        was = getattr(options, field)
+        first, second = (on, off) if was else (off, on)
+        return Side(first, options), Side(second, replace(options, **{field: not was}))
     if other == "xla-attention":
         changed = replace(options, attention_backend="xla")
         return Side(f"attention {options.attention_backend}", options), Side("attention xla", changed)

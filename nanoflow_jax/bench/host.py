@@ -7,12 +7,14 @@ returns a token per row at once, so that the machine's cores are free for what i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.engine import Engine, StepRecord, step_shapes
@@ -20,11 +22,14 @@ from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.engine.runner import Runner
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
+from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.extras import Extra, Sample
+from nanoflow_jax.step.sampler_tables import SamplerTables
 from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, packed_length, unpack
 from nanoflow_jax.step.trace import CACHE_SPECS, StepEnd, StepState
+from nanoflow_jax.tokenizer import Tokenizer
 
 PAGE_SIZE = 64
 SAMPLED = Sample(top_k=False, top_p=True)  # as all requests here
@@ -62,7 +67,7 @@ class StandInRunner(Runner):
         self, config: ModelConfig, shapes: list[StepShape], sizes: SlotSizes, num_pages: int, tokens: int = 1000
     ):
         self.sizes, self.num_pages, self.page_size = sizes, num_pages, PAGE_SIZE
-        self.on_dispatch = None
+        self.on_dispatch, self.mesh = None, Mesh(np.array(jax.devices()[:1]), (AXIS,))
         weights = jax.tree.leaves(param_infos(config, 1), is_leaf=is_info)
         self._params = tuple(jnp.zeros(1, jnp.int32) for _ in weights)
         self.state = jax.tree.map(lambda _: jnp.zeros(1, jnp.int32), StepState(CACHE_SPECS, SLOT_SPECS))
@@ -92,35 +97,30 @@ class StandInRunner(Runner):
         pass
 
 
-class _NoTables:
-    """Stands in for SamplerTables: no request of this benchmark uses one."""
-
-    def __init__(self, none: int):
-        self._none = none
-
-    def acquire(self, *_: Any) -> tuple[int, int]:
-        return self._none, self._none
-
-    def release(self, row: int) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
+def stand_in_engine(
+    config: ModelConfig,
+    slots: int,
+    rows: int,
+    length: int,
+    tokenizer: Tokenizer | None = None,
+    tokens: int = 1000,
+    on_step: Callable[[StepRecord], None] | None = None,
+) -> Engine:
+    """An engine with a StandInRunner, whose requests have at most `length` tokens."""
+    table = -(-length // PAGE_SIZE)
+    shapes, sizes = step_shapes(rows, slots, table), SlotSizes(slots, BIAS_ROWS, table)
+    runner = StandInRunner(config, shapes, sizes, slots * (table + 1), tokens)
+    return Engine(
+        runner, shapes, SamplerTables(runner), tokenizer, max_model_len=length, vocab_size=config.vocab_size,
+        eos_token_ids=(), seed=0, root=root_key("bench"), on_step=on_step,
+    )  # fmt: skip
 
 
 def measure(requests: int, tokens: int, config: ModelConfig, steps: int) -> HostReport:
     """Runs `steps` steps with `requests` running and takes the times of the full ones."""
-    length = PROMPT + OUTPUT
-    table = -(-length // PAGE_SIZE)
-    shapes = step_shapes(tokens, requests, table)
-    sizes = SlotSizes(requests, BIAS_ROWS, table)
-    runner: Any = StandInRunner(config, shapes, sizes, num_pages=requests * (table + 1))
     records: list[StepRecord] = []
-    tables: Any = _NoTables(BIAS_ROWS)
-    engine = Engine(
-        runner, shapes, tables, None, max_model_len=length, vocab_size=config.vocab_size, eos_token_ids=(),
-        seed=0, root=root_key("bench"), on_step=records.append,
-    )  # fmt: skip
+    engine = stand_in_engine(config, requests, tokens, PROMPT + OUTPUT, on_step=records.append)
+    runner: Any = engine.runner
     rng = np.random.default_rng(0)
     params = SamplingParams(temperature=1.0, top_p=0.9, max_tokens=OUTPUT, detokenize=False)
 

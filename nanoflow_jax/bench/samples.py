@@ -9,23 +9,20 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nanoflow_jax.bench.host import PAGE_SIZE, StandInRunner, _NoTables
+from nanoflow_jax.bench.host import stand_in_engine
 from nanoflow_jax.engine.calls import Calls
-from nanoflow_jax.engine.engine import Engine, step_shapes
 from nanoflow_jax.engine.feed import Work
 from nanoflow_jax.engine.outputs import run_steps
-from nanoflow_jax.engine.pages import root_key
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.evaluate.lines import Line
 from nanoflow_jax.evaluate.records import Record, parse_line
 from nanoflow_jax.evaluate.response import encode_record, response_record
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.sampling_params import SamplingParams
-from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model
 
@@ -52,16 +49,7 @@ def measure(prompts: int, n: int) -> Memory:
     let go of."""
     folder = resolve_model("tiny", None)
     config, tokenizer = read_config(folder / "config.json"), Tokenizer(folder)
-    length = PROMPT + OUTPUT
-    table = -(-length // PAGE_SIZE)
-    shapes, sizes = step_shapes(ROWS, SLOTS, table), SlotSizes(SLOTS, BIAS_ROWS, table)
-    pages = SLOTS * (table + 1)
-    runner: Any = StandInRunner(replace(config, vocab_size=1000), shapes, sizes, pages, tokens=250)
-    tables: Any = _NoTables(BIAS_ROWS)
-    engine = Engine(
-        runner, shapes, tables, tokenizer, max_model_len=length, vocab_size=config.vocab_size, eos_token_ids=(), seed=0,
-        root=root_key("bench"),
-    )  # fmt: skip
+    engine = stand_in_engine(config, SLOTS, ROWS, PROMPT + OUTPUT, tokenizer, tokens=250)
     # As `nanoflow bench host` samples: its stand-in has no other program.
     params = SamplingParams(n=n, temperature=1.0, top_p=0.9, seed=1, max_tokens=OUTPUT, ignore_eos=True)
 

@@ -172,17 +172,19 @@ class Unsteady(ConfigError):
     """A run that was too short for a steady state."""
 
 
+def _window(steps: Sequence[TimedStep], first: int, last: int, plateau: int) -> Window:
+    inside, started = tuple(steps[first:last]), steps[first - 1].finished
+    share = (inside[-1].finished - started) / (steps[-1].finished - steps[0].dispatched)
+    return Window(inside, started, inside[-1].ended - inside[0].ended, plateau, share)
+
+
 def later_half(steps: Sequence[TimedStep]) -> Window:
     """Of a run without a steady state: its steps while requests waited, from half of its time on."""
     fed = next((i for i, s in enumerate(steps) if i and s.waiting == 0), len(steps))
     fed = max(fed, 2)
     middle = (steps[0].dispatched + steps[fed - 1].finished) / 2
     first = max(1, next((i for i, s in enumerate(steps[:fed]) if s.finished > middle), fed - 1))
-    inside = tuple(steps[first:fed])
-    whole = steps[-1].finished - steps[0].dispatched
-    share = (inside[-1].finished - steps[first - 1].finished) / whole
-    plateau = int(np.median([s.running for s in inside]))
-    return Window(inside, steps[first - 1].finished, inside[-1].ended - inside[0].ended, plateau, share)
+    return _window(steps, first, fed, int(np.median([s.running for s in steps[first:fed]])))
 
 
 def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut: bool = False) -> Window:
@@ -193,16 +195,12 @@ def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut
     cut: a time limit ended the run, so that more requests would not help.
     """
     fed = next((i for i, s in enumerate(steps) if i and s.waiting == 0), len(steps))
-    fed_steps = steps[:fed]
     plateau = int(np.median([s.running for s in steps[fed // 2 : max(fed, 1)]]))
-    first = next((i for i, s in enumerate(fed_steps) if s.running >= PLATEAU * plateau), fed)
-    first = max(first, 1)
-    inside = tuple(fed_steps[first:])
-    whole = steps[-1].finished - steps[0].dispatched
-    share = (inside[-1].finished - steps[first - 1].finished) / whole if inside else 0.0
-    ended = inside[-1].ended - inside[0].ended if inside else 0
-    if share < 0.5 or ended < plateau:
-        highest = max(s.running for s in steps)
+    first = max(1, next((i for i, s in enumerate(steps[:fed]) if s.running >= PLATEAU * plateau), fed))
+    window = _window(steps, first, fed, plateau) if first < fed else None
+    share, ended = (window.share_of_run, window.requests_ended) if window else (0.0, 0)
+    if window is None or share < 0.5 or ended < plateau:
+        highest, whole = max(s.running for s in steps), steps[-1].finished - steps[0].dispatched
         what, more = f"{requests} requests are", f"--requests {max(enough, 6 * highest, 2 * requests)} or more"
         if cut:
             what, more = f"{whole:.0f} seconds are", f"--seconds {max(1, round(2 * whole))} or more"
@@ -210,7 +208,7 @@ def steady_window(steps: Sequence[TimedStep], requests: int, enough: int, *, cut
             f"throughput: {what} too few for a steady state: {share:.0%} of the run's time (half is "
             f"needed) and {ended} ended requests (as many are needed as ran at once, {highest}); accepted: {more}"
         )
-    return Window(inside, steps[first - 1].finished, ended, plateau, share)
+    return window
 
 
 def time_lost(window: Window) -> dict[str, float]:

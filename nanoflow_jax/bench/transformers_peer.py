@@ -18,6 +18,7 @@ from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.bench.throughput import LIFETIMES, expected_running
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.setup import CPU_CACHE_TOKENS, CPU_DECODE_SLOTS
+from nanoflow_jax.system.platform import has_gpu
 from nanoflow_jax.system.progress import Progress
 
 START_SECONDS = 900  # for importing, weights and warm-up
@@ -31,7 +32,7 @@ def settled(options: ThroughputOptions) -> ThroughputOptions:
         raise ConfigError("with-transformers: it runs whole models; it does not go together with rank-of")
     if options.tensor_parallel_size not in (None, 1):
         raise ConfigError("with-transformers: it runs on one device; accepted: --tensor-parallel-size 1")
-    rows, on_cpu = options.tokens_per_step, not _has_gpu()
+    rows, on_cpu = options.tokens_per_step, _on_cpu()
     slots = options.decode_slots or (min(CPU_DECODE_SLOTS, rows * 5 // 8) if on_cpu else rows * 5 // 8)
     pool = options.kv_cache_tokens or (CPU_CACHE_TOKENS if on_cpu else None)
     running = expected_running(
@@ -58,7 +59,7 @@ def measure_transformers(
         raise ConfigError(
             f"transformers-python: {python!r} is no program; accepted: a Python with torch and transformers"
         )
-    vocabulary, on_cpu = options.config.vocab_size, not _has_gpu()
+    vocabulary, on_cpu = options.config.vocab_size, _on_cpu()
     requests = options.workload.requests(options.requests, options.max_model_len, vocabulary, options.seed)
     job = {
         "config": {**config, "model_type": options.config.family, "num_hidden_layers": options.config.num_layers},
@@ -91,9 +92,9 @@ def text(found: dict[str, Any], ratio: float) -> str:
     )
 
 
-def _has_gpu() -> bool:
+def _on_cpu() -> bool:
     """Asked without JAX, which would take the GPU's memory."""
-    return os.environ.get("JAX_PLATFORMS") != "cpu" and Path("/dev/nvidiactl").exists()
+    return os.environ.get("JAX_PLATFORMS") == "cpu" or not has_gpu()
 
 
 def _ask(command: list[str], job: dict[str, Any], timeout: float, progress: bool) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,21 +195,11 @@ def _read_lines(source: str) -> list[str]:
     return lines[:-1] if not lines[-1] else lines
 
 
-class _open_output:
+@contextmanager
+def _open_output(path: str | None) -> Iterator[Callable[[str], None]]:
     """A function that writes a line to `path`, or to stdout. The path is tried before any work is done, never
     truncated on failure."""
-
-    def __init__(self, path: str | None):
-        self._path = path
-        self._file: Any = None
-
-    def __enter__(self) -> Callable[[str], None]:
-        if self._path is not None:
-            if os.path.exists(self._path) and os.path.getsize(self._path):
-                raise ValueError(f"--output: {self._path} exists and is not empty; name a new file")
-            self._file = open(self._path, "a", encoding="utf-8")
-        return lambda line: print(line, file=self._file or sys.stdout, flush=True)
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    if path is not None and os.path.exists(path) and os.path.getsize(path):
+        raise ValueError(f"--output: {path} exists and is not empty; name a new file")
+    with nullcontext(sys.stdout) if path is None else open(path, "a", encoding="utf-8") as file:
+        yield lambda line: print(line, file=file, flush=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,28 +77,23 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
     """
     scheduler, ahead = calls.engine.scheduler, room_ahead(calls)
     capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
-    source, more = iter(work), True
-    item: Work | None = None  # of which the completions from `index` on are still to come
-    index = 0
+    source, more = _completions(work), True
     work_of: dict[Request, Work] = {}
     call = Call(calls)
     try:
-        while more or item is not None or work_of:
+        while more or work_of:
             new: list[tuple[Work, int]] = []
             room = min(ahead - len(scheduler.waiting), capacity - len(work_of))
             for _ in range(4 * ahead):
                 if len(new) >= room:
                     break
-                if item is None and more:
-                    index = 0
-                    try:
-                        item = next(source)
-                    except StopIteration:
-                        more = False
-                if item is not None:
-                    new.append((item, index))
-                    index += 1
-                    item = item if index < item.completions else None
+                try:
+                    one = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                if one is not None:
+                    new.append(one)
             if new:
                 with calls.alone():
                     work_of |= {add_work(call, one, i, watched): one for one, i in new}
@@ -115,6 +110,14 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
             yield ended, grown
     finally:
         call.close()
+
+
+def _completions(work: Iterable[Work | None]) -> Iterator[tuple[Work, int] | None]:
+    for item in work:
+        if item is None:
+            yield None
+        else:
+            yield from ((item, index) for index in range(item.completions))
 
 
 def add_work(call: Call, work: Work, index: int, watched: bool = False) -> Request:

@@ -12,31 +12,19 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from nanoflow_jax.engine.page_files import COPY_ERRORS, Contents, FileStats, PageFiles
+from nanoflow_jax.engine.page_files import COPY_ERRORS, Contents, OffloadStats, PageFiles
 from nanoflow_jax.engine.pages import Key
 
 PAGES_IN_FLIGHT = 128  # pages on their way to the host, which still take device memory; more at a time are dropped
 PINNED = "pinned_host"
 
 logger = logging.getLogger("nanoflow_jax")
-
-
-@dataclass
-class OffloadStats(FileStats):
-    """Counts since the store was made."""
-
-    put_pages: int = 0
-    from_host_pages: int = 0  # restored, and from disk
-    from_disk_pages: int = 0
-    dropped_pages: int = 0  # for lack of room, on the host, on the disk or on the way there
-    failed_copies: int = 0  # pages that never arrived at the host
 
 
 class OffloadStore:

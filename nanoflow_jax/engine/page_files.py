@@ -36,9 +36,14 @@ COPY_ERRORS = (RuntimeError, MemoryError)  # computing the page failed, or there
 
 
 @dataclass
-class FileStats:
-    """Counts since the beginning."""
+class OffloadStats:
+    """Counts since the store was made."""
 
+    put_pages: int = 0
+    from_host_pages: int = 0  # restored, and from disk
+    from_disk_pages: int = 0
+    dropped_pages: int = 0  # for lack of room, on the host, on the disk or on the way there
+    failed_copies: int = 0  # pages that never arrived at the host
     damaged_files: int = 0  # found damaged, truncated or missing
     write_errors: int = 0
 
@@ -82,7 +87,7 @@ class PageFiles:
         self,
         max_bytes: int,
         folder: str | Path | None,
-        stats: FileStats,
+        stats: OffloadStats,
         lock: threading.Condition,
         on_evict: Callable[[Key], None],
         on_failure: Callable[[Key], None],

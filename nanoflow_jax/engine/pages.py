@@ -59,10 +59,6 @@ class PagePool:
         """Pages that `allocate` can give: free ones, and kept ones after eviction."""
         return self._num_free + len(self._kept)
 
-    @property
-    def num_kept(self) -> int:
-        return len(self._kept)
-
     def allocate(self, count: int) -> np.ndarray | None:
         """`count` pages [count] int32, each with one user; or None, and nothing taken, when there are not enough."""
         if count > self.num_available:

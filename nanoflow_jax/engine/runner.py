@@ -94,11 +94,6 @@ class Runner:
         self._extract = jax.jit(partial(_extract, first), out_shardings=(self.page_sharding,) * PAGES_PER_COPY)
         self._insert = jax.jit(partial(_insert, first), donate_argnums=(0,))
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page on all devices."""
-        return 2 * self.state.cache.k.nbytes // self.num_pages
-
     def dispatch(self, shape: StepShape, inputs: StepInputs) -> StepOutput:
         """Starts one step. Returns its output, whose tokens are on their way to the host."""
         return self.finish(self.begin(shape, inputs))

@@ -148,7 +148,13 @@ def build_engine(
     if options.enable_prefix_caching:
         root = prefix_root(folder, sizes.spec.config, plan, sizes.attention, options.deterministic)
     offload = _offload(options) if options.kv_offload_gib else None
-    params = make_params(sizes.infos, mesh) if make_params else _load(sizes)
+    if make_params is not None:
+        params = make_params(sizes.infos, mesh)
+    else:
+        assert sizes.source is not None
+        with Progress(None, "loading weights", "B", options.progress) as bar:
+            read = (sizes.source, sizes.spec.config, mesh, sizes.infos)
+            params = load_params(*read, lambda _, done, total: bar.report(done, total))
     shapes = sizes.shapes(max_model_len)
     runner = Runner(sizes.program(max_model_len, num_pages), params, shapes, options.progress)
     make: Callable[..., Engine] = Engine
@@ -350,10 +356,3 @@ def _kv_scales(source: WeightSource, config: ModelConfig) -> dict[str, tuple[int
     found = find_kv_scales({name: tensor.shape for name, tensor in source.table.items()}, config)
     logger.info("scales of the fp8 KV pages: %s", "the checkpoint's" if found else "1, the checkpoint has none")
     return found
-
-
-def _load(sizes: Sizes) -> ModelParams:
-    assert sizes.source is not None
-    with Progress(None, "loading weights", "B", sizes.options.progress) as bar:
-        read = (sizes.source, sizes.spec.config, sizes.mesh, sizes.infos)
-        return load_params(*read, lambda _, done, total: bar.report(done, total))

@@ -82,6 +82,12 @@ def assert_idle(llm: LLM) -> None:
     assert not engine._booking.texts
 
 
+def bytes_of_a_page(llm: LLM) -> int:
+    """On all devices."""
+    runner = llm.engine.runner
+    return 2 * runner.state.cache.k.nbytes // runner.num_pages
+
+
 def small_pool(llm: LLM, monkeypatch: pytest.MonkeyPatch, num_pages: int, hopeful: bool = False) -> SchedulerStats:
     """Lets the scheduler use only some of the pages of the compiled pool; nothing is known of earlier requests.
 

@@ -31,7 +31,7 @@ from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.checkpoint import convert
 from nanoflow_jax.weights.hub import resolve_model
 from nanoflow_jax.weights.load import load_params, open_weights
-from tests.engine.engine_driver import assert_idle, greedy, small_pool, tokens
+from tests.engine.engine_driver import assert_idle, bytes_of_a_page, greedy, small_pool, tokens
 from tests.reference.checkpoints import CASES, make_prompts, make_weights, write_checkpoint
 from tests.step.step_driver import Driver, Packer, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
@@ -241,7 +241,7 @@ def test_the_engine_gives_the_tokens_of_the_definition(llm: LLM) -> None:
     """Pages are fp8 with the checkpoint's scales; each token is the definition's best, or as good as it."""
     cache = llm.engine.runner.state.cache
     assert cache.k.dtype == cache.v.dtype == jnp.float8_e4m3fn
-    assert llm.engine.runner.page_bytes == 2 * LAYERS * 8 * KV_HEADS * DIM
+    assert bytes_of_a_page(llm) == 2 * LAYERS * 8 * KV_HEADS * DIM
     found = tokens(llm.generate(PROMPTS, greedy(12), use_tqdm=False))
     for prompt, got in zip(PROMPTS, found, strict=True):
         rows = forward([*prompt, *got], SCALES)[len(prompt) - 1 : -1]

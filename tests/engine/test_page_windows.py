@@ -66,7 +66,7 @@ def test_what_fails_is_found_by_no_table() -> None:
     count, found = windows.find(pool, keys)
     assert count == 2 and [len(of) for of in found] == [2, 1]
     windows.forget(pool, keys)
-    assert pool.num_kept == 0
+    assert not pool._kept
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class _Pool(RuleBasedStateMachine):
     @invariant()
     def every_page_has_one_place(self) -> None:
         assert self.pool.num_available == self.num_pages - len(self.users), "a page is lost, or has two places"
-        assert self.pool.num_kept == len(self.kept)
+        assert len(self.pool._kept) == len(self.kept)
         assert [self.pool.is_kept(page) for page in range(self.num_pages)] == [
             page in self.kept for page in range(self.num_pages)
         ]

@@ -15,7 +15,18 @@ from nanoflow_jax.engine import page_files
 from nanoflow_jax.engine import scheduler as scheduler_module
 from nanoflow_jax.engine.offload import OffloadStore
 from nanoflow_jax.engine.request import RequestOutput
-from tests.engine.engine_driver import CASE, PAGE, VOCAB, assert_idle, crowd, greedy, make_llm, small_pool, tokens
+from tests.engine.engine_driver import (
+    CASE,
+    PAGE,
+    VOCAB,
+    assert_idle,
+    bytes_of_a_page,
+    crowd,
+    greedy,
+    make_llm,
+    small_pool,
+    tokens,
+)
 from tests.engine.offloaded import flush
 from tests.engine.test_faults import fails_at
 from tests.reference.checkpoints import Reference, load_reference
@@ -160,7 +171,7 @@ def test_offloaded_pages_come_back(llm: LLM, calm: list[list[int]], monkeypatch:
 def only_disk(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> OffloadStore:
     """The host has room for two pages; the others go to files at once."""
     offload = store(llm)
-    monkeypatch.setattr(offload, "_host_max", 2 * llm.engine.runner.page_bytes)
+    monkeypatch.setattr(offload, "_host_max", 2 * bytes_of_a_page(llm))
     return offload
 
 

@@ -119,7 +119,7 @@ def preempted_twice(first: int, second: int) -> Drive:
         if drive.steps in (first, second) and request.slot is not None:
             scheduler.preempt(request.slot)
             if drive.steps == first:
-                scheduler.pool._evict(scheduler.pool.num_kept)
+                scheduler.pool._evict(len(scheduler.pool._kept))
                 drive.runner.contents += np.uint64(1)
 
     return Drive(Load([StepShape(2, 8, 1, 8)], 20, 4, [Job(tuple(BASES[0][:6]), plain(20))], 2, by_phase=True)).go(
