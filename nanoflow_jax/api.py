@@ -24,7 +24,7 @@ from nanoflow_jax.engine.structured import Grammars
 from nanoflow_jax.generation_config import end_tokens, generation_defaults
 from nanoflow_jax.hardware import hardware_of
 from nanoflow_jax.models.registry import read_config
-from nanoflow_jax.options import OPTIONS, LLMOptions, check_names, takes
+from nanoflow_jax.options import OPTIONS, VLLM_NAMES, LLMOptions, takes
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.known import AUTO, DEFAULT, check_sms, known_plan
@@ -35,6 +35,7 @@ from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.system.interrupts import held_interrupts
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.system.progress import Progress
+from nanoflow_jax.system.reading import check_names
 from nanoflow_jax.tokenizer import Tokenizer
 from nanoflow_jax.weights.hub import resolve_model, resolve_tokenizer
 
@@ -371,7 +372,7 @@ def generate(model: str | Path, prompts: Prompt | Sequence[Prompt], **options: A
     an option of neither.
     """
     known = SamplingParams.__dataclass_fields__
-    check_names("generate", options, {**OPTIONS, **known})
+    check_names("generate", "option", options, {**OPTIONS, **known}, VLLM_NAMES)
     sampling = {k: options.pop(k) for k in list(options) if k in known and k != "seed"}
     if "seed" in options:
         sampling["seed"] = options["seed"]

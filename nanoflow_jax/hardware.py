@@ -69,15 +69,6 @@ class Hardware:
         return self.bf16_flops
 
 
-def _number(where: str, value: Any, kind: str, low: float, high: float | None) -> float | int:
-    wanted = "a whole number" if kind == "int" else "a number"
-    accepted = f"{wanted} above {low:g}" if high is None else f"{wanted} above {low:g} and at most {high:g}"
-    good_type = isinstance(value, int) if kind == "int" else isinstance(value, int | float)
-    if isinstance(value, bool) or not good_type or not low < value or (high is not None and value > high):
-        raise ConfigError(f"{where}: {value!r} is not accepted; expected {accepted}")
-    return int(value) if kind == "int" else float(value)
-
-
 def _read_field(where: str, name: str, kind: str, value: Any) -> Any:
     if kind == "str":
         if not isinstance(value, str) or not value:
@@ -87,14 +78,13 @@ def _read_field(where: str, name: str, kind: str, value: Any) -> Any:
             if len(parts) != 2 or not all(part.isdecimal() for part in parts):
                 raise ConfigError(f'{where}: {value!r} is not accepted; expected a text like "9.0"')
         return value
-    if name.endswith("efficiency"):
-        return _number(where, value, kind, 0, 1)
-    if name.endswith("share"):
-        return _number(where, value, kind, 0, 0.9)
-    zero_allowed = name == "fp8_flops" or name.endswith("latency_us")
-    if zero_allowed and not isinstance(value, bool) and value == 0:
-        return 0.0
-    return _number(where, value, kind, 0, None)
+    high = 1 if name.endswith("efficiency") else 0.9 if name.endswith("share") else float("inf")
+    may_be_zero = name == "fp8_flops" or name.endswith("latency_us")
+    good_type = isinstance(value, int if kind == "int" else int | float) and not isinstance(value, bool)
+    if not good_type or not (0 < value <= high or (value == 0 and may_be_zero)):
+        wanted = f"{'a whole' if kind == 'int' else 'a'} number above 0" + f" and at most {high:g}" * (high < 1e9)
+        raise ConfigError(f"{where}: {value!r} is not accepted; expected {wanted}")
+    return int(value) if kind == "int" else float(value)
 
 
 def _read_table(path: Path, table: dict[str, Any], cls: type, prefix: str, given: dict[str, Any]) -> Any:

@@ -7,9 +7,8 @@ a run compares, and what process 0 sends to the others.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from difflib import get_close_matches
 from functools import wraps
 from pathlib import Path
 from textwrap import wrap
@@ -19,6 +18,7 @@ from nanoflow_jax.chat import check_kwargs
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.system.platform import UTILIZATION
+from nanoflow_jax.system.reading import check_names
 
 # vLLM's names of what has another one here.
 VLLM_NAMES = {
@@ -235,15 +235,6 @@ def documentation() -> str:
     return "\n".join(lines)
 
 
-def check_names(who: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raises TypeError, as Python does for an unexpected keyword, and names the nearest one."""
-    for name in given:
-        if name not in known:
-            near = VLLM_NAMES.get(name) or next(iter(get_close_matches(name, known, 1, 0.7)), None)
-            hint = f"did you mean {near}?" if near else f"accepted: {', '.join(known)}"
-            raise TypeError(f"{who}: no option {name!r}; {hint}")
-
-
 def takes[**P, O](make: Callable[P, O]) -> Callable[[Callable[[Any, O], None]], Callable[Concatenate[Any, P], None]]:
     """Gives an `__init__` that wants options the arguments of the options, for people, tools and type checkers alike.
     Raises TypeError for others."""
@@ -255,7 +246,7 @@ def takes[**P, O](make: Callable[P, O]) -> Callable[[Callable[[Any, O], None]], 
 
         @wraps(init)
         def wrapped(self: Any, /, *args: P.args, **given: P.kwargs) -> None:
-            check_names(who, given, signature.parameters)
+            check_names(who, "option", given, signature.parameters, VLLM_NAMES)
             try:
                 signature.bind(*args, **given)
             except TypeError as error:

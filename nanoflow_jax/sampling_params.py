@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import wraps
 from typing import Any
 
-from nanoflow_jax.system.reading import parse_json, refused
+from nanoflow_jax.system.reading import check_names, parse_json, refused
 
 MAX_LOGPROBS = 20  # likeliest tokens that a request may ask for
 MAX_N = 1000  # completions of one prompt, where files ask for them
@@ -22,10 +21,7 @@ def _names_the_nearest[T](cls: type[T]) -> type[T]:
 
     @wraps(made)
     def init(self: T, *args: Any, **given: Any) -> None:
-        if odd := [name for name in given if name not in known]:
-            near = next(iter(get_close_matches(odd[0], known, 1, 0.7)), None)
-            hint = f"did you mean {near}?" if near else f"accepted: {', '.join(known)}"
-            raise TypeError(f"{cls.__name__}: no field {odd[0]!r}; {hint}")
+        check_names(cls.__name__, "field", given, known)
         made(self, *args, **given)
 
     setattr(cls, "__init__", init)  # noqa: B010 - as an assignment it would be an error of types

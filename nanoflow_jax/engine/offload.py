@@ -43,10 +43,6 @@ class OffloadStore:
     def __init__(self, host_bytes: int, disk_bytes: int = 0, folder: str | Path | None = None) -> None:
         if not isinstance(host_bytes, int) or host_bytes < 1:
             raise ValueError(f"host_bytes: {host_bytes!r}; accepted: a positive number of bytes")
-        if not isinstance(disk_bytes, int) or disk_bytes < 0:
-            raise ValueError(f"disk_bytes: {disk_bytes!r}; accepted: a number of bytes, 0 for no disk")
-        if folder is not None and not disk_bytes:
-            raise ValueError(f"folder: {str(folder)!r} without disk_bytes; accepted: both or none")
         self.stats = OffloadStats()
         self._host_max, self._host_used = host_bytes, 0
         self._host: OrderedDict[Key, Contents] = OrderedDict()  # the first goes first
@@ -63,8 +59,6 @@ class OffloadStore:
         keys      a key that is here already is skipped
         contents  one array per page, [layers, 2 (K, V), KV groups, page_size, d]; not to be donated afterwards
         """
-        if len(keys) != len(contents):
-            raise ValueError(f"contents: {len(contents)} pages for {len(keys)} keys; accepted: one page per key")
         with self._lock:
             if self._closed:
                 raise RuntimeError("the offload store is closed")

@@ -17,14 +17,8 @@ PAIRS = (
     ("<think>", "</think>"), ("<seed:think>", "</seed:think>"), ("[THINK]", "[/THINK]"), ("<thinking>", "</thinking>"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )  # fmt: skip
-START, CHANNEL, MESSAGE, END, RETURN, CALL = (
-    "<|start|>",
-    "<|channel|>",
-    "<|message|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-)
+START, CHANNEL, MESSAGE, END = "<|start|>", "<|channel|>", "<|message|>", "<|end|>"
+RETURN, CALL = "<|return|>", "<|call|>"
 FINAL = "final"  # the channel of answers
 
 

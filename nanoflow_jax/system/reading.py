@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import tomllib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,18 @@ def one_line(text: str, most: int = MESSAGE) -> str:
 
 def refused(name: str, value: Any, accepted: str) -> ValueError:
     return ValueError(one_line(f"{name}: {value!r} is not accepted; it must be {accepted}"))
+
+
+def check_names(
+    who: str, kind: str, given: Iterable[str], known: Collection[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Raises TypeError, as Python does for an unexpected keyword, and names the nearest one; elsewhere: what names that
+    others use are here."""
+    for name in given:
+        if name not in known:
+            near = (elsewhere or {}).get(name) or next(iter(get_close_matches(name, known, 1, 0.7)), None)
+            hint = f"did you mean {near}?" if near else f"accepted: {', '.join(known)}"
+            raise TypeError(f"{who}: no {kind} {name!r}; {hint}")
 
 
 def is_plain_name(name: Any) -> bool:

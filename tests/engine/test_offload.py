@@ -311,19 +311,9 @@ def test_pages_that_never_arrive() -> None:
     [
         ({"host_bytes": 0}, r"host_bytes: 0; accepted: a positive"),
         ({"host_bytes": 1.5}, r"host_bytes: 1\.5; accepted"),
-        ({"disk_bytes": -1}, r"disk_bytes: -1; accepted"),
-        ({"folder": "somewhere"}, r"folder: 'somewhere' without disk_bytes"),
         ({"folder": __file__, "disk_bytes": 1}, r"folder: '.*test_offload\.py' cannot be used"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         OffloadStore(**{"host_bytes": PLENTY, **arguments})
-
-
-def test_as_many_pages_as_keys() -> None:
-    with (
-        closing(OffloadStore(PLENTY)) as store,
-        pytest.raises(ValueError, match="contents: 1 pages for 2 keys"),
-    ):
-        store.put([key_of(0), key_of(1)], [page_of(0)])

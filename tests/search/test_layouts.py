@@ -203,7 +203,8 @@ def test_an_llm_logs_it_once_on_gpus_alone(caplog: pytest.LogCaptureFixture, mon
     asks for none."""
     asked: list[tuple[Any, ...]] = []
     monkeypatch.setattr(module, "faster_layout", lambda *a: (asked.append(a), "8 replicas are faster")[1])
-    engine = SimpleNamespace(max_model_len=64, scheduler=SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)]))
+    scheduler = SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)])
+    engine = SimpleNamespace(max_model_len=64, scheduler=scheduler, grammars=SimpleNamespace())
     monkeypatch.setattr(api, "build_engine", lambda *_: engine)
     LLM("tiny", tensor_parallel_size=2)
     assert not asked and "replicas" not in caplog.text

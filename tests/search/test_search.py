@@ -140,7 +140,8 @@ def test_a_plan_searched_for_another_model_is_better_than_none(model: str, gpu: 
 def test_auto_on_a_cpu_says_what_it_takes(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     from nanoflow_jax import LLM, api
 
-    engine = SimpleNamespace(max_model_len=64, scheduler=SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)]))
+    scheduler = SimpleNamespace(shapes=[StepShape(8, 8, 1, 4)])
+    engine = SimpleNamespace(max_model_len=64, scheduler=scheduler, grammars=SimpleNamespace())
     monkeypatch.setattr(api, "build_engine", lambda *_: engine)
     with caplog.at_level(logging.INFO, logger="nanoflow_jax"):
         assert LLM("tiny", tensor_parallel_size=1).plan.name == "two_gather_one_reduce"
