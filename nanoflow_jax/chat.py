@@ -72,19 +72,19 @@ class ChatSettings:
         }  # fmt: skip
 
 
-def check_kwargs(value: Any, name: str = "chat_template_kwargs") -> None:
+def check_kwargs(value: Any) -> None:
     """Raises ValueError, one line, for variables of a template that cannot be passed to it; None is none."""
     if value is None:
         return
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise refused(name, value, "a JSON object")
+        raise refused("chat_template_kwargs", value, "a JSON object")
     for key in value:
         if key in RESERVED:
             raise ValueError(
-                f"{name}: {key!r} is not accepted; accepted: variables of the template. messages, tools, documents, "
+                f"chat_template_kwargs: {key!r} is not accepted; accepted: variables of the template. messages, tools, documents, "
                 "chat_template, add_generation_prompt and continue_final_message are arguments of their own"
             )
-        _check_plain(f"{name}: {one_line(key, 60)!r}", value[key])
+        _check_plain(f"chat_template_kwargs: {one_line(key, 60)!r}", value[key])
 
 
 def _check_plain(name: str, value: Any) -> None:

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from nanoflow_jax.engine.request import LogprobRows, Request, error_line
+from nanoflow_jax.engine.request import Request, error_line
 from nanoflow_jax.engine.scheduler import ScheduledStep, Scheduler
 from nanoflow_jax.engine.structured import Constraint, Grammars
 from nanoflow_jax.engine.text import WatchedText
-from nanoflow_jax.step.logprobs import TokenLogprobs
 from nanoflow_jax.step.sampler import StepOutput
 from nanoflow_jax.tokenizer import Tokenizer
 
@@ -171,7 +170,7 @@ class Booking:
             raise NotFinite(f"after {length} tokens, the logits are not finite, or none is that of an allowed token")
         if params.logprobs is not None:
             assert output.sampled.logprobs is not None
-            _add_logprobs(request.logprobs, output.sampled.logprobs, row, row + 1, params.logprobs)
+            request.logprobs.add(output.sampled.logprobs, row, row + 1, params.logprobs)
         if request.watched:
             self._updated.append(request)
         stopped = self._stop_string(request, token, length)
@@ -219,7 +218,7 @@ class Booking:
                     at, top = row + first - chunk.start, request.params.prompt_logprobs
                     assert top is not None
                     if np.isfinite(np.asarray(scores.logprob)[at : at + count]).all():
-                        _add_logprobs(request.prompt_logprobs, scores, at, at + count, top)
+                        request.prompt_logprobs.add(scores, at, at + count, top)
                     elif not self._again(request):
                         self._fail(request, NotFinite("the logits of the prompt are not finite"))
                         self._end(request)
@@ -233,9 +232,3 @@ class Booking:
         self._scheduler.finished(request)
         self.texts.pop(request, None)
         self._finished.append(request)
-
-
-def _add_logprobs(into: LogprobRows, source: TokenLogprobs, start: int, stop: int, top: int) -> None:
-    rows = slice(start, stop)
-    logprobs, ranks = np.asarray(source.logprob)[rows], np.asarray(source.rank)[rows]
-    into.add(logprobs, ranks, np.asarray(source.top_tokens)[rows, :top], np.asarray(source.top_logprobs)[rows, :top])

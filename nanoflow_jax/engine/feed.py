@@ -53,8 +53,8 @@ def score_of(request: Request) -> Score:
     rows = request.prompt_logprobs
     if request.finish_reason == "error":
         return Score(float("nan"), False, rows.count, request.error or "failed")
-    total = sum(float(part.astype("float64").sum()) for part in rows.logprobs)
-    return Score(total, all(bool((part == 1).all()) for part in rows.ranks), rows.count)
+    total = sum(float(part.logprob.astype("float64").sum()) for part in rows.parts)
+    return Score(total, all(bool((part.rank == 1).all()) for part in rows.parts), rows.count)
 
 
 def room_ahead(calls: Calls) -> int:

@@ -200,15 +200,15 @@ def _text(request: Request, ids: list[int], tokenizer: Tokenizer) -> str:
 def logprob_dicts(rows: LogprobRows, tokens: Sequence[int], tokenizer: Tokenizer) -> list[dict[int, Logprob]]:
     """For each token: itself and the likeliest ones, in order of likelihood after itself."""
     found: list[dict[int, Logprob]] = []
-    for logprobs, ranks, top_tokens, top_logprobs in zip(
-        rows.logprobs, rows.ranks, rows.top_tokens, rows.top_logprobs, strict=True
-    ):
-        for i in range(len(logprobs)):
+    for part in rows.parts:
+        for logprob, rank, tops, of_tops in zip(
+            part.logprob.tolist(), part.rank.tolist(), part.top_tokens.tolist(), part.top_logprobs.tolist(), strict=True
+        ):
             token = int(tokens[len(found)])
-            entry = {token: _logprob(float(logprobs[i]), int(ranks[i]), token, tokenizer)}
-            for rank, (other, logprob) in enumerate(zip(top_tokens[i].tolist(), top_logprobs[i].tolist(), strict=True)):
+            entry = {token: _logprob(logprob, rank, token, tokenizer)}
+            for place, (other, its) in enumerate(zip(tops, of_tops, strict=True), start=1):
                 if other not in entry:
-                    entry[other] = _logprob(logprob, rank + 1, other, tokenizer)
+                    entry[other] = _logprob(its, place, other, tokenizer)
             found.append(entry)
     return found
 

@@ -11,6 +11,7 @@ from nanoflow_jax.engine.pages import Key
 from nanoflow_jax.engine.reasoning import Marks
 from nanoflow_jax.engine.structured import Constraint
 from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.logprobs import TokenLogprobs
 
 
 @dataclass
@@ -81,24 +82,20 @@ class RequestOutput:
 class LogprobRows:
     """Logprobs of consecutive tokens, as the device gives them: arrays per step, joined when they are read."""
 
-    logprobs: list[np.ndarray] = field(default_factory=list)  # [n] float32 each
-    ranks: list[np.ndarray] = field(default_factory=list)  # [n] int32
-    top_tokens: list[np.ndarray] = field(default_factory=list)  # [n, k] int32
-    top_logprobs: list[np.ndarray] = field(default_factory=list)  # [n, k] float32
+    parts: list[TokenLogprobs] = field(default_factory=list)
     count: int = 0
 
-    def add(self, logprob: np.ndarray, rank: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        self.logprobs.append(logprob)
-        self.ranks.append(rank)
-        self.top_tokens.append(tokens)
-        self.top_logprobs.append(logprobs)
-        self.count += len(logprob)
+    def add(self, source: TokenLogprobs, start: int, stop: int, top: int) -> None:
+        """Rows [start, stop) of what a step gave, with so many of the likeliest tokens."""
+        rows = slice(start, stop)
+        tokens, logprobs = np.asarray(source.top_tokens)[rows, :top], np.asarray(source.top_logprobs)[rows, :top]
+        own = np.asarray(source.logprob)[rows], np.asarray(source.rank)[rows]
+        self.parts.append(TokenLogprobs(*own, tokens, logprobs))
+        self.count += stop - start
 
     def between(self, first: int, last: int) -> LogprobRows:
         """Of some of the tokens, where each was added by itself, as generated ones are."""
-        rows = slice(first, last)
-        parts = (self.logprobs[rows], self.ranks[rows], self.top_tokens[rows], self.top_logprobs[rows])
-        return LogprobRows(*parts, count=last - first)
+        return LogprobRows(self.parts[first:last], last - first)
 
 
 @dataclass(eq=False)

@@ -6,7 +6,6 @@ Nothing that is read here can run code, refer to other files, or grow when it is
 from __future__ import annotations
 
 import json
-import os
 import tomllib
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from difflib import get_close_matches
@@ -64,7 +63,7 @@ def is_plain_name(name: Any) -> bool:
     return (
         isinstance(name, str)
         and name not in ("", ".", "..")
-        and len(os.fsencode(_encodable(name))) <= 200
+        and len(name.encode("utf-8", "replace")) <= 200
         and not (set(name) & {"/", "\\", "\0"})
     )
 
@@ -162,10 +161,6 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 def _field(name: Any) -> str | None:
     return name if isinstance(name, str) and name.isidentifier() else None
-
-
-def _encodable(name: str) -> str:
-    return name.encode("utf-8", "replace").decode()
 
 
 def read_toml(path: Path) -> dict[str, Any]:

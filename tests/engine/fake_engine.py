@@ -240,9 +240,12 @@ class Drive:
                 continue
             assert request.finish_reason == wanted.finish_reason, f"request {number}: {request.error}"
             assert output == wanted.output, f"request {number}"
-            assert list(np.concatenate([[], *request.prompt_logprobs.logprobs])) == wanted.prompt_scores
+            assert (
+                list(np.concatenate([[], *(part.logprob for part in request.prompt_logprobs.parts)]))
+                == wanted.prompt_scores
+            )
             if job.params.logprobs is not None:
-                assert list(np.concatenate([[], *request.logprobs.logprobs])) == wanted.logprobs
+                assert list(np.concatenate([[], *(part.logprob for part in request.logprobs.parts)])) == wanted.logprobs
             if job.watched:
                 assert self.updates[number] == len(output)
 
