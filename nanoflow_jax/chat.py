@@ -81,8 +81,8 @@ def check_kwargs(value: Any) -> None:
     for key in value:
         if key in RESERVED:
             raise ValueError(
-                f"chat_template_kwargs: {key!r} is not accepted; accepted: variables of the template. messages, tools, documents, "
-                "chat_template, add_generation_prompt and continue_final_message are arguments of their own"
+                f"chat_template_kwargs: {key!r} is not accepted; accepted: variables of the template. messages, tools, "
+                "documents, chat_template, add_generation_prompt and continue_final_message are arguments of their own"
             )
         _check_plain(f"chat_template_kwargs: {one_line(key, 60)!r}", value[key])
 

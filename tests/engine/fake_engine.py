@@ -12,7 +12,7 @@ import numpy as np
 
 from nanoflow_jax.engine.engine import Engine, StepRecord
 from nanoflow_jax.engine.pages import root_key
-from nanoflow_jax.engine.request import Request
+from nanoflow_jax.engine.request import LogprobRows, Request
 from nanoflow_jax.engine.scheduler import ScheduledStep
 from nanoflow_jax.prompts import check_prompt
 from nanoflow_jax.sampling_params import SamplingParams
@@ -34,6 +34,10 @@ class Job:
     @property
     def max_length(self) -> int:
         return len(self.prompt) + (0 if self.only_prompt else self.params.max_tokens or 0)
+
+
+def _joined(rows: LogprobRows) -> list[float]:
+    return list(np.concatenate([[], *(part.logprob for part in rows.parts)]))
 
 
 def model_len(jobs: Sequence[Job]) -> int:
@@ -240,12 +244,9 @@ class Drive:
                 continue
             assert request.finish_reason == wanted.finish_reason, f"request {number}: {request.error}"
             assert output == wanted.output, f"request {number}"
-            assert (
-                list(np.concatenate([[], *(part.logprob for part in request.prompt_logprobs.parts)]))
-                == wanted.prompt_scores
-            )
+            assert _joined(request.prompt_logprobs) == wanted.prompt_scores
             if job.params.logprobs is not None:
-                assert list(np.concatenate([[], *(part.logprob for part in request.logprobs.parts)])) == wanted.logprobs
+                assert _joined(request.logprobs) == wanted.logprobs
             if job.watched:
                 assert self.updates[number] == len(output)
 
