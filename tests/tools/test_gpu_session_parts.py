@@ -22,6 +22,7 @@ from nanoflow_jax.commands import profile as profile_command
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.profile.table import these_versions
 from nanoflow_jax.sampling_params import SamplingParams
+from nanoflow_jax.step.logprobs import TokenLogprobs
 from nanoflow_jax.version import __version__
 from tools.gpu_session import __main__ as gpu_session
 from tools.gpu_session import archive as session_archive
@@ -213,7 +214,7 @@ def request(tokens: list[int], top: list[tuple[int, int]], gap: float) -> Reques
     made.tokens = np.array([9, *tokens], np.int32)
     count = len(tokens)
     logprobs = np.tile(np.array([0.0, -gap], np.float32), (count, 1))
-    made.logprobs.add(np.zeros(count), np.ones(count), np.array(top), logprobs)
+    made.logprobs.add(TokenLogprobs(np.zeros(count), np.ones(count), np.array(top), logprobs), 0, count, 2)
     return made
 
 

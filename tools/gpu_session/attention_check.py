@@ -52,8 +52,8 @@ def agreement(first: Sequence[Request], second: Sequence[Request], near: float) 
     """Compares greedy outputs token by token; `first` must have the logprobs of its two likeliest tokens."""
     tokens = ties = wrong = 0
     for a, b in zip(first, second, strict=True):
-        top_tokens = np.concatenate(a.logprobs.top_tokens)
-        top = np.concatenate(a.logprobs.top_logprobs)
+        top_tokens = np.concatenate([part.top_tokens for part in a.logprobs.parts])
+        top = np.concatenate([part.top_logprobs for part in a.logprobs.parts])
         for i, (x, y) in enumerate(zip(a.output_token_ids, b.output_token_ids, strict=True)):
             if x != y:
                 tie = y in top_tokens[i] and top[i, 0] - top[i, 1] < near
