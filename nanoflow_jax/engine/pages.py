@@ -89,6 +89,7 @@ class PagePool:
         np.subtract.at(self._users, pages, 1)
         users = self._users[pages]
         if users.min(initial=0) < 0:
+            np.add.at(self._users, pages, 1)  # the counts stay as they were
             raise RuntimeError(f"page {int(pages[users.argmin()])} is freed twice")
         free = []
         for page in dict.fromkeys(pages[users == 0][::-1].tolist()):
