@@ -367,7 +367,15 @@ def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tup
     return sampling
 
 
-def _form(body: dict[str, Any]) -> StructuredOutputsParams | None:
+def form_of(fields: Mapping[str, Any]) -> StructuredOutputsParams | None:
+    """Of the fields `FORMS`, as a body has them. Raises ValueError, one line that begins with the field's name."""
+    try:
+        return _form(fields)
+    except _Refused as error:
+        raise ValueError(str(error)) from None
+
+
+def _form(body: Mapping[str, Any]) -> StructuredOutputsParams | None:
     """Of `response_format`, OpenAI's, or `structured_outputs`, vLLM's; None: the output may have any."""
     wanted, form = body.get("response_format"), body.get("structured_outputs")
     if form is not None:
@@ -397,7 +405,8 @@ def _made(name: str, fields: dict[str, Any]) -> StructuredOutputsParams:
     try:
         return StructuredOutputsParams(**fields)
     except (TypeError, ValueError) as error:
-        raise _Refused(name, str(error) if name == "structured_outputs" else f"{name}: {error}") from None
+        _, _, told = str(error).partition(": ")  # behind the class, or the field of SamplingParams
+        raise _Refused(name, f"{name}: {told}") from None
 
 
 def _whole(value: Any) -> Any:

@@ -80,7 +80,7 @@ def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None, chat: C
     if sample.choices is not None:
         continuations = [task.delimiter + choice for choice in sample.choices]
         return [llm.prepare_score(sample.prompt, c, _Key(sample, i)) for i, c in enumerate(continuations)]
-    params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.generate})
+    params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.sampling()})
     if sample.messages is not None:
         return [llm.prepare_chat(sample.messages, params, _Key(sample), now, chat)]
     return [llm.prepare(sample.prompt, params, _Key(sample))]

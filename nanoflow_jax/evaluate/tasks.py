@@ -6,7 +6,7 @@
     prompt: "{{ prompt }}"            # Jinja templates over the fields of a document
     target: "{{ answer }}"            # or a list of texts, any of which is right
     fewshot: {count: 2, seed: 0}      # examples, drawn for each question with a fixed seed
-    generate: {max_tokens: 8}         # or choices: ["{{ answer }}", "{{ wrong }}"]
+    generate: {max_tokens: 8}         # as a batch file's body; or choices: ["{{ answer }}", "{{ wrong }}"]
     extract: {regex: "([0-9]+)"}      # what of the output is the answer
     metrics: [exact_match]
 
@@ -25,7 +25,9 @@ from typing import Any
 
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
+from nanoflow_jax.engine.structured import check_form
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, MAJORITY, TEXT_METRICS, passes
+from nanoflow_jax.evaluate.records import FORMS, form_of
 from nanoflow_jax.sampling_params import MAX_N, SamplingParams
 from nanoflow_jax.system import limited
 from nanoflow_jax.system.reading import Malformed, is_plain_name, parse_json, parse_yaml, read_text
@@ -113,6 +115,11 @@ class Task:
     generate: Mapping[str, Any] = field(default_factory=dict)
     extract: Extract | None = None
     fewshot: FewShot = FewShot()
+
+    def sampling(self) -> dict[str, Any]:
+        """`generate` by the names of SamplingParams. Raises ValueError for a form that is none."""
+        given = {name: value for name, value in self.generate.items() if name not in FORMS}
+        return given if (form := form_of(self.generate)) is None else {**given, "structured_outputs": form}
 
     def to_json(self) -> dict[str, Any]:
         """Plain data: two tasks with the same are the same."""
@@ -215,12 +222,14 @@ def _checked(task: Task) -> Task:
         raise ConfigError(f"metrics: {task.metrics!r} is not accepted; for {kind}: a list of {', '.join(accepted)}")
     if not isinstance(task.generate, Mapping):
         raise ConfigError(f"generate: {task.generate!r} is not accepted; it must be a mapping of sampling settings")
-    _known("generate", task.generate, SamplingParams.__dataclass_fields__)
+    _known("generate", task.generate, {**SamplingParams.__dataclass_fields__, **dict.fromkeys(FORMS)})
     try:
-        n = SamplingParams(**task.generate).n
+        params = SamplingParams(**task.sampling())
+        if params.structured_outputs is not None:
+            check_form(params.structured_outputs)
     except ValueError as error:
         raise ConfigError(f"generate.{error}") from None
-    if n > MAX_N:
+    if (n := params.n) > MAX_N:
         raise ConfigError(f"generate.n: {n} is not accepted; it must be at most {MAX_N}")
     if n > 1 and "temperature" not in task.generate:  # the model's own may be 0, and all outputs the same
         raise ConfigError("generate.n: outputs differ by sampling; a temperature above 0 is needed beside it")
