@@ -1,4 +1,5 @@
-"""Stand-ins for the data sets of gsm8k and mmlu: `python -m tools.nightly_data FOLDER`, for a dry run of docs/nightly.md.
+"""Stand-ins for the data sets of gsm8k and mmlu, for the dry run of docs/nightly.md: `python -m tools.nightly_data
+FOLDER`.
 
 In FOLDER, lm-evaluation-harness finds `openai/gsm8k` and `cais/mmlu` on the disk before it looks for those of the Hub:
 its own tasks of these names run, with their prompts, filters and figures, on sums that the embedded model knows. The
@@ -21,7 +22,7 @@ import lm_eval
 
 from nanoflow_jax.assets.tasks import problems
 
-GSM8K, MMLU = (8, 40), (5, 4)  # questions to learn from and to answer; of mmlu in each subject
+GSM8K, MMLU = {"train": 8, "test": 40}, {"dev": 5, "test": 4}  # questions of each split; of mmlu in each subject
 
 
 def sums(split: Any, count: int, seed: int) -> Iterator[tuple[str, str]]:
@@ -62,13 +63,15 @@ def subjects() -> list[str]:
     return [match[1] for match in found if match]
 
 
+def write_both(folder: Path) -> None:
+    write(folder / "openai" / "gsm8k", {"main": {split: gsm8k(split, n) for split, n in GSM8K.items()}})
+    write(folder / "cais" / "mmlu", {s: {split: mmlu(s, split, n) for split, n in MMLU.items()} for s in subjects()})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="tools.nightly_data", description=__doc__)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    write(folder / "openai" / "gsm8k", {"main": {s: gsm8k(s, n) for s, n in zip(("train", "test"), GSM8K, strict=True)}})
-    splits = list(zip(("dev", "test"), MMLU, strict=True))
-    write(folder / "cais" / "mmlu", {name: {s: mmlu(name, s, n) for s, n in splits} for name in subjects()})
+    write_both(parser.parse_args().folder)
     return 0
 
 
