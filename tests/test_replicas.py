@@ -6,11 +6,13 @@ import itertools
 import json
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -21,8 +23,11 @@ from nanoflow_jax.engine.request import CompletionOutput, RequestMetrics, Reques
 from nanoflow_jax.evaluate.journal import manifest_path
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.plan.file import load_plan
-from nanoflow_jax.replicas.front import TRIES, ReplicaError, Replicas, _Member, find_layout
-from nanoflow_jax.replicas.process import About
+from nanoflow_jax.replicas import front, process
+from nanoflow_jax.replicas.front import TRIES, ReplicaError, Replicas, _Member, _Waits
+from nanoflow_jax.replicas.layout import find_layout
+from nanoflow_jax.replicas.process import About, Hung, Replica
+from nanoflow_jax.step.compile import compile_step
 from tests.evaluate.stand_in import StandIn
 
 # -- devices
@@ -33,7 +38,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """A machine with so many GPUs."""
 
     def make(gpus: int, **variables: str) -> None:
-        monkeypatch.setattr("nanoflow_jax.replicas.front.num_gpus", lambda: gpus)
+        monkeypatch.setattr("nanoflow_jax.replicas.layout.num_gpus", lambda: gpus)
         for name in ("JAX_PLATFORMS", "JAX_NUM_CPU_DEVICES", "RAY_ADDRESS"):
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
@@ -90,17 +95,27 @@ def test_without_ray_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch)
 # -- handing out, with something in the place of Ray
 
 
-class Died(Exception):
+class Failed(Exception):
+    """As Ray tells what a method has raised."""
+
+    def __init__(self, cause: Exception | None = None):
+        self.cause = cause
+
+
+class Died(Failed):
     """As Ray tells that an actor has."""
 
 
 class Ray:
     """Answers at once. `replica` makes an actor's answer to an exchange; Died is the end of it."""
 
-    exceptions = SimpleNamespace(RayActorError=Died, RayError=Died)
+    exceptions = SimpleNamespace(RayActorError=Died, RayError=Failed)
 
     def __init__(self, answer: Callable[[Any, Work], Any]):
-        self.answer, self.log = answer, []
+        self.answer, self.killed = answer, list[Actor]()
+
+    def kill(self, actor: Actor) -> None:
+        self.killed.append(actor)
 
     def wait(self, refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
         return list(refs), []
@@ -169,6 +184,107 @@ def test_each_prompt_comes_back_once(caplog: pytest.LogCaptureFixture) -> None:
     assert several.num_rows == sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs) > 60
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 1 and "of 2 (process " in told[0] and "has died; it is started again" in told[0]
+
+
+def test_a_replica_that_says_it_hangs_is_ended_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    hangs = iter([False] * 10 + [True] + [False] * 10**3)
+
+    def answer(actor: Actor, work: Work) -> RequestOutput:
+        if next(hangs):
+            raise Failed(Hung("no step for 601 s"))
+        return output(work)
+
+    ray = Ray(answer)
+    several = made(ray)
+    ended = [item for turn in several.run(works(40)) for item in turn]
+    assert sorted(work.key for work, _ in ended) == sorted(work.key for work in works(40))
+    assert len(ray.killed) == 1 and ray.killed[0] not in [m.actor for m in several.members]
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == 1 and "hangs (no step for 601 s) and is ended; it is started again" in told[0]
+
+
+def test_silence_counts_while_it_is_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A front that was stopped itself for an hour has heard nothing; the answers may be there."""
+    now, there = [0.0], list[Any]()
+
+    def wait(refs: list[Any], **_: Any) -> tuple[list[Any], list[Any]]:
+        now[0] += 0.2
+        return [ref for ref in refs if ref in there], []
+
+    monkeypatch.setattr(front, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    ray: Any = SimpleNamespace(wait=wait)
+    waits = _Waits(ray)
+    for _ in range(200):  # 40 s
+        assert waits.wait(["a", "b"]) == (set(), [])
+    now[0] += 3600
+    assert waits.wait(["a", "b"]) == (set(), [])
+    there.append("a")
+    assert waits.wait(["a", "b"]) == ({"a"}, [])
+    there.clear()
+    late = [waits.wait(["a", "b"])[1] for _ in range(120)]
+    assert [found for found in late if found] == [["b"]]
+
+
+class Engine:
+    """In the place of an `LLM` in a replica: makes `step`s until it `goes_on`."""
+
+    def __init__(self, step: Callable[[threading.Event], Any]):
+        self.step, self.goes_on = step, threading.Event()
+
+    def run_steps(self, work: Any) -> Any:
+        item = next(work)
+        while not self.goes_on.is_set():
+            self.step(self.goes_on)
+            yield []
+        yield [(item, output(item))]
+
+
+def compiling_step(goes_on: threading.Event) -> None:
+    lowered: Any = SimpleNamespace(compile=lambda **_: goes_on.wait())
+    compile_step(lowered, "cpu", None)
+
+
+@pytest.mark.parametrize(
+    ("step", "hangs"), [(threading.Event.wait, True), (compiling_step, False), (lambda _: time.sleep(0.01), False)]
+)
+def test_an_engine_that_makes_no_step_hangs_unless_it_compiles(
+    step: Callable[[threading.Event], Any], hangs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program of a rare request may take any time to compile, and an answer many steps."""
+    ahead = [0.0]
+    monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: ahead[0] + time.monotonic()))
+    engine, replica = Engine(step), cast(Any, Replica.__new__(Replica))
+    replica._calls, replica._lock, replica._llm = {}, threading.Lock(), engine
+    assert replica.exchange(0, []) == []
+    ahead[0] += 10**4  # nothing to do for hours
+    assert replica.exchange(0, works(1)) == []
+    for _ in range(3):
+        ahead[0] += process.STEP_SECONDS / 4
+        assert replica.exchange(0, []) == []
+    ahead[0] += process.STEP_SECONDS / 2
+    with pytest.raises(Hung, match=r"^no step for \d+ s$") if hangs else nullcontext():
+        assert replica.exchange(0, []) == []
+    engine.goes_on.set()
+    end = time.monotonic() + 10
+    while not (found := replica.exchange(0, [])):
+        assert time.monotonic() < end
+    assert found[0][0] == "key 0"
+
+
+def test_a_replica_that_is_being_made_answers() -> None:
+    """Its process is alive, however long it loads and compiles."""
+    goes_on = threading.Event()
+
+    def make(**_: Any) -> Any:
+        goes_on.wait()
+        raise ValueError("model: there is none")
+
+    replica = Replica(make, {}, "", None)
+    assert replica.about() is None
+    goes_on.set()
+    replica._making.join()
+    with pytest.raises(ValueError, match=r"^model: there is none$"):
+        replica.about()
 
 
 def test_a_prompt_that_kills_its_replicas_ends_the_run() -> None:

@@ -219,7 +219,7 @@ def chat_time(manifest: Manifest) -> datetime | None:
 def _devices(args: argparse.Namespace) -> int:
     """Those of all processes; of replicas those of one."""
     if args.data_parallel_size != 1:
-        from nanoflow_jax.replicas.front import find_layout
+        from nanoflow_jax.replicas.layout import find_layout
 
         return find_layout(llm_options(args)).devices
     if args.cpu_devices and not (args.distributed or args.coordinator):

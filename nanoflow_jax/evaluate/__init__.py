@@ -1,6 +1,7 @@
 """Batch files and evaluations: many prompts in, durable results and scores out, unattended.
 
 records    one line of a batch file: parsed strictly, or a Problem that names the field
+forms      the form that an output must have
 lines      reading lines of any length in bounded memory; which are done; ids seen before
 response   a request's output in the OpenAI batch format
 journal    append-only results that survive a kill at any moment, behind a manifest

@@ -8,6 +8,7 @@ import sys
 import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -184,37 +185,48 @@ def run_batch(
     Results are durable when this returns or raises. Raises JournalError when they cannot be written, and ConfigError
     when the input was changed meanwhile.
     """
-    num_lines = found.lines
-    before, started, rows_before = len(journal.done), time.monotonic(), llm.num_rows
+    before, started = len(journal.done), time.monotonic()
     prompt_tokens = completion_tokens = 0
-    with Progress(num_lines - before, "answering", "requests", progress) as bar:
-        shown = before
 
-        def emit(record: Json) -> None:
-            nonlocal prompt_tokens, completion_tokens, shown
-            journal.write(encode_record(record))
-            if record["response"] is not None:
-                usage = record["response"]["body"]["usage"]
-                prompt_tokens += usage["prompt_tokens"]
-                completion_tokens += usage["completion_tokens"]
+    def emit(record: Json) -> None:
+        nonlocal prompt_tokens, completion_tokens
+        journal.write(encode_record(record))
+        if record["response"] is not None:
+            usage = record["response"]["body"]["usage"]
+            prompt_tokens += usage["prompt_tokens"]
+            completion_tokens += usage["completion_tokens"]
+
+    with progress_of(llm, journal, found.lines, "answering", "requests", progress) as show:
+        lines = read_lines(source, identity=found)
+        answer(llm, parse_lines(lines, (settings.model,), journal.done), settings, emit, show)
+        journal.finish()
+    assert len(journal.done) == found.lines, (len(journal.done), found.lines)
+    seconds = time.monotonic() - started
+    return BatchReport(found.lines, journal.errors, before, prompt_tokens, completion_tokens, seconds)
+
+
+@contextmanager
+def progress_of(
+    llm: LLM, journal: Journal, total: int, title: str, unit: str, enabled: bool
+) -> Iterator[Callable[[], None]]:
+    """What is to be called between steps, and shows how far a run is: records that are on the disk, of `total`, and
+    tokens per second."""
+    before, started, rows_before = journal.synced, time.monotonic(), llm.num_rows
+    shown = before
+    with Progress(total - before, title, unit, enabled) as bar:
 
         def show() -> None:
             nonlocal shown
             seconds, now = time.monotonic() - started, journal.synced
             note = f"{(llm.num_rows - rows_before) / seconds:.0f} tokens/s"  # also of what has not ended yet
             if now > before and not sys.stderr.isatty():  # the bar of a terminal tells it
-                note += f", {_duration((num_lines - now) * seconds / (now - before))} left"
+                note += f", {_duration((total - now) * seconds / (now - before))} left"
             bar.advance(now - shown, note)
             shown = now
 
-        lines = read_lines(source, identity=found)
-        answer(llm, parse_lines(lines, (settings.model,), journal.done), settings, emit, show)
-        journal.finish()
+        yield show
         if journal.synced > shown:
             show()
-    assert len(journal.done) == num_lines, (len(journal.done), num_lines)
-    seconds = time.monotonic() - started
-    return BatchReport(num_lines, journal.errors, before, prompt_tokens, completion_tokens, seconds)
 
 
 def _duration(seconds: float) -> str:

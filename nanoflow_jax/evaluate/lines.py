@@ -24,39 +24,28 @@ class Line:
     number: int  # from 1
     data: bytes
     problem: str | None = None
-    start: int = 0  # byte of the file
 
 
-def read_lines(
-    path: Path,
-    max_bytes: int = MAX_LINE_BYTES,
-    start: int = 0,
-    number: int = 1,
-    identity: FileIdentity | None = None,
-) -> Iterator[Line]:
+def read_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, identity: FileIdentity | None = None) -> Iterator[Line]:
     """The lines of a file; "\\n" or "\\r\\n" end one, the last needs none. A byte order mark at the beginning is left
     out. A line longer than `max_bytes` is passed over and told as a problem.
 
-    start, number  where to begin: the first byte of a line, and the line's number
-    identity       of the file when it was identified: no line of another content is given. Raises ConfigError
+    identity  of the file when it was identified: no line of another content is given. Raises ConfigError
     """
     with open(path, "rb") if identity is None else io.BufferedReader(_Checked(path, identity), _CHUNK) as file:
-        if not start and file.read(3) == b"\xef\xbb\xbf":
-            start = 3
-        file.seek(start)
+        file.seek(3 if file.read(3) == b"\xef\xbb\xbf" else 0)
+        number = 0
         while data := file.readline(max_bytes + 2):
-            length = len(data)
+            number, length = number + 1, len(data)
             if not data.endswith(b"\n"):
                 while rest := file.readline(_CHUNK):
                     length += len(rest)
                     if rest.endswith(b"\n"):
                         break
             if length > max_bytes + 2 or len(data.rstrip(b"\r\n")) > max_bytes:
-                what = f"the line has {length} bytes; accepted: at most {max_bytes}"
-                yield Line(number, b"", what, start)
+                yield Line(number, b"", f"the line has {length} bytes; accepted: at most {max_bytes}")
             else:
-                yield Line(number, data.rstrip(b"\r\n"), start=start)
-            number, start = number + 1, start + length
+                yield Line(number, data.rstrip(b"\r\n"))
 
 
 @dataclass(frozen=True)

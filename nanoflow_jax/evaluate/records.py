@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from nanoflow_jax.chat import EFFORTS, PLAIN, ChatSettings, checked_messages
+from nanoflow_jax.evaluate.forms import FORMS, form_of
 from nanoflow_jax.evaluate.lines import Line
-from nanoflow_jax.sampling_params import MAX_LOGPROBS, MAX_N, StructuredOutputsParams
+from nanoflow_jax.sampling_params import MAX_LOGPROBS, MAX_N
 from nanoflow_jax.system.reading import Malformed, one_line, parse_json
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -53,8 +54,6 @@ SWITCHED_OFF_IN: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "add_special_tokens": (True,), "tools": ([],), "documents": ([],), "chat_template_kwargs": ({},),
     },
 }  # fmt: skip
-# Fields of a body that say what form the output must have.
-FORMS = ("response_format", "structured_outputs")
 STREAMING = ("stream", "stream_options")  # of a body that may be streamed
 # Fields of a chat's body that say how it is rendered (`ChatSettings`), besides reasoning_effort.
 RENDERING = ("chat_template_kwargs", "tools", "documents", "add_generation_prompt", "continue_final_message")
@@ -326,7 +325,7 @@ def _messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _checked[T](make: Callable[[], T]) -> T:
-    """What `nanoflow_jax.chat` makes; its error is about the name with which it begins."""
+    """What `make` makes; its error is about the name with which it begins."""
     try:
         return make()
     except ValueError as error:
@@ -362,42 +361,9 @@ def _body(endpoint: str, body: dict[str, Any], models: Collection[str], own: tup
         _wrong("n", n, f"a whole number from 1 to {MAX_N}")
     if "logit_bias" in sampling:
         sampling["logit_bias"] = _logit_bias(sampling["logit_bias"])
-    if (form := _form(body)) is not None:
+    if (form := _checked(lambda: form_of(body))) is not None:
         sampling["structured_outputs"] = form
     return sampling
-
-
-def _form(body: dict[str, Any]) -> StructuredOutputsParams | None:
-    """Of `response_format`, OpenAI's, or `structured_outputs`, vLLM's; None: the output may have any."""
-    wanted, form = body.get("response_format"), body.get("structured_outputs")
-    if form is not None:
-        if wanted not in (None, {"type": "text"}):
-            _refuse("response_format", "structured_outputs is there, too; give one")
-        if not isinstance(form, dict):
-            _wrong("structured_outputs", form, 'an object, such as {"regex": ...}')
-        return _made("structured_outputs", {name: value for name, value in form.items() if value is not None})
-    if wanted is None:
-        return None
-    accepted = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {"schema": ...}}'
-    fields = dict(wanted) if isinstance(wanted, dict) else {}
-    kind, given = fields.pop("type", None), fields.pop("json_schema", None)
-    if fields or kind not in ("text", "json_object", "json_schema") or (given is not None) != (kind == "json_schema"):
-        _wrong("response_format", wanted, accepted)
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return StructuredOutputsParams(json_object=True)
-    schema = given.get("schema") if isinstance(given, dict) else None
-    if not isinstance(schema, dict) or set(given) - {"name", "description", "strict", "schema"}:
-        _wrong("response_format", wanted, accepted)
-    return _made("response_format", {"json": schema})
-
-
-def _made(name: str, fields: dict[str, Any]) -> StructuredOutputsParams:
-    try:
-        return StructuredOutputsParams(**fields)
-    except (TypeError, ValueError) as error:
-        raise _Refused(name, str(error) if name == "structured_outputs" else f"{name}: {error}") from None
 
 
 def _whole(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 from nanoflow_jax.chat import PLAIN, ChatSettings
 from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.evaluate.batch import work_steps
+from nanoflow_jax.evaluate.batch import progress_of, work_steps
 from nanoflow_jax.evaluate.journal import Journal
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, score_outputs
 from nanoflow_jax.evaluate.prompts import Sample, sample_record
 from nanoflow_jax.evaluate.response import encode_record
 from nanoflow_jax.evaluate.tasks import Task
 from nanoflow_jax.evaluate.windows import longest_first
-from nanoflow_jax.system.progress import Progress
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM
@@ -44,24 +42,22 @@ def run_task(
     write it; `chat`: how chats are rendered."""
     left = [sample for sample in asked if sample.number not in journal.done]
     scores: dict[int, list[Score | None]] = {}
-    started = time.monotonic()
-    with Progress(len(left), task.name, "questions", progress) as bar:
 
-        def emit(sample: Sample, fields: dict[str, Any], values: dict[str, float], error: str | None = None) -> None:
-            journal.write(encode_record(sample_record(sample, fields, values, error)))
-            bar.advance(note=f"{bar.done / (time.monotonic() - started):.0f} questions/s")
+    def emit(sample: Sample, fields: dict[str, Any], values: dict[str, float], error: str | None = None) -> None:
+        journal.write(encode_record(sample_record(sample, fields, values, error)))
 
-        def work() -> Iterator[Work | None]:
-            for sample in left:
-                try:
-                    items = _prepare(llm, task, sample, now, chat)
-                except ValueError as error:
-                    emit(sample, {}, dict.fromkeys(task.metrics, 0.0), " ".join(str(error).split()))
-                    yield None
-                    continue
-                yield from items
+    def work() -> Iterator[Work | None]:
+        for sample in left:
+            try:
+                items = _prepare(llm, task, sample, now, chat)
+            except ValueError as error:
+                emit(sample, {}, dict.fromkeys(task.metrics, 0.0), " ".join(str(error).split()))
+                yield None
+                continue
+            yield from items
 
-        for item, output in llm.run_stream(longest_first(work(), work_steps(llm))):
+    with progress_of(llm, journal, len(asked), task.name, "questions", progress) as show:
+        for item, output in llm.run_stream(longest_first(work(), work_steps(llm)), show):
             sample, choice = item.key.sample, item.key.choice
             if isinstance(output, RequestOutput):
                 emit(sample, *judge_text(task, sample, output))
@@ -80,7 +76,7 @@ def _prepare(llm: LLM, task: Task, sample: Sample, now: datetime | None, chat: C
     if sample.choices is not None:
         continuations = [task.delimiter + choice for choice in sample.choices]
         return [llm.prepare_score(sample.prompt, c, _Key(sample, i)) for i, c in enumerate(continuations)]
-    params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.generate})
+    params = llm.default_sampling_params(**{"max_tokens": 64, "seed": sample.number, **task.sampling()})
     if sample.messages is not None:
         return [llm.prepare_chat(sample.messages, params, _Key(sample), now, chat)]
     return [llm.prepare(sample.prompt, params, _Key(sample))]

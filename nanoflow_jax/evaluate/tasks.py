@@ -6,7 +6,7 @@
     prompt: "{{ prompt }}"            # Jinja templates over the fields of a document
     target: "{{ answer }}"            # or a list of texts, any of which is right
     fewshot: {count: 2, seed: 0}      # examples, drawn for each question with a fixed seed
-    generate: {max_tokens: 8}         # or choices: ["{{ answer }}", "{{ wrong }}"]
+    generate: {max_tokens: 8}         # as a batch file's body; or choices: ["{{ answer }}", "{{ wrong }}"]
     extract: {regex: "([0-9]+)"}      # what of the output is the answer
     metrics: [exact_match]
 
@@ -25,6 +25,8 @@ from typing import Any
 
 from nanoflow_jax.assets import tasks as builtin
 from nanoflow_jax.config import ConfigError, configs_root
+from nanoflow_jax.engine.structured import check_form
+from nanoflow_jax.evaluate.forms import FORMS, form_of
 from nanoflow_jax.evaluate.metrics import CHOICE_METRICS, MAJORITY, TEXT_METRICS, passes
 from nanoflow_jax.sampling_params import MAX_N, SamplingParams
 from nanoflow_jax.system import limited
@@ -114,6 +116,11 @@ class Task:
     extract: Extract | None = None
     fewshot: FewShot = FewShot()
 
+    def sampling(self) -> dict[str, Any]:
+        """`generate` by the names of SamplingParams. Raises ValueError for a form that is none."""
+        given = {name: value for name, value in self.generate.items() if name not in FORMS}
+        return given if (form := form_of(self.generate)) is None else {**given, "structured_outputs": form}
+
     def to_json(self) -> dict[str, Any]:
         """Plain data: two tasks with the same are the same."""
         return json.loads(json.dumps(asdict(self)))
@@ -185,15 +192,12 @@ def _task(fields: Any, path: Path) -> Task:
         if isinstance(made.get(name), list):
             made[name] = tuple(made[name])
     for name in ("name", "prompt", "description", "delimiter"):
-        if not isinstance(made.get(name, ""), str):
-            raise ConfigError(f"{name}: {made[name]!r} is not accepted; it must be a text")
-    if not isinstance(made.get("chat", False), bool):
-        raise ConfigError(f"chat: {made['chat']!r} is not accepted; it must be true or false")
+        _must(isinstance(value := made.get(name, ""), str), name, value, "a text")
+    _must(isinstance(value := made.get("chat", False), bool), "chat", value, "true or false")
     for name in ("target", "choices"):
-        value = made.get(name)
+        value = made.get(name, "")
         texts = value if isinstance(value, tuple) else (value,)
-        if name in made and (not texts or not all(isinstance(t, str) for t in texts)):
-            raise ConfigError(f"{name}: {value!r} is not accepted; it must be a text or a list of texts")
+        _must(texts and all(isinstance(t, str) for t in texts), name, value, "a text or a list of texts")
     return _checked(Task(**made))
 
 
@@ -213,15 +217,16 @@ def _checked(task: Task) -> Task:
     if not known or not task.metrics:
         kind = "generated text" if task.choices is None else "choices"
         raise ConfigError(f"metrics: {task.metrics!r} is not accepted; for {kind}: a list of {', '.join(accepted)}")
-    if not isinstance(task.generate, Mapping):
-        raise ConfigError(f"generate: {task.generate!r} is not accepted; it must be a mapping of sampling settings")
-    _known("generate", task.generate, SamplingParams.__dataclass_fields__)
+    _must(isinstance(task.generate, Mapping), "generate", task.generate, "a mapping of sampling settings")
+    _known("generate", task.generate, {**SamplingParams.__dataclass_fields__, **dict.fromkeys(FORMS)})
     try:
-        n = SamplingParams(**task.generate).n
+        params = SamplingParams(**task.sampling())
+        if params.structured_outputs is not None:
+            check_form(params.structured_outputs)
     except ValueError as error:
         raise ConfigError(f"generate.{error}") from None
-    if n > MAX_N:
-        raise ConfigError(f"generate.n: {n} is not accepted; it must be at most {MAX_N}")
+    n = params.n
+    _must(n <= MAX_N, "generate.n", n, f"at most {MAX_N}")
     if n > 1 and "temperature" not in task.generate:  # the model's own may be 0, and all outputs the same
         raise ConfigError("generate.n: outputs differ by sampling; a temperature above 0 is needed beside it")
     if wrong := [m for m in task.metrics if (passes(m) or 0) > n]:
@@ -229,6 +234,11 @@ def _checked(task: Task) -> Task:
             f"metrics: {wrong[0]} needs that many outputs; accepted: at most pass@{n}, or a larger generate.n"
         )
     return task
+
+
+def _must(ok: Any, where: str, value: Any, accepted: str) -> None:
+    if not ok:
+        raise ConfigError(f"{where}: {value!r} is not accepted; it must be {accepted}")
 
 
 def _known(where: str, fields: Mapping[str, Any], known: Mapping[str, Any]) -> None:
@@ -242,11 +252,9 @@ def _data(where: str, fields: Any, path: Path) -> Data:
         raise ConfigError(f"{where}: a mapping with either 'file' or 'problems' is needed")
     _known(where, fields, Data.__dataclass_fields__)
     for name in ("seed", "count"):
-        value = fields.get(name)
-        if value is not None and (type(value) is not int or not (name == "count") <= value < 2**31):
-            raise ConfigError(f"{where}.{name}: {value!r} is not accepted; it must be a whole number below 2**31")
-    if fields.get("seed", 0) is None:
-        raise ConfigError(f"{where}.seed: null is not accepted; it must be a whole number, or be left out")
+        value, low = fields.get(name, 1), int(name == "count")
+        fits = (type(value) is int and low <= value < 2**31) or (name == "count" and value is None)
+        _must(fits, f"{where}.{name}", value, "a whole number below 2**31")
     if "problems" in fields:
         if not isinstance(fields["problems"], str) or fields["problems"] not in builtin.TASKS:
             raise ConfigError(f"{where}.problems: {fields['problems']!r}; accepted: {', '.join(builtin.TASKS)}")
@@ -262,24 +270,19 @@ def _data(where: str, fields: Any, path: Path) -> Data:
 
 
 def _fewshot(fields: Any, path: Path) -> FewShot:
-    if not isinstance(fields, dict):
-        raise ConfigError(f"fewshot: {fields!r} is not accepted; a mapping with count, seed, separator, data")
+    _must(isinstance(fields, dict), "fewshot", fields, "a mapping with count, seed, separator, data")
     _known("fewshot", fields, FewShot.__dataclass_fields__)
     for name in ("count", "seed"):
-        most = MOST_FEWSHOT if name == "count" else 2**31 - 1
-        if type(fields.get(name, 0)) is not int or not 0 <= fields.get(name, 0) <= most:
-            raise ConfigError(
-                f"fewshot.{name}: {fields[name]!r} is not accepted; it must be a whole number up to {most}"
-            )
-    if not isinstance(fields.get("separator", ""), str):
-        raise ConfigError(f"fewshot.separator: {fields['separator']!r} is not accepted; it must be a text")
+        most, value = MOST_FEWSHOT if name == "count" else 2**31 - 1, fields.get(name, 0)
+        _must(type(value) is int and 0 <= value <= most, f"fewshot.{name}", value, f"a whole number up to {most}")
+    _must(isinstance(value := fields.get("separator", ""), str), "fewshot.separator", value, "a text")
     data = fields.get("data")
     return FewShot(**{**fields, "data": None if data is None else _data("fewshot.data", data, path)})
 
 
 def _extract(fields: Any) -> Extract:
-    if not isinstance(fields, dict) or not isinstance(fields.get("regex"), str):
-        raise ConfigError(f"extract: {fields!r} is not accepted; a mapping with regex, group, match")
+    fits = isinstance(fields, dict) and isinstance(fields.get("regex"), str)
+    _must(fits, "extract", fields, "a mapping with regex, group, match")
     _known("extract", fields, Extract.__dataclass_fields__)
     try:
         groups = limited.ask("groups", regex=fields["regex"])
@@ -288,6 +291,5 @@ def _extract(fields: Any) -> Extract:
     group = fields.get("group", 1 if groups else 0)
     if type(group) is not int or not 0 <= group <= groups:
         raise ConfigError(f"extract.group: {group!r} is not accepted; the expression has {groups}")
-    if fields.get("match", "first") not in ("first", "last"):
-        raise ConfigError(f"extract.match: {fields['match']!r} is not accepted; it must be first or last")
+    _must((value := fields.get("match", "first")) in ("first", "last"), "extract.match", value, "first or last")
     return Extract(**{**fields, "group": group})

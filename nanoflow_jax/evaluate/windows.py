@@ -22,7 +22,7 @@ def longest_first[Item](
     window is handed out the next is read, two items for each given: reading never holds up the caller for a whole
     window. None in the source means "nothing this time" and is passed on as such. At most two windows are held.
     """
-    items, more, size = iter(source), True, FIRST
+    items, more, size = iter(source), True, min(FIRST, window)
     current: list[Item] = []
     following: list[Item] = []
     held = 0
@@ -38,7 +38,6 @@ def longest_first[Item](
             following.append(item)
             held += num_bytes(item)
 
-    size = min(size, window)
     while more or current or following:
         if not current:
             while more and len(following) < min(FIRST, window) and held < window_bytes:

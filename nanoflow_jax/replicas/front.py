@@ -3,7 +3,8 @@
     LLM        prepare | hand out | take what has ended | hand out ...      to the replica with the most room
     replica    an LLM with a thread per call, kept full                     says what has ended
 
-The prompts that a replica has are known here, so when it dies they go to others, and none is answered twice.
+The prompts that a replica has are known here, so when it dies they go to others, and none is answered twice. One that
+hangs is ended, and then has died.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
@@ -24,9 +26,10 @@ import numpy as np
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work
 from nanoflow_jax.engine.request import RequestOutput
-from nanoflow_jax.options import AS_MANY_AS_FIT, LLMOptions
+from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import joined
-from nanoflow_jax.replicas.process import POLL_SECONDS, About, Replica, cause_line, check_plan
+from nanoflow_jax.replicas.layout import Layout, find_layout
+from nanoflow_jax.replicas.process import POLL_SECONDS, About, Hung, Replica, cause_line, check_plan
 from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.platform import num_gpus
 from nanoflow_jax.weights.fingerprint import model_fingerprint
@@ -36,6 +39,7 @@ logger = logging.getLogger("nanoflow_jax")
 TRIES = 3  # of a prompt, or of a replica's start, after a replica has died
 PULLS = 4096  # of "nothing this time" in a turn
 CALLS = 16  # that a replica answers at once
+SILENT_SECONDS = 60.0  # a replica's process, which answers every POLL_SECONDS whatever its engine does, is then hung
 
 Ended = list[tuple[Work, RequestOutput | Score]]
 
@@ -44,64 +48,16 @@ class ReplicaError(ConfigError):
     """The replicas cannot go on; one line."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """replicas  None: as many as the GPUs hold
-    devices   of each
-    on_cpu    as which JAX runs the CPU, each replica for itself
-    cluster   RAY_ADDRESS names one; else all is on this machine"""
-
-    replicas: int | None
-    devices: int
-    on_cpu: bool
-    cluster: bool
-
-    def count(self, gpus: int) -> int:
-        """Replicas on so many GPUs. Raises ConfigError where they do not fit."""
-        if self.on_cpu:
-            return self.replicas or max(1, (os.cpu_count() or 1) // self.devices)
-        wanted = self.replicas or gpus // self.devices
-        if not 1 <= wanted * self.devices <= gpus:
-            where = "the cluster has" if self.cluster else "this machine has"
-            raise ConfigError(
-                f"data_parallel_size: {max(wanted, 1)} replicas of {self.devices} GPUs (tensor_parallel_size) wanted, "
-                f"and {where} {gpus}; accepted: a product of at most {gpus}, or --cpu-devices"
-            )
-        return wanted
-
-
-def find_layout(options: LLMOptions) -> Layout:
-    """How the devices are cut; JAX is not started. Raises ConfigError, one line."""
-    size, devices = options.data_parallel_size, options.tensor_parallel_size
-    cluster, cpu = bool(os.environ.get("RAY_ADDRESS")), os.environ.get("JAX_NUM_CPU_DEVICES")
-    replicas = None if size == AS_MANY_AS_FIT else int(size)
-    if os.environ.get("JAX_PLATFORMS", "").startswith("cpu") and (cpu or not cluster):
-        present = int(cpu or devices or 1)
-        if devices is not None and devices > present:
-            raise ConfigError(
-                f"tensor_parallel_size: {devices} devices wanted, and each replica has {present}; accepted: at most "
-                f"{present}, or --cpu-devices {devices} (JAX_NUM_CPU_DEVICES), which is of each replica"
-            )
-        return Layout(replicas, devices or present, True, cluster)
-    if cluster:
-        if devices is None:
-            raise ConfigError("tensor_parallel_size: on a Ray cluster it says how many GPUs a replica has; give it")
-        return Layout(replicas, devices, False, cluster)
-    if not (gpus := num_gpus()):
-        return Layout(replicas, devices or 1, True, cluster)
-    found = Layout(replicas, devices or max(1, gpus // (replicas or gpus)), False, cluster)
-    found.count(gpus)
-    return found
-
-
 @dataclass(eq=False)
 class _Member:
-    """A replica as it is seen here. starting: the answer to `about` that is waited for; None: it is ready. failures:
-    deaths since it last gave a result."""
+    """A replica as it is seen here. starting: the answer to `about` that is waited for; None: it is ready. begun: its
+    process is there. hung: the actor that was ended for it, and why. failures: deaths since it last gave a result."""
 
     number: int
     actor: Any = None
     starting: Any = None
+    begun: bool = False
+    hung: tuple[Any, str] = (None, "")
     about: About | None = None
     failures: int = 0
 
@@ -160,9 +116,9 @@ class Replicas:
             self.members = [_Member(i) for i in range(layout.count(gpus))]
             for member in self.members:
                 self._begin(member)
-            for member in self.members:
-                while member.starting is not None:
-                    self._ready(member)
+            waits = _Waits(self._ray)
+            while any(member.starting is not None for member in self.members):
+                self._listen(waits, {})
             first = self.members[0].about
             assert first is not None
             self.plan, self.device_kind, self.prefill_rows = first.plan, first.device_kind, first.prefill_rows
@@ -192,7 +148,7 @@ class Replicas:
         source, more = iter(work), True
         again: deque[tuple[int, Work]] = deque()
         deaths: dict[int, int] = {}
-        numbers = itertools.count()
+        numbers, waits = itertools.count(), _Waits(ray)
         try:
             while True:
                 for _ in range(PULLS):
@@ -216,15 +172,13 @@ class Replicas:
                     if load.held and load.asked is None:
                         load.asked, load.new = load.actor.exchange.remote(call, load.new), []
                 waited = {load.asked: load for load in loads if load.asked is not None}
-                starting = [load.member.starting for load in loads if load.member.starting is not None]
                 if not waited and not more and not again:
                     return
-                found = self._wait([*waited, *starting])
                 ended: Ended = []
-                for load in (waited[ref] for ref in found if ref in waited):
+                for load in self._listen(waits, waited):
                     actor, ref, load.asked = load.actor, load.asked, None
                     try:
-                        results = ray.get(ref)
+                        results = self._get(load.member, actor, ref)
                     except ray.exceptions.RayActorError:
                         self._died(load.member, actor, len(load.held))
                         for number, item in load.held.items():
@@ -243,9 +197,6 @@ class Replicas:
                         load.member.failures = 0
                     ended += [(load.take(number), output) for number, output in results]
                     self.num_rows += sum(_rows(output) for _, output in results)
-                for load in loads:
-                    if load.member.starting in found:
-                        self._ready(load.member)
                 yield ended
         finally:
             for load in loads:
@@ -261,13 +212,35 @@ class Replicas:
         spawn = np.random.SeedSequence([self._options.seed, next(self._seeds)])
         return replace(work, params=replace(params, seed=int(spawn.generate_state(1, np.uint32)[0])))
 
-    def _wait(self, refs: list[Any]) -> set[Any]:
-        """Those that are there; after a moment at the latest, so that a Ctrl-C is seen."""
-        if not refs:
-            return set()
-        if not self._ray.wait(refs, num_returns=1, timeout=2 * POLL_SECONDS)[0]:
-            return set()
-        return set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+    def _listen(self, waits: _Waits, waited: dict[Any, _Load]) -> list[_Load]:
+        """Waits a moment for answers. Takes those of replicas that are starting, ends the replicas that hang, and
+        returns the loads that have an answer."""
+        starting = {member.starting: member for member in self.members if member.starting is not None}
+        found, late = waits.wait([*waited, *starting])
+        for ref in found & starting.keys():
+            self._ready(starting[ref], ref)
+        for ref in late:
+            load, why = waited.get(ref), f"no answer for {SILENT_SECONDS:.0f} s"
+            if load is not None:
+                self._end(load.member, load.actor, why)
+            elif (member := starting[ref]).begun:  # else Ray is looking for a place for it
+                self._end(member, member.actor, why)
+        return [waited[ref] for ref in found & waited.keys()]
+
+    def _get(self, member: _Member, actor: Any, ref: Any) -> Any:
+        """As Ray's; a replica that says it hangs is ended first."""
+        try:
+            return self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            if not isinstance(cause := getattr(error, "cause", None), Hung):
+                raise
+            self._end(member, actor, str(cause))
+            raise self._ray.exceptions.RayActorError from None
+
+    def _end(self, member: _Member, actor: Any, why: str) -> None:
+        """Ends a replica that hangs: what is waited for from it then fails."""
+        member.hung = actor, why
+        self._ray.kill(actor)
 
     def _begin(self, member: _Member) -> None:
         """Starts its actor; `starting` tells when it is ready."""
@@ -281,15 +254,15 @@ class Replicas:
         if not self._started_here or layout.cluster:  # else they have the variables of this process
             given["runtime_env"] = {"env_vars": _variables(layout)}
         actor = self._ray.remote(Replica).options(**given, max_concurrency=CALLS)
-        member.actor = actor.remote(self._make, options, self._fingerprint, self._plan)
+        member.actor, member.begun = actor.remote(self._make, options, self._fingerprint, self._plan), False
         member.starting = member.actor.about.remote()
 
-    def _ready(self, member: _Member) -> None:
-        """Takes what a starting replica says of itself."""
+    def _ready(self, member: _Member, starting: Any) -> None:
+        """Takes what a starting replica says of itself: that it is not ready yet, or how it is."""
         with self._lock:
-            starting, actor = member.starting, member.actor
-        if starting is None:  # another call has
-            return
+            actor = member.actor
+            if member.starting is not starting:  # another call has
+                return
         try:
             about = self._ray.get(starting)
         except self._ray.exceptions.RayActorError:
@@ -298,7 +271,9 @@ class Replicas:
             raise ReplicaError(cause_line(error)) from None
         else:
             with self._lock:
-                member.about, member.starting = about, None
+                if member.starting is starting:
+                    member.begun, member.about = True, about or member.about
+                    member.starting = actor.about.remote() if about is None else None
 
     def _died(self, member: _Member, actor: Any, held: int) -> None:
         """Starts a dead replica again, and says so."""
@@ -311,11 +286,32 @@ class Replicas:
                 who += f" (process {about.process}{f' on GPUs {about.gpus}' if about.gpus else ''})"
             if member.failures > TRIES:
                 raise ReplicaError(
-                    f"data_parallel_size: {who} has died {member.failures} times without a result; the results so far "
-                    "are kept"
+                    f"data_parallel_size: {who} has died or hung {member.failures} times without a result; the results "
+                    "so far are kept"
                 )
-            logger.warning("%s has died; it is started again, and its %d prompts are answered anew", who, held)
+            what = f"hangs ({member.hung[1]}) and is ended" if member.hung[0] is actor else "has died"
+            logger.warning("%s %s; it is started again, and its %d prompts are answered anew", who, what, held)
             self._begin(member)
+
+
+class _Waits:
+    """How long each answer has been waited for: only while someone was here to hear it. Where this process itself was
+    stopped (Ctrl-Z, a laptop that sleeps), or its caller took its time, the answers may have come meanwhile."""
+
+    def __init__(self, ray: Any):
+        self._ray, self._seconds, self._last = ray, dict[Any, float](), 0.0
+
+    def wait(self, refs: list[Any]) -> tuple[set[Any], list[Any]]:
+        """Answers that are there, after a moment at the latest, so that a Ctrl-C is seen; and those that are late."""
+        found = set[Any]()
+        if refs and self._ray.wait(refs, num_returns=1, timeout=2 * POLL_SECONDS)[0]:
+            found = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
+        passed, self._last = min(time.monotonic() - self._last, 1.0), time.monotonic()
+        self._seconds = {ref: self._seconds.get(ref, 0.0) + passed for ref in refs if ref not in found}
+        late = [ref for ref, seconds in self._seconds.items() if seconds > SILENT_SECONDS]
+        for ref in late:
+            del self._seconds[ref]
+        return found, late
 
 
 def _rows(output: RequestOutput | Score) -> int:

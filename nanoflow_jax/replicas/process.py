@@ -1,9 +1,15 @@
-"""The process of a replica: an `LLM` in an actor of Ray, and what it says of itself."""
+"""The process of a replica: an `LLM` in an actor of Ray, and what it says of itself.
+
+Its engine runs in threads of their own: the process answers, whatever they do. One that does not is stopped or wedged,
+which `front` sees. That an engine stands still is seen here: no step for STEP_SECONDS, and no program being compiled.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -14,9 +20,15 @@ from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work, room_ahead
 from nanoflow_jax.engine.request import RequestOutput
 from nanoflow_jax.plan.plan import SchedulePlan
+from nanoflow_jax.step.compile import compile_step
 from nanoflow_jax.weights.fingerprint import model_fingerprint
 
 POLL_SECONDS = 0.1  # a replica that has nothing to tell answers after so long
+STEP_SECONDS = 600.0  # no step takes so long
+
+
+class Hung(RuntimeError):
+    """An engine makes no step any more; the process has to be ended."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,15 @@ class About:
 
 
 class Replica:
-    """An `LLM` in an actor of Ray, made by `make`."""
+    """An `LLM` in an actor of Ray, made by `make`, in a thread: the process answers while weights are loaded, too."""
 
     def __init__(self, make: Callable[..., Any], options: Mapping[str, Any], fingerprint: str, plan: str | None):
         self._calls: dict[int, _Call] = {}
-        self._lock = threading.Lock()
+        self._lock, self._error = threading.Lock(), None
+        self._making = threading.Thread(target=self._make, args=(make, options, fingerprint, plan), daemon=True)
+        self._making.start()
+
+    def _make(self, make: Callable[..., Any], options: Mapping[str, Any], fingerprint: str, plan: str | None) -> None:
         try:
             self._llm = make(**options)
             self._about = _about(self._llm)
@@ -48,17 +64,20 @@ class Replica:
                 raise ConfigError(f"model: {options['model']} is another model on node {node}")
             check_plan(plan or self._llm.plan.identity, self._llm.plan, self._about.device_kind, node)
         except Exception as error:  # Ray would tell it with a page of traces
-            self._error: str | None = cause_line(error)
-        else:
-            self._error = None
+            self._error = cause_line(error)
 
-    def about(self) -> About:
+    def about(self) -> About | None:
+        """None: it is not ready yet. Raises ConfigError, one line, where it cannot be."""
+        self._making.join(POLL_SECONDS)
+        if self._making.is_alive():
+            return None
         if self._error is not None:
             raise ConfigError(self._error)
         return self._about
 
     def exchange(self, call: int, new: list[Work]) -> list[tuple[Any, RequestOutput | Score]]:
-        """Takes prompts of a call, whose keys are their numbers; returns what has ended meanwhile, waiting a little."""
+        """Takes prompts of a call, whose keys are their numbers; returns what has ended meanwhile, waiting a little.
+        Raises Hung."""
         with self._lock:
             if call not in self._calls:
                 self._calls[call] = _Call(self._llm)
@@ -95,6 +114,7 @@ class _Call:
         self._new: deque[Work] = deque()
         self._ended: list[tuple[Any, RequestOutput | Score]] = []
         self._running, self._closed = 0, False
+        self._moved = time.monotonic()  # when the engine last made a step, took a prompt, or compiled
         self._failure: BaseException | None = None
         threading.Thread(target=self._work, args=(llm,), daemon=True).start()
 
@@ -106,6 +126,11 @@ class _Call:
             if self._failure is not None:
                 raise self._failure
             ended, self._ended = self._ended, []
+            still = time.monotonic() - self._moved
+            if self._running and still > 1 and _compiling():
+                self._moved = time.monotonic()
+            elif self._running and still > STEP_SECONDS and not ended:
+                raise Hung(f"no step for {still:.0f} s")
             return ended
 
     def close(self) -> None:
@@ -124,12 +149,14 @@ class _Call:
                     return
                 item = self._new.popleft()
                 self._running += 1
+                self._moved = time.monotonic()
             yield item
 
     def _work(self, llm: Any) -> None:
         try:
             with closing(llm.run_steps(self._source())) as steps:
                 for ended in steps:
+                    self._moved = time.monotonic()
                     if self._closed:
                         return
                     if ended:
@@ -141,6 +168,17 @@ class _Call:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+
+
+def _compiling() -> bool:
+    """Whether some thread compiles a program, which may take any time: what few requests want is compiled when the
+    first one comes."""
+    for frame in sys._current_frames().values():
+        while frame is not None:
+            if frame.f_code is compile_step.__code__:
+                return True
+            frame = frame.f_back
+    return False
 
 
 def check_plan(wanted: str, plan: SchedulePlan, device: str, node: str) -> None:

@@ -55,10 +55,6 @@ class Progress:
             done = f"{self._done / scale:.4g}/{(self._total or 0) / scale:.4g}"
             print(f"{self._title}: {done} {unit} {self._note}".rstrip(), file=sys.stderr)
 
-    @property
-    def done(self) -> int:
-        return self._done
-
     def __enter__(self) -> Progress:
         return self
 

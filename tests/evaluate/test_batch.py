@@ -6,6 +6,7 @@ import json
 import random
 import re
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,10 @@ from nanoflow_jax.evaluate import batch, journal
 from nanoflow_jax.evaluate.batch import Settings, answer, parse_lines, write_in_order
 from nanoflow_jax.evaluate.lines import Line, NumberSet, identify, read_lines
 from nanoflow_jax.evaluate.manifest import Manifest
+from nanoflow_jax.evaluate.prompts import samples
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, Record
+from nanoflow_jax.evaluate.run_task import run_task
+from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.evaluate.windows import longest_first
 from nanoflow_jax.system import progress
 from tests.evaluate.flags import Cli
@@ -368,6 +372,13 @@ def test_progress_counts_tokens_as_they_come(
     lines = re.findall(r"answering: (\d)/1 requests (\d+) tokens/s", capsys.readouterr().err)
     assert report.completion_tokens == 100
     assert len([speed for done, speed in lines if done == "0" and int(speed) > 0]) > 50
+
+    task = replace(load_task("addition"), generate={"max_tokens": 100, "ignore_eos": True})
+    with journal.Journal.open(tmp_path / "samples.jsonl", Manifest("eval", {})) as results:
+        run_task(llm, task, samples(task, 1), results)
+    lines = re.findall(r"addition: (\d)/1 questions (\d+) tokens/s", capsys.readouterr().err)
+    assert len([speed for done, speed in lines if done == "0" and int(speed) > 0]) > 50
+    assert lines[-1][0] == "1"
 
 
 def test_a_count_that_is_complete_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:

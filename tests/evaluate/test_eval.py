@@ -148,6 +148,10 @@ BAD: list[tuple[dict[str, Any], list[str]]] = [
     ({"metrics": ["accuracy"]}, ["metrics", "accuracy"]),
     ({"generate": {"max_tokens": 0}}, ["generate.max_tokens", "0"]),
     ({"generate": {"beams": 2}}, ["generate", "'beams'"]),
+    ({"generate": {"structured_outputs": {"regex": "("}}}, ["generate.structured_outputs: regex", "compiled"]),
+    ({"generate": {"structured_outputs": {"regx": "a"}}}, ["generate.structured_outputs", "did you mean regex"]),
+    ({"generate": {"structured_outputs": "json"}}, ["generate.structured_outputs", "an object"]),
+    ({"generate": {"response_format": {"type": "json"}}}, ["generate.response_format", "json_schema"]),
     ({"generate": {"n": 2}}, ["generate.n", "a temperature above 0"]),
     ({"generate": {"n": 2, "temperature": 0}}, ["generate.n"]),
     ({"generate": {"n": 1001, "temperature": 1}}, ["generate.n", "at most 1000"]),
@@ -392,6 +396,29 @@ def test_scores_of_several_outputs() -> None:
     metrics = ("exact_match", "pass@1", "pass@2", "pass@4", "majority", "contains")
     wanted = {"exact_match": 0.5, "pass@1": 0.5, "pass@2": 5 / 6, "pass@4": 1.0, "majority": 1.0, "contains": 0.5}
     assert score_outputs(metrics, answers, ["4", "y"]) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"structured_outputs": {"choice": ["7", "42"]}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "sum", "schema": {"enum": [7, 42]}}}},
+    ],
+    ids=lambda form: next(iter(form)),
+)
+def test_answers_of_a_form(cli: Cli, tmp_path: Path, form: dict[str, Any]) -> None:
+    """As a batch file's body says it; another form is another run, and a bad one is told before the folder is made."""
+    pytest.importorskip("llguidance", reason="needs the structured extra")
+    generate = {"max_tokens": 40, "temperature": 0}
+    out = tmp_path / "run"
+    assert cli("eval", write_task(tmp_path, generate=generate | form), "-o", str(out))[0] == 0
+    found = [r["output"] for r in records(out / "mine.samples.jsonl")]
+    assert len(found) == 6 and set(found) <= {"7", "42"}
+    status, _, err = cli("eval", write_task(tmp_path, generate=generate), "-o", str(out))
+    assert status == 1 and f"task.generate.{next(iter(form))} was" in err
+    bad = write_task(tmp_path, generate={"structured_outputs": {"regex": "("}})
+    status, _, err = cli("eval", bad, "-o", str(tmp_path / "bad"))
+    assert status == 1 and "generate.structured_outputs: regex" in err and not (tmp_path / "bad").exists()
 
 
 def test_a_task_with_several_outputs(cli: Cli, llm: LLM, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -15,6 +16,8 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (the lm-eval extra)")
 
+import datasets.config
+import lm_eval
 from huggingface_hub import constants
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -33,6 +36,7 @@ from nanoflow_jax.evaluate.report import TaskResult, summarize
 from nanoflow_jax.evaluate.run_task import run_task
 from nanoflow_jax.evaluate.tasks import load_task
 from nanoflow_jax.weights import hub
+from tools import nightly_data
 
 LENGTH = 128  # of the shared model
 SUMS = [(a, a + 7) for a in range(10, 46, 6)]
@@ -222,6 +226,31 @@ def test_the_command_line_prints_the_table(
     printed = capsys.readouterr().out
     assert "|sums |" in printed and "|exact_match|↑  |    1|±  |     0|" in printed
     assert sys.argv == before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning")
+def test_the_tasks_of_every_night_run_on_stand_ins(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """lm-eval's own gsm8k and mmlu, as in the dry run of docs/nightly.md: no Hub is asked, and targets are right."""
+    nightly_data.write_both(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    own = Path(lm_eval.__file__).parent / "tasks"
+    found = cast(Any, simple_evaluate)(
+        model=NanoflowLM(llm=llm, max_gen_toks=8),
+        tasks=["gsm8k", "mmlu_anatomy"],
+        num_fewshot=1,
+        limit=3,
+        task_manager=TaskManager(include_path=[str(own / "gsm8k"), str(own / "mmlu/default")], include_defaults=False),
+        bootstrap_iters=10,
+    )
+    assert {"exact_match,strict-match", "exact_match,flexible-extract"} <= set(found["results"]["gsm8k"])
+    assert len(nightly_data.subjects()) == 57 and "acc,none" in found["results"]["mmlu_anatomy"]
+    for sample in found["samples"]["gsm8k"]:
+        asked, right = (re.findall(r"\d+", sample["doc"][name]) for name in ("question", "answer"))
+        assert int(asked[0]) + int(asked[1]) == int(right[-1]) and "#### " in sample["target"]
+    for sample in found["samples"]["mmlu_anatomy"]:
+        asked = re.findall(r"\d+", sample["doc"]["question"])
+        assert sample["doc"]["choices"][sample["target"]] == str(int(asked[0]) + int(asked[1]))
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once(
