@@ -3,22 +3,8 @@ a sliding window in five of six layers, with a rotary embedding of its own; an e
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
-from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.parts import (
-    contract,
-    gated_mlp_up,
-    kqv_projection,
-    linear,
-    o_projection,
-    rms_norm,
-    scaled,
-    self_attention,
-)
 from nanoflow_jax.models.rope import read_ropes
 
 GELU = "gelu_pytorch_tanh"
@@ -53,19 +39,3 @@ def read_config(read: Fields) -> ModelConfig:
         read, "gemma3_text", period([kinds[kind] for kind in types]), embedding_multiplier="sqrt", norms="both",
         norm_offset=1.0,
     )  # fmt: skip
-
-
-def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout; to the
-    norms' weights 1 has been added."""
-    x, eps = scaled(params.embedding[tokens], config.embedding_factor), config.rms_norm_eps
-    for kind, norms, (q_norm, k_norm), layer in zip(
-        config.layers, params.norms, params.qk_norms, params.layers, strict=True
-    ):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        attention = self_attention(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, kind.attention)
-        x = x + rms_norm(o_projection(attention, layer), norms[1], eps)
-        up = gated_mlp_up(rms_norm(x, norms[2], eps), layer, kind.mlp)
-        x = x + rms_norm(linear(up, layer.down, layer.down_bias), norms[3], eps)
-    head = params.embedding if params.head is None else params.head
-    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import Fields, only, read_decoder, read_window
-from nanoflow_jax.models.llama import forward
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config"]
 
 
 def read_config(read: Fields) -> ModelConfig:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
-from nanoflow_jax.models.olmo2 import forward
 from nanoflow_jax.models.rope import read_ropes
-
-__all__ = ["forward", "read_config"]
 
 THETA = 500000.0  # of sliding layers, which no field of the older dialect says
 

@@ -13,10 +13,7 @@ from nanoflow_jax.models.fields import (
     read_layer_types,
     read_window,
 )
-from nanoflow_jax.models.llama import forward
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config", "read_windows"]
 
 
 def read_config(read: Fields) -> ModelConfig:
