@@ -23,8 +23,8 @@ from nanoflow_jax.models.params import is_info
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.extras import Extra, Sample
-from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, packed_length, unpack
-from nanoflow_jax.step.trace import CACHE_SPECS, StepEnd, StepState
+from nanoflow_jax.step.slots import BIAS_ROWS, CACHE_SPECS, SLOT_SPECS, SlotSizes, StepState, packed_length, unpack
+from nanoflow_jax.step.trace import StepEnd
 
 PAGE_SIZE = 64
 SAMPLED = Sample(top_k=False, top_p=True)  # as all requests here

@@ -18,8 +18,7 @@ from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.sampler import IN_PROMPT, MAX_COUNT
-from nanoflow_jax.step.slots import SlotSizes
-from nanoflow_jax.step.trace import StepState
+from nanoflow_jax.step.slots import SlotSizes, StepState
 
 TOKENS_PER_WRITE = 1024
 

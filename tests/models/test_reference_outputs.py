@@ -23,7 +23,7 @@ from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.trace import KVCache
+from nanoflow_jax.step.slots import KVCache
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import (
     ALL_CASES,
