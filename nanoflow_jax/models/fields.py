@@ -156,12 +156,7 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: 
     return config.for_length(config.max_length)
 
 
-def full_attention_only(read: Fields) -> None:
-    """Raises ConfigError where `layer_types` names another kind of attention."""
-    only(read, FULL)
-
-
-def only(read: Fields, kind: str) -> None:
+def only(read: Fields, kind: str = FULL) -> None:
     """Raises ConfigError where `layer_types` names a kind of attention that is not this one."""
     if other := sorted({str(other) for other in read.take("layer_types", list, [])} - {kind}):
         raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: {kind!r} in every layer")

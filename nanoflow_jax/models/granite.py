@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
+from nanoflow_jax.models.fields import Fields, only, read_decoder
 from nanoflow_jax.models.rope import read_rope
 
 
 def read_config(read: Fields) -> ModelConfig:
     """Each multiplier that is absent is 1; attention_multiplier, too, which stands in place of head_dim ** -0.5."""
-    full_attention_only(read)
+    only(read)
     bias = read.take("attention_bias", bool, False)
     scale = read.number("attention_multiplier", 1.0)
     attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias, scale=scale)

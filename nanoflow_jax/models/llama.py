@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
+from nanoflow_jax.models.fields import Fields, only, read_decoder
 from nanoflow_jax.models.rope import read_rope
 
 
 def read_config(read: Fields) -> ModelConfig:
-    full_attention_only(read)
+    only(read)
     bias = read.take("attention_bias", bool, False)
     attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias)
     return read_decoder(read, "llama", (Layer(attention, Mlp(read.take("mlp_bias", bool, False))),))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Experts, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, only, read_decoder, read_experts, read_window
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, read_decoder, read_experts, read_window
 from nanoflow_jax.models.rope import read_rope
 
 
@@ -14,7 +14,7 @@ def read_config(read: Fields) -> ModelConfig:
         rope_theta=1e6,
     )  # fmt: skip
     window = read_window(read)
-    only(read, "full_attention" if window is None else "sliding_attention")
+    only(read, FULL if window is None else SLIDING)
     count, per_token = read_experts(read, "num_local_experts")
     mlp = Mlp(experts=Experts(count, per_token, read.positive("intermediate_size")))
     return read_decoder(read, "mixtral", (Layer(Attention(read_rope(read), window=window), mlp),))

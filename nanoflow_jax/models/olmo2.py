@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
+from nanoflow_jax.models.fields import Fields, only, read_decoder
 from nanoflow_jax.models.rope import read_rope
 
 
 def read_config(read: Fields) -> ModelConfig:
     read = read.with_defaults(rms_norm_eps=1e-5)
-    full_attention_only(read)
+    only(read)
     bias = read.take("attention_bias", bool, False)
     attention = Attention(read_rope(read), qkv_bias=bias, o_bias=bias, qk_norm="projection")
     return read_decoder(read, "olmo2", (Layer(attention, Mlp()),), norms="after")

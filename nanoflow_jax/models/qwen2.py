@@ -7,7 +7,7 @@ from nanoflow_jax.models.fields import (
     FULL,
     SLIDING,
     Fields,
-    full_attention_only,
+    only,
     period,
     read_decoder,
     read_layer_types,
@@ -29,7 +29,7 @@ def read_windows(read: Fields) -> tuple[int | None, ...]:
     """A period of the layers' windows. Published files give a window and say that it is not used."""
     window, first = read_window(read), read.take("max_window_layers", int, 28)
     if not read.take("use_sliding_window", bool, False):
-        full_attention_only(read)
+        only(read)
         return (None,)
     kinds = read_layer_types(read, lambda i: FULL if window is None or i < first else SLIDING, window)
     return period([window if kind == SLIDING else None for kind in kinds])
