@@ -39,7 +39,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.checks import FP8, FP8_MAX
+from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.rows_fp8 import LEAST
 from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
@@ -328,9 +328,8 @@ def add_rms_norm_mosaic(
 
 def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None, scaled: bool) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, value in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != jnp.bfloat16:
-            raise ValueError(f"{name}: dtype {value.dtype}; backend 'mosaic' accepts bfloat16")
+    given = ("x", x), ("update", update), ("weight", weight), ("bias", bias)
+    check_dtypes(*((name, value, (jnp.bfloat16,)) for name, value in given))
     row_size, most = x.shape[1], MAX_SCALED_ROW if scaled else MAX_ROW
     if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= most:
         raise ValueError(

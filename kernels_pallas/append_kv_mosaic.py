@@ -26,6 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import check_dtypes, check_sm_budget
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import AppendTuning
 
@@ -168,9 +169,7 @@ def check_mosaic(
     tuning: AppendTuning,
 ) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, x in (("pages", pages), ("slots", slots)):
-        if x.dtype != jnp.int32:
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts int32")
+    check_dtypes(("pages", pages, (jnp.int32,)), ("slots", slots, (jnp.int32,)))
     _, heads, _, d = k_pages.shape
     if heads > TMA_BOX or d > TMA_BOX:
         raise ValueError(
@@ -186,5 +185,4 @@ def check_mosaic(
             f"k_pages, v_pages: a token's {heads} KV heads of {d} {k_pages.dtype} are {token_bytes} bytes; "
             f"backend 'mosaic' accepts the tuning's block_bytes, {tuning.block_bytes}"
         )
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
+    check_sm_budget(sm_budget)

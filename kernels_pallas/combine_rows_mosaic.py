@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import check_dtypes
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
@@ -113,8 +114,7 @@ def combine_rows_mosaic(
 
 def check_mosaic(rows: jax.Array, place: jax.Array) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    if rows.dtype != jnp.bfloat16:
-        raise ValueError(f"rows: dtype {rows.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(("rows", rows, (jnp.bfloat16,)))
     if rows.shape[1] % LINE or rows.shape[1] < THREADS:
         raise ValueError(
             f"rows: {rows.shape[1]} elements; backend 'mosaic' accepts multiples of {LINE} from {THREADS} on"

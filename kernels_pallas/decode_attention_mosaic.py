@@ -32,10 +32,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.decode_body_mosaic import decode_body, tiled
+from kernels_pallas.checks import PAGE_SIZE
+from kernels_pallas.decode_body_mosaic import decode_body
 from kernels_pallas.decode_combine_mosaic import combine
 from kernels_pallas.decode_plan import (
-    PAGE_SIZE,
     Q_SLOTS,
     UPCAST_SLOTS,
     Plan,
@@ -45,6 +45,7 @@ from kernels_pallas.decode_plan import (
     make_plan,
 )
 from kernels_pallas.expected import scheduled_as
+from kernels_pallas.mosaic_parts import tiled
 from kernels_pallas.tuning import DecodeTuning
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.checks import FP8
+from kernels_pallas.checks import FP8, PAGE_SIZE, check_dtypes, check_mosaic_attention, check_sm_budget
 from kernels_pallas.tuning import DecodeTuning, DecodeWork, choose_splits
 
-PAGE_SIZE = 64  # tokens: wgmma's M
-HEAD_DIMS = (64, 128)
 MAX_REPEATS = 16  # query heads per KV head
-LOG2_E = math.log2(math.e)
 Q_SLOTS = 2  # items whose queries are in shared memory
 UPCAST_SLOTS = 2  # steps of V that are float16 at a time, with fp8 pages
 
@@ -214,27 +210,14 @@ def check_mosaic(
     sm_budget: int | None,
 ) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    pages = (jnp.dtype(jnp.bfloat16), jnp.dtype(FP8))
-    for name, x, dtypes in (
-        ("q", q, pages[:1]),
-        ("k_pages", k_pages, pages),
-        ("v_pages", v_pages, (k_pages.dtype,)),
-        ("page_table", page_table, (jnp.dtype(jnp.int32),)),
-        ("lengths", lengths, (jnp.dtype(jnp.int32),)),
-    ):
-        if x.dtype not in dtypes:
-            accepted = ", ".join(dtype.name for dtype in dtypes)
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts {accepted}")
-    if k_pages.shape[2] != PAGE_SIZE:
-        raise ValueError(f"k_pages, v_pages: page size {k_pages.shape[2]}; backend 'mosaic' accepts {PAGE_SIZE}")
-    if q.shape[2] not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"q: head size {q.shape[2]}; backend 'mosaic' accepts {accepted}")
+    check_dtypes(("q", q, (jnp.bfloat16,)), ("k_pages", k_pages, (jnp.bfloat16, FP8)))
+    check_dtypes(("v_pages", v_pages, (k_pages.dtype,)))
+    check_dtypes(("page_table", page_table, (jnp.int32,)), ("lengths", lengths, (jnp.int32,)))
+    check_mosaic_attention(q, k_pages)
     if (repeats := q.shape[1] // k_pages.shape[1]) > MAX_REPEATS:
         raise ValueError(f"q: {repeats} query heads per KV head; backend 'mosaic' accepts 1 to {MAX_REPEATS}")
     if 0 in (q.shape[0], page_table.shape[1], k_pages.shape[0]):
         raise ValueError(
             "q, page_table, k_pages: backend 'mosaic' accepts at least one row, one page of a row, one page"
         )
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
+    check_sm_budget(sm_budget)

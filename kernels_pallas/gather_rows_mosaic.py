@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import check_dtypes
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
@@ -87,8 +88,7 @@ def gather_rows_mosaic(
 
 def check_mosaic(x: jax.Array, rows: jax.Array) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    if x.dtype != jnp.bfloat16:
-        raise ValueError(f"x: dtype {x.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(("x", x, (jnp.bfloat16,)))
     if x.shape[1] % LINE or not LINE <= x.shape[1] <= 256 * LINE:
         raise ValueError(f"x: rows of {x.shape[1]}; backend 'mosaic' accepts multiples of {LINE} up to {256 * LINE}")
     if rows.shape[0] % BLOCK or rows.shape[0] == 0:

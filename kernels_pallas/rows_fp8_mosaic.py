@@ -27,16 +27,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.checks import FP8, FP8_MAX
+from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.gate import Gate
+from kernels_pallas.mosaic_parts import LOG2_E
 from kernels_pallas.rows_fp8 import LEAST, next_power_of_two
 from kernels_pallas.tuning import BLOCK_LIMIT, RowsTuning
 
 WARPS = 4  # of a warpgroup
 ROW_UNIT = 128  # a row size is a multiple of this
 MAX_ROW = 65_536
-LOG2E = 1.4426950408889634
 OTHER = 3072  # bytes of shared memory for maxima, barriers and alignment
 
 
@@ -81,7 +81,7 @@ def vector(row_size: int) -> int:
 
 def _sigmoid(x: jax.Array) -> jax.Array:
     """By the hardware's 2^x, without the steps that make it good to the last bits of float32: bfloat16 drops those."""
-    return 1 / (1 + jnp.exp2(x * -LOG2E))
+    return 1 / (1 + jnp.exp2(x * -LOG2_E))
 
 
 def _body(plan: Plan) -> Callable[..., None]:
@@ -306,9 +306,7 @@ def rows_to_fp8_mosaic(
 
 def check_mosaic(pieces: Sequence[jax.Array], row_size: int) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for x in pieces:
-        if x.dtype != jnp.bfloat16:
-            raise ValueError(f"x: dtype {x.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(*(("x", x, (jnp.bfloat16,)) for x in pieces))
     if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= MAX_ROW:
         raise ValueError(
             f"x: rows of {row_size} in the result; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} "
