@@ -15,7 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas.checks import FP8
-from kernels_pallas.self_check import Heads
+from kernels_pallas.self_check_cases import Heads
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.engine.engine import Engine, step_shapes

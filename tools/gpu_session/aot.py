@@ -27,7 +27,7 @@ from kernels_pallas.bench.cases import CASES, AppendCase, Case, DecodeCase
 from kernels_pallas.bench.expert_cases import ExpertCase
 from kernels_pallas.bench.experts import expert_call
 from kernels_pallas.bench.kernels import Setting
-from kernels_pallas.self_check import make_check
+from kernels_pallas.self_check_cases import make_check
 from kernels_pallas.tuning import GROUPED, tuned_gpu
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.commands import bench as command
