@@ -173,6 +173,14 @@ def read_layer_types(read: Fields, usual: Callable[[int], str], window: int | No
     return tuple(kinds)
 
 
+def read_kinds(
+    read: Fields, usual: Callable[[int], str], window: int | None, layer: Callable[[str, int | None], Layer]
+) -> tuple[Layer, ...]:
+    """A period of the layers, of their kind and its window."""
+    kinds = read_layer_types(read, usual, window)
+    return period([layer(kind, window if kind == SLIDING else None) for kind in kinds])
+
+
 def period[T](layers: Sequence[T]) -> tuple[T, ...]:
     """The shortest that gives all of them when it is repeated."""
     size = next(n for n in range(1, len(layers) + 1) if all(layers[i] == layers[i % n] for i in range(len(layers))))

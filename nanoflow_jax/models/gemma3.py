@@ -4,7 +4,7 @@ a sliding window in five of six layers, with a rotary embedding of its own; an e
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, read_decoder, read_kinds, read_window
 from nanoflow_jax.models.rope import read_ropes
 
 GELU = "gelu_pytorch_tanh"
@@ -23,19 +23,11 @@ def read_config(read: Fields) -> ModelConfig:
     bias, window = read.take("attention_bias", bool, False), read_window(read)
     scale = read.number("query_pre_attn_scalar", 256) ** -0.5
     ropes = read_ropes(read, 1e6, 1e4, "rope_local_base_freq")
-    kinds = {
-        kind: Layer(
-            Attention(
-                ropes[kind], qkv_bias=bias, o_bias=bias, scale=scale, window=window if kind == SLIDING else None,
-                qk_norm="head",
-            ),
-            Mlp(activation="gelu_tanh"),
-        )
-        for kind in (FULL, SLIDING)
-    }  # fmt: skip
     every = read.positive("sliding_window_pattern", 6)
-    types = read_layer_types(read, lambda i: SLIDING if (i + 1) % every else FULL, window)
-    return read_decoder(
-        read, "gemma3_text", period([kinds[kind] for kind in types]), embedding_multiplier="sqrt", norms="both",
-        norm_offset=1.0,
-    )  # fmt: skip
+
+    def layer(kind: str, window: int | None) -> Layer:
+        attention = Attention(ropes[kind], bias, bias, scale=scale, window=window, qk_norm="head")
+        return Layer(attention, Mlp(activation="gelu_tanh"))
+
+    pattern = read_kinds(read, lambda i: SLIDING if (i + 1) % every else FULL, window, layer)
+    return read_decoder(read, "gemma3_text", pattern, embedding_multiplier="sqrt", norms="both", norm_offset=1.0)

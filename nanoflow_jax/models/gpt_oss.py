@@ -6,16 +6,7 @@ from __future__ import annotations
 import logging
 
 from nanoflow_jax.config import Attention, ConfigError, Experts, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import (
-    FULL,
-    SLIDING,
-    Fields,
-    period,
-    read_decoder,
-    read_experts,
-    read_layer_types,
-    read_window,
-)
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, read_decoder, read_experts, read_kinds, read_window
 from nanoflow_jax.models.rope import read_rope
 
 logger = logging.getLogger("nanoflow_jax")
@@ -45,12 +36,11 @@ def read_config(read: Fields) -> ModelConfig:
         bias=True),
     )  # fmt: skip
     window, bias, rope = read_window(read), read.take("attention_bias", bool, True), read_rope(read)
-    kinds = read_layer_types(read, lambda i: FULL if i % 2 else SLIDING, window)
-    layers = [
-        Layer(Attention(rope, bias, bias, window=window if kind == SLIDING else None, sinks=True), mlp)
-        for kind in kinds
-    ]
-    return read_decoder(read, "gpt_oss", period(layers))
+
+    def layer(_: str, window: int | None) -> Layer:
+        return Layer(Attention(rope, bias, bias, window=window, sinks=True), mlp)
+
+    return read_decoder(read, "gpt_oss", read_kinds(read, lambda i: FULL if i % 2 else SLIDING, window, layer))
 
 
 def _without_mxfp4(read: Fields) -> Fields:

@@ -11,11 +11,5 @@ from nanoflow_jax.models.rope import read_rope
 def read_config(read: Fields) -> ModelConfig:
     read = read.with_defaults(num_key_value_heads=32, head_dim=128, max_position_embeddings=32768, sliding_window=4096)
     rope, bias = read_rope(read), read.take("attention_bias", bool, False)
-    return read_decoder(
-        read,
-        "qwen3",
-        tuple(
-            Layer(Attention(rope, qkv_bias=bias, o_bias=bias, window=window, qk_norm="head"), Mlp())
-            for window in read_windows(read)
-        ),
-    )
+    layers = (Layer(Attention(rope, bias, bias, window=at, qk_norm="head"), Mlp()) for at in read_windows(read))
+    return read_decoder(read, "qwen3", tuple(layers))
