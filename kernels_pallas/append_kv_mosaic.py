@@ -133,11 +133,7 @@ def append_kv_mosaic(
     sms = tuning.sms if sm_budget is None else min(sm_budget, tuning.sms)
     block = min(MAX_BLOCK, max(1, tuning.block_bytes // token_bytes), -(-k.shape[0] // sms))
     plan = Plan(
-        rows=k.shape[0],
-        pages=count,
-        block=block,
-        stages=tuning.stages,
-        programs=min(sms, -(-k.shape[0] // block)),
+        rows=k.shape[0], pages=count, block=block, stages=tuning.stages, programs=min(sms, -(-k.shape[0] // block))
     )
     blocks = plgpu.SMEM((plan.stages, block, heads, d), k_pages.dtype)
     kernel = plgpu.kernel(

@@ -35,15 +35,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.checks import PAGE_SIZE
 from kernels_pallas.decode_body_mosaic import decode_body
 from kernels_pallas.decode_combine_mosaic import combine
-from kernels_pallas.decode_plan import (
-    Q_SLOTS,
-    UPCAST_SLOTS,
-    Plan,
-    check_mosaic,
-    cut_blocks,
-    expected_us,
-    make_plan,
-)
+from kernels_pallas.decode_plan import Q_SLOTS, UPCAST_SLOTS, Plan, check_mosaic, cut_blocks, expected_us, make_plan
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.mosaic_parts import tiled
 from kernels_pallas.tuning import DecodeTuning

@@ -25,13 +25,7 @@ MOST_STAGES = 16
 
 
 def gather_rows_mosaic(
-    x: jax.Array,
-    rows: jax.Array,
-    used: jax.Array,
-    *,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
+    x: jax.Array, rows: jax.Array, used: jax.Array, *, tuning: GroupedTuning, expected_rows: int | None, interpret: Any
 ) -> jax.Array:
     """As `kernels_pallas.gather_rows`, which describes the arguments and has checked their shapes."""
     check_mosaic(x, rows)

@@ -532,12 +532,7 @@ def save_state(
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model 'tiny'.", allow_abbrev=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "tiny_llama",
-        help="model folder to write",
-    )
+    parser.add_argument("--output", type=Path, default=ASSETS / "tiny_llama", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
     parser.add_argument(

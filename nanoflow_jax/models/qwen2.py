@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import (
-    FULL,
-    SLIDING,
-    Fields,
-    only,
-    period,
-    read_decoder,
-    read_layer_types,
-    read_window,
-)
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, period, read_decoder, read_layer_types, read_window
 from nanoflow_jax.models.rope import read_rope
 
 

@@ -10,15 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.cost.latency import (
-    EXTRAPOLATED,
-    PROFILE,
-    US,
-    Prediction,
-    Rate,
-    RooflineModel,
-    wire_bytes,
-)
+from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, US, Prediction, Rate, RooflineModel, wire_bytes
 from nanoflow_jax.hardware import Calibration, Hardware, hardware_of_device
 from nanoflow_jax.profile.grid import Curve, Place, SampleGrid
 from nanoflow_jax.profile.points import AXES, BYTES, Point, Size

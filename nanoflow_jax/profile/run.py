@@ -26,15 +26,7 @@ from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.profile import programs
 from nanoflow_jax.profile.kernels import Kernel, kernel
 from nanoflow_jax.profile.points import GRIDS, Grid, Pair, Point, Scope, points
-from nanoflow_jax.profile.table import (
-    FORMAT,
-    Table,
-    TableWriter,
-    foreign,
-    read_table,
-    these_versions,
-    this_machine,
-)
+from nanoflow_jax.profile.table import FORMAT, Table, TableWriter, foreign, read_table, these_versions, this_machine
 from nanoflow_jax.profile.timing import US, PairTiming, Timing, time_pair, time_programs
 from nanoflow_jax.step.attention import choose_backend
 from nanoflow_jax.system.progress import Progress
