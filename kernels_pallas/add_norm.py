@@ -80,10 +80,9 @@ def add_rms_norm(
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.add_norm_mosaic import add_rms_norm_mosaic
 
-        tuning = ADD_NORM[DEFAULT_GPU] if tuning is None else tuning
         return add_rms_norm_mosaic(
             x, update, weight, bias, scales, weight_row=weight_row, eps=eps, quantise=quantise, bound=bound,
-            tuning=tuning, interpret=interpret,
+            tuning=tuning or ADD_NORM[DEFAULT_GPU], interpret=interpret,
         )  # fmt: skip
 
     if gathered:

@@ -257,24 +257,11 @@ def make_plan(
 
 
 def add_rms_norm_mosaic(
-    x: jax.Array,
-    update: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    scales: tuple[jax.Array, jax.Array] | None,
-    *,
-    weight_row: int,
-    eps: float,
-    quantise: bool,
-    bound: float | None,
-    tuning: AddNormTuning,
-    interpret: Any = None,
-) -> tuple[jax.Array, Any]:
-    """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes.
-
-    weight     [R, H], read in place
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None,
+    scales: tuple[jax.Array, jax.Array] | None, *, weight_row: int, eps: float, quantise: bool, bound: float | None,
+    tuning: AddNormTuning, interpret: Any = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes; weight [R, H]."""
     check_mosaic(x, update, weight, bias, scales is not None)
     n, row_size = x.shape
     if n == 0:

@@ -68,10 +68,10 @@ def append_kv(
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.append_kv_mosaic import append_kv_mosaic
 
-        tuning = APPEND[DEFAULT_GPU] if tuning is None else tuning
         return append_kv_mosaic(
-            k_pages, v_pages, k, v, pages, slots, first_page, tuning=tuning, sm_budget=sm_budget, interpret=interpret
-        )
+            k_pages, v_pages, k, v, pages, slots, first_page, tuning=tuning or APPEND[DEFAULT_GPU],
+            sm_budget=sm_budget, interpret=interpret,
+        )  # fmt: skip
 
     count, heads, page_size, d = k_pages.shape
     pages = pages + first_page

@@ -107,24 +107,11 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 
 def append_kv_mosaic(
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pages: jax.Array,
-    slots: jax.Array,
-    first_page: jax.Array,
-    *,
-    tuning: AppendTuning,
-    sm_budget: int | None = None,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array,
+    first_page: jax.Array, *, tuning: AppendTuning, sm_budget: int | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """As `kernels_pallas.append_kv`, which describes the arguments, has checked their shapes and gives k and v in the
-    pages' dtype.
-
-    sm_budget  SMs to use at most; the tuning's by default
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    pages' dtype."""
     count, heads, _, d = k_pages.shape
     token_bytes = heads * d * k_pages.dtype.itemsize
     check_mosaic(k_pages, pages, slots, sm_budget, token_bytes, tuning)

@@ -57,9 +57,8 @@ def combine_rows(
     if backend == "mosaic":
         from kernels_pallas.combine_rows_mosaic import combine_rows_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
         return combine_rows_mosaic(
-            rows, place, weights, shared=shared, shared_weight=shared_weight, tuning=tuning,
+            rows, place, weights, shared=shared, shared_weight=shared_weight, tuning=tuning or GROUPED[DEFAULT_GPU],
             expected_rows=expected_rows, interpret=interpret,
         )  # fmt: skip
     total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)

@@ -80,16 +80,9 @@ def _body(hidden: int, choices: int, shared: bool) -> Callable[..., None]:
 
 
 def combine_rows_mosaic(
-    rows: jax.Array,
-    place: jax.Array,
-    weights: jax.Array,
-    *,
-    shared: jax.Array | None,
-    shared_weight: jax.Array | None,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
-) -> jax.Array:
+    rows: jax.Array, place: jax.Array, weights: jax.Array, *, shared: jax.Array | None,
+    shared_weight: jax.Array | None, tuning: GroupedTuning, expected_rows: int | None, interpret: Any,
+) -> jax.Array:  # fmt: skip
     """As `kernels_pallas.combine_rows`, which describes the arguments and has checked their shapes."""
     check_mosaic(rows, place)
     hidden, (tokens, choices) = rows.shape[1], place.shape

@@ -69,11 +69,10 @@ def decode_attention(
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
-        tuning = DECODE[DEFAULT_GPU] if tuning is None else tuning
         out, lse = decode_attention_mosaic(
             q, k_pages, v_pages, page_table, lengths, first_page=first_page, scale=scale, k_scale=k_scale,
-            v_scale=v_scale, window=window, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context,
-            interpret=interpret,
+            v_scale=v_scale, window=window, tuning=tuning or DECODE[DEFAULT_GPU], sm_budget=sm_budget,
+            expected_context=expected_context, interpret=interpret,
         )  # fmt: skip
         return with_sinks(out, lse, sinks), lse
     visible = lengths[:, None]

@@ -86,28 +86,12 @@ def _call(plan: Plan, dtype: Any, interpret: Any) -> Callable[..., tuple[jax.Arr
 
 
 def decode_attention_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
-    *,
-    first_page: jax.Array,
-    scale: float,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
-    window: int | None = None,
-    tuning: DecodeTuning,
-    sm_budget: int | None = None,
-    expected_context: int | None = None,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `kernels_pallas.decode_attention`, which describes the arguments and has checked their shapes.
-
-    sm_budget         SMs to use at most; the tuning's by default
-    expected_context  tokens of a row, for the time that the scheduler is told; the table's width by default
-    interpret         as `pallas_call`'s, for tests without a GPU
-    """
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *,
+    first_page: jax.Array, scale: float, k_scale: jax.Array | None, v_scale: jax.Array | None,
+    window: int | None = None, tuning: DecodeTuning, sm_budget: int | None = None,
+    expected_context: int | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """As `kernels_pallas.decode_attention`, which describes the arguments and has checked their shapes."""
     check_mosaic(q, k_pages, v_pages, page_table, lengths, sm_budget)
     rows, q_heads, d = q.shape
     plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget, window)

@@ -66,10 +66,9 @@ def grouped_gemm(
             raise ValueError(f"tiles: {tiles.dtype} {list(tiles.shape)} must be int32 {wanted}")
         from kernels_pallas.grouped_gemm_mosaic import grouped_gemm_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
         return grouped_gemm_mosaic(
-            x, weight, sizes, bias=bias, gate=gate, tiles=tiles, tuning=tuning, expected_rows=expected_rows,
-            interpret=interpret,
+            x, weight, sizes, bias=bias, gate=gate, tiles=tiles, tuning=tuning or GROUPED[DEFAULT_GPU],
+            expected_rows=expected_rows, interpret=interpret,
         )  # fmt: skip
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     merged = weight.reshape(count, -1, inputs).transpose(0, 2, 1)
@@ -103,6 +102,6 @@ def gather_rows(
     if backend == "mosaic":
         from kernels_pallas.gather_rows_mosaic import gather_rows_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
+        tuning = tuning or GROUPED[DEFAULT_GPU]
         return gather_rows_mosaic(x, rows, used, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
     return x[rows]

@@ -199,17 +199,9 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 
 def grouped_gemm_mosaic(
-    x: jax.Array,
-    weight: jax.Array,
-    sizes: jax.Array,
-    *,
-    bias: jax.Array | None,
-    gate: Gate | None,
-    tiles: jax.Array | None,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
-) -> jax.Array:
+    x: jax.Array, weight: jax.Array, sizes: jax.Array, *, bias: jax.Array | None, gate: Gate | None,
+    tiles: jax.Array | None, tuning: GroupedTuning, expected_rows: int | None, interpret: Any,
+) -> jax.Array:  # fmt: skip
     """As `kernels_pallas.grouped_gemm`, which describes the arguments and has checked their shapes."""
     check_mosaic(x, weight, bias)
     short = max(0, TILE - x.shape[0])

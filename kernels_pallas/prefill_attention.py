@@ -74,10 +74,10 @@ def prefill_attention(
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.prefill_attention_mosaic import prefill_attention_mosaic
 
-        tuning = PREFILL[DEFAULT_GPU] if tuning is None else tuning
         return prefill_attention_mosaic(
             q, k_pages, v_pages, page_table, row_starts, lengths, first_page=first_page, scale=scale, window=window,
-            sinks=sinks, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret,
+            sinks=sinks, tuning=tuning or PREFILL[DEFAULT_GPU], sm_budget=sm_budget,
+            expected_context=expected_context, interpret=interpret,
         )  # fmt: skip
     rows = q.shape[0]
 

@@ -60,15 +60,9 @@ def _call(plan: Plan, shape: tuple[int, ...], interpret: Any) -> Callable[..., j
 
 
 def check_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    row_starts: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    sm_budget: int | None,
-) -> None:
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, row_starts: jax.Array,
+    lengths: jax.Array, scale: float, sm_budget: int | None,
+) -> None:  # fmt: skip
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
     bf16, whole = (jnp.bfloat16,), (jnp.int32,)
     check_dtypes(("q", q, bf16), ("k_pages", k_pages, bf16), ("v_pages", v_pages, bf16))
@@ -97,28 +91,12 @@ def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | Non
 
 
 def prefill_attention_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    row_starts: jax.Array,
-    lengths: jax.Array,
-    *,
-    first_page: jax.Array,
-    scale: float,
-    window: int | None = None,
-    sinks: jax.Array | None = None,
-    tuning: PrefillTuning,
-    sm_budget: int | None = None,
-    expected_context: int | None = None,
-    interpret: Any = None,
-) -> jax.Array:
-    """As `kernels_pallas.prefill_attention`, which describes the arguments and has checked their shapes.
-
-    sm_budget         SMs to use at most; the tuning's by default
-    expected_context  tokens that a row sees, for the time that the scheduler is told; the table's width by default
-    interpret         as `pallas_call`'s, for tests without a GPU
-    """
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, row_starts: jax.Array,
+    lengths: jax.Array, *, first_page: jax.Array, scale: float, window: int | None = None,
+    sinks: jax.Array | None = None, tuning: PrefillTuning, sm_budget: int | None = None,
+    expected_context: int | None = None, interpret: Any = None,
+) -> jax.Array:  # fmt: skip
+    """As `kernels_pallas.prefill_attention`, which describes the arguments and has checked their shapes."""
     check_mosaic(q, k_pages, v_pages, page_table, row_starts, lengths, scale, sm_budget)
     tokens, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]

@@ -227,7 +227,7 @@ def make_plan(
     tuning: RowsTuning,
 ) -> Plan:
     """Groups that take the fewest rows of the busiest program; of those the largest, as far as they fit."""
-    rows, halves = sum(size for _, size in spans), 1 if gate is None else 2
+    halves = 1 if gate is None else 2
     chunk = WARPS * 32 * vector(row_size)
     warpgroups = min(tuning.max_warpgroups, row_size // chunk)
     found = []
@@ -240,28 +240,15 @@ def make_plan(
         programs = min(tuning.sms, groups)
         found.append((-(-groups // programs) * group, -group, min(stages, tuning.max_stages), programs))
     _, group, stages, programs = min(found)
-    assert rows > 0
-    return Plan(
-        row_size, tuple(spans), gate, bound, power_of_two, -group, warpgroups, stages, programs
-    )  # fmt: skip
+    return Plan(row_size, tuple(spans), gate, bound, power_of_two, -group, warpgroups, stages, programs)
 
 
 def rows_to_fp8_mosaic(
-    pieces: Sequence[jax.Array],
-    spans: Sequence[tuple[int, int]],
-    scales: tuple[jax.Array, jax.Array] | None,
-    *,
-    gate: Gate | None,
-    bound: float | None,
-    power_of_two: bool,
-    tuning: RowsTuning,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    pieces: Sequence[jax.Array], spans: Sequence[tuple[int, int]], scales: tuple[jax.Array, jax.Array] | None, *,
+    gate: Gate | None, bound: float | None, power_of_two: bool, tuning: RowsTuning, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """As `kernels_pallas.rows_to_fp8`, which describes the arguments and has checked their shapes; spans: first row
-    and number of rows of each piece.
-
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    and number of rows of each piece."""
     halves = 1 if gate is None else 2
     row_size = pieces[0].shape[1] // halves
     check_mosaic(pieces, row_size)

@@ -68,11 +68,10 @@ def rows_to_fp8(
         # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.rows_fp8_mosaic import rows_to_fp8_mosaic
 
-        tuning = ROWS[DEFAULT_GPU] if tuning is None else tuning
         spans = [(a, b - a) for a, b in cuts]
         return rows_to_fp8_mosaic(
-            pieces, spans, scales, gate=gate, bound=bound, power_of_two=power_of_two, tuning=tuning,
-            interpret=interpret,
+            pieces, spans, scales, gate=gate, bound=bound, power_of_two=power_of_two,
+            tuning=tuning or ROWS[DEFAULT_GPU], interpret=interpret,
         )  # fmt: skip
 
     rows = [x if (a, b) == (0, x.shape[0]) else x[a:b] for x, (a, b) in zip(pieces, cuts, strict=True)]

@@ -163,10 +163,8 @@ def _run(
     cached: set[str] = set()
 
     def save() -> None:
-        draft = folder / "session.json.part"
-        with create(draft) as file:
-            file.write((json.dumps({"headers": headers, "parts": state}, indent=1) + "\n").encode())
-        os.replace(draft, folder / "session.json")
+        whole = json.dumps({"headers": headers, "parts": state}, indent=1) + "\n"
+        archive.replace(folder / "session.json", whole.encode())
         table = {name: {**one, "result": result(folder / f"{name}.json")} for name, one in state.items()}
         with create(folder / "summary.md") as file:
             file.write(summary(headers, table).encode())
