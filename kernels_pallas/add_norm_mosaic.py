@@ -40,7 +40,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.rows_fp8 import LEAST
 from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
 
@@ -304,10 +304,8 @@ def add_rms_norm_mosaic(
         args.append(bias.reshape(row))
     if scales is not None:
         args += [scales[0], scales[1].reshape(row)]
-    expected = tuning.expected
     moved = n * row_size * (4 * x.dtype.itemsize - quantise)
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         total, *normed = kernel(*args)
     total, normed[0] = total.reshape(x.shape), normed[0].reshape(x.shape)
     return total, tuple(normed) if quantise else normed[0]

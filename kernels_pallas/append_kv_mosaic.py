@@ -27,7 +27,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.checks import check_dtypes, check_sm_budget
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import AppendTuning
 
 MAX_BLOCK = 16  # tokens of one block: its stores are unrolled
@@ -135,10 +135,8 @@ def append_kv_mosaic(
         kernel_name="append_kv",
     )
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    expected = tuning.expected
     moved = 2 * 2 * k.shape[0] * token_bytes + 8 * k.shape[0]  # K and V, read and written, and where to
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         kernel(k, v, pages, slots, first_page[None], k_ref, v_ref)
     return jax.freeze(k_ref), jax.freeze(v_ref)
 

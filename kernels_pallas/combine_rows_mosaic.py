@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.checks import check_dtypes
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
 LINE = 64  # elements: rows and pieces begin at multiples
@@ -99,9 +99,8 @@ def combine_rows_mosaic(
     )
     read = tokens * choices if expected_rows is None else expected_rows
     moved = (read + tokens * (1 if shared is None else 2)) * hidden * 2
-    us = None if tuning.expected is None else tuning.expected.us(moved=moved, sms=tuning.sms, all_sms=tuning.sms)
     more = () if shared is None else (shared, shared_weight)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, tuning.sms, tuning.sms)):
         return kernel(rows, place, weights, *more)
 
 

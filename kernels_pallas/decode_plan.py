@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from kernels_pallas import expected
 from kernels_pallas.checks import FP8, PAGE_SIZE, check_dtypes, check_mosaic_attention, check_sm_budget
 from kernels_pallas.tuning import DecodeTuning, DecodeWork, choose_splits
 
@@ -119,14 +120,9 @@ class Plan:
 
 
 def make_plan(
-    q: jax.Array,
-    k_pages: jax.Array,
-    page_table: jax.Array,
-    scale: float,
-    tuning: DecodeTuning,
-    sm_budget: int | None,
+    q: jax.Array, k_pages: jax.Array, page_table: jax.Array, scale: float, tuning: DecodeTuning, sm_budget: int | None,
     window: int | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     rows, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]
     repeats, fp8 = q_heads // kv_heads, k_pages.dtype == FP8
@@ -157,13 +153,11 @@ def make_plan(
 def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
     """Microseconds of a call whose rows have `context` tokens each: K and V of those they see, the queries and the
     result."""
-    expected = tuning.expected_fp8 if plan.fp8 else tuning.expected
-    if expected is None:
-        return None
     seen = context if plan.window is None else min(context, plan.window)
     kv = 2 * plan.rows * seen * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
     rows = plan.rows * plan.kv_heads * plan.repeats * plan.head_dim * 2 * 2
-    return expected.us(moved=kv + rows, sms=plan.programs, all_sms=tuning.sms)
+    rates = tuning.expected_fp8 if plan.fp8 else tuning.expected
+    return expected.expected_us(rates, kv + rows, plan.programs, tuning.sms)
 
 
 def ceil_div(x: jax.Array, by: int) -> jax.Array:
@@ -202,13 +196,9 @@ def cut_blocks(plan: Plan, q: jax.Array) -> jax.Array:
 
 
 def check_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array,
     sm_budget: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
     check_dtypes(("q", q, (jnp.bfloat16,)), ("k_pages", k_pages, (jnp.bfloat16, FP8)))
     check_dtypes(("v_pages", v_pages, (k_pages.dtype,)))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.checks import check_dtypes
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
 LINE = 64  # elements: a copy's box has at most 256 of them in each dimension
@@ -74,9 +74,8 @@ def gather_rows_mosaic(
         interpret=interpret,
         kernel_name="gather_rows",
     )
-    expected, moved = tuning.expected, 2 * (count if expected_rows is None else expected_rows) * hidden * 2
-    us = None if expected is None else expected.us(moved=moved, sms=programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    moved = 2 * (count if expected_rows is None else expected_rows) * hidden * 2
+    with scheduled_as(expected_us(tuning.expected, moved, programs, tuning.sms)):
         return kernel(x.reshape(n, *row), rows, used[None]).reshape(count, hidden)
 
 

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.gate import Gate
 from kernels_pallas.mosaic_parts import LOG2_E
 from kernels_pallas.rows_fp8 import LEAST, next_power_of_two
@@ -283,10 +283,8 @@ def rows_to_fp8_mosaic(
         interpret=interpret,
         kernel_name="rows_to_fp8",
     )
-    expected = tuning.expected
     moved = n * row_size * (2 * halves + 1)
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         values, found = kernel(*args)
     return values.reshape(n, row_size), found
 

@@ -31,7 +31,7 @@ from nanoflow_jax.config import configs_root
 from nanoflow_jax.system.output_files import create
 from nanoflow_jax.system.platform import CUDA, has_gpu
 from nanoflow_jax.version import __version__
-from tools.gpu_session import archive
+from tools.gpu_session import archive, new_parser
 from tools.gpu_session.parts import SECONDS, TINY_SLOWER, Part, call_a, call_b, cap, later, tiny
 from tools.gpu_session.report import summary
 from tools.gpu_session.run import Session, result
@@ -77,9 +77,7 @@ def gpu_line() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(PROGRAM, __doc__)
     parser.add_argument("results", type=Path, help="folder for the archives; made when it is not there")
     parser.add_argument("--call", choices=tuple(SECONDS), help="which parts; with --tiny, a and b when not given")
     parser.add_argument("--seconds", type=float, help=f"for all parts together (default: by the call, {SECONDS})")
