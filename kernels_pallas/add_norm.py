@@ -77,7 +77,6 @@ def add_rms_norm(
         )
 
     if backend == "mosaic":
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.add_norm_mosaic import add_rms_norm_mosaic
 
         return add_rms_norm_mosaic(

@@ -65,7 +65,6 @@ def append_kv(
     else:
         k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
     if backend == "mosaic":
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.append_kv_mosaic import append_kv_mosaic
 
         return append_kv_mosaic(

@@ -1,4 +1,7 @@
-"""Argument checks shared by the wrappers: one line that names the argument and what would be accepted."""
+"""Argument checks shared by the wrappers: one line that names the argument and what would be accepted.
+
+Wrappers import a Mosaic kernel where they call it, not above: whoever uses the XLA path need not load Mosaic.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,6 @@ def decode_attention(
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
         out, lse = decode_attention_mosaic(

@@ -71,7 +71,6 @@ def prefill_attention(
     first_page = check_first_page(first_page)
     scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.prefill_attention_mosaic import prefill_attention_mosaic
 
         return prefill_attention_mosaic(

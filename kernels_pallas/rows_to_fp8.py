@@ -65,7 +65,6 @@ def rows_to_fp8(
         raise ValueError(f"bound: {bound} must be above 0")
 
     if backend == "mosaic":
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.rows_fp8_mosaic import rows_to_fp8_mosaic
 
         spans = [(a, b - a) for a, b in cuts]

@@ -198,9 +198,7 @@ def _append(heads: Heads, mosaic: dict[str, Any]) -> Check:
     def run(variant: Variant, *arrays: jax.Array) -> Any:
         return append_kv(*arrays, **given.options(), **mosaic, sm_budget=variant.sm_budget)
 
-    def reference(
-        k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array
-    ) -> Any:
+    def reference(k_pages: Any, v_pages: Any, k: Any, v: Any, pages: Any, slots: Any) -> Any:
         """Written in another way than either backend's: one index for the page and one for the slot."""
         rows = [quantise(x, s) for x, s in zip((k, v), given.scales.values(), strict=True)] if heads.fp8 else (k, v)
         at = pages + FIRST_PAGE
