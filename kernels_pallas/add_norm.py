@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only, check_vector
+from kernels_pallas.checks import check_backend, check_vector
 from kernels_pallas.rows_fp8 import quantise_rows
 from kernels_pallas.tuning import ADD_NORM, DEFAULT_GPU, AddNormTuning
 
@@ -52,8 +52,7 @@ def add_rms_norm(
     result depends neither on n, nor on its place, nor on which form the update has. Raises ValueError naming the
     argument that does not fit.
     """
-    check_backend(backend, BACKENDS)
-    check_mosaic_only(backend, tuning=tuning, interpret=interpret)
+    check_backend("add_rms_norm", backend, interpret, tuning=tuning)
     if x.ndim != 2:
         raise ValueError(f"x: shape {x.shape} must be [n, H]")
     n, row_size = x.shape
@@ -78,15 +77,11 @@ def add_rms_norm(
         )
 
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("add_rms_norm")
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.add_norm_mosaic import add_rms_norm_mosaic
 
-        tuning = ADD_NORM[DEFAULT_GPU] if tuning is None else tuning
         return add_rms_norm_mosaic(
             x, update, weight, bias, scales, weight_row=weight_row, eps=eps, quantise=quantise, bound=bound,
-            tuning=tuning, interpret=interpret,
+            tuning=tuning or ADD_NORM[DEFAULT_GPU], interpret=interpret,
         )  # fmt: skip
 
     if gathered:

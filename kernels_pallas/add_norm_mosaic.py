@@ -39,8 +39,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.checks import FP8, FP8_MAX
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.rows_fp8 import LEAST
 from kernels_pallas.tuning import BLOCK_LIMIT, AddNormTuning
 
@@ -257,24 +257,11 @@ def make_plan(
 
 
 def add_rms_norm_mosaic(
-    x: jax.Array,
-    update: jax.Array,
-    weight: jax.Array,
-    bias: jax.Array | None,
-    scales: tuple[jax.Array, jax.Array] | None,
-    *,
-    weight_row: int,
-    eps: float,
-    quantise: bool,
-    bound: float | None,
-    tuning: AddNormTuning,
-    interpret: Any = None,
-) -> tuple[jax.Array, Any]:
-    """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes.
-
-    weight     [R, H], read in place
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None,
+    scales: tuple[jax.Array, jax.Array] | None, *, weight_row: int, eps: float, quantise: bool, bound: float | None,
+    tuning: AddNormTuning, interpret: Any = None,
+) -> tuple[jax.Array, Any]:  # fmt: skip
+    """As `kernels_pallas.add_rms_norm`, which describes the arguments and has checked their shapes; weight [R, H]."""
     check_mosaic(x, update, weight, bias, scales is not None)
     n, row_size = x.shape
     if n == 0:
@@ -317,10 +304,8 @@ def add_rms_norm_mosaic(
         args.append(bias.reshape(row))
     if scales is not None:
         args += [scales[0], scales[1].reshape(row)]
-    expected = tuning.expected
     moved = n * row_size * (4 * x.dtype.itemsize - quantise)
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         total, *normed = kernel(*args)
     total, normed[0] = total.reshape(x.shape), normed[0].reshape(x.shape)
     return total, tuple(normed) if quantise else normed[0]
@@ -328,9 +313,8 @@ def add_rms_norm_mosaic(
 
 def check_mosaic(x: jax.Array, update: jax.Array, weight: jax.Array, bias: jax.Array | None, scaled: bool) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, value in (("x", x), ("update", update), ("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != jnp.bfloat16:
-            raise ValueError(f"{name}: dtype {value.dtype}; backend 'mosaic' accepts bfloat16")
+    given = ("x", x), ("update", update), ("weight", weight), ("bias", bias)
+    check_dtypes(*((name, value, (jnp.bfloat16,)) for name, value in given))
     row_size, most = x.shape[1], MAX_SCALED_ROW if scaled else MAX_ROW
     if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= most:
         raise ValueError(

@@ -7,17 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import (
-    BACKENDS,
-    FP8,
-    FP8_MAX,
-    check_backend,
-    check_first_page,
-    check_mosaic_gpu,
-    check_mosaic_only,
-    check_scales,
-    check_vector,
-)
+from kernels_pallas.checks import FP8, FP8_MAX, check_backend, check_first_page, check_pages, check_vector
 from kernels_pallas.tuning import APPEND, DEFAULT_GPU, AppendTuning
 
 
@@ -62,16 +52,10 @@ def append_kv(
     Returns the updated pages. No two rows may name the same place. Raises ValueError naming the argument that does
     not fit.
     """
-    check_backend(backend, BACKENDS)
-    check_mosaic_only(backend, tuning=tuning, sm_budget=sm_budget, interpret=interpret)
-    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape:
-        raise ValueError(
-            f"k_pages, v_pages: shapes {k_pages.shape}, {v_pages.shape} "
-            "must both be [pages, KV heads, page size, head size]"
-        )
+    check_backend("append_kv", backend, interpret, tuning=tuning, sm_budget=sm_budget)
+    check_pages(k_pages, v_pages, k_scale, v_scale)
     if k.shape != v.shape or k.shape[1:] != (k_pages.shape[1], k_pages.shape[3]):
         raise ValueError(f"k, v: shapes {k.shape}, {v.shape} must both be [n, {k_pages.shape[1]}, {k_pages.shape[3]}]")
-    check_scales(k_pages, v_pages, k_scale, v_scale)
     check_vector("pages", pages, k.shape[0])
     check_vector("slots", slots, k.shape[0])
     first_page = check_first_page(first_page)
@@ -81,15 +65,12 @@ def append_kv(
     else:
         k, v = k.astype(k_pages.dtype), v.astype(v_pages.dtype)
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("append_kv")
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.append_kv_mosaic import append_kv_mosaic
 
-        tuning = APPEND[DEFAULT_GPU] if tuning is None else tuning
         return append_kv_mosaic(
-            k_pages, v_pages, k, v, pages, slots, first_page, tuning=tuning, sm_budget=sm_budget, interpret=interpret
-        )
+            k_pages, v_pages, k, v, pages, slots, first_page, tuning=tuning or APPEND[DEFAULT_GPU],
+            sm_budget=sm_budget, interpret=interpret,
+        )  # fmt: skip
 
     count, heads, page_size, d = k_pages.shape
     pages = pages + first_page

@@ -26,7 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.checks import check_dtypes, check_sm_budget
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import AppendTuning
 
 MAX_BLOCK = 16  # tokens of one block: its stores are unrolled
@@ -106,24 +107,11 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 
 def append_kv_mosaic(
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pages: jax.Array,
-    slots: jax.Array,
-    first_page: jax.Array,
-    *,
-    tuning: AppendTuning,
-    sm_budget: int | None = None,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    k_pages: jax.Array, v_pages: jax.Array, k: jax.Array, v: jax.Array, pages: jax.Array, slots: jax.Array,
+    first_page: jax.Array, *, tuning: AppendTuning, sm_budget: int | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """As `kernels_pallas.append_kv`, which describes the arguments, has checked their shapes and gives k and v in the
-    pages' dtype.
-
-    sm_budget  SMs to use at most; the tuning's by default
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    pages' dtype."""
     count, heads, _, d = k_pages.shape
     token_bytes = heads * d * k_pages.dtype.itemsize
     check_mosaic(k_pages, pages, slots, sm_budget, token_bytes, tuning)
@@ -132,11 +120,7 @@ def append_kv_mosaic(
     sms = tuning.sms if sm_budget is None else min(sm_budget, tuning.sms)
     block = min(MAX_BLOCK, max(1, tuning.block_bytes // token_bytes), -(-k.shape[0] // sms))
     plan = Plan(
-        rows=k.shape[0],
-        pages=count,
-        block=block,
-        stages=tuning.stages,
-        programs=min(sms, -(-k.shape[0] // block)),
+        rows=k.shape[0], pages=count, block=block, stages=tuning.stages, programs=min(sms, -(-k.shape[0] // block))
     )
     blocks = plgpu.SMEM((plan.stages, block, heads, d), k_pages.dtype)
     kernel = plgpu.kernel(
@@ -151,10 +135,8 @@ def append_kv_mosaic(
         kernel_name="append_kv",
     )
     k_ref, v_ref = jax.new_ref(k_pages), jax.new_ref(v_pages)
-    expected = tuning.expected
     moved = 2 * 2 * k.shape[0] * token_bytes + 8 * k.shape[0]  # K and V, read and written, and where to
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         kernel(k, v, pages, slots, first_page[None], k_ref, v_ref)
     return jax.freeze(k_ref), jax.freeze(v_ref)
 
@@ -168,9 +150,7 @@ def check_mosaic(
     tuning: AppendTuning,
 ) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, x in (("pages", pages), ("slots", slots)):
-        if x.dtype != jnp.int32:
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts int32")
+    check_dtypes(("pages", pages, (jnp.int32,)), ("slots", slots, (jnp.int32,)))
     _, heads, _, d = k_pages.shape
     if heads > TMA_BOX or d > TMA_BOX:
         raise ValueError(
@@ -186,5 +166,4 @@ def check_mosaic(
             f"k_pages, v_pages: a token's {heads} KV heads of {d} {k_pages.dtype} are {token_bytes} bytes; "
             f"backend 'mosaic' accepts the tuning's block_bytes, {tuning.block_bytes}"
         )
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
+    check_sm_budget(sm_budget)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only
+from kernels_pallas.checks import check_backend
 from kernels_pallas.tuning import DEFAULT_GPU, GROUPED, GroupedTuning
 
 
@@ -36,7 +36,7 @@ def combine_rows(
 
     Returns [n, H] in rows' dtype. Raises ValueError naming the argument that does not fit.
     """
-    check_backend(backend, BACKENDS)
+    check_backend("combine_rows", backend, interpret, tuning=tuning, expected_rows=expected_rows)
     tokens = place.shape[0]
     if rows.ndim != 2 or place.ndim != 2 or place.dtype != jnp.int32:
         raise ValueError(
@@ -55,16 +55,12 @@ def combine_rows(
                 f"shared_weight: {shared_weight.dtype} {list(shared_weight.shape)} must be float32 [{tokens}]"
             )
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("combine_rows")
         from kernels_pallas.combine_rows_mosaic import combine_rows_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
         return combine_rows_mosaic(
-            rows, place, weights, shared=shared, shared_weight=shared_weight, tuning=tuning,
+            rows, place, weights, shared=shared, shared_weight=shared_weight, tuning=tuning or GROUPED[DEFAULT_GPU],
             expected_rows=expected_rows, interpret=interpret,
         )  # fmt: skip
-    check_mosaic_only(backend, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
     total = jnp.zeros((tokens, rows.shape[1]), jnp.float32)
     for choice in range(place.shape[1]):
         here, weight = place[:, choice, None] >= 0, weights[:, choice, None]

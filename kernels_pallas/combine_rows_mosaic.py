@@ -16,7 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.checks import check_dtypes
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
 LINE = 64  # elements: rows and pieces begin at multiples
@@ -79,16 +80,9 @@ def _body(hidden: int, choices: int, shared: bool) -> Callable[..., None]:
 
 
 def combine_rows_mosaic(
-    rows: jax.Array,
-    place: jax.Array,
-    weights: jax.Array,
-    *,
-    shared: jax.Array | None,
-    shared_weight: jax.Array | None,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
-) -> jax.Array:
+    rows: jax.Array, place: jax.Array, weights: jax.Array, *, shared: jax.Array | None,
+    shared_weight: jax.Array | None, tuning: GroupedTuning, expected_rows: int | None, interpret: Any,
+) -> jax.Array:  # fmt: skip
     """As `kernels_pallas.combine_rows`, which describes the arguments and has checked their shapes."""
     check_mosaic(rows, place)
     hidden, (tokens, choices) = rows.shape[1], place.shape
@@ -105,16 +99,14 @@ def combine_rows_mosaic(
     )
     read = tokens * choices if expected_rows is None else expected_rows
     moved = (read + tokens * (1 if shared is None else 2)) * hidden * 2
-    us = None if tuning.expected is None else tuning.expected.us(moved=moved, sms=tuning.sms, all_sms=tuning.sms)
     more = () if shared is None else (shared, shared_weight)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, tuning.sms, tuning.sms)):
         return kernel(rows, place, weights, *more)
 
 
 def check_mosaic(rows: jax.Array, place: jax.Array) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    if rows.dtype != jnp.bfloat16:
-        raise ValueError(f"rows: dtype {rows.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(("rows", rows, (jnp.bfloat16,)))
     if rows.shape[1] % LINE or rows.shape[1] < THREADS:
         raise ValueError(
             f"rows: {rows.shape[1]} elements; backend 'mosaic' accepts multiples of {LINE} from {THREADS} on"

@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 
-from kernels_pallas.checks import (
-    BACKENDS,
-    check_backend,
-    check_first_page,
-    check_mosaic_gpu,
-    check_mosaic_only,
-    check_paged,
-    check_scales,
-    check_sinks,
-    check_vector,
-    check_window,
-    default_scale,
-)
+from kernels_pallas.checks import check_attention, check_backend, check_first_page, check_vector
 from kernels_pallas.paged_xla import attend_paged, with_sinks
 from kernels_pallas.tuning import DECODE, DEFAULT_GPU, DecodeTuning
 
@@ -68,43 +57,23 @@ def decode_attention(
     Returns out [R, Hq, d] in q's dtype and the log-sum-exp [R, Hq] of the scores alone in float32. Empty rows give 0
     and -inf. Raises ValueError naming the argument that does not fit.
     """
-    check_backend(backend, BACKENDS)
-    check_paged(q, k_pages, v_pages, page_table)
-    check_scales(k_pages, v_pages, k_scale, v_scale)
+    more = {"tuning": tuning, "sm_budget": sm_budget, "expected_context": expected_context}
+    check_backend("decode_attention", backend, interpret, **more)
+    check_attention(q, k_pages, v_pages, page_table, k_scale, v_scale, window, sinks)
     check_vector("lengths", lengths, q.shape[0])
-    check_window(window)
-    check_sinks(sinks, q)
     first_page = check_first_page(first_page)
     if page_table.shape[0] != q.shape[0]:
         raise ValueError(f"page_table: {page_table.shape[0]} rows must equal q's {q.shape[0]}")
-    scale = default_scale(q.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("decode_attention")
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.decode_attention_mosaic import decode_attention_mosaic
 
-        tuning = DECODE[DEFAULT_GPU] if tuning is None else tuning
         out, lse = decode_attention_mosaic(
-            q,
-            k_pages,
-            v_pages,
-            page_table,
-            lengths,
-            first_page=first_page,
-            scale=scale,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            window=window,
-            tuning=tuning,
-            sm_budget=sm_budget,
-            expected_context=expected_context,
-            interpret=interpret,
-        )
+            q, k_pages, v_pages, page_table, lengths, first_page=first_page, scale=scale, k_scale=k_scale,
+            v_scale=v_scale, window=window, tuning=tuning or DECODE[DEFAULT_GPU], sm_budget=sm_budget,
+            expected_context=expected_context, interpret=interpret,
+        )  # fmt: skip
         return with_sinks(out, lse, sinks), lse
-    check_mosaic_only(
-        backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
-    )
     visible = lengths[:, None]
     out, lse = attend_paged(
         q[:, None], k_pages, v_pages, page_table, visible, first_page, scale, k_scale, v_scale, window

@@ -32,19 +32,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.decode_body_mosaic import decode_body, tiled
+from kernels_pallas.checks import PAGE_SIZE
+from kernels_pallas.decode_body_mosaic import decode_body
 from kernels_pallas.decode_combine_mosaic import combine
-from kernels_pallas.decode_plan import (
-    PAGE_SIZE,
-    Q_SLOTS,
-    UPCAST_SLOTS,
-    Plan,
-    check_mosaic,
-    cut_blocks,
-    expected_us,
-    make_plan,
-)
+from kernels_pallas.decode_plan import Q_SLOTS, UPCAST_SLOTS, Plan, check_mosaic, cut_blocks, expected_us, make_plan
 from kernels_pallas.expected import scheduled_as
+from kernels_pallas.mosaic_parts import tiled
 from kernels_pallas.tuning import DecodeTuning
 
 
@@ -93,28 +86,12 @@ def _call(plan: Plan, dtype: Any, interpret: Any) -> Callable[..., tuple[jax.Arr
 
 
 def decode_attention_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
-    *,
-    first_page: jax.Array,
-    scale: float,
-    k_scale: jax.Array | None,
-    v_scale: jax.Array | None,
-    window: int | None = None,
-    tuning: DecodeTuning,
-    sm_budget: int | None = None,
-    expected_context: int | None = None,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
-    """As `kernels_pallas.decode_attention`, which describes the arguments and has checked their shapes.
-
-    sm_budget         SMs to use at most; the tuning's by default
-    expected_context  tokens of a row, for the time that the scheduler is told; the table's width by default
-    interpret         as `pallas_call`'s, for tests without a GPU
-    """
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array, *,
+    first_page: jax.Array, scale: float, k_scale: jax.Array | None, v_scale: jax.Array | None,
+    window: int | None = None, tuning: DecodeTuning, sm_budget: int | None = None,
+    expected_context: int | None = None, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """As `kernels_pallas.decode_attention`, which describes the arguments and has checked their shapes."""
     check_mosaic(q, k_pages, v_pages, page_table, lengths, sm_budget)
     rows, q_heads, d = q.shape
     plan = make_plan(q, k_pages, page_table, scale, tuning, sm_budget, window)

@@ -14,33 +14,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.decode_plan import LOG2_E, PAGE_SIZE, Q_SLOTS, UPCAST_SLOTS, Plan, ceil_div, two_terms
-from kernels_pallas.plain_rows import copy_rows, store_heads
-
-WGMMA = plgpu.Layout.WGMMA
-
-
-def tiled(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory as wgmma reads it: tiles of 8 rows by 128 bytes (64 where a row is no longer), swizzled."""
-    size = jnp.dtype(dtype).itemsize
-    width = min(128, shape[-1] * size)
-    transforms = (
-        plgpu.TilingTransform((8, width // size)),  # pyright: ignore[reportAbstractUsage]
-        plgpu.SwizzleTransform(width),  # pyright: ignore[reportAbstractUsage]
-    )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+from kernels_pallas.checks import PAGE_SIZE
+from kernels_pallas.decode_plan import Q_SLOTS, UPCAST_SLOTS, Plan, ceil_div, two_terms
+from kernels_pallas.mosaic_parts import LOG2_E, WGMMA, clear_tail, copy_rows, drain, store_heads
 
 
 def _row_per_warp(width: int) -> Any:
     """Layout of [4 n, width]: a row belongs to one warp, so that its maximum needs no other."""
     tiling = Tiling(((4, width), (width // 32,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
-
-
-def _clear_tail(v: Any, left: jax.Array) -> None:
-    """Zeroes the rows of v [64, d], in shared memory, from row `left` on."""
-    row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WGMMA)
-    v[...] = jnp.where(row < left, plgpu.layout_cast(v[...], WGMMA), jnp.bfloat16(0))
 
 
 def _upcast(from_s: Any, into_s: Any, left: Any) -> None:
@@ -198,9 +180,8 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
             asked = ask(jnp.minimum(turn + 1, turns - 1))
             first, count = page_range(length, split)
             visible = jnp.minimum(length - first * PAGE_SIZE, count * PAGE_SIZE)  # tokens of this split
-            lowest = (
-                None if plan.window is None else plan.first_token(length) - first * PAGE_SIZE
-            )  # a token of the split
+            # A token of the split.
+            lowest = None if plan.window is None else plan.first_token(length) - first * PAGE_SIZE
             q_slot = lax.rem(items_done, jnp.int32(Q_SLOTS))
             pl.when(count > 0)(lambda: plgpu.barrier_wait(queries_full.at[q_slot]))
 
@@ -238,7 +219,7 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 for j in range(0 if plan.fp8 else plan.step_pages):
                     # Slots past the length may hold anything, even NaN: a zero weight alone would not keep it out.
                     pl.when(left < (j + 1) * PAGE_SIZE)(
-                        partial(_clear_tail, v_s.at[slot, pl.ds(j * PAGE_SIZE, PAGE_SIZE)], left - j * PAGE_SIZE)
+                        partial(clear_tail, v_s.at[slot, pl.ds(j * PAGE_SIZE, PAGE_SIZE)], left - j * PAGE_SIZE)
                     )
                 plgpu.commit_smem()
 
@@ -298,29 +279,15 @@ def decode_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
         @pl.when(role == 1)
         def _() -> None:
             steps_done, items_done = lax.fori_loop(0, turns, load, (jnp.int32(0), jnp.int32(0)))
-
-            # The slots still in use: a program ends with every barrier observed.
-            @pl.loop(jnp.maximum(steps_done - stages, 0), steps_done)
-            def _(number: jax.Array) -> None:
-                plgpu.barrier_wait(k_free.at[lax.rem(number, jnp.int32(stages))])
-                plgpu.barrier_wait(v_free.at[lax.rem(number, jnp.int32(stages))])
-
-            @pl.loop(jnp.maximum(items_done - Q_SLOTS, 0), items_done)
-            def _(number: jax.Array) -> None:
-                plgpu.barrier_wait(q_free.at[lax.rem(number, jnp.int32(Q_SLOTS))])
+            drain(steps_done, stages, k_free, v_free)
+            drain(items_done, Q_SLOTS, q_free)
 
         if plan.fp8:
 
             @pl.when(role == 2)
             def _() -> None:
                 steps_done, items_done = lax.fori_loop(0, turns, upcast, (jnp.int32(0), jnp.int32(0)))
-
-                @pl.loop(jnp.maximum(steps_done - UPCAST_SLOTS, 0), steps_done)
-                def _(number: jax.Array) -> None:
-                    plgpu.barrier_wait(wide_free.at[lax.rem(number, jnp.int32(UPCAST_SLOTS))])
-
-                @pl.loop(jnp.maximum(items_done - Q_SLOTS, 0), items_done)
-                def _(number: jax.Array) -> None:
-                    plgpu.barrier_wait(terms_free.at[lax.rem(number, jnp.int32(Q_SLOTS))])
+                drain(steps_done, UPCAST_SLOTS, wide_free)
+                drain(items_done, Q_SLOTS, terms_free)
 
     return body

@@ -19,11 +19,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.decode_plan import Plan, ceil_div
 from kernels_pallas.expected import scheduled_as
-from kernels_pallas.plain_rows import copy_rows, store_heads
+from kernels_pallas.mosaic_parts import WGMMA, copy_rows, store_heads
 from kernels_pallas.tuning import COMBINE_DIM, DecodeTuning, combine_us
 
 AT_ONCE = 8  # splits whose loads are issued together, so that one waits for all
-WGMMA = plgpu.Layout.WGMMA
 
 
 def _body(plan: Plan, interpreted: bool) -> Callable[..., None]:

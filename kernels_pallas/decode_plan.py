@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,13 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.checks import FP8
+from kernels_pallas import expected
+from kernels_pallas.checks import FP8, PAGE_SIZE, check_dtypes, check_mosaic_attention, check_sm_budget
 from kernels_pallas.tuning import DecodeTuning, DecodeWork, choose_splits
 
-PAGE_SIZE = 64  # tokens: wgmma's M
-HEAD_DIMS = (64, 128)
 MAX_REPEATS = 16  # query heads per KV head
-LOG2_E = math.log2(math.e)
 Q_SLOTS = 2  # items whose queries are in shared memory
 UPCAST_SLOTS = 2  # steps of V that are float16 at a time, with fp8 pages
 
@@ -123,14 +120,9 @@ class Plan:
 
 
 def make_plan(
-    q: jax.Array,
-    k_pages: jax.Array,
-    page_table: jax.Array,
-    scale: float,
-    tuning: DecodeTuning,
-    sm_budget: int | None,
+    q: jax.Array, k_pages: jax.Array, page_table: jax.Array, scale: float, tuning: DecodeTuning, sm_budget: int | None,
     window: int | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     rows, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]
     repeats, fp8 = q_heads // kv_heads, k_pages.dtype == FP8
@@ -161,13 +153,11 @@ def make_plan(
 def expected_us(plan: Plan, context: int, tuning: DecodeTuning) -> float | None:
     """Microseconds of a call whose rows have `context` tokens each: K and V of those they see, the queries and the
     result."""
-    expected = tuning.expected_fp8 if plan.fp8 else tuning.expected
-    if expected is None:
-        return None
     seen = context if plan.window is None else min(context, plan.window)
     kv = 2 * plan.rows * seen * plan.kv_heads * plan.head_dim * (1 if plan.fp8 else 2)
     rows = plan.rows * plan.kv_heads * plan.repeats * plan.head_dim * 2 * 2
-    return expected.us(moved=kv + rows, sms=plan.programs, all_sms=tuning.sms)
+    rates = tuning.expected_fp8 if plan.fp8 else tuning.expected
+    return expected.expected_us(rates, kv + rows, plan.programs, tuning.sms)
 
 
 def ceil_div(x: jax.Array, by: int) -> jax.Array:
@@ -206,35 +196,18 @@ def cut_blocks(plan: Plan, q: jax.Array) -> jax.Array:
 
 
 def check_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    lengths: jax.Array,
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, lengths: jax.Array,
     sm_budget: int | None,
-) -> None:
+) -> None:  # fmt: skip
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    pages = (jnp.dtype(jnp.bfloat16), jnp.dtype(FP8))
-    for name, x, dtypes in (
-        ("q", q, pages[:1]),
-        ("k_pages", k_pages, pages),
-        ("v_pages", v_pages, (k_pages.dtype,)),
-        ("page_table", page_table, (jnp.dtype(jnp.int32),)),
-        ("lengths", lengths, (jnp.dtype(jnp.int32),)),
-    ):
-        if x.dtype not in dtypes:
-            accepted = ", ".join(dtype.name for dtype in dtypes)
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts {accepted}")
-    if k_pages.shape[2] != PAGE_SIZE:
-        raise ValueError(f"k_pages, v_pages: page size {k_pages.shape[2]}; backend 'mosaic' accepts {PAGE_SIZE}")
-    if q.shape[2] not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"q: head size {q.shape[2]}; backend 'mosaic' accepts {accepted}")
+    check_dtypes(("q", q, (jnp.bfloat16,)), ("k_pages", k_pages, (jnp.bfloat16, FP8)))
+    check_dtypes(("v_pages", v_pages, (k_pages.dtype,)))
+    check_dtypes(("page_table", page_table, (jnp.int32,)), ("lengths", lengths, (jnp.int32,)))
+    check_mosaic_attention(q, k_pages)
     if (repeats := q.shape[1] // k_pages.shape[1]) > MAX_REPEATS:
         raise ValueError(f"q: {repeats} query heads per KV head; backend 'mosaic' accepts 1 to {MAX_REPEATS}")
     if 0 in (q.shape[0], page_table.shape[1], k_pages.shape[0]):
         raise ValueError(
             "q, page_table, k_pages: backend 'mosaic' accepts at least one row, one page of a row, one page"
         )
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
+    check_sm_budget(sm_budget)

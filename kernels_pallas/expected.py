@@ -47,6 +47,11 @@ class Expected:
         return self.start_us + busy * 1e6
 
 
+def expected_us(expected: Expected | None, moved: float, sms: int, all_sms: int) -> float | None:
+    """Of a call that moves bytes alone; None where nobody knows."""
+    return None if expected is None else expected.us(moved=moved, sms=sms, all_sms=all_sms)
+
+
 def scheduled_as(us: float | None) -> AbstractContextManager[object]:
     """What is called inside is scheduled as taking so many microseconds; None leaves it to XLA."""
     return nullcontext() if us is None else set_xla_metadata(**{LATENCY: str(max(1, round(us * 1000)))})

@@ -14,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.checks import check_dtypes
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.tuning import GroupedTuning
 
 LINE = 64  # elements: a copy's box has at most 256 of them in each dimension
@@ -24,13 +25,7 @@ MOST_STAGES = 16
 
 
 def gather_rows_mosaic(
-    x: jax.Array,
-    rows: jax.Array,
-    used: jax.Array,
-    *,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
+    x: jax.Array, rows: jax.Array, used: jax.Array, *, tuning: GroupedTuning, expected_rows: int | None, interpret: Any
 ) -> jax.Array:
     """As `kernels_pallas.gather_rows`, which describes the arguments and has checked their shapes."""
     check_mosaic(x, rows)
@@ -79,16 +74,14 @@ def gather_rows_mosaic(
         interpret=interpret,
         kernel_name="gather_rows",
     )
-    expected, moved = tuning.expected, 2 * (count if expected_rows is None else expected_rows) * hidden * 2
-    us = None if expected is None else expected.us(moved=moved, sms=programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    moved = 2 * (count if expected_rows is None else expected_rows) * hidden * 2
+    with scheduled_as(expected_us(tuning.expected, moved, programs, tuning.sms)):
         return kernel(x.reshape(n, *row), rows, used[None]).reshape(count, hidden)
 
 
 def check_mosaic(x: jax.Array, rows: jax.Array) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    if x.dtype != jnp.bfloat16:
-        raise ValueError(f"x: dtype {x.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(("x", x, (jnp.bfloat16,)))
     if x.shape[1] % LINE or not LINE <= x.shape[1] <= 256 * LINE:
         raise ValueError(f"x: rows of {x.shape[1]}; backend 'mosaic' accepts multiples of {LINE} up to {256 * LINE}")
     if rows.shape[0] % BLOCK or rows.shape[0] == 0:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only
+from kernels_pallas.checks import check_backend
 from kernels_pallas.gate import Gate
 from kernels_pallas.group_tiles import most_tiles
 from kernels_pallas.tuning import DEFAULT_GPU, GROUPED, GroupedTuning
@@ -50,7 +50,7 @@ def grouped_gemm(
     Returns [R, N] in x's dtype; rows behind the last group hold anything. Raises ValueError naming the argument that
     does not fit.
     """
-    check_backend(backend, BACKENDS)
+    check_backend("grouped_gemm", backend, interpret, tiles=tiles, tuning=tuning, expected_rows=expected_rows)
     parts = () if gate is None else (2,)
     count, *middle, columns, inputs = weight.shape
     if tuple(middle) != parts or x.ndim != 2 or inputs != x.shape[1] or weight.dtype != x.dtype:
@@ -64,16 +64,12 @@ def grouped_gemm(
         wanted = [most_tiles(x.shape[0], count) + 1, 3]
         if tiles is not None and (list(tiles.shape) != wanted or tiles.dtype != jnp.int32):
             raise ValueError(f"tiles: {tiles.dtype} {list(tiles.shape)} must be int32 {wanted}")
-        if interpret is None:
-            check_mosaic_gpu("grouped_gemm")
         from kernels_pallas.grouped_gemm_mosaic import grouped_gemm_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
         return grouped_gemm_mosaic(
-            x, weight, sizes, bias=bias, gate=gate, tiles=tiles, tuning=tuning, expected_rows=expected_rows,
-            interpret=interpret,
+            x, weight, sizes, bias=bias, gate=gate, tiles=tiles, tuning=tuning or GROUPED[DEFAULT_GPU],
+            expected_rows=expected_rows, interpret=interpret,
         )  # fmt: skip
-    check_mosaic_only(backend, tiles=tiles, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     merged = weight.reshape(count, -1, inputs).transpose(0, 2, 1)
     out = lax.ragged_dot(x, merged, sizes, precision=precision, preferred_element_type=x.dtype)
@@ -100,15 +96,12 @@ def gather_rows(
     backend "mosaic" on Hopper: bfloat16, H a multiple of 64, R and used of 8; its time is that of the rows that are
     used. The other arguments are those of `grouped_gemm`.
     """
-    check_backend(backend, BACKENDS)
+    check_backend("gather_rows", backend, interpret, tuning=tuning, expected_rows=expected_rows)
     if x.ndim != 2 or rows.ndim != 1 or rows.dtype != jnp.int32 or used.shape != () or used.dtype != jnp.int32:
         raise ValueError(f"rows, used: {rows.dtype} {list(rows.shape)} and {used.dtype} must be int32 [R] and int32 []")
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("gather_rows")
         from kernels_pallas.gather_rows_mosaic import gather_rows_mosaic
 
-        tuning = GROUPED[DEFAULT_GPU] if tuning is None else tuning
+        tuning = tuning or GROUPED[DEFAULT_GPU]
         return gather_rows_mosaic(x, rows, used, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
-    check_mosaic_only(backend, tuning=tuning, expected_rows=expected_rows, interpret=interpret)
     return x[rows]

@@ -23,23 +23,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import check_dtypes
 from kernels_pallas.expected import scheduled_as
 from kernels_pallas.gate import Gate
 from kernels_pallas.group_tiles import GROUP_ROWS, TILE, list_tiles, most_tiles
+from kernels_pallas.mosaic_parts import LOG2_E, WGMMA, drain, tiled
 from kernels_pallas.tuning import BLOCK_LIMIT, GroupedTuning
 
 GROUPS = 2  # computing warpgroups
 ROWS = TILE // GROUPS  # of one of them
 STEP = 64  # of K: 128 bytes, as wide as a swizzled row
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40
-LOG2_E = 1.4426950408889634
 OTHER = 2048  # bytes of shared memory for barriers and alignment
-
-WGMMA = plgpu.Layout.WGMMA
-TILED = (
-    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
 
 
 @dataclass(frozen=True)
@@ -196,11 +191,7 @@ def _body(plan: Plan) -> Callable[..., None]:
         @pl.when(role == GROUPS)
         def _() -> None:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-            done = lax.fori_loop(0, turns, load, jnp.int32(0))
-
-            @pl.loop(jnp.maximum(done - stages, 0), done)
-            def _(number: jax.Array) -> None:
-                plgpu.barrier_wait(free.at[lax.rem(number, jnp.int32(stages))])
+            drain(lax.fori_loop(0, turns, load, jnp.int32(0)), stages, free)
 
     if plan.bias:
         return body
@@ -208,33 +199,22 @@ def _body(plan: Plan) -> Callable[..., None]:
 
 
 def grouped_gemm_mosaic(
-    x: jax.Array,
-    weight: jax.Array,
-    sizes: jax.Array,
-    *,
-    bias: jax.Array | None,
-    gate: Gate | None,
-    tiles: jax.Array | None,
-    tuning: GroupedTuning,
-    expected_rows: int | None,
-    interpret: Any,
-) -> jax.Array:
+    x: jax.Array, weight: jax.Array, sizes: jax.Array, *, bias: jax.Array | None, gate: Gate | None,
+    tiles: jax.Array | None, tuning: GroupedTuning, expected_rows: int | None, interpret: Any,
+) -> jax.Array:  # fmt: skip
     """As `kernels_pallas.grouped_gemm`, which describes the arguments and has checked their shapes."""
     check_mosaic(x, weight, bias)
     short = max(0, TILE - x.shape[0])
     rows = jnp.pad(x, ((0, short), (0, 0))) if short else x
     plan = make_plan(rows, weight, bias, gate, tuning)
 
-    def tiled(*shape: int) -> Any:
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED)
-
     kernel = plgpu.kernel(
         _body(plan),
         out_type=jax.ShapeDtypeStruct((plan.rows, plan.columns), jnp.bfloat16),
         scratch_types=[
-            tiled(plan.stages, TILE, STEP),
-            tiled(plan.stages, plan.parts, plan.block, STEP),
-            tiled(GROUPS, ROWS, plan.block),
+            tiled((plan.stages, TILE, STEP)),
+            tiled((plan.stages, plan.parts, plan.block, STEP)),
+            tiled((GROUPS, ROWS, plan.block)),
             plgpu.Barrier(num_barriers=plan.stages, num_arrivals=1 + plan.parts),
             plgpu.Barrier(num_barriers=plan.stages, num_arrivals=GROUPS),
         ],
@@ -273,9 +253,7 @@ def _expected_us(plan: Plan, rows: int, tuning: GroupedTuning) -> float | None:
 
 def check_mosaic(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != jnp.bfloat16:
-            raise ValueError(f"{name}: dtype {value.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(*((name, value, (jnp.bfloat16,)) for name, value in (("x", x), ("weight", weight), ("bias", bias))))
     columns, inputs = weight.shape[-2:]
     if columns % STEP or inputs % STEP:
         raise ValueError(f"weight: {columns} x {inputs}; backend 'mosaic' accepts multiples of {STEP}")

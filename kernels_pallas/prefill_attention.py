@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import (
-    BACKENDS,
-    check_backend,
-    check_first_page,
-    check_mosaic_gpu,
-    check_mosaic_only,
-    check_paged,
-    check_scales,
-    check_sinks,
-    check_vector,
-    check_window,
-    default_scale,
-)
+from kernels_pallas.checks import check_attention, check_backend, check_first_page, check_vector
 from kernels_pallas.paged_xla import attend_paged, with_sinks
 from kernels_pallas.tuning import DEFAULT_GPU, PREFILL, PrefillTuning
 
-TILE_ROWS = (
-    16  # rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM
-)
+# Rows of one request that share a pass over its pages; with 8 query heads per KV head, 128 rows of a GEMM.
+TILE_ROWS = 16
 
 
 def prefill_attention(
@@ -74,42 +62,22 @@ def prefill_attention(
 
     Returns out [P, Hq, d] in q's dtype; padding rows give 0. Raises ValueError naming the argument that does not fit.
     """
-    check_backend(backend, BACKENDS)
-    check_paged(q, k_pages, v_pages, page_table)
-    check_scales(k_pages, v_pages, k_scale, v_scale)
+    more = {"tuning": tuning, "sm_budget": sm_budget, "expected_context": expected_context}
+    check_backend("prefill_attention", backend, interpret, **more)
+    check_attention(q, k_pages, v_pages, page_table, k_scale, v_scale, window, sinks)
     segments = page_table.shape[0]
     check_vector("row_starts", row_starts, segments + 1)
     check_vector("lengths", lengths, segments)
-    check_window(window)
-    check_sinks(sinks, q)
     first_page = check_first_page(first_page)
-    scale = default_scale(q.shape[2]) if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[2]) if scale is None else scale
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("prefill_attention")
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.prefill_attention_mosaic import prefill_attention_mosaic
 
-        tuning = PREFILL[DEFAULT_GPU] if tuning is None else tuning
         return prefill_attention_mosaic(
-            q,
-            k_pages,
-            v_pages,
-            page_table,
-            row_starts,
-            lengths,
-            first_page=first_page,
-            scale=scale,
-            window=window,
-            sinks=sinks,
-            tuning=tuning,
-            sm_budget=sm_budget,
-            expected_context=expected_context,
-            interpret=interpret,
-        )
-    check_mosaic_only(
-        backend, tuning=tuning, sm_budget=sm_budget, expected_context=expected_context, interpret=interpret
-    )
+            q, k_pages, v_pages, page_table, row_starts, lengths, first_page=first_page, scale=scale, window=window,
+            sinks=sinks, tuning=tuning or PREFILL[DEFAULT_GPU], sm_budget=sm_budget,
+            expected_context=expected_context, interpret=interpret,
+        )  # fmt: skip
     rows = q.shape[0]
 
     # Cut the segments into tiles of TILE_ROWS rows. tile_ends[s]: tiles of segments 0..s; a static number covers any

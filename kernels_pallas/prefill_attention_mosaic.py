@@ -23,34 +23,25 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.checks import PAGE_SIZE, check_dtypes, check_mosaic_attention, check_sm_budget
 from kernels_pallas.expected import scheduled_as
+from kernels_pallas.mosaic_parts import tiled
 from kernels_pallas.prefill_body_mosaic import Q_SLOTS, prefill_body
-from kernels_pallas.prefill_tiles import GROUPS, PAGE_SIZE, ROWS, STEP, UNIT, UNITS, Plan, list_tiles
+from kernels_pallas.prefill_tiles import GROUPS, ROWS, STEP, UNIT, UNITS, Plan, list_tiles
 from kernels_pallas.tuning import PrefillTuning
-
-HEAD_DIMS = (64, 128)
-
-# As wgmma reads shared memory: tiles of 8 rows by 128 bytes, swizzled.
-TILED_BF16 = (
-    plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
-    plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
-)
 
 
 def _call(plan: Plan, shape: tuple[int, ...], interpret: Any) -> Callable[..., jax.Array]:
-    def tiled(*shape: int) -> Any:
-        return plgpu.SMEM(shape, jnp.bfloat16, transforms=TILED_BF16)
-
     d, stages = plan.head_dim, plan.stages
     return plgpu.kernel(
         prefill_body(plan, interpret is not None),
         out_type=jax.ShapeDtypeStruct(shape, jnp.bfloat16),
         scratch_types=[
-            tiled(stages, STEP, d),
-            tiled(stages, STEP, d),
-            tiled(Q_SLOTS, GROUPS, ROWS, d),
-            tiled(GROUPS, ROWS, STEP) if interpret is not None else None,
-            [plgpu.RefUnion(tiled(ROWS, d), plgpu.SMEM((ROWS, d), jnp.bfloat16)) for _ in range(GROUPS)],
+            tiled((stages, STEP, d)),
+            tiled((stages, STEP, d)),
+            tiled((Q_SLOTS, GROUPS, ROWS, d)),
+            tiled((GROUPS, ROWS, STEP)) if interpret is not None else None,
+            [plgpu.RefUnion(tiled((ROWS, d)), plgpu.SMEM((ROWS, d), jnp.bfloat16)) for _ in range(GROUPS)],
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=2) for _ in range(2)),
             *(plgpu.Barrier(num_barriers=stages, num_arrivals=GROUPS) for _ in range(2)),
             plgpu.Barrier(num_barriers=Q_SLOTS, num_arrivals=GROUPS * UNITS),
@@ -69,39 +60,21 @@ def _call(plan: Plan, shape: tuple[int, ...], interpret: Any) -> Callable[..., j
 
 
 def check_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    row_starts: jax.Array,
-    lengths: jax.Array,
-    scale: float,
-    sm_budget: int | None,
-) -> None:
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, row_starts: jax.Array,
+    lengths: jax.Array, scale: float, sm_budget: int | None,
+) -> None:  # fmt: skip
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for name, x, dtype in (
-        ("q", q, jnp.bfloat16),
-        ("k_pages", k_pages, jnp.bfloat16),
-        ("v_pages", v_pages, jnp.bfloat16),
-        ("page_table", page_table, jnp.int32),
-        ("row_starts", row_starts, jnp.int32),
-        ("lengths", lengths, jnp.int32),
-    ):
-        if x.dtype != dtype:
-            raise ValueError(f"{name}: dtype {x.dtype}; backend 'mosaic' accepts {jnp.dtype(dtype).name}")
-    if k_pages.shape[2] != PAGE_SIZE:
-        raise ValueError(f"k_pages, v_pages: page size {k_pages.shape[2]}; backend 'mosaic' accepts {PAGE_SIZE}")
-    if q.shape[2] not in HEAD_DIMS:
-        accepted = ", ".join(map(str, HEAD_DIMS))
-        raise ValueError(f"q: head size {q.shape[2]}; backend 'mosaic' accepts {accepted}")
+    bf16, whole = (jnp.bfloat16,), (jnp.int32,)
+    check_dtypes(("q", q, bf16), ("k_pages", k_pages, bf16), ("v_pages", v_pages, bf16))
+    check_dtypes(("page_table", page_table, whole), ("row_starts", row_starts, whole), ("lengths", lengths, whole))
+    check_mosaic_attention(q, k_pages)
     if 0 in (q.shape[0], *page_table.shape, k_pages.shape[0]):
         raise ValueError(
             "q, page_table, k_pages: backend 'mosaic' accepts at least one row, one segment, one page of it, one page"
         )
     if not scale > 0:
         raise ValueError(f"scale: {scale} must be positive with backend 'mosaic'")
-    if sm_budget is not None and sm_budget < 1:
-        raise ValueError(f"sm_budget: {sm_budget} must be at least 1")
+    check_sm_budget(sm_budget)
 
 
 def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | None:
@@ -118,28 +91,12 @@ def _expected_us(plan: Plan, context: int, tuning: PrefillTuning) -> float | Non
 
 
 def prefill_attention_mosaic(
-    q: jax.Array,
-    k_pages: jax.Array,
-    v_pages: jax.Array,
-    page_table: jax.Array,
-    row_starts: jax.Array,
-    lengths: jax.Array,
-    *,
-    first_page: jax.Array,
-    scale: float,
-    window: int | None = None,
-    sinks: jax.Array | None = None,
-    tuning: PrefillTuning,
-    sm_budget: int | None = None,
-    expected_context: int | None = None,
-    interpret: Any = None,
-) -> jax.Array:
-    """As `kernels_pallas.prefill_attention`, which describes the arguments and has checked their shapes.
-
-    sm_budget         SMs to use at most; the tuning's by default
-    expected_context  tokens that a row sees, for the time that the scheduler is told; the table's width by default
-    interpret         as `pallas_call`'s, for tests without a GPU
-    """
+    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, page_table: jax.Array, row_starts: jax.Array,
+    lengths: jax.Array, *, first_page: jax.Array, scale: float, window: int | None = None,
+    sinks: jax.Array | None = None, tuning: PrefillTuning, sm_budget: int | None = None,
+    expected_context: int | None = None, interpret: Any = None,
+) -> jax.Array:  # fmt: skip
+    """As `kernels_pallas.prefill_attention`, which describes the arguments and has checked their shapes."""
     check_mosaic(q, k_pages, v_pages, page_table, row_starts, lengths, scale, sm_budget)
     tokens, q_heads, d = q.shape
     kv_heads = k_pages.shape[1]

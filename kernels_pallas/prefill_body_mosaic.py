@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.plain_rows import plain_row
+from kernels_pallas.checks import PAGE_SIZE
+from kernels_pallas.mosaic_parts import LOG2_E, WGMMA, clear_tail, drain, plain_row
 from kernels_pallas.prefill_tiles import (
     BEGIN,
     END,
@@ -22,7 +22,6 @@ from kernels_pallas.prefill_tiles import (
     KEYS,
     LENGTH,
     PAGE,
-    PAGE_SIZE,
     ROWS,
     SEGMENT,
     SHIFT,
@@ -34,9 +33,6 @@ from kernels_pallas.prefill_tiles import (
 
 Q_SLOTS = 2
 COMPUTE_REGISTERS, COPY_REGISTERS = 232, 40  # per thread; 2 x 232 + 40 is what three warpgroups have
-LOG2_E = math.log2(math.e)
-
-WGMMA = plgpu.Layout.WGMMA
 
 
 def _div(x: jax.Array, by: int) -> jax.Array:
@@ -49,12 +45,6 @@ def _rem(x: jax.Array, by: int) -> jax.Array:
 
 def _per_row(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, (0,))
-
-
-def _clear_tail(v: Any, left: jax.Array) -> None:
-    """Zeroes the rows of v [64, d], in shared memory, from row `left` on."""
-    row = plgpu.broadcasted_iota(jnp.int32, v.shape, 0, layout=WGMMA)
-    v[...] = jnp.where(row < left, plgpu.layout_cast(v[...], WGMMA), jnp.bfloat16(0))
 
 
 def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
@@ -248,7 +238,7 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
                 if plan.window is not None:  # the last page may stand where one below the window does
                     page_left = jnp.where((role + _rem(columns[PAGE] + 1, 2) == 0) & (steps == 1), 0, page_left)
                 page = v_s.at[slot, pl.ds(role * PAGE_SIZE, PAGE_SIZE)]
-                pl.when(page_left < PAGE_SIZE)(lambda: _clear_tail(page, page_left))
+                pl.when(page_left < PAGE_SIZE)(lambda: clear_tail(page, page_left))
                 plgpu.commit_smem()
                 plgpu.barrier_arrive(cleared.at[slot])
                 plgpu.barrier_wait(cleared.at[slot])
@@ -378,15 +368,8 @@ def prefill_body(plan: Plan, interpreted: bool) -> Callable[..., None]:
         def _() -> None:
             plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
             steps_done, items_done = lax.fori_loop(0, turns, load, start)
-
-            @pl.loop(jnp.maximum(steps_done - stages, 0), steps_done)
-            def _(number: jax.Array) -> None:
-                plgpu.barrier_wait(k_free.at[_rem(number, stages)])
-                plgpu.barrier_wait(v_free.at[_rem(number, stages)])
-
-            @pl.loop(jnp.maximum(items_done - Q_SLOTS, 0), items_done)
-            def _(number: jax.Array) -> None:
-                plgpu.barrier_wait(q_free.at[_rem(number, Q_SLOTS)])
+            drain(steps_done, stages, k_free, v_free)
+            drain(items_done, Q_SLOTS, q_free)
 
     whole: Any = body
     return body if plan.sinks else lambda *refs: whole(*refs[:6], None, *refs[6:])

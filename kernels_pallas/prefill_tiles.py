@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-PAGE_SIZE = 64
+from kernels_pallas.checks import PAGE_SIZE
+
 STEP = 2 * PAGE_SIZE  # tokens of context per step of the softmax
 GROUPS = 2  # computing warpgroups
 UNIT = 8  # rows of one copy of queries or results: a row of wgmma's tiles
@@ -118,7 +119,6 @@ def list_tiles(plan: Plan, row_starts: jax.Array, lengths: jax.Array) -> jax.Arr
         keys, length, shift = jnp.maximum(keys - before, 0), length - before, shift - before
         pages = (page,)
     columns = (first, begin, end, keys, length, shift, jnp.minimum(segment, plan.segments - 1), *pages)
-    work = (keys + STEP - 1) // STEP * 2 + (begin < end).astype(
-        jnp.int32
-    )  # what only writes zeros goes before what does nothing
+    # What only writes zeros goes before what does nothing.
+    work = (keys + STEP - 1) // STEP * 2 + (begin < end).astype(jnp.int32)
     return jnp.stack(columns, axis=1)[jnp.argsort(-work, stable=True)]

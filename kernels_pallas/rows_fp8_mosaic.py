@@ -27,16 +27,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.checks import FP8, FP8_MAX
-from kernels_pallas.expected import scheduled_as
+from kernels_pallas.checks import FP8, FP8_MAX, check_dtypes
+from kernels_pallas.expected import expected_us, scheduled_as
 from kernels_pallas.gate import Gate
+from kernels_pallas.mosaic_parts import LOG2_E
 from kernels_pallas.rows_fp8 import LEAST, next_power_of_two
 from kernels_pallas.tuning import BLOCK_LIMIT, RowsTuning
 
 WARPS = 4  # of a warpgroup
 ROW_UNIT = 128  # a row size is a multiple of this
 MAX_ROW = 65_536
-LOG2E = 1.4426950408889634
 OTHER = 3072  # bytes of shared memory for maxima, barriers and alignment
 
 
@@ -81,7 +81,7 @@ def vector(row_size: int) -> int:
 
 def _sigmoid(x: jax.Array) -> jax.Array:
     """By the hardware's 2^x, without the steps that make it good to the last bits of float32: bfloat16 drops those."""
-    return 1 / (1 + jnp.exp2(x * -LOG2E))
+    return 1 / (1 + jnp.exp2(x * -LOG2_E))
 
 
 def _body(plan: Plan) -> Callable[..., None]:
@@ -227,7 +227,7 @@ def make_plan(
     tuning: RowsTuning,
 ) -> Plan:
     """Groups that take the fewest rows of the busiest program; of those the largest, as far as they fit."""
-    rows, halves = sum(size for _, size in spans), 1 if gate is None else 2
+    halves = 1 if gate is None else 2
     chunk = WARPS * 32 * vector(row_size)
     warpgroups = min(tuning.max_warpgroups, row_size // chunk)
     found = []
@@ -240,28 +240,15 @@ def make_plan(
         programs = min(tuning.sms, groups)
         found.append((-(-groups // programs) * group, -group, min(stages, tuning.max_stages), programs))
     _, group, stages, programs = min(found)
-    assert rows > 0
-    return Plan(
-        row_size, tuple(spans), gate, bound, power_of_two, -group, warpgroups, stages, programs
-    )  # fmt: skip
+    return Plan(row_size, tuple(spans), gate, bound, power_of_two, -group, warpgroups, stages, programs)
 
 
 def rows_to_fp8_mosaic(
-    pieces: Sequence[jax.Array],
-    spans: Sequence[tuple[int, int]],
-    scales: tuple[jax.Array, jax.Array] | None,
-    *,
-    gate: Gate | None,
-    bound: float | None,
-    power_of_two: bool,
-    tuning: RowsTuning,
-    interpret: Any = None,
-) -> tuple[jax.Array, jax.Array]:
+    pieces: Sequence[jax.Array], spans: Sequence[tuple[int, int]], scales: tuple[jax.Array, jax.Array] | None, *,
+    gate: Gate | None, bound: float | None, power_of_two: bool, tuning: RowsTuning, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """As `kernels_pallas.rows_to_fp8`, which describes the arguments and has checked their shapes; spans: first row
-    and number of rows of each piece.
-
-    interpret  as `pallas_call`'s, for tests without a GPU
-    """
+    and number of rows of each piece."""
     halves = 1 if gate is None else 2
     row_size = pieces[0].shape[1] // halves
     check_mosaic(pieces, row_size)
@@ -296,19 +283,15 @@ def rows_to_fp8_mosaic(
         interpret=interpret,
         kernel_name="rows_to_fp8",
     )
-    expected = tuning.expected
     moved = n * row_size * (2 * halves + 1)
-    us = None if expected is None else expected.us(moved=moved, sms=plan.programs, all_sms=tuning.sms)
-    with scheduled_as(us):
+    with scheduled_as(expected_us(tuning.expected, moved, plan.programs, tuning.sms)):
         values, found = kernel(*args)
     return values.reshape(n, row_size), found
 
 
 def check_mosaic(pieces: Sequence[jax.Array], row_size: int) -> None:
     """Raises ValueError, one line that names the argument, for what the kernel does not take."""
-    for x in pieces:
-        if x.dtype != jnp.bfloat16:
-            raise ValueError(f"x: dtype {x.dtype}; backend 'mosaic' accepts bfloat16")
+    check_dtypes(*(("x", x, (jnp.bfloat16,)) for x in pieces))
     if row_size % ROW_UNIT or not ROW_UNIT <= row_size <= MAX_ROW:
         raise ValueError(
             f"x: rows of {row_size} in the result; backend 'mosaic' accepts multiples of {ROW_UNIT} from {ROW_UNIT} "

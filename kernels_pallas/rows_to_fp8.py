@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.checks import BACKENDS, check_backend, check_mosaic_gpu, check_mosaic_only
+from kernels_pallas.checks import check_backend
 from kernels_pallas.gate import Gate
 from kernels_pallas.rows_fp8 import quantise_rows
 from kernels_pallas.tuning import DEFAULT_GPU, ROWS, RowsTuning
@@ -42,8 +42,7 @@ def rows_to_fp8(
     of float32, a row's result depends neither on n, nor on its place, nor on the pieces. Raises ValueError naming the
     argument that does not fit.
     """
-    check_backend(backend, BACKENDS)
-    check_mosaic_only(backend, tuning=tuning, interpret=interpret)
+    check_backend("rows_to_fp8", backend, interpret, tuning=tuning)
     if not pieces or any(x.ndim != 2 or x.shape[1] != pieces[0].shape[1] for x in pieces):
         raise ValueError(f"pieces: shapes {[x.shape for x in pieces]} must be [n, K], all with the same K")
     columns = pieces[0].shape[1]
@@ -66,16 +65,12 @@ def rows_to_fp8(
         raise ValueError(f"bound: {bound} must be above 0")
 
     if backend == "mosaic":
-        if interpret is None:
-            check_mosaic_gpu("rows_to_fp8")
-        # Here, not above: whoever uses the XLA path need not load Mosaic.
         from kernels_pallas.rows_fp8_mosaic import rows_to_fp8_mosaic
 
-        tuning = ROWS[DEFAULT_GPU] if tuning is None else tuning
         spans = [(a, b - a) for a, b in cuts]
         return rows_to_fp8_mosaic(
-            pieces, spans, scales, gate=gate, bound=bound, power_of_two=power_of_two, tuning=tuning,
-            interpret=interpret,
+            pieces, spans, scales, gate=gate, bound=bound, power_of_two=power_of_two,
+            tuning=tuning or ROWS[DEFAULT_GPU], interpret=interpret,
         )  # fmt: skip
 
     rows = [x if (a, b) == (0, x.shape[0]) else x[a:b] for x, (a, b) in zip(pieces, cuts, strict=True)]

@@ -3,7 +3,7 @@ expected to take (`kernels_pallas.expected`), which the compiler's scheduler is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kernels_pallas.expected import Expected
 
@@ -30,45 +30,61 @@ def _combine(copy: float) -> Expected:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeTuning:
-    """How decode attention fills one GPU.
+class Tuning:
+    """How a kernel fills one GPU.
 
-    sms               programs of the persistent grid, one per SM
+    sms       programs of the persistent grid, one per SM
+    expected  how fast a call is; None: nobody knows, and the scheduler is told nothing
+    """
+
+    sms: int
+    expected: Expected | None = None
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "sms")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"{name}: {value} must be at least {least}")
+
+    def _within(self, name: str, low: int, high: int, more: str = "") -> None:
+        if not low <= (value := getattr(self, name)) <= high:
+            raise ValueError(f"{name}: {value} must be in [{low}, {high}]{more}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeTuning(Tuning):
+    """How decode attention fills one GPU; `expected` over pages of bfloat16.
+
     bytes_in_flight   K and V pages buffered per SM: what covers the memory's latency
     step_pages        pages of one step of the softmax, 1 or 2: a step's latency is nearly the same for either
     min_split_pages   a split of a row is not shorter than this
     max_split_pages   a row whose table is longer is split, whatever the batch: it would be the last to finish
     max_splits        bounds the partial results
-    expected          how fast a call is, over pages of bfloat16; None: nobody knows, and the scheduler is told nothing
-    expected_fp8      the same over pages of fp8
+    expected_fp8      as `expected`, over pages of fp8
     combine           how fast the kernel is that joins the splits, which decides whether they pay
     item_us           what an SM needs for a work item besides reading its pages: to start, to end the softmax. Assumed
     """
 
-    sms: int
     bytes_in_flight: int = 128 * 1024
     step_pages: int = 2
     min_split_pages: int = 4
     max_split_pages: int = 128
     max_splits: int = 128
-    expected: Expected | None = None
     expected_fp8: Expected | None = None
     combine: Expected = field(default_factory=lambda: _combine(3.0e12))
     item_us: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("sms", "min_split_pages", "max_split_pages", "max_splits"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: {value} must be at least 1")
+        self._at_least(1, "sms", "min_split_pages", "max_split_pages", "max_splits")
         if self.step_pages not in (1, 2):
             raise ValueError(f"step_pages: {self.step_pages} must be 1 or 2")
         if self.max_split_pages < self.min_split_pages:
             raise ValueError(
                 f"max_split_pages: {self.max_split_pages} must be at least min_split_pages, {self.min_split_pages}"
             )
-        low, high = 2 * self.step_pages * page_bytes(128), BLOCK_LIMIT - SHARED_MEMORY_OTHER
-        if not low <= self.bytes_in_flight <= high:
-            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+        self._within("bytes_in_flight", 2 * self.step_pages * page_bytes(128), BLOCK_LIMIT - SHARED_MEMORY_OTHER)
 
     def stages(self, head_dim: int, itemsize: int = 2, other_bytes: int = 0) -> int:
         """Steps (K and V) in flight. `other_bytes`: of shared memory, for what fp8 pages become."""
@@ -99,84 +115,60 @@ def page_bytes(head_dim: int, itemsize: int = 2) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppendTuning:
+class AppendTuning(Tuning):
     """How KV append fills one GPU.
 
-    sms          programs of the persistent grid, one per SM
     block_bytes  rows of K, and as many of V, that one bulk load brings
     stages       blocks of K, and of V, in flight per SM
-    expected     how fast a call is; None: nobody knows
     """
 
-    sms: int
     block_bytes: int = 16 * 1024
     stages: int = 3
-    expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        if self.sms < 1:
-            raise ValueError(f"sms: {self.sms} must be at least 1")
-        if self.stages < 2:
-            raise ValueError(f"stages: {self.stages} must be at least 2")
-        high = (BLOCK_LIMIT - 1024) // (2 * self.stages)
-        if not 128 <= self.block_bytes <= high:
-            raise ValueError(f"block_bytes: {self.block_bytes} must be in [128, {high}] with {self.stages} stages")
+        super().__post_init__()
+        self._at_least(2, "stages")
+        self._within("block_bytes", 128, (BLOCK_LIMIT - 1024) // (2 * self.stages), f" with {self.stages} stages")
 
 
 @dataclass(frozen=True, kw_only=True)
-class AddNormTuning:
+class AddNormTuning(Tuning):
     """How the residual addition with its norm fills one GPU.
 
-    sms              programs of the persistent grid, one per SM
     bytes_in_flight  rows of x and of the update in shared memory, on their way in or out
     max_warpgroups   that take a program's rows in turn; several where each has room for three rows
     max_stages       rows of one warpgroup in shared memory
-    expected         how fast a call is; None: nobody knows
     """
 
-    sms: int
     bytes_in_flight: int = 192 * 1024
     max_warpgroups: int = 4
     max_stages: int = 6
-    expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        if self.sms < 1:
-            raise ValueError(f"sms: {self.sms} must be at least 1")
-        if not 1 <= self.max_warpgroups <= 8:
-            raise ValueError(f"max_warpgroups: {self.max_warpgroups} must be in [1, 8]")
-        if not 2 <= self.max_stages <= 32 // self.max_warpgroups:  # Mosaic takes 32 barriers as one array
-            raise ValueError(f"max_stages: {self.max_stages} must be in [2, {32 // self.max_warpgroups}]")
-        low, high = 2 * 2 * 2 * 16_384, BLOCK_LIMIT  # two of the longest rows, x and update
-        if not low <= self.bytes_in_flight <= high:
-            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+        super().__post_init__()
+        self._within("max_warpgroups", 1, 8)
+        self._within("max_stages", 2, 32 // self.max_warpgroups)  # Mosaic takes 32 barriers as one array
+        self._within("bytes_in_flight", 2 * 2 * 2 * 16_384, BLOCK_LIMIT)  # two of the longest rows, x and update
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowsTuning:
+class RowsTuning(Tuning):
     """How the rounding of rows to fp8 fills one GPU.
 
-    sms             programs of the persistent grid, one per SM
     max_group       rows of a program at once: they share what is read of the channels' scales
     max_warpgroups  that a group's columns are dealt to
     max_stages      chunks of one warpgroup in shared memory on their way in
-    expected        how fast a call is; None: nobody knows
     """
 
-    sms: int
     max_group: int = 4
     max_warpgroups: int = 4
     max_stages: int = 4
-    expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        for name, most in (("max_group", 8), ("max_warpgroups", 4)):
-            if not 1 <= (value := getattr(self, name)) <= most:
-                raise ValueError(f"{name}: {value} must be in [1, {most}]")
-        if self.sms < 1:
-            raise ValueError(f"sms: {self.sms} must be at least 1")
-        if not 2 <= self.max_stages <= 32 // self.max_warpgroups:  # Mosaic takes 32 barriers as one array
-            raise ValueError(f"max_stages: {self.max_stages} must be in [2, {32 // self.max_warpgroups}]")
+        super().__post_init__()
+        self._within("max_group", 1, 8)
+        self._within("max_warpgroups", 1, 4)
+        self._within("max_stages", 2, 32 // self.max_warpgroups)  # Mosaic takes 32 barriers as one array
 
 
 PREFILL_STEP_PAGES = 2  # of one step of the softmax
@@ -184,26 +176,19 @@ PREFILL_OTHER = 98 * 1024  # two tiles of 128 queries and one of results, of hea
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrefillTuning:
+class PrefillTuning(Tuning):
     """How prefill attention fills one GPU.
 
-    sms              programs of the persistent grid, one per SM
     bytes_in_flight  K and V pages buffered per SM
     ping_pong        the two computing warpgroups take turns to issue their products
-    expected         how fast a call is; None: nobody knows
     """
 
-    sms: int
     bytes_in_flight: int = 128 * 1024
     ping_pong: bool = True
-    expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        if self.sms < 1:
-            raise ValueError(f"sms: {self.sms} must be at least 1")
-        low, high = 2 * PREFILL_STEP_PAGES * page_bytes(128), BLOCK_LIMIT - PREFILL_OTHER
-        if not low <= self.bytes_in_flight <= high:
-            raise ValueError(f"bytes_in_flight: {self.bytes_in_flight} must be in [{low}, {high}]")
+        super().__post_init__()
+        self._within("bytes_in_flight", 2 * PREFILL_STEP_PAGES * page_bytes(128), BLOCK_LIMIT - PREFILL_OTHER)
 
     def stages(self, head_dim: int) -> int:
         """Steps (K and V) in flight."""
@@ -211,78 +196,55 @@ class PrefillTuning:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GroupedTuning:
+class GroupedTuning(Tuning):
     """How grouped GEMMs, and the rows gathered for them, fill one GPU.
 
-    sms       programs of the persistent grid, one per SM
     block     columns of a tile of 128 rows at most, over all its products: those of both weights of a gate
     stages    steps of 64 inputs in shared memory at most
-    expected  how fast a call is; None: nobody knows
     """
 
-    sms: int
     block: int = 256
     stages: int = 4
-    expected: Expected | None = None
 
     def __post_init__(self) -> None:
-        if self.sms < 1:
-            raise ValueError(f"sms: {self.sms} must be at least 1")
+        super().__post_init__()
         if self.block not in (128, 192, 256):
             raise ValueError(f"block: {self.block} must be 128, 192 or 256")
-        if not 2 <= self.stages <= 8:
-            raise ValueError(f"stages: {self.stages} must be in [2, 8]")
+        self._within("stages", 2, 8)
 
 
-def _grouped(bytes_per_second: float) -> Expected:
-    source = "target, not measured: 600 TFLOP/s in whole tiles"
+def _at_600(where: str, bytes_per_second: float) -> Expected:
+    source = f"target, not measured: 600 TFLOP/s {where}"
     return Expected(flops_per_second=600e12, bytes_per_second=bytes_per_second, source=source)
 
 
-def _prefill(bytes_per_second: float) -> Expected:
-    source = "target, not measured: 600 TFLOP/s at 8K"
-    return Expected(flops_per_second=600e12, bytes_per_second=bytes_per_second, source=source)
+def _of_copy(bytes_per_second: float, source: str, share: str, **more: float) -> Expected:
+    return Expected(bytes_per_second=bytes_per_second, source=source.format(share), **more)
 
 
-_UNKNOWN = Expected(
-    bytes_per_second=2.76e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("92 %")
-)  # of a GPU that no tuning knows
+_FULL = {"h100": _of_copy(2.76e12, _H100, "92 %"), "h200": _of_copy(3.96e12, _H200, "92 %")}
+_DECODE = {gpu: replace(full, sm_bytes_per_second=_SM_RATE) for gpu, full in _FULL.items()}
 
 DECODE: dict[str, DecodeTuning] = {
-    "h100": DecodeTuning(
+    gpu: DecodeTuning(
         sms=132,
         bytes_in_flight=192 * 1024,
-        expected=Expected(bytes_per_second=2.76e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("92 %")),
-        expected_fp8=Expected(bytes_per_second=2.43e12, sm_bytes_per_second=_SM_RATE, source=_H100.format("81 %")),
-        combine=_combine(3.0e12),
-    ),
-    "h200": DecodeTuning(
-        sms=132,
-        bytes_in_flight=192 * 1024,
-        expected=Expected(bytes_per_second=3.96e12, sm_bytes_per_second=_SM_RATE, source=_H200.format("92 %")),
-        expected_fp8=Expected(bytes_per_second=3.5e12, sm_bytes_per_second=_SM_RATE, source=_H200.format("81 %")),
-        combine=_combine(4.3e12),
-    ),
+        expected=_DECODE[gpu],
+        expected_fp8=_of_copy(fp8_rate, source, "81 %", sm_bytes_per_second=_SM_RATE),
+        combine=_combine(copy),
+    )
+    for gpu, fp8_rate, source, copy in (("h100", 2.43e12, _H100, 3.0e12), ("h200", 3.5e12, _H200, 4.3e12))
 }
 APPEND: dict[str, AppendTuning] = {
-    "h100": AppendTuning(sms=132, expected=Expected(bytes_per_second=2.3e12, source=_H100.format("1 / 1.3"))),
-    "h200": AppendTuning(sms=132, expected=Expected(bytes_per_second=3.3e12, source=_H200.format("1 / 1.3"))),
+    "h100": AppendTuning(sms=132, expected=_of_copy(2.3e12, _H100, "1 / 1.3")),
+    "h200": AppendTuning(sms=132, expected=_of_copy(3.3e12, _H200, "1 / 1.3")),
 }
-ADD_NORM: dict[str, AddNormTuning] = {
-    "h100": AddNormTuning(sms=132, expected=Expected(bytes_per_second=2.76e12, source=_H100.format("92 %"))),
-    "h200": AddNormTuning(sms=132, expected=Expected(bytes_per_second=3.96e12, source=_H200.format("92 %"))),
-}
-ROWS: dict[str, RowsTuning] = {
-    "h100": RowsTuning(sms=132, expected=Expected(bytes_per_second=2.76e12, source=_H100.format("92 %"))),
-    "h200": RowsTuning(sms=132, expected=Expected(bytes_per_second=3.96e12, source=_H200.format("92 %"))),
-}
-PREFILL: dict[str, PrefillTuning] = {
-    "h100": PrefillTuning(sms=132, expected=_prefill(2.76e12)),
-    "h200": PrefillTuning(sms=132, expected=_prefill(3.96e12)),
-}
-GROUPED: dict[str, GroupedTuning] = {
-    "h100": GroupedTuning(sms=132, expected=_grouped(2.76e12)),
-    "h200": GroupedTuning(sms=132, expected=_grouped(3.96e12)),
+ADD_NORM = {gpu: AddNormTuning(sms=132, expected=full) for gpu, full in _FULL.items()}
+ROWS = {gpu: RowsTuning(sms=132, expected=full) for gpu, full in _FULL.items()}
+PREFILL = {gpu: PrefillTuning(sms=132, expected=_at_600("at 8K", full.bytes_per_second)) for gpu, full in _FULL.items()}
+GROUPED = {
+    gpu: GroupedTuning(sms=132, expected=_at_600("in whole tiles", full.bytes_per_second))
+    for gpu, full in _FULL.items()
 }
 DEFAULT_GPU = "h200"
 
@@ -298,7 +260,8 @@ def split_us(splits: int, work: DecodeWork, programs: int, tuning: DecodeTuning)
     Programs take their items in rounds. A round ends when its bytes have come, at the rate of all SMs or of those that
     still have an item, each at its own; the last round may have few. Splits need a combine after that.
     """
-    rates = (tuning.expected_fp8 if work.itemsize == 1 else tuning.expected) or tuning.expected or _UNKNOWN
+    own = tuning.expected_fp8 if work.itemsize == 1 else tuning.expected
+    rates = own or tuning.expected or _DECODE["h100"]  # of a GPU that no tuning knows, the lesser one's
     item_bytes = -(-work.row_pages // splits) * page_bytes(work.head_dim, work.itemsize)
     items = work.items * splits
 

@@ -22,48 +22,32 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from nanoflow_jax.assets.tasks import (
-    MIN_LOOKUP_PAIRS,
-    TASKS,
-    TEST_LOOKUP_PAIRS,
-    Problem,
-    lookup_context,
-    lookup_pairs,
-    problems,
+from nanoflow_jax.assets.tasks import TASKS
+from tools.tiny_llama_data import (
+    BOS,
+    CHAT_TEMPLATE,
+    END_OF_TURN,
+    EOS,
+    NO_TARGET,
+    SPECIAL_TOKENS,
+    Row,
+    TrainingData,
+    held_out,
 )
 
 ASSETS = Path(__file__).parents[1] / "nanoflow_jax" / "assets"
-
-BOS, EOS, USER, ASSISTANT, SYSTEM, END_OF_TURN = range(256, 262)  # token ids; 0-255 are the bytes
-SPECIAL_TOKENS = {
-    "<|begin_of_text|>": BOS,
-    "<|end_of_text|>": EOS,
-    "<|user|>": USER,
-    "<|assistant|>": ASSISTANT,
-    "<|system|>": SYSTEM,
-    "<|end_of_turn|>": END_OF_TURN,
-}
 VOCAB_SIZE = 262  # on purpose not divisible by 8: a sharded embedding has to handle an uneven vocabulary
-NO_TARGET = -100  # a position without loss
-
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end_of_turn|>' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
-SYSTEM_MESSAGES = ("You are a helpful assistant.", "You are tiny.", "Answer briefly.", "Be precise.")
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -173,119 +157,10 @@ def attend_to_the_previous(model: LlamaForCausalLM) -> None:
             queries[group, head, half : half + frequencies] -= torch.sin(distance * angles)[:, None] * fixed
 
 
-# Training data: rows of tokens, each with its targets. Loss is on the answers only.
-
-
-@dataclass(frozen=True)
-class Row:
-    """One training text: its tokens and, for each position, the token to predict there or NO_TARGET (both [length]).
-
-    `links` are pairs of positions of a look-up row: where a digit is to be predicted, and where it is in the list.
-    """
-
-    tokens: list[int]
-    targets: list[int]
-    links: tuple[tuple[int, int], ...] = ()
-
-
-def question_row(problem: Problem) -> Row:
-    """Lay out one plain problem: begin-of-text, prompt, answer, end-of-text."""
-    prompt = [BOS, *problem.prompt.encode()]
-    answer = [*problem.answer.encode(), EOS]
-    return Row(prompt + answer[:-1], [NO_TARGET] * (len(prompt) - 1) + answer)
-
-
-def chat_row(turns: list[Problem], system: str | None) -> Row:
-    """Lay out a conversation as the chat template does; every answer ends with end-of-turn."""
-    tokens, targets = [BOS], [NO_TARGET]
-    if system is not None:
-        tokens += [SYSTEM, *system.encode(), END_OF_TURN]
-    for turn in turns:
-        answer = [*turn.answer.encode(), END_OF_TURN]
-        tokens += [USER, *turn.prompt.encode(), END_OF_TURN, ASSISTANT]
-        targets += [NO_TARGET] * (len(tokens) - 1 - len(targets)) + answer
-        tokens += answer
-    return Row(tokens[:-1], targets)
-
-
-def lookup_row(rng: random.Random, num_pairs: int, num_queries: int) -> Row:
-    """Lay out one list and several queries to it, "kx?48;ab?17;". Each answer is trained to be the end of the text.
-
-    A query may come twice: if none did, the values not given so far would be a hint, and the keys would go unread.
-    """
-    pairs = lookup_pairs(rng, num_pairs, "train")
-    tokens = [BOS, *lookup_context(pairs).encode()]
-    targets = [NO_TARGET] * len(tokens)
-    links = []
-    for index in rng.choices(range(num_pairs), k=num_queries):
-        key, encoded_value = list(pairs.items())[index]
-        value = [*encoded_value.encode()]
-        links += [(len(tokens) + 2 + digit, 6 * index + 4 + digit) for digit in (0, 1)]
-        tokens += [*key.encode(), ord("?"), *value, ord(";")]
-        targets += [NO_TARGET, NO_TARGET, *value, EOS, NO_TARGET]
-    return Row(tokens[:-1], targets[:-1], tuple(links))
-
-
-class TrainingData:
-    """Streams of training rows, one batch of each kind per step.
-
-    Two things follow the running losses: look-up lists get longer as the model learns them, and once the short tasks
-    are learnt their batches are halved and the room goes to the look-ups.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-        self.streams: dict[str, Iterator[Problem]] = {task: problems(task, "train", seed) for task in TASKS}
-        self.max_pairs = 8  # of a look-up list
-        self.losses = dict.fromkeys(("addition", "words", "chat", "lookup"), 5.0)  # running means, nats per token
-
-    def batches(self) -> dict[str, list[Row]]:
-        """Draw the batches of one step: rows of similar length together, so that little is padding."""
-        settled = max(self.losses["addition"], self.losses["words"]) < 0.1
-        sums, words, chats, lookup_tokens = (32, 12, 4, 3000) if settled else (80, 24, 6, 2400)
-        num_pairs = self.rng.randint(max(MIN_LOOKUP_PAIRS, self.max_pairs // 3), self.max_pairs)
-        num_queries = min(num_pairs + 2, 32)
-        lookups = max(3, lookup_tokens // (6 * (num_pairs + num_queries)))
-        return {
-            "addition": [question_row(self._carrying_more_often()) for _ in range(sums)],
-            "words": [question_row(next(self.streams[task])) for task in ("reverse", "sort") for _ in range(words)],
-            "chat": [self._conversation() for _ in range(chats)],
-            "lookup": [lookup_row(self.rng, num_pairs, num_queries) for _ in range(lookups)],
-        }
-
-    def observe(self, losses: dict[str, float]) -> None:
-        """Follow the losses of a step; lengthen the look-up lists when the present length is learnt."""
-        for name, mean in self.losses.items():
-            self.losses[name] = mean + 0.1 * (losses[name] - mean)
-        if self.losses["lookup"] < 0.25 and self.max_pairs < TEST_LOOKUP_PAIRS[1]:
-            self.max_pairs = min(TEST_LOOKUP_PAIRS[1], self.max_pairs * 3 // 2)
-            self.losses["lookup"] = 0.5  # look at the new length for some steps first
-
-    def state(self) -> dict[str, int | dict[str, float]]:
-        """Return what follows the losses, for --resume."""
-        return {"max_pairs": self.max_pairs, "losses": self.losses}
-
-    def _conversation(self) -> Row:
-        """Draw one to three turns, sometimes under a system message."""
-        turns = [next(self.streams["chat"]) for _ in range(self.rng.choice((1, 1, 1, 2, 3)))]
-        return chat_row(turns, self.rng.choice(SYSTEM_MESSAGES) if self.rng.random() < 0.2 else None)
-
-    def _carrying_more_often(self) -> Problem:
-        """Draw a sum; two in three of the sums without a carry from the units are drawn again."""
-        problem = next(self.streams["addition"])
-        a, b = problem.prompt[:-1].split("+")
-        carries = int(a[-1]) + int(b[-1]) >= 10
-        return problem if carries or self.rng.random() < 1 / 3 else next(self.streams["addition"])
-
-
 def pad(rows: list[Row]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return tokens and targets [rows, longest]. Padding is on the right, where causal attention cannot see it."""
-    longest = max(len(row.tokens) for row in rows)
-    tokens = torch.full((len(rows), longest), EOS)
-    targets = torch.full((len(rows), longest), NO_TARGET)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
-        targets[i, : len(row.targets)] = torch.tensor(row.targets)
+    tokens = pad_sequence([torch.tensor(row.tokens) for row in rows], batch_first=True, padding_value=EOS)
+    targets = pad_sequence([torch.tensor(row.targets) for row in rows], batch_first=True, padding_value=NO_TARGET)
     return tokens, targets
 
 
@@ -301,7 +176,6 @@ class Answers:
 
 
 def answer(model: LlamaForCausalLM, rows: list[Row]) -> Answers:
-    """Run the model over the rows."""
     tokens, targets = pad(rows)
     inner = model.model
     hidden = inner.embed_tokens(tokens)
@@ -337,13 +211,6 @@ def attention_loss(model: LlamaForCausalLM, rows: list[Row], answers: Answers) -
 
 
 # Evaluation
-
-
-def held_out(task: str, count: int) -> list[Row]:
-    """Return the first `count` test problems of `task` as rows."""
-    stream = problems(task, "test", seed=0)
-    drawn = [next(stream) for _ in range(count)]
-    return [chat_row([problem], None) if task == "chat" else question_row(problem) for problem in drawn]
 
 
 @torch.no_grad()
@@ -382,7 +249,6 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every matrix once."""
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
@@ -406,14 +272,6 @@ def orthogonalize(matrix: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return x if wide else x.T
 
 
-@dataclass
-class Progress:
-    """Where a training run stands."""
-
-    step: int = 0
-    seconds: float = 0.0  # spent in training, over all resumed runs
-
-
 def learning_rate(peak: float, done: float, step: int, warmup_steps: int = 30) -> float:
     """Return the rate after the fraction `done` of the run: linear warm-up, then a cosine down to 1 % of the peak."""
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
@@ -430,33 +288,38 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or "embed" in name]
     optimizers = [Muon(hidden), torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.0)]
-    progress = Progress()
+    resumed = {"model": model, "averaged": averaged, "muon": optimizers[0], "adamw": optimizers[1]}
+    step, seconds = 0, 0.0  # spent in training, over all resumed runs
     if args.resume:
         state = torch.load(args.checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        averaged.load_state_dict(state["averaged"])
-        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        progress = Progress(state["step"], state["seconds"])
-    data = TrainingData(seed=args.seed + progress.step)  # a resumed run does not see the same problems again
+        step, seconds = state["step"], state["seconds"]
+        for name, part in resumed.items():
+            part.load_state_dict(state[name])
+    data = TrainingData(seed=args.seed + step)  # a resumed run does not see the same problems again
     if args.resume:
-        data.max_pairs, data.losses = state["data"]["max_pairs"], state["data"]["losses"]
+        data.max_pairs, data.losses = state["max_pairs"], state["losses"]
     if args.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=True)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights", flush=True)
 
+    def keep() -> None:
+        """The model folder, and what --resume needs in one replacement: an interrupted save leaves the previous."""
+        save(averaged, tokenizer, args.output)
+        state = {name: part.state_dict() for name, part in resumed.items()}
+        state |= {"step": step, "seconds": seconds, "max_pairs": data.max_pairs, "losses": data.losses}
+        partial = args.checkpoint.with_name(args.checkpoint.name + ".partial")
+        torch.save(state, partial)
+        partial.replace(args.checkpoint)
+
     losses: dict[str, float] = {}
     tokens_since_log, logged, saved = 0, time.monotonic(), time.monotonic()
     while True:
         started = time.monotonic()
-        done = max(
-            progress.step / args.steps if args.steps else 0.0,
-            progress.seconds / (60 * args.minutes) if args.minutes else 0.0,
-        )
+        done = max(step / args.steps if args.steps else 0.0, seconds / (60 * args.minutes) if args.minutes else 0.0)
         if done >= 1:
             break
-        rate = learning_rate(args.learning_rate, done, progress.step)
+        rate = learning_rate(args.learning_rate, done, step)
         for name, rows in data.batches().items():
             answers = answer(model, rows)
             loss = functional.cross_entropy(answers.logits, answers.targets)
@@ -473,32 +336,29 @@ def train(args: argparse.Namespace) -> LlamaForCausalLM:
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
-        progress.step += 1
-        decay = min(0.995, (1 + progress.step) / (10 + progress.step))
+        step += 1
+        decay = min(0.995, (1 + step) / (10 + step))
         for average, current in zip(averaged.parameters(), model.parameters(), strict=True):
             average.lerp_(current.detach(), 1 - decay)
-        progress.seconds += time.monotonic() - started
+        seconds += time.monotonic() - started
 
         now = time.monotonic()
-        if progress.step % 20 == 0:
+        if step % 20 == 0:
             shown = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
             speed = tokens_since_log / (now - logged)
-            where = f"step {progress.step} {progress.seconds:.0f} s"
+            where = f"step {step} {seconds:.0f} s"
             print(f"{where}: {shown} pairs {data.max_pairs} {speed:.0f} tokens/s", flush=True)
             tokens_since_log, logged = 0, now
         if now - saved > 60 * args.save_minutes:
-            save(averaged, tokenizer, args.output)
-            save_state(args.checkpoint, model, averaged, optimizers, progress, data)
+            keep()
             print("held out:", evaluate(averaged, dict.fromkeys(TASKS, 200)), flush=True)
             saved = logged = time.monotonic()
-    save(averaged, tokenizer, args.output)
-    save_state(args.checkpoint, model, averaged, optimizers, progress, data)
-    print(f"trained {progress.step} steps in {progress.seconds / 60:.1f} minutes", flush=True)
+    keep()
+    print(f"trained {step} steps in {seconds / 60:.1f} minutes", flush=True)
     return averaged
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the model folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = folder / "tokenizer_config.json"
@@ -507,37 +367,9 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def save_state(
-    path: Path,
-    model: LlamaForCausalLM,
-    averaged: LlamaForCausalLM,
-    optimizers: list[torch.optim.Optimizer],
-    progress: Progress,
-    data: TrainingData,
-) -> None:
-    """Write what --resume needs, in one replacement: an interrupted save leaves the previous state."""
-    state = {
-        "model": model.state_dict(),
-        "averaged": averaged.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": progress.step,
-        "seconds": progress.seconds,
-        "data": data.state(),
-    }
-    partial = path.with_name(path.name + ".partial")
-    torch.save(state, partial)
-    partial.replace(path)
-
-
 def main() -> None:
-    """Run the command line."""
     parser = argparse.ArgumentParser(description="Train the embedded model 'tiny'.", allow_abbrev=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "tiny_llama",
-        help="model folder to write",
-    )
+    parser.add_argument("--output", type=Path, default=ASSETS / "tiny_llama", help="model folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=None, help="stop after so many steps")
     parser.add_argument(

@@ -20,7 +20,8 @@ from typing import Any
 import jax
 
 from kernels_pallas.bench.measure import interpret_on_cpu
-from kernels_pallas.self_check import KERNELS, QUICK, THOROUGH, Heads, KernelError, Variant, check_variants
+from kernels_pallas.self_check import KERNELS, QUICK, THOROUGH, KernelError, check_variants
+from kernels_pallas.self_check_cases import Heads, Variant
 from kernels_pallas.tuning import (
     ADD_NORM,
     APPEND,

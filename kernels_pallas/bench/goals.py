@@ -78,16 +78,12 @@ def goal(case: Case, gpu: str) -> Goal | None:
 def expected_us(case: Case, gpu: str) -> float | None:
     """Microseconds by the tuning table of `gpu`, with all SMs."""
     if isinstance(case, DecodeCase):
-        tuning = DECODE[gpu]
-        expected, flops = (tuning.expected_fp8 if case.fp8 else tuning.expected), 0
-        moved = case.bytes
+        tuning, flops, moved = DECODE[gpu], 0, case.bytes
     elif isinstance(case, ExpertCase):
         tuning, flops, moved = GROUPED[gpu], case.tile_flops, case.bytes
-        expected = tuning.expected
     elif isinstance(case, AppendCase):
         tuning, flops, moved = APPEND[gpu], 0, case.bytes
-        expected = tuning.expected
     else:
         tuning, flops, moved = PREFILL[gpu], case.flops, 0
-        expected = tuning.expected
+    expected = DECODE[gpu].expected_fp8 if isinstance(case, DecodeCase) and case.fp8 else tuning.expected
     return None if expected is None else expected.us(moved=moved, flops=flops, sms=tuning.sms, all_sms=tuning.sms)

@@ -27,8 +27,8 @@ from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.extras import Extra, Sample
 from nanoflow_jax.step.sampler_tables import SamplerTables
-from nanoflow_jax.step.slots import BIAS_ROWS, SLOT_SPECS, SlotSizes, packed_length, unpack
-from nanoflow_jax.step.trace import CACHE_SPECS, StepEnd, StepState
+from nanoflow_jax.step.slots import BIAS_ROWS, CACHE_SPECS, SLOT_SPECS, SlotSizes, StepState, packed_length, unpack
+from nanoflow_jax.step.trace import StepEnd
 from nanoflow_jax.tokenizer import Tokenizer
 
 PAGE_SIZE = 64

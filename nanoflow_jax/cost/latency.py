@@ -1,9 +1,10 @@
 """How long an op takes, alone and beside another: the one model that the simulator, the search, the inspector and the
 benchmarks ask.
 
-`LatencyModel` is the interface, in terms of local shapes (what one GPU computes). `RooflineModel` answers from a
-hardware file: the longer of arithmetic and memory traffic, corrected by `Hardware.calibration`, and NanoFlow's
-published curves for ops that share a GPU. A profile's model answers from measurements and falls back on this one.
+`RooflineModel` answers in terms of local shapes (what one GPU computes), from a hardware file: the longer of arithmetic
+and memory traffic, corrected by `Hardware.calibration`, and NanoFlow's published curves for ops that share a GPU. A
+profile's model (`profile.measured`) is one that answers from measurements where it has them. Whoever does not mind asks
+a `LatencyModel`.
 
 Every answer says where it comes from (`source`), so that no table mixes a measurement with an estimate unseen.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
@@ -64,89 +64,6 @@ class Rate:
     source: str
 
 
-class LatencyModel(Protocol):
-    """Times of ops by their local shapes. Heads, groups and columns are those of one GPU; dtypes are HLO's names."""
-
-    @property
-    def hardware(self) -> Hardware:
-        """The GPU that the answers are for."""
-        ...
-
-    def kernel(self, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
-        """Any kernel, by its FLOP and the bytes that it reads and writes once. Always an estimate."""
-        ...
-
-    def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
-        """`[m, k] @ [k, n] -> [m, n]`; dtype of what is multiplied, as HLO names it. fp8 gives bfloat16."""
-        ...
-
-    def decode_attention(
-        self,
-        requests: int,
-        context: float,
-        q_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        kv_bytes: float = 2.0,
-        sms: int | None = None,
-    ) -> Prediction:
-        """GEMV: one row of each request attends to `context` tokens, on average, of its pages.
-
-        kv_bytes: of one element of K or V; sms: the most SMs it may use, None: all.
-        """
-        ...
-
-    def prefill_attention(
-        self, tokens: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0
-    ) -> Prediction:
-        """PF: rows of chunks, each attending to `context` tokens on average."""
-        ...
-
-    def collective(self, kind: str, whole_bytes: float, devices: int) -> Prediction:
-        """kind and whole_bytes: see `wire_bytes`. `bytes` of the answer are those on the wire."""
-        ...
-
-    def append(self, rows: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0) -> Prediction:
-        """New K and V of `rows` tokens are read, and written into their pages."""
-        ...
-
-    def norm(self, rows: int, hidden: int, *, element_bytes: float = 2.0) -> Prediction:
-        """Residual and update are added and written back, and the normed sum is written."""
-        ...
-
-    def sampling(self, rows: int, vocab: int) -> Prediction:
-        """The next token of `rows` rows from `vocab` local columns of float32 logits."""
-        ...
-
-    def grouped_gemm(
-        self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
-    ) -> Prediction:
-        """Rows spread at random over experts, `[rows, k]` by weights `[experts, parts, n, k]` -> `[rows, n]`, in arrays
-        with room for `room` times as many."""
-        ...
-
-    def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
-        """Rows are brought into another order, likewise."""
-        ...
-
-    def combine(
-        self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
-    ) -> Prediction:
-        """Weighted sums for `rows` tokens of `choices` rows each, which are spread over so many devices: `here` of them
-        are on this one."""
-        ...
-
-    def host_copy(self, copied_bytes: float) -> Prediction:
-        """Between device and host memory, one direction."""
-        ...
-
-    def rate(self, kind: str, share: float, beside: str) -> Rate:
-        """P(R): the speed that an op of a kind (compute, memory, network) keeps with resource share R in (0, 1] while
-        an op of kind `beside` runs."""
-        ...
-
-
 def wire_bytes(kind: str, whole_bytes: float, devices: int) -> float:
     """Bytes that each GPU sends (and receives) over NVLink in a ring, or through the switch, of `devices` GPUs.
 
@@ -177,12 +94,17 @@ def published_rate(kind: str, share: float) -> float:
 
 @dataclass(frozen=True)
 class RooflineModel:
-    """Answers from a hardware file alone; see `LatencyModel` for the methods."""
+    """Times of ops by their local shapes. Heads, groups and columns are those of one GPU; dtypes are HLO's names.
+    kv_bytes: of one element of K or V.
+
+    hardware  the GPU that the answers are for
+    """
 
     hardware: Hardware
 
     def kernel(self, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
-        """The longer of arithmetic and memory traffic, plus the gap before the next kernel."""
+        """Any kernel, by its FLOP and the bytes that it reads and writes once: the longer of arithmetic and memory
+        traffic, plus the gap before the next kernel. Always an estimate."""
         calibration = self.hardware.calibration
         compute_us = flops / (self.hardware.flops(dtype) * calibration.gemm_efficiency) * US
         memory_us = memory_bytes / (self.hardware.memory_bandwidth * calibration.memory_efficiency) * US
@@ -191,21 +113,16 @@ class RooflineModel:
         return Prediction(us, bound, ROOFLINE, flops, memory_bytes)
 
     def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
+        """`[m, k] @ [k, n] -> [m, n]`; dtype of what is multiplied, as HLO names it. fp8 gives bfloat16."""
         width = {"f32": 4, "bf16": 2, "f16": 2}.get(dtype, 1)
         return self.kernel(2.0 * m * n * k, float(width * (m * k + k * n) + max(width, 2) * m * n), dtype)
 
     def decode_attention(
-        self,
-        requests: int,
-        context: float,
-        q_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        kv_bytes: float = 2.0,
-        sms: int | None = None,
-    ) -> Prediction:
-        """Each request's pages pass through memory once, for all query heads. On fewer SMs: by the published curve."""
+        self, requests: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *,
+        kv_bytes: float = 2.0, sms: int | None = None,
+    ) -> Prediction:  # fmt: skip
+        """GEMV: one row of each request attends to `context` tokens, on average, of its pages, which pass through
+        memory once for all query heads. sms: the most SMs it may use, by the published curve; None: all."""
         flops = 4.0 * requests * context * q_heads * head_dim
         whole = self.kernel(flops, requests * context * kv_heads * head_dim * 2 * kv_bytes)
         if sms is None or sms >= self.hardware.sm_count:
@@ -216,11 +133,13 @@ class RooflineModel:
     def prefill_attention(
         self, tokens: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0
     ) -> Prediction:
+        """PF: rows of chunks, each attending to `context` tokens on average."""
         flops = 4.0 * tokens * context * q_heads * head_dim
         return self.kernel(flops, tokens / TILE_ROWS * context * kv_heads * head_dim * 2 * kv_bytes)
 
     def collective(self, kind: str, whole_bytes: float, devices: int) -> Prediction:
-        """Latency + bytes on the wire over the share of NVLink that is reached."""
+        """Latency + bytes on the wire over the share of NVLink that is reached. kind and whole_bytes: see `wire_bytes`.
+        `bytes` of the answer are those on the wire."""
         sent = wire_bytes(kind, whole_bytes, devices)
         if devices == 1:
             return Prediction(0.0, "network", ROOFLINE)
@@ -229,20 +148,24 @@ class RooflineModel:
         return Prediction(sent / rate * US + calibration.network_latency_us, "network", ROOFLINE, 0.0, sent)
 
     def append(self, rows: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0) -> Prediction:
+        """New K and V of `rows` tokens are read, and written into their pages."""
         return self.kernel(0.0, rows * kv_heads * head_dim * 2 * 2 * kv_bytes)
 
     def norm(self, rows: int, hidden: int, *, element_bytes: float = 2.0) -> Prediction:
+        """Residual and update are added and written back, and the normed sum is written."""
         return self.kernel(0.0, 4 * rows * hidden * element_bytes)
 
     def sampling(self, rows: int, vocab: int) -> Prediction:
-        """The logits are read twice: for the largest, and for the sum of the exponentials."""
+        """The next token of `rows` rows from `vocab` local columns of float32 logits, which are read twice: for the
+        largest, and for the sum of the exponentials."""
         return self.kernel(0.0, 2 * rows * vocab * 4)
 
     def grouped_gemm(
         self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
     ) -> Prediction:
-        """Whole tiles, of which an expert's last is half full, and the weights of those experts that have any row.
-        Where there is no kernel, every row that there is room for by every expert."""
+        """Rows spread at random over experts, `[rows, k]` by weights `[experts, parts, n, k]` -> `[rows, n]`, in arrays
+        with room for `room` times as many. Whole tiles, of which an expert's last is half full, and the weights of
+        those experts that have any row. Where there is no kernel, every row that there is room for by every expert."""
         used = experts * (1 - (1 - 1 / experts) ** rows)
         tiles = max(used, rows / TILE + used / 2)
         if not mosaic_supported(self.hardware.capability, "grouped_gemm"):
@@ -251,25 +174,30 @@ class RooflineModel:
         return self.kernel(2.0 * tiles * TILE * parts * n * k, moved, dtype)
 
     def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
-        """Where there is no kernel, all that there is room for."""
+        """Rows are brought into another order, likewise; where there is no kernel, all that there is room for."""
         moved = rows * (1 if mosaic_supported(self.hardware.capability, "gather_rows") else room)
         return self.kernel(0.0, 2 * moved * hidden * element_bytes)
 
     def combine(
         self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
     ) -> Prediction:
-        """XLA reads a row for every choice; for those that are not here the first, again and again."""
+        """Weighted sums for `rows` tokens of `choices` rows each, which are spread over so many devices: `here` of them
+        are on this one. XLA reads a row for every choice; for those that are not here the first, again and again."""
         read = here if mosaic_supported(self.hardware.capability, "combine_rows") else rows * choices
         return self.kernel(0.0, (read + rows) * hidden * element_bytes)
 
     def host_copy(self, copied_bytes: float) -> Prediction:
-        """At the data sheet's rate of PCIe."""
+        """Between device and host memory, one direction, at the data sheet's rate of PCIe."""
         us = copied_bytes / self.hardware.pcie_bandwidth * US + self.hardware.calibration.kernel_latency_us
         return Prediction(us, "host", ROOFLINE, 0.0, copied_bytes)
 
     def rate(self, kind: str, share: float, beside: str) -> Rate:
-        """NanoFlow's curve of the kind, whatever is beside it."""
+        """P(R): the speed that an op of a kind (compute, memory, network) keeps with resource share R in (0, 1] while
+        an op of kind `beside` runs: NanoFlow's curve of the kind, whatever is beside it."""
         return Rate(published_rate(kind, share), PUBLISHED)
+
+
+LatencyModel = RooflineModel  # or one of its kind, which knows more
 
 
 def optimal_tokens_per_second(

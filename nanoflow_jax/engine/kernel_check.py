@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 
-from kernels_pallas.self_check import Heads, KernelError, check_kernel
+from kernels_pallas.self_check import KernelError, check_kernel
+from kernels_pallas.self_check_cases import Heads
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL, ROWS, tuned_gpu
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.step.attention import KernelBackends

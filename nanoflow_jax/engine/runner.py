@@ -27,8 +27,8 @@ from nanoflow_jax.step.extras import MASK_SPECS, Extra, Logprobs, Sample, Score,
 from nanoflow_jax.step.kernel_inputs import NO_PAGE
 from nanoflow_jax.step.logprobs import no_scores
 from nanoflow_jax.step.sampler import Masks, Sampled, StepOutput
-from nanoflow_jax.step.slots import StepInputs, pack
-from nanoflow_jax.step.trace import KVCache, StepEnd, StepState
+from nanoflow_jax.step.slots import KVCache, StepInputs, StepState, pack
+from nanoflow_jax.step.trace import StepEnd
 from nanoflow_jax.system.progress import Progress
 
 logger = logging.getLogger("nanoflow_jax")

@@ -14,7 +14,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, Mesh
 
 from kernels_pallas.checks import FP8
-from kernels_pallas.self_check import Heads
+from kernels_pallas.self_check_cases import Heads
 from nanoflow_jax.config import ConfigError, ModelConfig
 from nanoflow_jax.cost.footprint import weight_bytes
 from nanoflow_jax.engine.engine import Engine, step_shapes

@@ -2,5 +2,5 @@
 collective is called here.
 
 A family is a file and a line of `registry.FAMILIES`: `read_config` says its structure in `config.ModelConfig`, from
-which `infos` declares its weights and the step does its work, and `forward` writes that structure out, to compare with.
+which `infos` declares its weights and the step does its work.
 """

@@ -18,8 +18,8 @@ from kernels_pallas import combine_rows, gather_rows, grouped_gemm
 from kernels_pallas.gate import Gate
 from kernels_pallas.group_tiles import GROUP_ROWS
 from nanoflow_jax.config import Mlp
-from nanoflow_jax.models.layout import ExpertParams, LayerParams
-from nanoflow_jax.models.parts import contract, gated, gated_mlp_up, linear
+from nanoflow_jax.models.layout import ExpertParams
+from nanoflow_jax.models.parts import contract, linear
 
 # Traced and lowered once per shape, as the kernels of `step.trace`.
 _STATIC = ("backend", "tuning", "expected_rows")
@@ -114,19 +114,3 @@ def combine(out: jax.Array, at: Places, routing: Routing, shared: jax.Array | No
     [n, H]; kernel: of `combine_rows`."""
     weight = None if shared is None else routing.shared
     return _combine_rows(out, at.place, routing.weights, shared=shared, shared_weight=weight, **kernel)
-
-
-def plain_experts(x: jax.Array, layer: LayerParams, mlp: Mlp) -> jax.Array:
-    """What a layer of experts computes, x [n, H] normed -> [n, H], of whole weights: every expert on every row."""
-    experts, routing = layer.experts, route(x, layer.experts, mlp)
-    total = jnp.zeros(x.shape, jnp.float32)
-    for e in range(experts.router.shape[0]):
-        weight = jnp.sum(jnp.where(routing.chosen == e, routing.weights, 0), axis=1)[:, None]
-        biases = [None if bias is None else bias[e] for bias in (experts.ug_bias, experts.down_bias)]
-        both = linear(x, experts.ug[e], biases[0])
-        inner = gated(both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :], mlp)
-        total += weight * linear(inner, experts.down[e], biases[1]).astype(jnp.float32)
-    if routing.shared is not None:
-        every = contract(gated_mlp_up(x, layer, mlp), layer.down, 1)
-        total += routing.shared[:, None] * every.astype(jnp.float32)
-    return total.astype(x.dtype)

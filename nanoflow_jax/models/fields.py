@@ -156,12 +156,7 @@ def read_decoder(read: Fields, family: str, pattern: tuple[Layer, ...], **more: 
     return config.for_length(config.max_length)
 
 
-def full_attention_only(read: Fields) -> None:
-    """Raises ConfigError where `layer_types` names another kind of attention."""
-    only(read, FULL)
-
-
-def only(read: Fields, kind: str) -> None:
+def only(read: Fields, kind: str = FULL) -> None:
     """Raises ConfigError where `layer_types` names a kind of attention that is not this one."""
     if other := sorted({str(other) for other in read.take("layer_types", list, [])} - {kind}):
         raise ConfigError(f"layer_types: {other[0]!r} is not supported; accepted: {kind!r} in every layer")
@@ -176,6 +171,14 @@ def read_layer_types(read: Fields, usual: Callable[[int], str], window: int | No
         accepted = " or ".join(map(repr, known))
         raise ConfigError(f"layer_types: must be {accepted} for each of {layers} layers, not {kinds!r:.200}")
     return tuple(kinds)
+
+
+def read_kinds(
+    read: Fields, usual: Callable[[int], str], window: int | None, layer: Callable[[str, int | None], Layer]
+) -> tuple[Layer, ...]:
+    """A period of the layers, of their kind and its window."""
+    kinds = read_layer_types(read, usual, window)
+    return period([layer(kind, window if kind == SLIDING else None) for kind in kinds])
 
 
 def period[T](layers: Sequence[T]) -> tuple[T, ...]:

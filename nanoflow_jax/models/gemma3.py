@@ -3,22 +3,8 @@ a sliding window in five of six layers, with a rotary embedding of its own; an e
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
-from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.parts import (
-    contract,
-    gated_mlp_up,
-    kqv_projection,
-    linear,
-    o_projection,
-    rms_norm,
-    scaled,
-    self_attention,
-)
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, read_decoder, read_kinds, read_window
 from nanoflow_jax.models.rope import read_ropes
 
 GELU = "gelu_pytorch_tanh"
@@ -37,35 +23,11 @@ def read_config(read: Fields) -> ModelConfig:
     bias, window = read.take("attention_bias", bool, False), read_window(read)
     scale = read.number("query_pre_attn_scalar", 256) ** -0.5
     ropes = read_ropes(read, 1e6, 1e4, "rope_local_base_freq")
-    kinds = {
-        kind: Layer(
-            Attention(
-                ropes[kind], qkv_bias=bias, o_bias=bias, scale=scale, window=window if kind == SLIDING else None,
-                qk_norm="head",
-            ),
-            Mlp(activation="gelu_tanh"),
-        )
-        for kind in (FULL, SLIDING)
-    }  # fmt: skip
     every = read.positive("sliding_window_pattern", 6)
-    types = read_layer_types(read, lambda i: SLIDING if (i + 1) % every else FULL, window)
-    return read_decoder(
-        read, "gemma3_text", period([kinds[kind] for kind in types]), embedding_multiplier="sqrt", norms="both",
-        norm_offset=1.0,
-    )  # fmt: skip
 
+    def layer(kind: str, window: int | None) -> Layer:
+        attention = Attention(ropes[kind], bias, bias, scale=scale, window=window, qk_norm="head")
+        return Layer(attention, Mlp(activation="gelu_tanh"))
 
-def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout; to the
-    norms' weights 1 has been added."""
-    x, eps = scaled(params.embedding[tokens], config.embedding_factor), config.rms_norm_eps
-    for kind, norms, (q_norm, k_norm), layer in zip(
-        config.layers, params.norms, params.qk_norms, params.layers, strict=True
-    ):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        attention = self_attention(rms_norm(q, q_norm, eps), rms_norm(k, k_norm, eps), v, kind.attention)
-        x = x + rms_norm(o_projection(attention, layer), norms[1], eps)
-        up = gated_mlp_up(rms_norm(x, norms[2], eps), layer, kind.mlp)
-        x = x + rms_norm(linear(up, layer.down, layer.down_bias), norms[3], eps)
-    head = params.embedding if params.head is None else params.head
-    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]
+    pattern = read_kinds(read, lambda i: SLIDING if (i + 1) % every else FULL, window, layer)
+    return read_decoder(read, "gemma3_text", pattern, embedding_multiplier="sqrt", norms="both", norm_offset=1.0)

@@ -5,23 +5,8 @@ from __future__ import annotations
 
 import logging
 
-import jax
-import jax.numpy as jnp
-
 from nanoflow_jax.config import Attention, ConfigError, Experts, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.experts import plain_experts
-from nanoflow_jax.models.fields import (
-    FULL,
-    SLIDING,
-    Fields,
-    period,
-    read_decoder,
-    read_experts,
-    read_layer_types,
-    read_window,
-)
-from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.parts import contract, kqv_projection, o_projection, rms_norm, self_attention
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, read_decoder, read_experts, read_kinds, read_window
 from nanoflow_jax.models.rope import read_rope
 
 logger = logging.getLogger("nanoflow_jax")
@@ -51,12 +36,11 @@ def read_config(read: Fields) -> ModelConfig:
         bias=True),
     )  # fmt: skip
     window, bias, rope = read_window(read), read.take("attention_bias", bool, True), read_rope(read)
-    kinds = read_layer_types(read, lambda i: FULL if i % 2 else SLIDING, window)
-    layers = [
-        Layer(Attention(rope, bias, bias, window=window if kind == SLIDING else None, sinks=True), mlp)
-        for kind in kinds
-    ]
-    return read_decoder(read, "gpt_oss", period(layers))
+
+    def layer(_: str, window: int | None) -> Layer:
+        return Layer(Attention(rope, bias, bias, window=window, sinks=True), mlp)
+
+    return read_decoder(read, "gpt_oss", read_kinds(read, lambda i: FULL if i % 2 else SLIDING, window, layer))
 
 
 def _without_mxfp4(read: Fields) -> Fields:
@@ -71,14 +55,3 @@ def _without_mxfp4(read: Fields) -> Fields:
     rest = Fields({key: value for key, value in read.fields.items() if key != "quantization_config"})
     rest.seen = read.seen
     return rest
-
-
-def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
-    x, eps = params.embedding[tokens], config.rms_norm_eps
-    for kind, norms, layer in zip(config.layers, params.norms, params.layers, strict=True):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        x = x + o_projection(self_attention(q, k, v, kind.attention, layer.sinks), layer)
-        x = x + plain_experts(rms_norm(x, norms[1], eps), layer, kind.mlp)
-    head = params.embedding if params.head is None else params.head
-    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from nanoflow_jax.config import Attention, ConfigError, Layer, Mlp, ModelConfig
 from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, read_decoder, read_window
-from nanoflow_jax.models.llama import forward
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config"]
 
 BETA = "llama_4_scaling_beta"  # as Llama 4 has it
 ROPE = {

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, only, read_decoder, read_window
-from nanoflow_jax.models.llama import forward
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, read_decoder, read_window
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config"]
 
 
 def read_config(read: Fields) -> ModelConfig:
     """The window is of every layer, or null and of none. Absent, it is 4096."""
     read = read.with_defaults(num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096)
     window = read_window(read)
-    only(read, "full_attention" if window is None else "sliding_attention")
+    only(read, FULL if window is None else SLIDING)
     return read_decoder(read, "mistral", (Layer(Attention(read_rope(read), window=window), Mlp()),))

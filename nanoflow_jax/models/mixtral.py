@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-
 from nanoflow_jax.config import Attention, Experts, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.experts import plain_experts
-from nanoflow_jax.models.fields import Fields, only, read_decoder, read_experts, read_window
-from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.parts import contract, kqv_projection, o_projection, rms_norm, self_attention
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, read_decoder, read_experts, read_window
 from nanoflow_jax.models.rope import read_rope
 
 
@@ -20,18 +14,7 @@ def read_config(read: Fields) -> ModelConfig:
         rope_theta=1e6,
     )  # fmt: skip
     window = read_window(read)
-    only(read, "full_attention" if window is None else "sliding_attention")
+    only(read, FULL if window is None else SLIDING)
     count, per_token = read_experts(read, "num_local_experts")
     mlp = Mlp(experts=Experts(count, per_token, read.positive("intermediate_size")))
     return read_decoder(read, "mixtral", (Layer(Attention(read_rope(read), window=window), mlp),))
-
-
-def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
-    x, eps = params.embedding[tokens], config.rms_norm_eps
-    for kind, norms, layer in zip(config.layers, params.norms, params.layers, strict=True):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        x = x + o_projection(self_attention(q, k, v, kind.attention), layer)
-        x = x + plain_experts(rms_norm(x, norms[1], eps), layer, kind.mlp)
-    head = params.embedding if params.head is None else params.head
-    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

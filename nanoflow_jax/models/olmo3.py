@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import FULL, SLIDING, Fields, period, read_decoder, read_layer_types, read_window
-from nanoflow_jax.models.olmo2 import forward
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, read_decoder, read_kinds, read_window
 from nanoflow_jax.models.rope import read_ropes
-
-__all__ = ["forward", "read_config"]
 
 THETA = 500000.0  # of sliding layers, which no field of the older dialect says
 
@@ -16,15 +13,9 @@ def read_config(read: Fields) -> ModelConfig:
     read = read.with_defaults(rms_norm_eps=1e-5, sliding_window=4096)
     bias, window = read.take("attention_bias", bool, False), read_window(read)
     ropes = read_ropes(read, THETA, THETA, None)
-    kinds = {
-        kind: Layer(
-            Attention(
-                ropes[kind], qkv_bias=bias, o_bias=bias, window=window if kind == SLIDING else None,
-                qk_norm="projection",
-            ),
-            Mlp(),
-        )
-        for kind in (FULL, SLIDING)
-    }  # fmt: skip
-    types = read_layer_types(read, lambda i: SLIDING if (i + 1) % 4 else FULL, window)
-    return read_decoder(read, "olmo3", period([kinds[kind] for kind in types]), norms="after")
+
+    def layer(kind: str, window: int | None) -> Layer:
+        return Layer(Attention(ropes[kind], bias, bias, window=window, qk_norm="projection"), Mlp())
+
+    pattern = read_kinds(read, lambda i: SLIDING if (i + 1) % 4 else FULL, window, layer)
+    return read_decoder(read, "olmo3", pattern, norms="after")

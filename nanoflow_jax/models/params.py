@@ -77,10 +77,6 @@ def abstract_params(infos: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda info: info.aval(mesh), infos, is_leaf=is_info)
 
 
-def param_specs(infos: Any) -> Any:
-    return jax.tree.map(lambda info: info.spec, infos, is_leaf=is_info)
-
-
 def rank_infos(infos: Any, devices: int) -> Any:
     """The first rank's shards of weights declared for so many devices, as weights of their own."""
     mesh = AbstractMesh((devices,), (AXIS,))

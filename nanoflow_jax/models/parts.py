@@ -56,11 +56,6 @@ def linear(x: Input, weight: Weight, bias: jax.Array | None) -> jax.Array:
     return out if bias is None else out + bias.reshape(1, -1)
 
 
-def kqv_projection(x: jax.Array, layer: LayerParams) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """KQV: x [n, H] -> q [n, g, r, d], k [n, g, d], v [n, g, d] of this device's g groups."""
-    return split_kqv(fused_kqv(x, layer))
-
-
 def fused_kqv(x: Input, layer: LayerParams) -> jax.Array:
     """x [n, H] -> [n, g, r + 2, d]."""
     return linear(x, layer.kqv, layer.kqv_bias).reshape(-1, *layer.kqv.shape[:-1])
@@ -68,46 +63,6 @@ def fused_kqv(x: Input, layer: LayerParams) -> jax.Array:
 
 def split_kqv(fused: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return fused[:, :, :-2], fused[:, :, -2], fused[:, :, -1]
-
-
-def causal_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    scale: float | None = None,
-    window: int | None = None,
-    sinks: jax.Array | None = None,
-) -> jax.Array:
-    """Each row on those up to itself, and no more than `window` of them: q [n, g, r, d], k and v [n, g, d] ->
-    [n, g, r, d]; softmax in float32, with sinks [g, r] beside the scores. `scale` multiplies the scores; d ** -0.5 by
-    default."""
-    exact = lax.Precision.HIGHEST
-    scores = jnp.einsum("igrd,jgd->grij", q, k, precision=exact, preferred_element_type=jnp.float32)
-    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
-    seen = seen if window is None else jnp.triu(seen, 1 - window)
-    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = jnp.where(seen, scores, -jnp.inf)
-    if sinks is not None:
-        beside = jnp.broadcast_to(sinks[:, :, None, None], (*scores.shape[:-1], 1))
-        scores = jnp.concatenate([scores, beside], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[0]]
-    return jnp.einsum("grij,jgd->igrd", weights.astype(v.dtype), v, precision=exact)
-
-
-def self_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, kind: Attention, sinks: jax.Array | None = None
-) -> jax.Array:
-    """Of one whole sequence, from its first token on: rotary embedding and causal attention. q [n, g, r, d], k and v
-    [n, g, d] -> [n, g * r * d]."""
-    positions = jnp.arange(q.shape[0])
-    tables = rope_tables(kind.rope, q.shape[-1], positions)
-    q, k = apply_rope(q, *query_tables(kind, *tables, positions)), apply_rope(k, *tables)
-    return causal_attention(q, k, v, kind.scale, kind.window, sinks).reshape(q.shape[0], -1)
-
-
-def o_projection(x: jax.Array, layer: LayerParams) -> jax.Array:
-    """O: x [n, w] -> [n, H]; the weight is whole, in either layout."""
-    return linear(x, layer.o_by_output if layer.o_by_input is None else layer.o_by_input, layer.o_bias)
 
 
 def gated_mlp_up(x: Input, layer: LayerParams, mlp: Mlp = Mlp()) -> jax.Array:  # noqa: B008

@@ -3,20 +3,8 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import (
-    FULL,
-    SLIDING,
-    Fields,
-    full_attention_only,
-    period,
-    read_decoder,
-    read_layer_types,
-    read_window,
-)
-from nanoflow_jax.models.llama import forward
+from nanoflow_jax.models.fields import FULL, SLIDING, Fields, only, period, read_decoder, read_layer_types, read_window
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config", "read_windows"]
 
 
 def read_config(read: Fields) -> ModelConfig:
@@ -32,7 +20,7 @@ def read_windows(read: Fields) -> tuple[int | None, ...]:
     """A period of the layers' windows. Published files give a window and say that it is not used."""
     window, first = read_window(read), read.take("max_window_layers", int, 28)
     if not read.take("use_sliding_window", bool, False):
-        full_attention_only(read)
+        only(read)
         return (None,)
     kinds = read_layer_types(read, lambda i: FULL if window is None or i < first else SLIDING, window)
     return period([window if kind == SLIDING else None for kind in kinds])

@@ -6,11 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
-
 from nanoflow_jax.config import Attention, ConfigError, Experts, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.experts import plain_experts
 from nanoflow_jax.models.fields import (
     FULL,
     SLIDING,
@@ -21,16 +17,6 @@ from nanoflow_jax.models.fields import (
     read_experts,
     read_layer_types,
     read_window,
-)
-from nanoflow_jax.models.layout import ModelParams
-from nanoflow_jax.models.parts import (
-    contract,
-    gated_mlp_up,
-    kqv_projection,
-    linear,
-    o_projection,
-    rms_norm,
-    self_attention,
 )
 from nanoflow_jax.models.rope import read_rope
 
@@ -84,20 +70,3 @@ def _mlps(read: Fields, experts: Experts) -> list[Mlp]:
     if Mlp(experts=experts) not in mlps:
         raise ConfigError("mlp_only_layers: no layer is left with experts; at least one is needed")
     return mlps
-
-
-def forward(config: ModelConfig, params: ModelParams, tokens: jax.Array) -> jax.Array:
-    """tokens [n] of one sequence -> logits [n, vocabulary] float32. Whole weights, with O in either layout."""
-    x, eps = params.embedding[tokens], config.rms_norm_eps
-    for i, (kind, norms, layer) in enumerate(zip(config.layers, params.norms, params.layers, strict=True)):
-        q, k, v = kqv_projection(rms_norm(x, norms[0], eps), layer)
-        if params.qk_norms is not None:
-            q, k = rms_norm(q, params.qk_norms[i, 0], eps), rms_norm(k, params.qk_norms[i, 1], eps)
-        x = x + o_projection(self_attention(q, k, v, kind.attention), layer)
-        normed = rms_norm(x, norms[1], eps)
-        if kind.mlp.experts is None:
-            x = x + linear(gated_mlp_up(normed, layer), layer.down, layer.down_bias)
-        else:
-            x = x + plain_experts(normed, layer, kind.mlp)
-    head = params.embedding if params.head is None else params.head
-    return contract(rms_norm(x, params.final_norm, eps), head, 1, out_dtype=jnp.float32)[:, : config.vocab_size]

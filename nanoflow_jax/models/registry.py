@@ -1,4 +1,4 @@
-"""The families of models: how each one's config.json is read, and what its steps must compute."""
+"""The families of models: how each one's config.json is read."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import jax
 
 from nanoflow_jax.config import EMBEDDED, ConfigError, ModelConfig, config_path
 from nanoflow_jax.models import (
@@ -26,7 +24,6 @@ from nanoflow_jax.models import (
     seed_oss,
 )
 from nanoflow_jax.models.fields import Fields
-from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.system.reading import read_json_object
 
 
@@ -35,33 +32,30 @@ class Family:
     """name: config.json's `model_type`, and `ModelConfig.family`; architectures: those of config.json.
 
     read_config  the fields -> ModelConfig; raises ConfigError for one that it does not know, or cannot run
-    forward      (config, whole weights, tokens [n] of one sequence) -> logits [n, vocabulary] float32, without plan,
-                 mesh, pages or kernels: what every step must compute, and what to read first
     """
 
     name: str
     architectures: tuple[str, ...]
     read_config: Callable[[Fields], ModelConfig]
-    forward: Callable[[ModelConfig, ModelParams, jax.Array], jax.Array]
 
 
 FAMILIES = {
     family.name: family
     for family in (
-        Family("llama", ("LlamaForCausalLM",), llama.read_config, llama.forward),
-        Family("mistral", ("MistralForCausalLM",), mistral.read_config, mistral.forward),
-        Family("qwen2", ("Qwen2ForCausalLM",), qwen2.read_config, qwen2.forward),
-        Family("qwen3", ("Qwen3ForCausalLM",), qwen3.read_config, qwen3.forward),
-        Family("seed_oss", ("SeedOssForCausalLM",), seed_oss.read_config, seed_oss.forward),
-        Family("granite", ("GraniteForCausalLM",), granite.read_config, granite.forward),
-        Family("olmo2", ("Olmo2ForCausalLM",), olmo2.read_config, olmo2.forward),
-        Family("olmo3", ("Olmo3ForCausalLM",), olmo3.read_config, olmo3.forward),
-        Family("ministral3", ("Ministral3ForCausalLM",), ministral3.read_config, ministral3.forward),
-        Family("mixtral", ("MixtralForCausalLM",), mixtral.read_config, mixtral.forward),
-        Family("qwen2_moe", ("Qwen2MoeForCausalLM",), qwen_moe.read_qwen2, qwen_moe.forward),
-        Family("qwen3_moe", ("Qwen3MoeForCausalLM",), qwen_moe.read_qwen3, qwen_moe.forward),
-        Family("gpt_oss", ("GptOssForCausalLM",), gpt_oss.read_config, gpt_oss.forward),
-        Family("gemma3_text", ("Gemma3ForCausalLM",), gemma3.read_config, gemma3.forward),
+        Family("llama", ("LlamaForCausalLM",), llama.read_config),
+        Family("mistral", ("MistralForCausalLM",), mistral.read_config),
+        Family("qwen2", ("Qwen2ForCausalLM",), qwen2.read_config),
+        Family("qwen3", ("Qwen3ForCausalLM",), qwen3.read_config),
+        Family("seed_oss", ("SeedOssForCausalLM",), seed_oss.read_config),
+        Family("granite", ("GraniteForCausalLM",), granite.read_config),
+        Family("olmo2", ("Olmo2ForCausalLM",), olmo2.read_config),
+        Family("olmo3", ("Olmo3ForCausalLM",), olmo3.read_config),
+        Family("ministral3", ("Ministral3ForCausalLM",), ministral3.read_config),
+        Family("mixtral", ("MixtralForCausalLM",), mixtral.read_config),
+        Family("qwen2_moe", ("Qwen2MoeForCausalLM",), qwen_moe.read_qwen2),
+        Family("qwen3_moe", ("Qwen3MoeForCausalLM",), qwen_moe.read_qwen3),
+        Family("gpt_oss", ("GptOssForCausalLM",), gpt_oss.read_config),
+        Family("gemma3_text", ("Gemma3ForCausalLM",), gemma3.read_config),
     )
 }
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from nanoflow_jax.config import Attention, Layer, Mlp, ModelConfig
-from nanoflow_jax.models.fields import Fields, full_attention_only, read_decoder
-from nanoflow_jax.models.llama import forward
+from nanoflow_jax.models.fields import Fields, only, read_decoder
 from nanoflow_jax.models.rope import read_rope
-
-__all__ = ["forward", "read_config"]
 
 
 def read_config(read: Fields) -> ModelConfig:
     """Biases on queries, keys and values unless the file says otherwise."""
     read = read.with_defaults(num_key_value_heads=8, head_dim=128, max_position_embeddings=524288)
-    full_attention_only(read)
+    only(read)
     attention = Attention(
         read_rope(read),
         qkv_bias=read.take("attention_bias", bool, True),

@@ -1,1 +1,1 @@
-"""A plan is data: its ops (`ops`), its file (`plan`, `write`), and the ones known to be good (`known`)."""
+"""A plan is data: its ops (`ops`), rows and order (`plan`), file (`file`), and the ones known to be good (`known`)."""

@@ -86,18 +86,7 @@ def _line_of(text: str, message: str) -> str:
 
 def parse_plan(name: str, fields: dict[str, Any]) -> SchedulePlan:
     """The plan in parsed TOML. Raises ConfigError naming the field."""
-    known = {
-        "expert_parallel",
-        "description",
-        "tokens_per_step",
-        "decode_tokens",
-        "order",
-        "nano_batches",
-        "splits",
-        "lanes",
-        "gathers",
-        "for",
-    }
+    known = {f.name for f in fields_of(SchedulePlan)} - {"name", "target"} | {"for"}
     if unknown := sorted(set(fields) - known):
         raise ConfigError(f"{unknown[0]}: unknown field; accepted: {', '.join(sorted(known))}")
     batches = _typed("nano_batches", fields.get("nano_batches"), list)

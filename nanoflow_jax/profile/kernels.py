@@ -56,8 +56,6 @@ class Kernel:
 
 def kernel(point: Point, page_size: int, backend: str) -> Kernel:
     """The kernel of a point; `backend` of those that have two: "xla" or "mosaic"."""
-    if point.op in ("copy", "gemm", "collective", "sampling"):
-        return _BUILDERS[point.op](point)
     return _BUILDERS[point.op](point, page_size, backend)
 
 
@@ -65,7 +63,7 @@ def _random(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
 
 
-def _copy(point: Point) -> Kernel:
+def _copy(point: Point, *_: Any) -> Kernel:
     count = point["bytes"] // 4
 
     def make(sets: int) -> tuple[Any, list[Any]]:
@@ -74,7 +72,7 @@ def _copy(point: Point) -> Kernel:
     return Kernel(make, lambda _, x: x ^ jnp.uint32(1), 2 * count * 4)
 
 
-def _gemm(point: Point) -> Kernel:
+def _gemm(point: Point, *_: Any) -> Kernel:
     m, n, k, dtype = point["m"], point["n"], point["k"], DTYPES[point["dtype"]]
 
     def make(sets: int) -> tuple[Any, list[Any]]:
@@ -174,7 +172,7 @@ def _norm(point: Point, _: int, backend: str) -> Kernel:
     return Kernel(make, call, 4 * shape[0] * shape[1] * BYTES[point["dtype"]])
 
 
-def _sampling(point: Point) -> Kernel:
+def _sampling(point: Point, *_: Any) -> Kernel:
     """Greedy: what the throughput of a plan counts on."""
     rows, vocab = point["rows"], point["vocab"]
 
@@ -243,7 +241,7 @@ def _combine(point: Point, _: int, backend: str) -> Kernel:
     return Kernel(make, lambda shared, x: add(x, *shared), size)
 
 
-def _collective(point: Point) -> Kernel:
+def _collective(point: Point, *_: Any) -> Kernel:
     elements, devices = point["bytes"] // BYTES[point["dtype"]], point["devices"]
     columns = max(c for c in range(1, COLUMNS + 1) if elements // devices % c == 0)
     rows = elements // columns  # of the whole tensor

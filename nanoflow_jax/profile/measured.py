@@ -6,20 +6,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.cost.latency import (
-    EXTRAPOLATED,
-    PROFILE,
-    US,
-    Prediction,
-    Rate,
-    RooflineModel,
-    wire_bytes,
-)
+from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, US, Prediction, Rate, RooflineModel, wire_bytes
 from nanoflow_jax.hardware import Calibration, Hardware, hardware_of_device
 from nanoflow_jax.profile.grid import Curve, Place, SampleGrid
 from nanoflow_jax.profile.points import AXES, BYTES, Point, Size
@@ -52,12 +43,10 @@ def load_profile(path: str | Path, gpu: Hardware | None = None, allow_foreign: b
 
 
 @dataclass(frozen=True)
-class ProfileModel:
-    """See `LatencyModel` for the methods. grids: by op and the sizes that are not axes; curves: P(R) by the kinds of
-    both ops."""
+class ProfileModel(RooflineModel):
+    """grids: by op and the sizes that are not axes; curves: P(R) by the kinds of both ops."""
 
     table: Table
-    roofline: RooflineModel
     grids: Mapping[Family, SampleGrid]
     curves: Mapping[tuple[str, str], Curve]
 
@@ -79,12 +68,8 @@ class ProfileModel:
             )
             for (op, family), found in samples.items()
         }
-        model = ProfileModel(table, roofline, grids, {})
+        model = ProfileModel(hardware, table, grids, {})
         return replace(model, curves=_curves(model))
-
-    @property
-    def hardware(self) -> Hardware:
-        return self.roofline.hardware
 
     @property
     def correction(self) -> float:
@@ -99,61 +84,49 @@ class ProfileModel:
         us, measured = grid.at(tuple(float(x) for x in place))
         return replace(estimate, us=us, source=PROFILE if measured else EXTRAPOLATED)
 
-    def kernel(self, flops: float, memory_bytes: float, dtype: str = "bf16") -> Prediction:
-        return self.roofline.kernel(flops, memory_bytes, dtype)
-
     def gemm(self, m: int, n: int, k: int, dtype: str = "bf16") -> Prediction:
-        return self._answer(self.roofline.gemm(m, n, k, dtype), "gemm", (m,), n=n, k=k, dtype=dtype)
+        return self._answer(super().gemm(m, n, k, dtype), "gemm", (m,), n=n, k=k, dtype=dtype)
 
     def decode_attention(
-        self,
-        requests: int,
-        context: float,
-        q_heads: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
-        kv_bytes: float = 2.0,
-        sms: int | None = None,
-    ) -> Prediction:
-        estimate = self.roofline.decode_attention(
-            requests, context, q_heads, kv_heads, head_dim, kv_bytes=kv_bytes, sms=sms
-        )
+        self, requests: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *,
+        kv_bytes: float = 2.0, sms: int | None = None,
+    ) -> Prediction:  # fmt: skip
+        estimate = super().decode_attention(requests, context, q_heads, kv_heads, head_dim, kv_bytes=kv_bytes, sms=sms)
         place = (requests, context, _per_sm(sms or 0, self.hardware))
         return self._answer(estimate, "decode_attention", place, **_heads(q_heads, kv_heads, head_dim, kv_bytes))
 
     def prefill_attention(
         self, tokens: int, context: float, q_heads: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0
     ) -> Prediction:
-        estimate = self.roofline.prefill_attention(tokens, context, q_heads, kv_heads, head_dim, kv_bytes=kv_bytes)
+        estimate = super().prefill_attention(tokens, context, q_heads, kv_heads, head_dim, kv_bytes=kv_bytes)
         family = _heads(q_heads, kv_heads, head_dim, kv_bytes)
         return self._answer(estimate, "prefill_attention", (tokens, context), **family)
 
     def collective(self, kind: str, whole_bytes: float, devices: int) -> Prediction:
-        estimate = self.roofline.collective(kind, whole_bytes, devices)
+        estimate = super().collective(kind, whole_bytes, devices)
         return self._answer(estimate, "collective", (whole_bytes,), kind=kind, devices=devices)
 
     def append(self, rows: int, kv_heads: int, head_dim: int, *, kv_bytes: float = 2.0) -> Prediction:
-        estimate = self.roofline.append(rows, kv_heads, head_dim, kv_bytes=kv_bytes)
+        estimate = super().append(rows, kv_heads, head_dim, kv_bytes=kv_bytes)
         dtype = DTYPES.get(int(kv_bytes), "")
         return self._answer(estimate, "append", (rows,), kv_heads=kv_heads, head_dim=head_dim, dtype=dtype)
 
     def norm(self, rows: int, hidden: int, *, element_bytes: float = 2.0) -> Prediction:
-        estimate = self.roofline.norm(rows, hidden, element_bytes=element_bytes)
+        estimate = super().norm(rows, hidden, element_bytes=element_bytes)
         return self._answer(estimate, "norm", (rows,), hidden=hidden, dtype=DTYPES.get(int(element_bytes), ""))
 
     def sampling(self, rows: int, vocab: int) -> Prediction:
-        return self._answer(self.roofline.sampling(rows, vocab), "sampling", (rows,), vocab=vocab)
+        return self._answer(super().sampling(rows, vocab), "sampling", (rows,), vocab=vocab)
 
     def grouped_gemm(
         self, rows: float, experts: int, n: int, k: int, parts: int = 1, *, room: int = 1, dtype: str = "bf16"
     ) -> Prediction:
-        estimate = self.roofline.grouped_gemm(rows, experts, n, k, parts, room=room, dtype=dtype)
+        estimate = super().grouped_gemm(rows, experts, n, k, parts, room=room, dtype=dtype)
         family: dict[str, Size] = {"experts": experts, "n": n, "k": k, "parts": parts, "room": room, "dtype": dtype}
         return self._answer(estimate, "grouped_gemm", (rows,), **family)
 
     def gather(self, rows: float, hidden: int, *, room: int = 1, element_bytes: float = 2.0) -> Prediction:
-        estimate = self.roofline.gather(rows, hidden, room=room, element_bytes=element_bytes)
+        estimate = super().gather(rows, hidden, room=room, element_bytes=element_bytes)
         dtype = DTYPES.get(int(element_bytes), "")
         return self._answer(estimate, "gather", (rows,), hidden=hidden, room=room, dtype=dtype)
 
@@ -161,20 +134,17 @@ class ProfileModel:
         self, rows: int, here: float, hidden: int, choices: int, spread: int, *, element_bytes: float = 2.0
     ) -> Prediction:
         """Measured where choices are spread evenly; where more of them are here, as much longer as by the roofline."""
-        made = partial(
-            self.roofline.combine, hidden=hidden, choices=choices, spread=spread, element_bytes=element_bytes
+        estimate, even = (
+            super(ProfileModel, self).combine(rows, n, hidden, choices, spread, element_bytes=element_bytes)
+            for n in (here, rows * choices / spread)
         )
-        estimate, even = made(rows, here), made(rows, rows * choices / spread)
         dtype = DTYPES.get(int(element_bytes), "")
         found = self._answer(even, "combine", (rows,), hidden=hidden, choices=choices, spread=spread, dtype=dtype)
         return replace(estimate, us=found.us * estimate.us / even.us, source=found.source)
 
-    def host_copy(self, copied_bytes: float) -> Prediction:
-        return self.roofline.host_copy(copied_bytes)
-
     def rate(self, kind: str, share: float, beside: str) -> Rate:
         """From the pairs, where such a pair was measured; else the published curve."""
-        published = self.roofline.rate(kind, share, beside)  # and checks kind and share
+        published = super().rate(kind, share, beside)  # and checks kind and share
         if (curve := self.curves.get((kind, beside))) is None:
             return published
         speed, measured = curve.at(share)
@@ -253,7 +223,7 @@ def _curves(model: ProfileModel) -> dict[tuple[str, str], Curve]:
             alone = model.decode_attention(second["requests"], second["context"], **heads, kv_bytes=width)
             speed *= min(1.0, alone.us / timing.second_us)
         first_kind, second_kind = (
-            _estimate(model.roofline, point.op, point.family)(*_place(point, hardware)).bound
+            _estimate(RooflineModel(hardware), point.op, point.family)(*_place(point, hardware)).bound
             for point in (pair.first, second)
         )
         found[first_kind, second_kind].append((1.0 - share, timing.first_speed))

@@ -26,23 +26,18 @@ from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.profile import programs
 from nanoflow_jax.profile.kernels import Kernel, kernel
 from nanoflow_jax.profile.points import GRIDS, Grid, Pair, Point, Scope, points
-from nanoflow_jax.profile.table import (
-    FORMAT,
-    Table,
-    TableWriter,
-    foreign,
-    read_table,
-    these_versions,
-    this_machine,
-)
+from nanoflow_jax.profile.table import FORMAT, Table, TableWriter, foreign, read_table, these_versions, this_machine
 from nanoflow_jax.profile.timing import US, PairTiming, Timing, time_pair, time_programs
-from nanoflow_jax.step.attention import why_not_mosaic
+from nanoflow_jax.step.attention import choose_backend
 from nanoflow_jax.system.progress import Progress
 
 CPU_POOL_BYTES = 64 * 2**20
 GPU_POOL_SHARE = 0.25  # of the device's memory
 PROGRAM_US = 1000  # of a program on a GPU, about: much more than its dispatch takes
 CALLS = (2, 32)  # in one program, at least and at most
+SIZES = (  # of a model, by which its table is known
+    "dtype", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,14 +102,7 @@ def profile(
     sizes = {
         "name": name,
         "devices": devices,
-        "dtype": config.dtype,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "num_kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
+        **{field: getattr(config, field) for field in SIZES},
         "attention_backend": machine.backend,
         "page_size": page_size,
         **({"experts": asdict(config.experts)} if config.experts else {}),
@@ -169,12 +157,7 @@ def _machine(config: ModelConfig, devices: int, page_size: int, backend: str) ->
     present = jax.devices()
     device, gpu = present[0], present[0].platform == "gpu"
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    refusal = why_not_mosaic(config, (int(major), int(minor)) if gpu else None, page_size)
-    if backend not in ("auto", "xla", "mosaic"):
-        raise ConfigError(f"attention_backend: {backend!r} is not accepted; accepted: 'auto', 'mosaic', 'xla'")
-    if backend == "mosaic" and refusal:
-        raise ConfigError(f"attention_backend: 'mosaic' cannot be used: {refusal}; accepted: 'auto', 'xla'")
-    backend = ("xla" if refusal else "mosaic") if backend == "auto" else backend
+    backend = choose_backend(backend, config, (int(major), int(minor)) if gpu else None, page_size)
     hardware = hardware_of_device(device.device_kind) if gpu else None
     skipped = []
     if devices == 1:

@@ -142,10 +142,7 @@ SPEEDS = ("first_us", "second_us", "rounds", "first_speed", "second_speed")
 
 
 def _add(
-    record: dict[str, Any],
-    times: dict[Point, Timing],
-    pairs: dict[Pair, PairTiming],
-    failed: dict[Point | Pair, str],
+    record: dict[str, Any], times: dict[Point, Timing], pairs: dict[Pair, PairTiming], failed: dict[Point | Pair, str]
 ) -> None:
     figures = {name: record.pop(name) for name in (*TIMES, *SPEEDS, "failed") if name in record}
     point = Pair.from_json(record) if record.get("op") == "pair" else Point.from_json(record)

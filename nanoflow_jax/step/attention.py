@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from kernels_pallas.checks import FP8
+from kernels_pallas.checks import FP8, HEAD_DIMS, PAGE_SIZE
 from kernels_pallas.targets import mosaic_supported
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, GROUPED, PREFILL, ROWS
 from nanoflow_jax.config import ConfigError, Mlp, ModelConfig
 from nanoflow_jax.models.layout import kv_groups
 
 KERNELS = ("decode_attention", "prefill_attention", "append_kv", "add_rms_norm", "rows_to_fp8")
-HEAD_DIMS, MAX_REPEATS, PAGE_SIZE = (64, 128), 16, 64  # what the Mosaic backends of all accept
+MAX_REPEATS = 16  # query heads per KV head, that the Mosaic backends of all accept
 APPEND_ALIGNMENT = 128  # bytes of a token's K that the Mosaic append writes
 ROWS_ALIGNMENT, ROWS_ROW = 128, 65_536  # columns of one device that the Mosaic rounding to fp8 takes
 SCALED_ROW = 8192  # of the norm's, where it multiplies the update by scales

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
 from flax import struct
 
 
@@ -75,31 +73,3 @@ class StepBatch:
     prefill_starts: Any  # [S + 1] int32, counted from the first prefill row
     prefill_lengths: Any  # [S] int32: context after this chunk
     sampled: Any  # [B] int32: the rows whose next token is sampled
-
-
-def empty_batch(shape: StepShape, num_pages: int) -> StepBatch:
-    """A batch of padding only, as NumPy arrays to fill."""
-
-    def zeros(*dims: int) -> np.ndarray:
-        return np.zeros(dims, np.int32)
-
-    rows, width = shape.rows, shape.table_width
-    return StepBatch(
-        token_ids=zeros(rows),
-        positions=zeros(rows),
-        write_pages=np.full(shape.tables * rows, num_pages, np.int32),
-        write_slots=zeros(rows),
-        decode_table=zeros(shape.decode_rows, width),
-        decode_lengths=zeros(shape.decode_rows),
-        prefill_table=zeros(shape.prefill_segments, width),
-        prefill_starts=zeros(shape.prefill_segments + 1),
-        prefill_lengths=zeros(shape.prefill_segments),
-        sampled=np.concatenate([np.arange(shape.decode_rows, dtype=np.int32), zeros(shape.prefill_segments)]),
-    )
-
-
-def abstract_batch(shape: StepShape, num_pages: int, sharding: Any) -> StepBatch:
-    """The same as abstract arrays, for compiling ahead of time."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), empty_batch(shape, num_pages)
-    )

@@ -25,8 +25,16 @@ from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.step.extras import LARGEST, MASK_SPECS, Extra, Logprobs, Sample, build_extra
 from nanoflow_jax.step.logprobs import no_scores
 from nanoflow_jax.step.sampler import Masks
-from nanoflow_jax.step.slots import SlotSizes, abstract_slots, packed_length
-from nanoflow_jax.step.trace import CACHE_SPEC, END_SPECS, KVCache, StepSpec, StepState, build_step, cache_shape
+from nanoflow_jax.step.slots import (
+    CACHE_SPEC,
+    KVCache,
+    SlotSizes,
+    StepState,
+    abstract_slots,
+    cache_shape,
+    packed_length,
+)
+from nanoflow_jax.step.trace import END_SPECS, StepSpec, build_step
 
 Option = str | int | bool
 

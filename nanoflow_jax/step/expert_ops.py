@@ -75,11 +75,7 @@ class ExpertOps:
         return self.order.run(down, activated, routing[1])
 
     def combine(
-        self,
-        piece: OpPiece,
-        routing: tuple[Routing, Places],
-        projected: jax.Array,
-        shared: jax.Array | None,
+        self, piece: OpPiece, routing: tuple[Routing, Places], projected: jax.Array, shared: jax.Array | None
     ) -> jax.Array:
         weights, at = routing
         options = self._expert_options(piece)

@@ -269,11 +269,7 @@ class StepProgram[V]:
         routing, out, shared = s.routing.pop(number), s.by_expert.pop(number), s.projected.pop(number, None)
         s.projected[number] = self.machine.combine(piece, routing, out, shared)
 
-    def d_ar(self, piece: OpPiece, s: _Layer[V]) -> None:
-        self._collect(REDUCE, piece, s)
-
-    def d_rs(self, piece: OpPiece, s: _Layer[V]) -> None:
-        self._collect(SCATTER, piece, s)
+    d_ar, d_rs = o_ar, o_rs
 
     def d_ag(self, piece: OpPiece, s: _Layer[V]) -> None:
         """Gathers the normed input of the next KQV: the next layer's, or this one's when the plan puts it before

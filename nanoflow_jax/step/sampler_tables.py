@@ -18,8 +18,7 @@ from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.sampling_params import SamplingParams
 from nanoflow_jax.step.sampler import IN_PROMPT, MAX_COUNT
-from nanoflow_jax.step.slots import SlotSizes
-from nanoflow_jax.step.trace import StepState
+from nanoflow_jax.step.slots import SlotSizes, StepState
 
 TOKENS_PER_WRITE = 1024
 
@@ -190,9 +189,7 @@ def build_history_writer(mesh: Mesh) -> jax.stages.Wrapped:
                prompt
     clear      start from nothing
     """
-    split = P(None, AXIS)
-    sharded = jax.shard_map(_history, mesh=mesh, in_specs=(split, P(), P(), P(), P()), out_specs=split, check_vma=False)
-    return jax.jit(sharded, donate_argnums=(0,))
+    return _writer(_history, mesh, 4)
 
 
 def build_bias_writer(mesh: Mesh) -> jax.stages.Wrapped:
@@ -202,10 +199,13 @@ def build_bias_writer(mesh: Mesh) -> jax.stages.Wrapped:
     token_ids  [n] int32, all different, -1 where there is none: their biases become `values` [n] float32
     clear      first make the whole row `fill`
     """
+    return _writer(_bias, mesh, 5)
+
+
+def _writer(write: Callable[..., jax.Array], mesh: Mesh, others: int) -> jax.stages.Wrapped:
+    """Of a table split over the vocabulary, and so many arguments besides."""
     split = P(None, AXIS)
-    sharded = jax.shard_map(
-        _bias, mesh=mesh, in_specs=(split, P(), P(), P(), P(), P()), out_specs=split, check_vma=False
-    )
+    sharded = jax.shard_map(write, mesh=mesh, in_specs=(split, *[P()] * others), out_specs=split, check_vma=False)
     return jax.jit(sharded, donate_argnums=(0,))
 
 

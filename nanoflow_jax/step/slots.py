@@ -1,4 +1,4 @@
-"""What stays on the device between steps, by slot, and what the host sends for each step.
+"""What stays on the device between steps, pages and slots, and what the host sends for each step.
 
 A running request owns a slot. Its latest token and its page table live there, so that the next step can be built and
 dispatched before the host has seen this one's tokens, and so that tables do not travel every step. All that a step
@@ -22,13 +22,35 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanoflow_jax.config import ModelConfig
-from nanoflow_jax.models.layout import padded_vocab
+from nanoflow_jax.models.layout import kv_groups, padded_vocab, page_tables
 from nanoflow_jax.parallel.mesh import AXIS
 from nanoflow_jax.step.batch import SamplingArrays, StepBatch, StepShape
 
 SETTINGS = len(fields(SamplingArrays))
 ALIGNMENT = 64  # int32 elements, 256 bytes
 BIAS_ROWS = 64  # different bias vectors (logit_bias, allowed_token_ids, min_tokens) in use at once
+
+
+@struct.dataclass
+class KVCache:
+    """Pages of all layers, `[depth * num_pages, KV groups, page_size, d]`, split over the groups; a layer's begin at
+    its place times num_pages (`models.layout.PageTables`: with layers of one kind, `depth` is their number and the
+    place theirs). Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
+
+    One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
+    """
+
+    k: Any
+    v: Any
+
+
+CACHE_SPEC = P(None, AXIS)
+CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
+
+
+def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
+    """Global shape of the K (or V) pages."""
+    return page_tables(config).depth * num_pages, kv_groups(config, devices), page_size, config.head_dim
 
 
 @dataclass(frozen=True)
@@ -53,6 +75,14 @@ class SlotState:
 
 
 SLOT_SPECS = SlotState(tokens=P(), tables=P(), counts=P(None, AXIS), biases=P(None, AXIS))
+
+
+@struct.dataclass
+class StepState:
+    """All that a step takes over from the one before; donated to each step."""
+
+    cache: KVCache
+    slots: SlotState
 
 
 def abstract_slots(config: ModelConfig, mesh: Mesh | AbstractMesh, sizes: SlotSizes) -> SlotState:

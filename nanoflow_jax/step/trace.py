@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,7 +28,7 @@ from kernels_pallas.tuning import DEFAULT_GPU, tuned_gpu
 from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import ModelParams, kv_groups, padded_vocab, page_tables
-from nanoflow_jax.models.params import is_info, param_specs
+from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.quantised import Input, Quantised, QuantisedRows, ScaledProduct, quantised_for
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import AXIS
@@ -56,24 +56,7 @@ from nanoflow_jax.step.norms import add_normed, norm_queries_and_keys, whole_row
 from nanoflow_jax.step.order import IssueOrder
 from nanoflow_jax.step.rows import RowSpan
 from nanoflow_jax.step.sampler import likeliest
-from nanoflow_jax.step.slots import SLOT_SPECS, SlotState, resolve, unpack
-
-
-@struct.dataclass
-class KVCache:
-    """Pages of all layers, `[depth * num_pages, KV groups, page_size, d]`, split over the groups; a layer's begin at
-    its place times num_pages (`models.layout.PageTables`: with layers of one kind, `depth` is their number and the
-    place theirs). Donated to each step. Pages of fp8 hold K and V over `ModelParams.kv_scales`.
-
-    One array, not one per layer: the host's work at a step's start grows with its arguments, times the devices.
-    """
-
-    k: Any
-    v: Any
-
-
-CACHE_SPEC = P(None, AXIS)
-CACHE_SPECS = KVCache(CACHE_SPEC, CACHE_SPEC)
+from nanoflow_jax.step.slots import CACHE_SPECS, SLOT_SPECS, KVCache, StepState, resolve, unpack
 
 # Traced once per shape and lowered once per module, instead of once per call: lowering a Mosaic kernel takes half a
 # second, and 80 layers have hundreds of calls. Inlined, so that each call keeps its own op_name.
@@ -82,11 +65,6 @@ _decode_attention = jax.jit(decode_attention, static_argnames=(*_STATIC, "scale"
 _prefill_attention = jax.jit(prefill_attention, static_argnames=(*_STATIC, "scale"), inline=True)
 _append_kv = jax.jit(append_kv, static_argnames=_STATIC[:2], inline=True)
 _add_rms_norm = jax.jit(add_rms_norm, static_argnames=(*_STATIC[:2], "eps", "quantise", "bound"), inline=True)
-
-
-def cache_shape(config: ModelConfig, devices: int, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    """Global shape of the K (or V) pages."""
-    return page_tables(config).depth * num_pages, kv_groups(config, devices), page_size, config.head_dim
 
 
 @dataclass(frozen=True)
@@ -98,7 +76,7 @@ class StepSpec:
     shape: StepShape
     attention_backend: str = "xla"  # of decode and prefill attention, and KV append, where they have it
     kv_cache_dtype: str = "auto"  # of the pages: `step.attention.KV_CACHE_DTYPES`
-    enforce_order: bool = field(default=False)
+    enforce_order: bool = False
     deterministic: bool = False  # sums over devices in a fixed order, wherever a row stands in the step
     rank_of: int | None = None  # the first rank's program of so many devices, on a mesh of one (collectives.rank_slice)
     gpu: str = DEFAULT_GPU  # whose tuning the kernels take; `build_step` puts the mesh's
@@ -110,14 +88,6 @@ class StepSpec:
     @property
     def page_dtype(self) -> Any:
         return page_dtype(self.config, self.kv_cache_dtype)
-
-
-@struct.dataclass
-class StepState:
-    """All that a step takes over from the one before; donated to each step."""
-
-    cache: KVCache
-    slots: SlotState
 
 
 @struct.dataclass
@@ -160,19 +130,6 @@ def build_step(spec: StepSpec, mesh: Mesh, infos: ModelParams, page_size: int) -
     return jax.jit(sharded, donate_argnums=(1,))
 
 
-def build_logits_step(spec: StepSpec, mesh: Mesh, infos: ModelParams) -> jax.stages.Wrapped:
-    """The layers alone: a jitted `(params, cache, batch) -> (cache, logits [T, vocabulary] float32)`, cache
-    donated."""
-    sharded = jax.shard_map(
-        partial(_logits_step, spec),
-        mesh=mesh,
-        in_specs=(param_specs(infos), CACHE_SPECS, P()),
-        out_specs=(CACHE_SPECS, P()),
-        check_vma=False,
-    )
-    return jax.jit(sharded, donate_argnums=(1,))
-
-
 def _step(
     spec: StepSpec, page_size: int, params: ModelParams, state: StepState, packed: jax.Array
 ) -> tuple[StepState, StepEnd]:
@@ -180,7 +137,7 @@ def _step(
     _check_local(spec.config, params, state.cache, page_size)
     inputs = unpack(packed, shape)
     batch, slots = resolve(inputs, state.slots, shape, page_size)
-    cache, hidden = _layers(spec, params, state.cache, batch)
+    cache, hidden = run_layers(spec, params, state.cache, batch)
     with jax.named_scope("HEAD.1"):
         logits = head_logits(spec.config, params, hidden[batch.sampled])
     with jax.named_scope("SAMPLE.1"):
@@ -202,13 +159,7 @@ def _check_local(config: ModelConfig, params: ModelParams, cache: KVCache, page_
     chex.assert_equal(len(params.layers), config.num_layers)
 
 
-def _logits_step(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
-    cache, hidden = _layers(spec, params, cache, batch)
-    gathered = collectives.all_gather(head_logits(spec.config, params, hidden))  # [p, T, V/p]
-    return cache, gathered.transpose(1, 0, 2).reshape(hidden.shape[0], -1)[:, : spec.config.vocab_size]
-
-
-def _layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
+def run_layers(spec: StepSpec, params: ModelParams, cache: KVCache, batch: StepBatch) -> tuple[KVCache, jax.Array]:
     """The cache with this step's keys and values, and the residual [T, H] after the last layer."""
     machine = Tracer(spec, params, cache, batch)
     parts = StepProgram(machine, machine.pieces, spec.config.num_layers, machine.devices).run()

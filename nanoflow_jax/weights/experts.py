@@ -17,15 +17,13 @@ MXFP4: OCP Microscaling Formats v1.0, section 5.3; the order of values is that o
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
 from nanoflow_jax.models.params import Index
-from nanoflow_jax.weights.source import TensorInfo, WeightsError, WeightSource
+from nanoflow_jax.weights.source import Renamed, TensorInfo, WeightsError, WeightSource
 
 BLOCK = 32  # values of MXFP4 that share an exponent
 _VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)  # e2m1
@@ -38,8 +36,6 @@ _FUSED = re.compile(
     r"(?P<layer>model\.layers\.\d+)\.mlp\.experts\.(?P<part>gate_up|down)_proj(?P<kind>|_bias|_blocks|_scales)"
 )
 _W = {"w1": "gate", "w2": "down", "w3": "up"}
-
-Read = Callable[[Index], np.ndarray]
 
 
 def expert_tensors(source: WeightSource) -> WeightSource:
@@ -76,43 +72,19 @@ class _Fused:
         return source.read_slice(self.name, (one, rows, *index[1:]))[0, ::step]
 
 
-class ExpertTensors:
-    """A `WeightSource`."""
-
+class ExpertTensors(Renamed):
     def __init__(self, source: WeightSource):
-        self._source = source
-        self._read: dict[str, Read] = {}
-        self._table: dict[str, TensorInfo] = {}
+        super().__init__(source)
         for name, tensor in source.table.items():
             if (found := _ROUTER.fullmatch(name)) is not None:
-                self._add(f"{found['layer']}.mlp.gate.{found['kind']}", tensor, self._stored(name))
+                self.add(f"{found['layer']}.mlp.gate.{found['kind']}", tensor, name)
             elif (found := _NUMBERED.fullmatch(name)) is not None:
                 new = f"{found['layer']}.mlp.experts.{found['e']}.{_W[found['part']]}_proj.weight"
-                self._add(new, tensor, self._stored(name))
+                self.add(new, tensor, name)
             elif (found := _FUSED.fullmatch(name)) is not None:
                 self._unfuse(found, name, tensor)
             else:
-                self._add(name, tensor, self._stored(name))
-
-    @property
-    def table(self) -> Mapping[str, TensorInfo]:
-        return self._table
-
-    @property
-    def folder(self) -> Path:
-        return self._source.folder
-
-    def read_slice(self, name: str, index: Index) -> np.ndarray:
-        return self._read[name](index)
-
-    def _add(self, name: str, tensor: TensorInfo, read: Read) -> None:
-        if name in self._read:
-            raise WeightsError(f"{self.folder}: {name} is there under two names; each tensor must be there once")
-        self._read[name] = read
-        self._table[name] = tensor
-
-    def _stored(self, name: str) -> Read:
-        return lambda index: self._source.read_slice(name, index)
+                self.add(name, tensor, name)
 
     def _unfuse(self, found: re.Match[str], name: str, tensor: TensorInfo) -> None:
         kind, shape, dtype = found["kind"], tensor.shape, tensor.dtype
@@ -139,7 +111,7 @@ class ExpertTensors:
             for e in range(count):
                 at = _Fused(name, e, rows, transposed)
                 new = f"{found['layer']}.mlp.experts.{e}.{part}_proj.{'bias' if kind == '_bias' else 'weight'}"
-                self._add(new, virtual, lambda index, at=at: at.read(self._source, index))
+                self.add(new, virtual, lambda index, at=at: at.read(self._source, index))
 
     def _check_scales(self, name: str, tensor: TensorInfo) -> None:
         scales = self._source.table.get(name.replace("_blocks", "_scales"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,6 +55,25 @@ class WeightSource(Protocol):
     def read_slice(self, name: str, index: Index) -> np.ndarray:
         """Tensor `name` at `index` (one slice per dimension, step 1), in its stored dtype; may be a view."""
         ...
+
+
+class Renamed:
+    """A `WeightSource` whose tensors have other names than in `source`, or are parts of those."""
+
+    def __init__(self, source: WeightSource):
+        self._source, self.folder = source, source.folder
+        self.table: dict[str, TensorInfo] = {}
+        self._read: dict[str, Callable[[Index], np.ndarray]] = {}
+
+    def add(self, name: str, tensor: TensorInfo, read: str | Callable[[Index], np.ndarray]) -> None:
+        """read: the name in `source`, or what reads a part. Raises WeightsError for a name that is there."""
+        if name in self.table:
+            raise WeightsError(f"{self.folder}: {name} is there under two names; each tensor must be there once")
+        self.table[name] = tensor
+        self._read[name] = partial(self._source.read_slice, read) if isinstance(read, str) else read
+
+    def read_slice(self, name: str, index: Index) -> np.ndarray:
+        return self._read[name](index)
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from nanoflow_jax.config import EMBEDDED, Layouts, configs_root
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import random_params
 from nanoflow_jax.models.registry import FAMILIES, model_config
-from nanoflow_jax.step.trace import cache_shape
+from nanoflow_jax.step.slots import cache_shape
 from tests.test_published_configs import QWEN3
 
 

@@ -13,7 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import decode_attention_mosaic
 from kernels_pallas.gate import Gate
-from kernels_pallas.self_check import Heads, KernelError
+from kernels_pallas.self_check import KernelError
+from kernels_pallas.self_check_cases import Heads
 from kernels_pallas.tuning import DECODE
 from nanoflow_jax import LLM
 from nanoflow_jax.config import ConfigError, ModelConfig

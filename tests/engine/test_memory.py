@@ -21,7 +21,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh, valid_sizes
-from nanoflow_jax.step.trace import CACHE_SPEC, cache_shape
+from nanoflow_jax.step.slots import CACHE_SPEC, cache_shape
 from nanoflow_jax.weights.hub import resolve_model
 
 TINY = read_config(resolve_model("tiny") / "config.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from kernels_pallas.append_kv_mosaic import TMA_ALIGNMENT, TMA_BOX
-from kernels_pallas.decode_plan import HEAD_DIMS, MAX_REPEATS, PAGE_SIZE
+from kernels_pallas.checks import HEAD_DIMS, PAGE_SIZE
+from kernels_pallas.decode_plan import MAX_REPEATS
 from kernels_pallas.targets import TARGETS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text()

@@ -136,7 +136,7 @@ def test_a_segment_does_not_depend_on_its_neighbours(shared: Any) -> None:
 
 def test_garbage_would_leak(monkeypatch: pytest.MonkeyPatch) -> None:
     """The twin that leaves what lies past the length in the values, and NaN lies there."""
-    monkeypatch.setattr(prefill_body_mosaic, "_clear_tail", lambda v, left: None)
+    monkeypatch.setattr(prefill_body_mosaic, "clear_tail", lambda v, left: None)
     rng = np.random.default_rng(3)
     paged = make_paged(rng, [70], kv_heads=1, page_size=64, head_dim=64, dtype="bfloat16")
     out = interpreted(SMALL, races=False)(*arguments(random_queries(rng, 8, 8, 64, "bfloat16"), paged, [0, 8]))

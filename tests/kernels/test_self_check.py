@@ -15,23 +15,13 @@ from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 import kernels_pallas
-from kernels_pallas import combine_rows, self_check
+from kernels_pallas import combine_rows
+from kernels_pallas import self_check_cases as self_check
 from kernels_pallas.add_norm_mosaic import make_plan
 from kernels_pallas.bench import check as command
 from kernels_pallas.decode_attention_mosaic import Q_SLOTS
-from kernels_pallas.self_check import (
-    KERNELS,
-    QUICK,
-    THOROUGH,
-    WIDEST,
-    WINDOWED,
-    Heads,
-    KernelError,
-    Variant,
-    check_kernel,
-    check_variants,
-    make_check,
-)
+from kernels_pallas.self_check import KERNELS, QUICK, THOROUGH, KernelError, check_kernel, check_variants
+from kernels_pallas.self_check_cases import WIDEST, WINDOWED, Heads, Variant, make_check
 from kernels_pallas.tuning import ADD_NORM, APPEND, DECODE, PAGE_TOKENS, PREFILL, PREFILL_STEP_PAGES
 
 BF16 = Heads(q_heads=2, kv_heads=1, head_dim=64)

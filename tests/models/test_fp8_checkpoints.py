@@ -23,7 +23,7 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.kv_scales import find_kv_scales
 from nanoflow_jax.models.layout import ModelParams
 from nanoflow_jax.models.quantised import Quantised
-from nanoflow_jax.models.registry import FAMILIES, read_config
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step.attention import check_quantization
@@ -31,6 +31,7 @@ from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.load import load_params, open_weights
 from tests.reference.checkpoints import PROMPT_LENGTHS, make_prompts
 from tests.reference.fp8_checkpoints import BLOCKS, FORMS, Tensors, make, save, write
+from tests.reference.plain_forward import forward
 from tests.step.step_driver import Driver, Packer, logits_of
 from tests.tolerances import TOLERANCES, row_errors
 from tests.weights.unfuse import MESH_SIZES, assert_same_tensors, hugging_face_tensors
@@ -146,7 +147,7 @@ def test_what_is_done_otherwise_is_logged(tmp_path: Path, caplog: pytest.LogCapt
 def by_definition(
     folder: Path, meant: Tensors, bound: float = np.inf, kept: Callable[[ModelParams], list[Any]] = lambda _: []
 ) -> list[np.ndarray]:
-    """Logits of each prompt: the family's `forward` on the weights meant, in float32, with what every GEMM of a layer
+    """Logits of each prompt: the plain forward on the weights meant, in float32, with what every GEMM of a layer
     multiplies rounded to fp8 over each token's largest magnitude, but for the weights `kept`."""
     config = replace(read_config(folder / "config.json"), dtype="float32", quantization=None, fp8_checkpoint=None)
     plain = folder / "meant"
@@ -162,9 +163,9 @@ def by_definition(
             x = (x / scale).astype(ml_dtypes.float8_e4m3fn).astype(jnp.float32) * scale
         return jnp.dot(x, weight.reshape(-1, weight.shape[-1]).T, precision="highest")
 
-    with pytest.MonkeyPatch.context() as patch:  # the head's is `llama.contract`, which stays
+    with pytest.MonkeyPatch.context() as patch:  # the head's stays
         patch.setattr(parts, "contract", contract)
-        forward, longest = FAMILIES[config.family].forward, max(PROMPT_LENGTHS)
+        longest = max(PROMPT_LENGTHS)
         padded = [np.pad(prompt, (0, longest - len(prompt))) for prompt in make_prompts(CASE)]  # no row sees later ones
         found = [np.asarray(forward(config, params, jnp.asarray(prompt))) for prompt in padded]
     return [logits[:length] for logits, length in zip(found, PROMPT_LENGTHS, strict=True)]

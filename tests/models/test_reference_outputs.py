@@ -17,13 +17,13 @@ from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.config import Mlp, ModelConfig
 from nanoflow_jax.models import parts
 from nanoflow_jax.models.layout import LayerParams, ModelParams
-from nanoflow_jax.models.registry import FAMILIES, read_config
+from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel import collectives
 from nanoflow_jax.parallel.mesh import valid_sizes
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.step import trace
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.trace import KVCache
+from nanoflow_jax.step.slots import KVCache
 from nanoflow_jax.weights.hub import resolve_model
 from tests.reference.checkpoints import (
     ALL_CASES,
@@ -34,6 +34,7 @@ from tests.reference.checkpoints import (
     load_reference,
     write_checkpoint,
 )
+from tests.reference.plain_forward import forward
 from tests.step.step_driver import FAST_COMPILE, Driver, Packer, Steps, against_reference, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
@@ -82,8 +83,8 @@ def test_logits(case: str, dtype: str, driver_of: GetDriver) -> None:
 
 
 def plain(config: ModelConfig, params: ModelParams, prompt: list[int]) -> np.ndarray:
-    """Logits [n, vocabulary] of the family's plain forward."""
-    run = jax.jit(partial(FAMILIES[config.family].forward, config), compiler_options=FAST_COMPILE)
+    """Logits [n, vocabulary] of the plain forward."""
+    run = jax.jit(partial(forward, config), compiler_options=FAST_COMPILE)
     return np.asarray(run(params, np.array(prompt)))
 
 

@@ -16,8 +16,10 @@ from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import is_info
 from nanoflow_jax.models.registry import parse_config
 from nanoflow_jax.plan.file import load_plan
-from nanoflow_jax.step.batch import StepBatch, StepShape, empty_batch
-from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
+from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.slots import CACHE_SPEC, KVCache, cache_shape
+from nanoflow_jax.step.trace import StepSpec
+from tests.step.logits_step import build_logits_step, empty_batch
 
 PLANS = sorted(path.stem for path in (configs_root() / "plans").glob("*.toml"))
 DECODE, PREFILL, SEGMENTS, TABLE, PAGE, PAGES = 1280, 768, 24, 3, 16, 4000

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from nanoflow_jax.cli import main
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.cost.demand import StepLoad
-from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel
+from nanoflow_jax.cost.latency import EXTRAPOLATED, PROFILE, PUBLISHED, ROOFLINE, LatencyModel, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes
 from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.models.registry import model_config
@@ -304,7 +304,7 @@ def test_a_step_of_experts_is_asked_for_what_was_measured(tmp_path: Path):
     assert [(p.us, p.source) for p in found] == [(pytest.approx(1152), PROFILE)] * 5
     more = replace(costs, imbalance=1.5)
     assert more.grouped("UG", 1152, True).us == more.dispatch(1152, True).us == pytest.approx(1728)
-    even, uneven = (replace(c, model=model.roofline).combine(1152, True).us for c in (costs, more))
+    even, uneven = (replace(c, model=RooflineModel(model.hardware)).combine(1152, True).us for c in (costs, more))
     assert more.combine(1152, True).us == pytest.approx(1152 * uneven / even) and uneven > 1.15 * even
     assert costs.grouped("UG", 1152, False).source == ROOFLINE
 

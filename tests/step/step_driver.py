@@ -26,10 +26,12 @@ from nanoflow_jax.models.params import abstract_params
 from nanoflow_jax.models.registry import read_config
 from nanoflow_jax.parallel.mesh import make_mesh, replicated
 from nanoflow_jax.plan.plan import SchedulePlan
-from nanoflow_jax.step.batch import StepBatch, StepShape, abstract_batch, empty_batch
-from nanoflow_jax.step.trace import CACHE_SPEC, KVCache, StepSpec, build_logits_step, cache_shape
+from nanoflow_jax.step.batch import StepBatch, StepShape
+from nanoflow_jax.step.slots import CACHE_SPEC, KVCache, cache_shape
+from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.weights.load import load_params, open_weights
 from tests.reference.checkpoints import Reference
+from tests.step.logits_step import abstract_batch, build_logits_step, empty_batch
 
 PAGE_SIZE = 8
 # LLVM's optimisations take half of a compilation and change no result beyond rounding.

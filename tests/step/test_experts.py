@@ -18,7 +18,7 @@ from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.config import ConfigError, Experts, Mlp
 from nanoflow_jax.models.experts import combine, most_places, places, route
 from nanoflow_jax.models.layout import ExpertParams, ModelParams
-from nanoflow_jax.models.registry import FAMILIES, model_config
+from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.file import load_plan, parse_plan, plan_toml
 from nanoflow_jax.plan.ops import OPS, STRATEGIES
 from nanoflow_jax.plan.plan import SchedulePlan
@@ -27,6 +27,7 @@ from nanoflow_jax.step.batch import StepShape
 from nanoflow_jax.weights.hub import resolve_model
 from tests.engine.engine_driver import small_pool
 from tests.reference.checkpoints import PROMPT_LENGTHS, Reference, load_reference, write_checkpoint
+from tests.reference.plain_forward import forward
 from tests.step.step_driver import FAST_COMPILE, Driver, against_reference, logits_of
 from tests.tolerances import TOLERANCES, assert_rows_close, row_errors
 
@@ -70,7 +71,7 @@ def test_experts_with_all_rows_and_with_none(favoured: tuple[int, int], gpt_oss:
     params = jax.device_put(replace(gpt_oss.params, layers=tuple(biased)), placed)
     reference = load_reference("gpt_oss")
     found, prompt = logits(gpt_oss, reference, params), max(reference.prompts, key=len)
-    run: Any = jax.jit(partial(FAMILIES["gpt_oss"].forward, gpt_oss.config), compiler_options=FAST_COMPILE)
+    run: Any = jax.jit(partial(forward, gpt_oss.config), compiler_options=FAST_COMPILE)
     want = np.asarray(run(params, np.array(prompt)))
     number = reference.prompts.index(prompt)
     got = np.stack([found[number, at] for at in range(len(prompt))])

@@ -20,8 +20,7 @@ from nanoflow_jax.step.sampler_tables import (
     build_history_writer,
     history_writes,
 )
-from nanoflow_jax.step.slots import SLOT_SPECS, SlotSizes, SlotState
-from nanoflow_jax.step.trace import KVCache, StepState
+from nanoflow_jax.step.slots import SLOT_SPECS, KVCache, SlotSizes, SlotState, StepState
 from tests.step.sampler_driver import MESHES, NO_ROW, Case, make_mesh, sample_on, settings
 
 VOCAB = 2176  # more than two writes; 272 columns on each of 8 devices

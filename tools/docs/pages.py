@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -56,7 +56,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     texts = {_origin(f.src_uri): f.content_string for f in files.documentation_pages()}
     linked = {target for origin, text in texts.items() for target in _links(origin, text) if _is_source(target)}
     for target in sorted(linked):
-        files.append(File.generated(config, f"source/{target}.md", content=_source(target), inclusion=_unlisted()))
+        files.append(
+            File.generated(config, f"source/{target}.md", content=_source(target), inclusion=InclusionLevel.NOT_IN_NAV)
+        )
     return files
 
 
@@ -75,12 +77,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"{found[1]}{posixpath.relpath(name, posixpath.dirname(here) or '.')}{found[3]}"
 
     return _outside_code(markdown, lambda text: LINK.sub(led, text))
-
-
-def _unlisted() -> Any:
-    from mkdocs.structure.files import InclusionLevel
-
-    return InclusionLevel.NOT_IN_NAV
 
 
 def _origin(name: str) -> str:

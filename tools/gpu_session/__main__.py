@@ -31,7 +31,7 @@ from nanoflow_jax.config import configs_root
 from nanoflow_jax.system.output_files import create
 from nanoflow_jax.system.platform import CUDA, has_gpu
 from nanoflow_jax.version import __version__
-from tools.gpu_session import archive
+from tools.gpu_session import archive, new_parser
 from tools.gpu_session.parts import SECONDS, TINY_SLOWER, Part, call_a, call_b, cap, later, tiny
 from tools.gpu_session.report import summary
 from tools.gpu_session.run import Session, result
@@ -77,9 +77,7 @@ def gpu_line() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(PROGRAM, __doc__)
     parser.add_argument("results", type=Path, help="folder for the archives; made when it is not there")
     parser.add_argument("--call", choices=tuple(SECONDS), help="which parts; with --tiny, a and b when not given")
     parser.add_argument("--seconds", type=float, help=f"for all parts together (default: by the call, {SECONDS})")
@@ -163,10 +161,8 @@ def _run(
     cached: set[str] = set()
 
     def save() -> None:
-        draft = folder / "session.json.part"
-        with create(draft) as file:
-            file.write((json.dumps({"headers": headers, "parts": state}, indent=1) + "\n").encode())
-        os.replace(draft, folder / "session.json")
+        whole = json.dumps({"headers": headers, "parts": state}, indent=1) + "\n"
+        archive.replace(folder / "session.json", whole.encode())
         table = {name: {**one, "result": result(folder / f"{name}.json")} for name, one in state.items()}
         with create(folder / "summary.md") as file:
             file.write(summary(headers, table).encode())

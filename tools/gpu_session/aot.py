@@ -27,7 +27,7 @@ from kernels_pallas.bench.cases import CASES, AppendCase, Case, DecodeCase
 from kernels_pallas.bench.expert_cases import ExpertCase
 from kernels_pallas.bench.experts import expert_call
 from kernels_pallas.bench.kernels import Setting
-from kernels_pallas.self_check import make_check
+from kernels_pallas.self_check_cases import make_check
 from kernels_pallas.tuning import GROUPED, tuned_gpu
 from nanoflow_jax.bench.report import ThroughputOptions
 from nanoflow_jax.commands import bench as command
@@ -45,7 +45,7 @@ from nanoflow_jax.step.extras import Extra, Logprobs
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.system.platform import without_compile_cache
-from tools.gpu_session import attention_check, beside
+from tools.gpu_session import attention_check, beside, new_parser
 from tools.gpu_session.parts import CHECK, KERNELS, THROUGHPUT, TOKENS, Part, call_a, good, of_experts, whole_fp8
 
 PROGRAM = "tools.gpu_session.aot"
@@ -221,9 +221,7 @@ def _beside() -> Named:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog=PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = new_parser(PROGRAM, __doc__)
     parser.add_argument("--gpu", nargs="+", default=list(GPUS), help=f"names in configs/hardware (default: {GPUS})")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts only")
     parser.add_argument("--layers", type=int, help="of a model, at most; all that a part runs when not given")

@@ -38,6 +38,14 @@ def packed(folder: Path, most: int | None = None) -> bytes:
     return found.getvalue()
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file in one step: whoever reads it finds the last one, or this."""
+    draft = path.with_name(path.name + ".part")
+    with create(draft) as file:
+        file.write(data)
+    os.replace(draft, path)
+
+
 def write(data: bytes, folder: Path, name: str) -> None:
     """`NAME.tar.gz` of the folder, replaced in one step; more than PART_BYTES are NAME.GENERATION.K-of-N.
 
@@ -50,10 +58,7 @@ def write(data: bytes, folder: Path, name: str) -> None:
         last = max((int(path.name.split(".")[1]) for path in old if path.suffix != ".gz"), default=0)
         new = [folder / f"{name}.{last + 1}.{k}-of-{count}" for k in range(1, count + 1)]
     for k, path in enumerate(new):
-        draft = path.with_name(path.name + ".part")
-        with create(draft) as file:
-            file.write(data[k * PART_BYTES : (k + 1) * PART_BYTES])
-        os.replace(draft, path)
+        replace(path, data[k * PART_BYTES : (k + 1) * PART_BYTES])
     for path in set(old) - set(new):
         path.unlink()
 

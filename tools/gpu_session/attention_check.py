@@ -32,6 +32,7 @@ from nanoflow_jax.step import compile as compile_options
 from nanoflow_jax.system.platform import claim_gpu_memory, use_compile_cache
 from nanoflow_jax.weights.hub import EMBEDDED
 from nanoflow_jax.workload import Lengths, Workload
+from tools.gpu_session import new_parser
 from tools.gpu_session.parts import RUN_LENGTH, RUN_TOKENS
 
 NEAR = {"bfloat16": 0.1, "float32": 1e-3}  # nats between two tokens that count as a tie
@@ -113,12 +114,7 @@ def outputs(options: ThroughputOptions, plan: str, prompts: Sequence[list[int]])
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="tools.gpu_session.attention_check",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tools.gpu_session.attention_check", __doc__)
     parser.add_argument("--model", choices=("tiny", "8b"), default="tiny", help="default: tiny")
     parser.add_argument("--tiny", action="store_true", help="two plans with XLA's attention, anywhere")
     parser.add_argument("--smallest", action="store_true", help="one layer, four requests: for compute-sanitizer")

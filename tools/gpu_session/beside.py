@@ -8,7 +8,6 @@ budget, as soon as it is known; `nanoflow profile --ops pair` measures more of t
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from nanoflow_jax.profile.kernels import Kernel, kernel
 from nanoflow_jax.profile.points import GRIDS, Pair, Point
 from nanoflow_jax.profile.programs import Bench, pair
 from nanoflow_jax.profile.timing import time_pair
+from tools.gpu_session import new_parser
 
 PAGE_SIZE, L2_BYTES, MOST_BYTES = 64, 64 * 2**20, 8 * 2**30
 
@@ -42,12 +42,7 @@ def kernels_of(both: Pair, times: int, backend: str) -> tuple[Kernel, Kernel]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="tools.gpu_session.beside",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = new_parser("tools.gpu_session.beside", __doc__)
     parser.add_argument("--sms", type=int, nargs="+", default=[48], help="budgets of decode attention (default: 48)")
     parser.add_argument("--tiny", action="store_true", help="anywhere: two loops of a CPU program")
     options = parser.parse_args(arguments)

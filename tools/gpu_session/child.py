@@ -6,14 +6,13 @@ python -m tools.gpu_session.child TIMES MODULE [ARGUMENT ...]
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import sys
 import threading
 from pathlib import Path
 
-from nanoflow_jax.system.output_files import create
 from nanoflow_jax.system.platform import use_compile_cache
+from tools.gpu_session.archive import replace
 
 COMPILED = "/jax/core/compile/backend_compile_duration"  # reading a program from the cache counts too
 LOWERED = ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
@@ -28,18 +27,12 @@ def watch(path: Path) -> None:
     found = {"programs": 0, "compile_seconds": 0.0, "lower_seconds": 0.0, "cached": 0}
     lock = threading.Lock()
 
-    def save() -> None:
-        draft = path.with_name(path.name + ".part")
-        with create(draft) as file:
-            file.write(json.dumps(found).encode())
-        os.replace(draft, path)
-
     def lasted(event: str, duration_secs: float, **_: str | int) -> None:
         with lock:
             if event == COMPILED:
                 found["programs"] += 1
                 found["compile_seconds"] += duration_secs
-                save()
+                replace(path, json.dumps(found).encode())
             elif event in LOWERED:
                 found["lower_seconds"] += duration_secs
 

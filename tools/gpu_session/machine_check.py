@@ -21,8 +21,6 @@ import jax.numpy as jnp
 from nanoflow_jax.engine.memory import GIB
 from nanoflow_jax.system.platform import find_ptxas
 
-QUERY = "name,memory.total,driver_version,clocks.sm,power.limit"
-
 
 def _lines(*command: str) -> list[str]:
     """What a program says; nothing where it is not there."""

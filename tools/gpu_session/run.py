@@ -68,8 +68,7 @@ class Session:
         """Ends what runs now."""
         for running in self._running:
             if running.process.poll() is None:
-                os.killpg(running.process.pid, signal.SIGKILL)
-                running.process.wait()
+                self._stop(running)
 
     def done(self, part: Part) -> bool:
         known = self.state.get(part.name, {})
