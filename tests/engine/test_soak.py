@@ -1,4 +1,4 @@
-"""Two thousand requests of every kind through a pool a tenth of what they could use: all end, none is wrong."""
+"""A thousand requests of every kind through a pool a tenth of what they could use: all end, none is wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanoflow_jax.engine.scheduler import SchedulerStats
 from nanoflow_jax.step.batch import StepShape
 from tests.engine.engine_driver import CASE, VOCAB, assert_idle, make_llm, small_pool, write_tokenizer
 
-COUNT, SLOTS, PAGE, LIMIT = 2000, 64, 4, 40
+COUNT, SLOTS, PAGE, LIMIT = 1000, 64, 4, 40
 ROOMY = SLOTS * LIMIT // PAGE  # every slot's longest request
 TIGHT = ROOMY // 10
 

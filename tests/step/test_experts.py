@@ -79,12 +79,13 @@ def test_experts_with_all_rows_and_with_none(favoured: tuple[int, int], gpt_oss:
     assert (row_errors(want, reference.logits["float32"][number]) > TOLERANCES["bfloat16"]).any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data())
 def test_places(data: st.DataObject) -> None:
     """Each choice of a local expert has a place of its own, in its expert's group, that holds its row; groups are
     aligned and follow each other; there is room for any routing."""
-    n, count, align = (data.draw(st.integers(1, most)) for most in (9, 6, 8))
+    # Few sizes: every new one is compiled.
+    n, count, align = (data.draw(st.sampled_from(sizes)) for sizes in ((1, 4, 9), (1, 2, 6), (1, 3, 8)))
     k = data.draw(st.integers(1, count))
     first = data.draw(st.integers(0, count - 1))
     local = data.draw(st.integers(1, count - first))

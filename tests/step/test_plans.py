@@ -436,7 +436,7 @@ RANDOM_PLANS = [
     random_plan(("scatter", "reduce", "gather"), 3, {"KQV": 5, "GEMV": 1, "PF": 2}),
     random_plan(("scatter",), 4, {"KQV": 1, "GEMV": 2, "PF": 2}),
 ]
-RUNS = [(0, 1), (0, 2), (0, 4), (0, 8), (1, 8), (1, 2), (2, 8), (3, 4)]
+RUNS = [(0, 1), (0, 8), (1, 2), (1, 8), (2, 8), (3, 4)]
 
 GetFolder = Callable[[str], Path]
 
