@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -83,6 +84,7 @@ class Server:
         self.engine = EngineThread(llm.calls, on_death)
         self.metrics = Metrics()
         self._started, self._count = int(time.time()), 0
+        self._name, self._names = uuid.uuid4().hex[:24], itertools.count()  # of responses
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._open, self._draining, self._idle = 0, False, asyncio.Event()
         self._idle.set()
@@ -180,7 +182,7 @@ class Server:
             body = await read_body(Headers(scope=scope), receive, self._limits.body_bytes)
             asked, work = await self._prepare(endpoint, body)
             async with self._running(work, asked.stream, receive) as exchange:
-                name, created = uuid.uuid4().hex, int(time.time())
+                name, created = f"{self._name}{next(self._names):08x}", int(time.time())
                 if asked.stream:
                     await self._stream(asked, exchange, name, created, send)
                 else:
