@@ -117,7 +117,7 @@ class Ray:
 class Actor:
     def __init__(self, number: int):
         self.number, self.kept, self.closed = number, [], 0
-        self.exchange = SimpleNamespace(remote=lambda _, new: (self, tuple(new)))
+        self.exchange = SimpleNamespace(remote=lambda _, new, gone: (self, tuple(new)))
         self.close = SimpleNamespace(remote=lambda _: setattr(self, "closed", 1))
 
 

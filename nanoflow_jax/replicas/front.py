@@ -13,8 +13,9 @@ import logging
 import os
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ import numpy as np
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.request import CompletionOutput, RequestMetrics, RequestOutput
 from nanoflow_jax.options import AS_MANY_AS_FIT, LLMOptions
 from nanoflow_jax.parallel.processes import joined
-from nanoflow_jax.replicas.process import POLL_SECONDS, About, Replica, cause_line, check_plan
+from nanoflow_jax.replicas.process import POLL_SECONDS, About, Found, Growth, Replica, cause_line, check_plan
 from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.platform import num_gpus
 from nanoflow_jax.weights.fingerprint import model_fingerprint
@@ -35,9 +36,11 @@ logger = logging.getLogger("nanoflow_jax")
 
 TRIES = 3  # of a prompt, or of a replica's start, after a replica has died
 PULLS = 4096  # of "nothing this time" in a turn
+COUNT_SECONDS = 2.0  # in which a replica says its counts
 CALLS = 16  # that a replica answers at once
 
 Ended = list[tuple[Work, RequestOutput | Score]]
+News = list[tuple[Work, Found]]
 
 
 class ReplicaError(ConfigError):
@@ -114,7 +117,10 @@ class _Load:
     actor: Any
     held: dict[int, Work] = field(default_factory=dict)
     new: list[Work] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)  # not wanted any more, and not told yet
+    begun: set[int] = field(default_factory=set)  # numbers of which parts have been handed on
     count: int = 0  # completions held
+    tokens: int = 0  # of these, at most
     asked: Any = None  # the answer that is waited for
 
     @property
@@ -126,11 +132,28 @@ class _Load:
         self.held[number] = work
         self.new.append(replace(work, key=number))
         self.count += work.completions
+        self.tokens += self._tokens(work)
 
     def take(self, number: int) -> Work:
         work = self.held.pop(number)
+        self.begun.discard(number)
         self.count -= work.completions
+        self.tokens -= self._tokens(work)
         return work
+
+    def drop(self, number: int) -> None:
+        """It is not wanted any more."""
+        self.take(number)
+        sent = len(self.new)
+        self.new = [work for work in self.new if work.key != number]
+        if len(self.new) == sent:
+            self.gone.append(number)
+
+    def _tokens(self, work: Work) -> int:
+        about, prompt = self.member.about, len(work.prompt_token_ids)
+        room = about.max_model_len - prompt if about is not None else 0
+        most = room if work.most_tokens is None else min(work.most_tokens, room)
+        return prompt + work.completions * most
 
 
 class Replicas:
@@ -187,6 +210,19 @@ class Replicas:
 
         Raises ReplicaError when a prompt has lost its replica several times, or a replica does not start again.
         """
+        run: Any = self.watch(work, most)  # of what is not watched there are no parts
+        return run
+
+    def watch(
+        self, work: Iterable[Work | None], most: int | None = None, gone: deque[Work] | None = None
+    ) -> Generator[News]:
+        """The same with what watched prompts get as it comes.
+
+        gone  prompts that are not wanted any more are put there. It makes this one go on, too, where a prompt has lost
+              its replicas: as one where a part of a watched one has been handed on, it ends with an error.
+
+        Raises ReplicaError when a prompt has lost its replica several times, or a replica does not start again.
+        """
         ray, call = self._ray, next(self._calls)
         loads = [_Load(member, member.actor) for member in self.members[:most]]
         source, more = iter(work), True
@@ -196,9 +232,10 @@ class Replicas:
         try:
             while True:
                 for _ in range(PULLS):
-                    load = max(loads, key=lambda load: load.room)
-                    if load.room <= 0:
+                    free = [load for load in loads if load.room > 0]
+                    if not free:
                         break
+                    load = min(free, key=lambda load: (load.tokens, -load.room))
                     if again:
                         load.give(*again.popleft())
                         continue
@@ -211,16 +248,25 @@ class Replicas:
                         break
                     if item is not None:
                         load.give(next(numbers), self._seeded(item))
+                    elif gone is not None:
+                        break
+                while gone:
+                    unwanted = gone.popleft()
+                    again = deque(entry for entry in again if entry[1] is not unwanted)
+                    for load in loads:
+                        for number in [number for number, item in load.held.items() if item is unwanted]:
+                            load.drop(number)
                 for load in loads:
                     load.actor = load.actor if load.held else load.member.actor
-                    if load.held and load.asked is None:
-                        load.asked, load.new = load.actor.exchange.remote(call, load.new), []
+                    if (load.held or load.gone) and load.asked is None:
+                        load.asked = load.actor.exchange.remote(call, load.new, load.gone)
+                        load.new, load.gone = [], []
                 waited = {load.asked: load for load in loads if load.asked is not None}
                 starting = [load.member.starting for load in loads if load.member.starting is not None]
                 if not waited and not more and not again:
                     return
                 found = self._wait([*waited, *starting])
-                ended: Ended = []
+                ended: News = []
                 for load in (waited[ref] for ref in found if ref in waited):
                     actor, ref, load.asked = load.actor, load.asked, None
                     try:
@@ -229,20 +275,30 @@ class Replicas:
                         self._died(load.member, actor, len(load.held))
                         for number, item in load.held.items():
                             deaths[number] = deaths.get(number, 0) + 1
+                            if number in load.begun or (gone is not None and deaths[number] > TRIES):
+                                ended.append((item, _lost(item, self.name(load.member))))
+                                continue
                             if deaths[number] > TRIES:
                                 raise ReplicaError(
                                     f"data_parallel_size: a prompt has lost its replica {deaths[number]} times; the "
                                     "results so far are kept"
                                 ) from None
                             again.append((number, item))
-                        load.held, load.new, load.count = {}, [], 0
+                        load.held, load.new, load.gone, load.begun, load.count, load.tokens = {}, [], [], set(), 0, 0
                         continue
                     except ray.exceptions.RayError as error:
                         raise ReplicaError(f"data_parallel_size: {cause_line(error)}") from None
                     if results:
                         load.member.failures = 0
-                    ended += [(load.take(number), output) for number, output in results]
-                    self.num_rows += sum(_rows(output) for _, output in results)
+                    for number, output in results:
+                        if number not in load.held:  # dropped meanwhile
+                            continue
+                        if isinstance(output, Growth):
+                            load.begun.add(number)
+                            ended.append((load.held[number], output))
+                        else:
+                            ended.append((load.take(number), output))
+                            self.num_rows += _rows(output)
                 for load in loads:
                     if load.member.starting in found:
                         self._ready(load.member)
@@ -300,13 +356,29 @@ class Replicas:
             with self._lock:
                 member.about, member.starting = about, None
 
+    def name(self, member: _Member) -> str:
+        return f"replica {member.number + 1} of {len(self.members)}"
+
+    @property
+    def num_ready(self) -> int:
+        return sum(member.starting is None for member in self.members)
+
+    def counts(self) -> dict[str, int]:
+        """`engine_counts` of those that answer, added up."""
+        refs = [member.actor.counts.remote() for member in self.members if member.starting is None]
+        total: Counter[str] = Counter()
+        for ref in refs:
+            with suppress(self._ray.exceptions.RayError):
+                total.update(self._ray.get(ref, timeout=COUNT_SECONDS))
+        return dict(total)
+
     def _died(self, member: _Member, actor: Any, held: int) -> None:
         """Starts a dead replica again, and says so."""
         with self._lock:
             if member.actor is not actor:  # another call has
                 return
             about, member.failures = member.about, member.failures + 1
-            who = f"replica {member.number + 1} of {len(self.members)}"
+            who = self.name(member)
             if about is not None:
                 who += f" (process {about.process}{f' on GPUs {about.gpus}' if about.gpus else ''})"
             if member.failures > TRIES:
@@ -316,6 +388,12 @@ class Replicas:
                 )
             logger.warning("%s has died; it is started again, and its %d prompts are answered anew", who, held)
             self._begin(member)
+
+
+def _lost(work: Work, who: str) -> RequestOutput:
+    error = f"{who} has died while it answered; try again"
+    outputs = [CompletionOutput(i, "", [], "error", error=error) for i in range(work.completions)]
+    return RequestOutput("", work.prompt, work.prompt_token_ids, outputs, RequestMetrics(0.0))
 
 
 def _rows(output: RequestOutput | Score) -> int:
