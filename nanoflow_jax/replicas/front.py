@@ -308,6 +308,26 @@ class Replicas:
                 if load.held:
                     load.actor.close.remote(call)
 
+    def stream(self, work: Iterable[Work]) -> Generator[RequestOutput]:
+        """As `LLM.stream`: a prompt's output so far whenever it has grown."""
+        outputs: dict[Work, RequestOutput] = {}
+        for turn in self.watch(replace(item, watched=True) for item in work):
+            for item, found in turn:
+                if isinstance(found, RequestOutput):
+                    outputs.pop(item, None)
+                    yield found
+                elif isinstance(found, Growth):
+                    if (output := outputs.get(item)) is None:
+                        nothing = [CompletionOutput(i, "", [], content="") for i in range(item.completions)]
+                        output = RequestOutput("", item.prompt, item.prompt_token_ids, nothing, found.metrics)
+                    output = replace(output, outputs=list(output.outputs))
+                    output.prompt_logprobs = output.prompt_logprobs or found.prompt_logprobs
+                    before = output.outputs[found.part.index]
+                    output.outputs[found.part.index] = _joined(before, found.part)
+                    outputs[item] = output
+                    if not output.finished:  # else the whole one follows
+                        yield output
+
     def _seeded(self, work: Work) -> Work:
         """A request without a seed has one by its order of arrival, as in one LLM: not one of its replica's, where
         others have the same."""
@@ -388,6 +408,14 @@ class Replicas:
                 )
             logger.warning("%s has died; it is started again, and its %d prompts are answered anew", who, held)
             self._begin(member)
+
+
+def _joined(before: CompletionOutput, part: CompletionOutput) -> CompletionOutput:
+    found = {}
+    for name in ("text", "token_ids", "logprobs", "text_offsets", "reasoning_content", "content", "cumulative_logprob"):
+        one, other = getattr(before, name), getattr(part, name)
+        found[name] = other if one is None else one if other is None else one + other
+    return replace(part, **found)
 
 
 def _lost(work: Work, who: str) -> RequestOutput:

@@ -44,7 +44,7 @@ class ReplicaThread(Worker):
             self._hand_over()
             with self._wanted:
                 while not (
-                    self._new or self._cancelled or self._stopping or self._place or (self._ready and self._news)
+                    self._new or self._cancelled or self._stopping or self._turns or (self._ready and self._news)
                 ):
                     self._wanted.wait()
                 if self._stopping:
@@ -55,8 +55,13 @@ class ReplicaThread(Worker):
             for exchange in cancelled:
                 self._end(exchange)
             yield from [work for work in works if work in self._place]
-            if self._place:
+            if self._turns:
                 yield None
+
+    @property
+    def _turns(self) -> bool:
+        """Whether there is something to hear of the replicas: of prompts, or of one that is started again."""
+        return bool(self._place) or self._replicas.num_ready < len(self._replicas.members)
 
     def _begin(self, exchange: Exchange) -> list[Work]:
         works = [replace(work, watched=exchange.watched) for work in exchange.work]

@@ -21,11 +21,12 @@ import pytest
 
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("ray", reason="Ray is not installed (the ray extra)")
-openai = pytest.importorskip("openai", reason="OpenAI's client is not installed (the dev extra)")
 
 from nanoflow_jax import LLM
 from tests.serve.test_endpoints import BODIES, joined, record
 from tests.serve.test_process import KEY, LIMIT, Running
+
+openai = pytest.importorskip("openai", reason="OpenAI's client is not installed (the dev extra)")
 
 LONG: dict[str, Any] = {
     "model": "tiny", "prompt": "12", "max_tokens": 120, "n": 4, "temperature": 1.0, "extra_body": {"ignore_eos": True},
