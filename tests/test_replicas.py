@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from nanoflow_jax.evaluate.journal import manifest_path
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.replicas.front import TRIES, ReplicaError, Replicas, _Member, find_layout
-from nanoflow_jax.replicas.process import About
+from nanoflow_jax.replicas.process import About, Growth
 from tests.evaluate.stand_in import StandIn
 
 # -- devices
@@ -116,8 +117,8 @@ class Ray:
 
 class Actor:
     def __init__(self, number: int):
-        self.number, self.kept, self.closed = number, [], 0
-        self.exchange = SimpleNamespace(remote=lambda _, new, gone: (self, tuple(new)))
+        self.number, self.kept, self.closed, self.gone = number, [], 0, []
+        self.exchange = SimpleNamespace(remote=lambda _, new, gone: (self.gone.extend(gone), (self, tuple(new)))[1])
         self.close = SimpleNamespace(remote=lambda _: setattr(self, "closed", 1))
 
 
@@ -223,6 +224,41 @@ def test_a_closed_run_ends_what_the_replicas_have() -> None:
         pass
     run.close()
     assert [m.actor.closed for m in several.members] == [1, 1]
+
+
+def test_the_fewest_tokens_in_flight_get_the_next_prompt() -> None:
+    used: list[tuple[int, int | None]] = []
+    several = made(Ray(lambda actor, work: (used.append((actor.number, work.params.max_tokens)), output(work))[1]))
+    list(several.run([*works(1, max_tokens=100), *works(5, max_tokens=10)]))
+    assert sorted(used) == [(0, 100)] + [(1, 10)] * 5
+
+
+def test_what_is_not_wanted_any_more_is_told_to_its_replica_and_forgotten() -> None:
+    """And a prompt of which a part was handed on ends with an error when its replica dies; others are tried again."""
+    part = Growth(CompletionOutput(0, "a", [1]), RequestMetrics(0.0), None)
+    wanted, unwanted, begun = works(3)
+
+    def answer(actor: Actor, work: Work) -> Any:
+        if work.prompt_token_ids == [0] and actor.number < 2:
+            raise Died
+        return output(work) if work.prompt_token_ids == [0] else part
+
+    several = made(Ray(answer), 1)
+    for member in several.members:
+        member.actor.number = 0
+    gone: deque[Work] = deque()
+    given = iter([begun, unwanted, None, None, wanted, None, None, None])
+    found: list[tuple[Work, Any]] = []
+    actor: Any = several.members[0].actor
+    for turn in several.watch(given, gone=gone):
+        found += turn
+        if (unwanted, part) in found and not gone and not actor.gone:
+            gone.append(unwanted)
+    assert actor.gone == [1]
+    ((_, lost),) = [item for item in found if item[0] is begun and item[1] is not part]
+    assert lost.outputs[0].finish_reason == "error"
+    assert lost.outputs[0].error == "replica 1 of 1 has died while it answered; try again"
+    assert [item[1].outputs[0].finish_reason for item in found if item[0] is wanted] == ["length"]
 
 
 # -- what a run's manifest says

@@ -1,6 +1,6 @@
 """Replicas of a model behind one `LLM`: each has a process and devices of its own, which Ray gives it.
 
-    LLM        prepare | hand out | take what has ended | hand out ...      to the replica with the most room
+    LLM        prepare | hand out | take what has ended | hand out ...      to the one with the fewest tokens in flight
     replica    an LLM with a thread per call, kept full                     says what has ended
 
 The prompts that a replica has are known here, so when it dies they go to others, and none is answered twice.
