@@ -250,7 +250,7 @@ def test_what_is_not_wanted_any_more_is_told_to_its_replica_and_forgotten() -> N
     given = iter([begun, unwanted, None, None, wanted, None, None, None])
     found: list[tuple[Work, Any]] = []
     actor: Any = several.members[0].actor
-    for turn in several.watch(given, gone=gone):
+    for _, turn in zip(range(500), several.watch(given, gone=gone), strict=False):
         found += turn
         if (unwanted, part) in found and not gone and not actor.gone:
             gone.append(unwanted)
