@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.chat import PLAIN, ChatSettings, as_conversations, read_template
-from nanoflow_jax.config import ConfigError, ModelConfig
+from nanoflow_jax.config import ModelConfig
 from nanoflow_jax.engine.calls import Calls
 from nanoflow_jax.engine.feed import Score, Work, feed
 from nanoflow_jax.engine.multiprocess import lead
@@ -167,12 +167,9 @@ class LLM:
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Generator[RequestOutput]:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
-        of each has `finished` set. Closing the iterator ends what is still running. Not with replicas (ConfigError)."""
-        if self.replicas is not None:
-            raise ConfigError(
-                "stream: not with data_parallel_size; accepted: run_stream, which yields each output as it ends"
-            )
-        return self._stream(self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params))
+        of each has `finished` set. Closing the iterator ends what is still running."""
+        checked = self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params)
+        return self._stream(checked) if self.replicas is None else self.replicas.stream(self._works(checked))
 
     def _stream(self, work: list[Work]) -> Generator[RequestOutput]:
         gathered = Gathered(self.tokenizer, self.reasoning)

@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,10 +24,11 @@ from nanoflow_jax.engine.request import CompletionOutput, RequestMetrics, Reques
 from nanoflow_jax.evaluate.journal import manifest_path
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.plan.file import load_plan
-from nanoflow_jax.replicas import front, process
-from nanoflow_jax.replicas.front import TRIES, ReplicaError, Replicas, _Member, _Waits
+from nanoflow_jax.replicas import members, process
+from nanoflow_jax.replicas.front import TRIES, ReplicaError, Replicas
 from nanoflow_jax.replicas.layout import find_layout
-from nanoflow_jax.replicas.process import About, Hung, Replica
+from nanoflow_jax.replicas.members import Member, Waits
+from nanoflow_jax.replicas.process import About, Growth, Hung, Replica
 from nanoflow_jax.step.compile import compile_step
 from tests.evaluate.stand_in import StandIn
 
@@ -131,8 +133,8 @@ class Ray:
 
 class Actor:
     def __init__(self, number: int):
-        self.number, self.kept, self.closed = number, [], 0
-        self.exchange = SimpleNamespace(remote=lambda _, new: (self, tuple(new)))
+        self.number, self.kept, self.closed, self.gone = number, [], 0, []
+        self.exchange = SimpleNamespace(remote=lambda _, new, gone: (self.gone.extend(gone), (self, tuple(new)))[1])
         self.close = SimpleNamespace(remote=lambda _: setattr(self, "closed", 1))
 
 
@@ -146,12 +148,12 @@ def made(ray: Ray, count: int = 2) -> Replicas:
     found._ray, found._lock, found._calls = ray, threading.Lock(), itertools.count()
     found._options, found._seeds = LLMOptions("m"), itertools.count()
 
-    def begin(member: _Member) -> None:
+    def begin(member: Member) -> None:
         member.actor = Actor(next(numbers))
         member.starting = (member.actor, None)
 
     found._begin = begin
-    found.members = [_Member(i) for i in range(count)]
+    found.members = [Member(i) for i in range(count)]
     for member in found.members:
         begin(member)
     return found
@@ -211,9 +213,9 @@ def test_silence_counts_while_it_is_listened_to(monkeypatch: pytest.MonkeyPatch)
         now[0] += 0.2
         return [ref for ref in refs if ref in there], []
 
-    monkeypatch.setattr(front, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(members, "time", SimpleNamespace(monotonic=lambda: now[0]))
     ray: Any = SimpleNamespace(wait=wait)
-    waits = _Waits(ray)
+    waits = Waits(ray)
     for _ in range(200):  # 40 s
         assert waits.wait(["a", "b"]) == (set(), [])
     now[0] += 3600
@@ -231,12 +233,14 @@ class Engine:
     def __init__(self, step: Callable[[threading.Event], Any]):
         self.step, self.goes_on = step, threading.Event()
 
-    def run_steps(self, work: Any) -> Any:
+        self.calls, self.tokenizer, self.reasoning = self, None, None
+
+    def feed(self, work: Any) -> Any:
         item = next(work)
         while not self.goes_on.is_set():
             self.step(self.goes_on)
-            yield []
-        yield [(item, output(item))]
+            yield [], []
+        yield [(replace(item, scored_from=0), output(item))], []
 
 
 def compiling_step(goes_on: threading.Event) -> None:
@@ -253,20 +257,22 @@ def test_an_engine_that_makes_no_step_hangs_unless_it_compiles(
     """The program of a rare request may take any time to compile, and an answer many steps."""
     ahead = [0.0]
     monkeypatch.setattr(process, "time", SimpleNamespace(monotonic=lambda: ahead[0] + time.monotonic()))
+    monkeypatch.setattr(process, "feed", lambda engine, work, gone: engine.feed(work))
+    monkeypatch.setattr(process, "score_of", lambda found: found)
     engine, replica = Engine(step), cast(Any, Replica.__new__(Replica))
     replica._calls, replica._lock, replica._llm = {}, threading.Lock(), engine
-    assert replica.exchange(0, []) == []
+    assert replica.exchange(0, [], []) == []
     ahead[0] += 10**4  # nothing to do for hours
-    assert replica.exchange(0, works(1)) == []
+    assert replica.exchange(0, works(1), []) == []
     for _ in range(3):
         ahead[0] += process.STEP_SECONDS / 4
-        assert replica.exchange(0, []) == []
+        assert replica.exchange(0, [], []) == []
     ahead[0] += process.STEP_SECONDS / 2
     with pytest.raises(Hung, match=r"^no step for \d+ s$") if hangs else nullcontext():
-        assert replica.exchange(0, []) == []
+        assert replica.exchange(0, [], []) == []
     engine.goes_on.set()
     end = time.monotonic() + 10
-    while not (found := replica.exchange(0, [])):
+    while not (found := replica.exchange(0, [], [])):
         assert time.monotonic() < end
     assert found[0][0] == "key 0"
 
@@ -339,6 +345,41 @@ def test_a_closed_run_ends_what_the_replicas_have() -> None:
         pass
     run.close()
     assert [m.actor.closed for m in several.members] == [1, 1]
+
+
+def test_the_fewest_tokens_in_flight_get_the_next_prompt() -> None:
+    used: list[tuple[int, int | None]] = []
+    several = made(Ray(lambda actor, work: (used.append((actor.number, work.params.max_tokens)), output(work))[1]))
+    list(several.run([*works(1, max_tokens=100), *works(5, max_tokens=10)]))
+    assert sorted(used) == [(0, 100)] + [(1, 10)] * 5
+
+
+def test_what_is_not_wanted_any_more_is_told_to_its_replica_and_forgotten() -> None:
+    """And a prompt of which a part was handed on ends with an error when its replica dies; others are tried again."""
+    part = Growth(CompletionOutput(0, "a", [1]), RequestMetrics(0.0), None)
+    wanted, unwanted, begun = works(3)
+
+    def answer(actor: Actor, work: Work) -> Any:
+        if work.prompt_token_ids == [0] and actor.number < 2:
+            raise Died
+        return output(work) if work.prompt_token_ids == [0] else part
+
+    several = made(Ray(answer), 1)
+    for member in several.members:
+        member.actor.number = 0
+    gone: deque[Work] = deque()
+    given = iter([begun, unwanted, None, None, wanted, None, None, None])
+    found: list[tuple[Work, Any]] = []
+    actor: Any = several.members[0].actor
+    for _, turn in zip(range(500), several.watch(given, gone=gone), strict=False):
+        found += turn
+        if (unwanted, part) in found and not gone and not actor.gone:
+            gone.append(unwanted)
+    assert actor.gone == [1]
+    ((_, lost),) = [item for item in found if item[0] is begun and item[1] is not part]
+    assert lost.outputs[0].finish_reason == "error"
+    assert lost.outputs[0].error == "replica 1 of 1 has died while it answered; try again"
+    assert [item[1].outputs[0].finish_reason for item in found if item[0] is wanted] == ["length"]
 
 
 # -- what a run's manifest says

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
+import resource
 import sys
 import time
 from typing import Any
@@ -58,29 +58,24 @@ def direct(llm: Any, count: int, output: int) -> float:
 
 async def served(llm: Any, count: int, output: int, stream: bool) -> float:
     """Seconds, by the client's clock."""
-    import uvicorn
-
     from nanoflow_jax.evaluate.batch import Settings
     from nanoflow_jax.serve.app import Limits, Server
-    from nanoflow_jax.serve.run import BACKLOG, bind
+    from nanoflow_jax.serve.run import bind, listening
 
     server, at = Server(llm, Settings("tiny"), Limits()), bind("127.0.0.1", 0)
-    config = uvicorn.Config(
-        server.app, lifespan="off", log_config=None, access_log=False, interface="asgi3", backlog=BACKLOG, loop="none"
-    )  # fmt: skip
-    http: Any = uvicorn.Server(config)
-    http.capture_signals = contextlib.nullcontext
-    running = asyncio.ensure_future(http.serve(sockets=[at]))
-    while not http.started:
-        await asyncio.sleep(0.01)
-    command = ("-m", "tools.serve_throughput", "--client", str(at.getsockname()[1]), "--requests", str(count))
-    more = ("--output-tokens", str(output), *(["--stream"] if stream else []))
-    client = await asyncio.create_subprocess_exec(sys.executable, *command, *more, stdout=asyncio.subprocess.PIPE)
-    told, _ = await client.communicate()
-    http.should_exit = True
-    await running
+    async with listening(server, at):
+        command = ("-m", "tools.serve_throughput", "--client", str(at.getsockname()[1]), "--requests", str(count))
+        more = ("--output-tokens", str(output), *(["--stream"] if stream else []))
+        client = await asyncio.create_subprocess_exec(sys.executable, *command, *more, stdout=asyncio.subprocess.PIPE)
+        told, _ = await client.communicate()
     server.close()
     return json.loads(told)
+
+
+def processor_seconds() -> tuple[float, float]:
+    """Of this process, and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return used[0].ru_utime + used[0].ru_stime, used[1].ru_utime + used[1].ru_stime
 
 
 async def ask(port: int, count: int, output: int, stream: bool) -> float:
@@ -119,11 +114,21 @@ def main(arguments: list[str] | None = None) -> int:
         print(json.dumps(asyncio.run(ask(args.client, args.requests, args.output_tokens, args.stream))))
         return 0
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from nanoflow_jax.serve.run import run_loop
+
     llm = make_llm(args.slots, args.output_tokens, args.device_ms)
     for _ in range(args.repeat):
+        before, _ = processor_seconds()
         alone = direct(llm, args.requests, args.output_tokens)
-        behind = asyncio.run(served(llm, args.requests, args.output_tokens, args.stream))
-        print(f"generate {alone:.2f} s, served {behind:.2f} s, ratio {alone / behind:.3f}", flush=True)
+        between, client = processor_seconds()
+        behind = run_loop(served(llm, args.requests, args.output_tokens, args.stream))
+        after, ended = processor_seconds()
+        each = [1e3 * s / args.requests for s in (between - before, after - between, ended - client)]
+        print(
+            f"generate {alone:.2f} s, served {behind:.2f} s, ratio {alone / behind:.3f}; processor ms per request: ",
+            end="",
+        )
+        print("generate {:.2f}, served {:.2f}, its client {:.2f}".format(*each), flush=True)
     return 0
 
 

@@ -50,6 +50,8 @@ def add(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from contextlib import closing
+
     from nanoflow_jax.config import ConfigError
     from nanoflow_jax.sampling_params import SamplingParams
     from nanoflow_jax.system.install import install_command
@@ -62,10 +64,6 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"{error.name} is not installed; accepted: {install_command('serve')}") from None
     if args.distributed or args.coordinator:
         raise ConfigError("--distributed, --coordinator: a server is one process; accepted: to leave them out")
-    if args.data_parallel_size != 1:
-        raise ConfigError(
-            f"--data-parallel-size: {args.data_parallel_size} is not accepted; a server has one replica: 1"
-        )
     if args.seed < 0:
         raise ConfigError(f"--seed: {args.seed} is not accepted; it must be at least 0")
     names = [name.replace("-", "_") for name, _, _ in SAMPLING_OPTIONS]
@@ -79,5 +77,5 @@ def _run(args: argparse.Namespace) -> int:
         print(f"nanoflow serve: {args.host} can be reached from elsewhere, and there is no --api-key", file=sys.stderr)
     settings = Settings(args.served_model_name or args.model, sampling, args.seed)
     limits = Limits(args.max_body_mib * 2**20, args.max_prompts, args.max_queue)
-    with at:
-        return serve(make_llm(args), at, settings, limits, key, args.quiet)
+    with at, closing(make_llm(args)) as llm:
+        return serve(llm, at, settings, limits, key, args.quiet)

@@ -18,6 +18,7 @@ class Work:
     key          whatever the caller needs to know it again
     scored_from  not None: nothing is generated; the logprobs of the prompt's tokens after this position are wanted
     prompt_only  nothing is generated; of the prompt the params may want logprobs
+    watched      what its completions get is wanted as it comes
     """
 
     key: Any
@@ -26,6 +27,7 @@ class Work:
     params: SamplingParams
     scored_from: int | None = None
     prompt_only: bool = False
+    watched: bool = False
 
     @property
     def most_tokens(self) -> int | None:
@@ -65,7 +67,9 @@ def room_ahead(calls: Calls) -> int:
 Changed = list[tuple[Work, Request]]
 
 
-def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Generator[tuple[Changed, Changed]]:
+def feed(
+    calls: Calls, work: Iterable[Work | None], watched: bool = False, gone: set[Work] | None = None
+) -> Generator[tuple[Changed, Changed]]:
     """Runs `work` to its end; yields, after each step, the completions that have ended, and of those that are `watched`
     those that have only grown, each with its work. (Another thread's step may have ended one of the latter since: that
     is told next.)
@@ -74,6 +78,9 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
     (reading, tokenizing) costs time only where it takes longer than a step. None means "nothing this time, ask
     again". The completions of a prompt are requests from when there is room for them: there are never more of them
     than slots and what waits for the next steps, however large `n` is.
+
+    watched  all of the work is, whatever it says itself
+    gone     work that is not wanted any more is put there; it is ended, and taken out when nothing of it is left
     """
     scheduler, ahead = calls.engine.scheduler, room_ahead(calls)
     capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
@@ -96,7 +103,13 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
                     new.append(one)
             if new:
                 with calls.alone():
-                    work_of |= {add_work(call, one, i, watched): one for one, i in new}
+                    work_of |= {add_work(call, one, i, watched or one.watched): one for one, i in new}
+            if gone:
+                unwanted = set(gone)
+                with calls.alone():
+                    lost = [request for request in call.unfinished if work_of[request] in unwanted]
+                    call.end(lost)
+                gone -= unwanted - {work_of.pop(request) for request in lost}
             call.step()
             ended: Changed = []
             grown: Changed = []

@@ -138,6 +138,11 @@ class GrowingOutput:
         self._text = 0  # characters that have been given
         self._thought, self._answer = 0, 0
 
+    @property
+    def num_tokens(self) -> int:
+        """Of the prompt, and those that were taken."""
+        return self.request.prompt_length + len(self._ids)
+
     def take(self, token_ids: Sequence[int]) -> CompletionOutput:
         """The part of tokens that a running request has got."""
         request, params = self.request, self.request.params

@@ -137,6 +137,11 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
+    def num_generated(self) -> int:
+        """Of a request that has no slot."""
+        return len(self.tokens) - self.prompt_length
+
+    @property
     def output_token_ids(self) -> list[int]:
         """Of a request that has no slot."""
         return self.tokens[self.prompt_length :].tolist()

@@ -43,12 +43,10 @@ class GrowingText:
 
     def extend(self, tokens: Iterable[int]) -> str:
         """Takes tokens; returns what they add to `text`."""
-        pieces = []
-        for token in tokens:
-            if token in self._skipped:
-                continue
-            pieces.append(self._tokenizer.first_bytes(token) if self._is_first else self._tokenizer.token_bytes(token))
-            self._is_first = False
+        shown = [token for token in tokens if token not in self._skipped]
+        pieces = list(map(self._tokenizer.token_bytes, shown))
+        if self._is_first and shown:
+            pieces[0], self._is_first = self._tokenizer.first_bytes(shown[0]), False
         data = b"".join(pieces)
         if self._begun and data:
             if not 0x80 <= data[0] < 0xC0:  # it does not go on with the prompt's character

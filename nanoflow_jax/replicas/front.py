@@ -1,6 +1,6 @@
 """Replicas of a model behind one `LLM`: each has a process and devices of its own, which Ray gives it.
 
-    LLM        prepare | hand out | take what has ended | hand out ...      to the replica with the most room
+    LLM        prepare | hand out | take what has ended | hand out ...      to the one with the fewest tokens in flight
     replica    an LLM with a thread per call, kept full                     says what has ended
 
 The prompts that a replica has are known here, so when it dies they go to others, and none is answered twice. One that
@@ -13,11 +13,11 @@ import itertools
 import logging
 import os
 import threading
-import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ import numpy as np
 
 from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.feed import Score, Work
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.request import CompletionOutput, RequestMetrics, RequestOutput
 from nanoflow_jax.options import LLMOptions
 from nanoflow_jax.parallel.processes import joined
+from nanoflow_jax.replicas import members
 from nanoflow_jax.replicas.layout import Layout, find_layout
-from nanoflow_jax.replicas.process import POLL_SECONDS, About, Hung, Replica, cause_line, check_plan
+from nanoflow_jax.replicas.members import Load, Member, Waits
+from nanoflow_jax.replicas.process import Found, Growth, Hung, Replica, cause_line, check_plan
 from nanoflow_jax.system.install import install_command
 from nanoflow_jax.system.platform import num_gpus
 from nanoflow_jax.weights.fingerprint import model_fingerprint
@@ -38,55 +40,15 @@ logger = logging.getLogger("nanoflow_jax")
 
 TRIES = 3  # of a prompt, or of a replica's start, after a replica has died
 PULLS = 4096  # of "nothing this time" in a turn
+COUNT_SECONDS = 2.0  # in which a replica says its counts
 CALLS = 16  # that a replica answers at once
-SILENT_SECONDS = 60.0  # a replica's process, which answers every POLL_SECONDS whatever its engine does, is then hung
 
 Ended = list[tuple[Work, RequestOutput | Score]]
+News = list[tuple[Work, Found]]
 
 
 class ReplicaError(ConfigError):
     """The replicas cannot go on; one line."""
-
-
-@dataclass(eq=False)
-class _Member:
-    """A replica as it is seen here. starting: the answer to `about` that is waited for; None: it is ready. begun: its
-    process is there. hung: the actor that was ended for it, and why. failures: deaths since it last gave a result."""
-
-    number: int
-    actor: Any = None
-    starting: Any = None
-    begun: bool = False
-    hung: tuple[Any, str] = (None, "")
-    about: About | None = None
-    failures: int = 0
-
-
-@dataclass(eq=False)
-class _Load:
-    """What a call has given a member: `held` is all that has no result, of which `new` is not sent yet."""
-
-    member: _Member
-    actor: Any
-    held: dict[int, Work] = field(default_factory=dict)
-    new: list[Work] = field(default_factory=list)
-    count: int = 0  # completions held
-    asked: Any = None  # the answer that is waited for
-
-    @property
-    def room(self) -> int:
-        about = self.member.about
-        return 0 if about is None or self.member.starting is not None else about.capacity - self.count
-
-    def give(self, number: int, work: Work) -> None:
-        self.held[number] = work
-        self.new.append(replace(work, key=number))
-        self.count += work.completions
-
-    def take(self, number: int) -> Work:
-        work = self.held.pop(number)
-        self.count -= work.completions
-        return work
 
 
 class Replicas:
@@ -113,10 +75,10 @@ class Replicas:
             if self._started_here:
                 _start(self._ray, layout)
             gpus = int(self._ray.cluster_resources().get("GPU", 0))
-            self.members = [_Member(i) for i in range(layout.count(gpus))]
+            self.members = [Member(i) for i in range(layout.count(gpus))]
             for member in self.members:
                 self._begin(member)
-            waits = _Waits(self._ray)
+            waits = Waits(self._ray)
             while any(member.starting is not None for member in self.members):
                 self._listen(waits, {})
             first = self.members[0].about
@@ -143,18 +105,32 @@ class Replicas:
 
         Raises ReplicaError when a prompt has lost its replica several times, or a replica does not start again.
         """
+        run: Any = self.watch(work, most)  # of what is not watched there are no parts
+        return run
+
+    def watch(
+        self, work: Iterable[Work | None], most: int | None = None, gone: deque[Work] | None = None
+    ) -> Generator[News]:
+        """The same with what watched prompts get as it comes.
+
+        gone  prompts that are not wanted any more are put there. It makes this one go on, too, where a prompt has lost
+              its replicas: as one where a part of a watched one has been handed on, it ends with an error.
+
+        Raises ReplicaError when a prompt has lost its replica several times, or a replica does not start again.
+        """
         ray, call = self._ray, next(self._calls)
-        loads = [_Load(member, member.actor) for member in self.members[:most]]
+        loads = [Load(member, member.actor) for member in self.members[:most]]
         source, more = iter(work), True
         again: deque[tuple[int, Work]] = deque()
         deaths: dict[int, int] = {}
-        numbers, waits = itertools.count(), _Waits(ray)
+        numbers, waits = itertools.count(), Waits(ray)
         try:
             while True:
                 for _ in range(PULLS):
-                    load = max(loads, key=lambda load: load.room)
-                    if load.room <= 0:
+                    free = [load for load in loads if load.room > 0]
+                    if not free:
                         break
+                    load = min(free, key=lambda load: (load.tokens, -load.room))
                     if again:
                         load.give(*again.popleft())
                         continue
@@ -167,41 +143,80 @@ class Replicas:
                         break
                     if item is not None:
                         load.give(next(numbers), self._seeded(item))
+                    elif gone is not None:
+                        break
+                while gone:
+                    unwanted = gone.popleft()
+                    again = deque(entry for entry in again if entry[1] is not unwanted)
+                    for load in loads:
+                        for number in [number for number, item in load.held.items() if item is unwanted]:
+                            load.drop(number)
                 for load in loads:
                     load.actor = load.actor if load.held else load.member.actor
-                    if load.held and load.asked is None:
-                        load.asked, load.new = load.actor.exchange.remote(call, load.new), []
+                    if (load.held or load.gone) and load.asked is None:
+                        load.asked = load.actor.exchange.remote(call, load.new, load.gone)
+                        load.new, load.gone = [], []
                 waited = {load.asked: load for load in loads if load.asked is not None}
                 if not waited and not more and not again:
                     return
-                ended: Ended = []
+                ended: News = []
                 for load in self._listen(waits, waited):
                     actor, ref, load.asked = load.actor, load.asked, None
                     try:
                         results = self._get(load.member, actor, ref)
                     except ray.exceptions.RayActorError:
-                        self._died(load.member, actor, len(load.held))
+                        self._died(load.member, actor, len(load.held.keys() - load.begun))
                         for number, item in load.held.items():
                             deaths[number] = deaths.get(number, 0) + 1
+                            if number in load.begun or (gone is not None and deaths[number] > TRIES):
+                                ended.append((item, _lost(item, self.name(load.member))))
+                                continue
                             if deaths[number] > TRIES:
                                 raise ReplicaError(
                                     f"data_parallel_size: a prompt has lost its replica {deaths[number]} times; the "
                                     "results so far are kept"
                                 ) from None
                             again.append((number, item))
-                        load.held, load.new, load.count = {}, [], 0
+                        load.held, load.new, load.gone, load.begun, load.count, load.tokens = {}, [], [], set(), 0, 0
                         continue
                     except ray.exceptions.RayError as error:
                         raise ReplicaError(f"data_parallel_size: {cause_line(error)}") from None
                     if results:
                         load.member.failures = 0
-                    ended += [(load.take(number), output) for number, output in results]
-                    self.num_rows += sum(_rows(output) for _, output in results)
+                    for number, output in results:
+                        if number not in load.held:  # dropped meanwhile
+                            continue
+                        if isinstance(output, Growth):
+                            load.begun.add(number)
+                            ended.append((load.held[number], output))
+                        else:
+                            ended.append((load.take(number), output))
+                            self.num_rows += _rows(output)
                 yield ended
         finally:
             for load in loads:
                 if load.held:
                     load.actor.close.remote(call)
+
+    def stream(self, work: Iterable[Work]) -> Generator[RequestOutput]:
+        """As `LLM.stream`: a prompt's output so far whenever it has grown."""
+        outputs: dict[Work, RequestOutput] = {}
+        for turn in self.watch(replace(item, watched=True) for item in work):
+            for item, found in turn:
+                if isinstance(found, RequestOutput):
+                    outputs.pop(item, None)
+                    yield found
+                elif isinstance(found, Growth):
+                    if (output := outputs.get(item)) is None:
+                        nothing = [CompletionOutput(i, "", [], content="") for i in range(item.completions)]
+                        output = RequestOutput("", item.prompt, item.prompt_token_ids, nothing, found.metrics)
+                    output = replace(output, outputs=list(output.outputs))
+                    output.prompt_logprobs = output.prompt_logprobs or found.prompt_logprobs
+                    before = output.outputs[found.part.index]
+                    output.outputs[found.part.index] = _joined(before, found.part)
+                    outputs[item] = output
+                    if not output.finished:  # else the whole one follows
+                        yield output
 
     def _seeded(self, work: Work) -> Work:
         """A request without a seed has one by its order of arrival, as in one LLM: not one of its replica's, where
@@ -212,7 +227,7 @@ class Replicas:
         spawn = np.random.SeedSequence([self._options.seed, next(self._seeds)])
         return replace(work, params=replace(params, seed=int(spawn.generate_state(1, np.uint32)[0])))
 
-    def _listen(self, waits: _Waits, waited: dict[Any, _Load]) -> list[_Load]:
+    def _listen(self, waits: Waits, waited: dict[Any, Load]) -> list[Load]:
         """Waits a moment for answers. Takes those of replicas that are starting, ends the replicas that hang, and
         returns the loads that have an answer."""
         starting = {member.starting: member for member in self.members if member.starting is not None}
@@ -220,14 +235,14 @@ class Replicas:
         for ref in found & starting.keys():
             self._ready(starting[ref], ref)
         for ref in late:
-            load, why = waited.get(ref), f"no answer for {SILENT_SECONDS:.0f} s"
+            load, why = waited.get(ref), f"no answer for {members.SILENT_SECONDS:.0f} s"
             if load is not None:
                 self._end(load.member, load.actor, why)
             elif (member := starting[ref]).begun:  # else Ray is looking for a place for it
                 self._end(member, member.actor, why)
         return [waited[ref] for ref in found & waited.keys()]
 
-    def _get(self, member: _Member, actor: Any, ref: Any) -> Any:
+    def _get(self, member: Member, actor: Any, ref: Any) -> Any:
         """As Ray's; a replica that says it hangs is ended first."""
         try:
             return self._ray.get(ref)
@@ -237,12 +252,12 @@ class Replicas:
             self._end(member, actor, str(cause))
             raise self._ray.exceptions.RayActorError from None
 
-    def _end(self, member: _Member, actor: Any, why: str) -> None:
+    def _end(self, member: Member, actor: Any, why: str) -> None:
         """Ends a replica that hangs: what is waited for from it then fails."""
         member.hung = actor, why
         self._ray.kill(actor)
 
-    def _begin(self, member: _Member) -> None:
+    def _begin(self, member: Member) -> None:
         """Starts its actor; `starting` tells when it is ready."""
         layout, options = self._layout, {**self._options.arguments(), "data_parallel_size": 1, "progress": False}
         options["tensor_parallel_size"] = layout.devices
@@ -257,7 +272,7 @@ class Replicas:
         member.actor, member.begun = actor.remote(self._make, options, self._fingerprint, self._plan), False
         member.starting = member.actor.about.remote()
 
-    def _ready(self, member: _Member, starting: Any) -> None:
+    def _ready(self, member: Member, starting: Any) -> None:
         """Takes what a starting replica says of itself: that it is not ready yet, or how it is."""
         with self._lock:
             actor = member.actor
@@ -275,13 +290,29 @@ class Replicas:
                     member.begun, member.about = True, about or member.about
                     member.starting = actor.about.remote() if about is None else None
 
-    def _died(self, member: _Member, actor: Any, held: int) -> None:
+    def name(self, member: Member) -> str:
+        return f"replica {member.number + 1} of {len(self.members)}"
+
+    @property
+    def num_ready(self) -> int:
+        return sum(member.starting is None for member in self.members)
+
+    def counts(self) -> dict[str, int]:
+        """`engine_counts` of those that answer, added up."""
+        refs = [member.actor.counts.remote() for member in self.members if member.starting is None]
+        total: Counter[str] = Counter()
+        for ref in refs:
+            with suppress(self._ray.exceptions.RayError):
+                total.update(self._ray.get(ref, timeout=COUNT_SECONDS))
+        return dict(total)
+
+    def _died(self, member: Member, actor: Any, held: int) -> None:
         """Starts a dead replica again, and says so."""
         with self._lock:
             if member.actor is not actor:  # another call has
                 return
             about, member.failures = member.about, member.failures + 1
-            who = f"replica {member.number + 1} of {len(self.members)}"
+            who = self.name(member)
             if about is not None:
                 who += f" (process {about.process}{f' on GPUs {about.gpus}' if about.gpus else ''})"
             if member.failures > TRIES:
@@ -294,24 +325,18 @@ class Replicas:
             self._begin(member)
 
 
-class _Waits:
-    """How long each answer has been waited for: only while someone was here to hear it. Where this process itself was
-    stopped (Ctrl-Z, a laptop that sleeps), or its caller took its time, the answers may have come meanwhile."""
+def _joined(before: CompletionOutput, part: CompletionOutput) -> CompletionOutput:
+    found = {}
+    for name in ("text", "token_ids", "logprobs", "text_offsets", "reasoning_content", "content", "cumulative_logprob"):
+        one, other = getattr(before, name), getattr(part, name)
+        found[name] = other if one is None else one if other is None else one + other
+    return replace(part, **found)
 
-    def __init__(self, ray: Any):
-        self._ray, self._seconds, self._last = ray, dict[Any, float](), 0.0
 
-    def wait(self, refs: list[Any]) -> tuple[set[Any], list[Any]]:
-        """Answers that are there, after a moment at the latest, so that a Ctrl-C is seen; and those that are late."""
-        found = set[Any]()
-        if refs and self._ray.wait(refs, num_returns=1, timeout=2 * POLL_SECONDS)[0]:
-            found = set(self._ray.wait(refs, num_returns=len(refs), timeout=0)[0])
-        passed, self._last = min(time.monotonic() - self._last, 1.0), time.monotonic()
-        self._seconds = {ref: self._seconds.get(ref, 0.0) + passed for ref in refs if ref not in found}
-        late = [ref for ref, seconds in self._seconds.items() if seconds > SILENT_SECONDS]
-        for ref in late:
-            del self._seconds[ref]
-        return found, late
+def _lost(work: Work, who: str) -> RequestOutput:
+    error = f"{who} has died while it answered; try again"
+    outputs = [CompletionOutput(i, "", [], "error", error=error) for i in range(work.completions)]
+    return RequestOutput("", work.prompt, work.prompt_token_ids, outputs, RequestMetrics(0.0))
 
 
 def _rows(output: RequestOutput | Score) -> int:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanoflow_jax.config import ConfigError
-from nanoflow_jax.engine.feed import Score, Work, room_ahead
-from nanoflow_jax.engine.request import RequestOutput
+from nanoflow_jax.engine.engine import Engine
+from nanoflow_jax.engine.feed import Score, Work, feed, room_ahead, score_of
+from nanoflow_jax.engine.outputs import Gathered, GrowingOutput, prompt_output
+from nanoflow_jax.engine.request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput
 from nanoflow_jax.plan.plan import SchedulePlan
 from nanoflow_jax.step.compile import compile_step
 from nanoflow_jax.weights.fingerprint import model_fingerprint
@@ -29,6 +31,19 @@ STEP_SECONDS = 600.0  # no step takes so long
 
 class Hung(RuntimeError):
     """An engine makes no step any more; the process has to be ended."""
+
+
+@dataclass
+class Growth:
+    """What a watched completion has got since the last time; the last part has its finish_reason, and the prompt's
+    output follows when all have ended."""
+
+    part: CompletionOutput
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+
+
+Found = RequestOutput | Score | Growth
 
 
 @dataclass(frozen=True)
@@ -75,13 +90,16 @@ class Replica:
             raise ConfigError(self._error)
         return self._about
 
-    def exchange(self, call: int, new: list[Work]) -> list[tuple[Any, RequestOutput | Score]]:
-        """Takes prompts of a call, whose keys are their numbers; returns what has ended meanwhile, waiting a little.
-        Raises Hung."""
+    def exchange(self, call: int, new: list[Work], gone: list[int]) -> list[tuple[Any, Found]]:
+        """Takes prompts of a call, whose keys are their numbers, and numbers that are not wanted any more; returns what
+        has ended meanwhile and what watched ones have got, waiting a little. Raises Hung."""
         with self._lock:
             if call not in self._calls:
                 self._calls[call] = _Call(self._llm)
-        return self._calls[call].exchange(new)
+        return self._calls[call].exchange(new, gone)
+
+    def counts(self) -> dict[str, int]:
+        return engine_counts(self._llm.engine)
 
     def close(self, call: int) -> None:
         """Ends what is unfinished of a call."""
@@ -89,6 +107,19 @@ class Replica:
             found = self._calls.pop(call, None)
         if found is not None:
             found.close()
+
+
+def engine_counts(engine: Engine) -> dict[str, int]:
+    """What can be added up over replicas."""
+    pool = engine.scheduler.pool
+    return {
+        "preemptions": engine.scheduler.stats.preemptions,
+        "steps": engine.num_steps,
+        "running": engine.running.num_running,
+        "slots": engine.running.count,
+        "pages": pool.num_pages,
+        "pages_in_use": pool.num_pages - pool.num_available,
+    }
 
 
 def _about(llm: Any) -> About:
@@ -112,26 +143,37 @@ class _Call:
     def __init__(self, llm: Any):
         self._changed = threading.Condition()
         self._new: deque[Work] = deque()
-        self._ended: list[tuple[Any, RequestOutput | Score]] = []
-        self._running, self._closed = 0, False
-        self._moved = time.monotonic()  # when the engine last made a step, took a prompt, or compiled
+        self._works: dict[Any, Work] = {}  # that have not ended, by their numbers
+        self._gone: set[Work] = set()
+        self._found: list[tuple[Any, Found]] = []
+        self._asked = False  # somebody waits for what is found
+        self._closed = False
+        self._moved = time.monotonic()  # when the engine last made a step, took a prompt, had none, or compiled
         self._failure: BaseException | None = None
         threading.Thread(target=self._work, args=(llm,), daemon=True).start()
 
-    def exchange(self, new: list[Work]) -> list[tuple[Any, RequestOutput | Score]]:
+    def exchange(self, new: list[Work], gone: list[int]) -> list[tuple[Any, Found]]:
         with self._changed:
+            if not self._works:
+                self._moved = time.monotonic()
             self._new.extend(new)
+            self._works |= {work.key: work for work in new}
+            if gone:
+                self._gone |= {self._works.pop(number) for number in gone if number in self._works}
+                self._new = deque(work for work in self._new if work not in self._gone)
+            self._asked = True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._ended or self._failure, POLL_SECONDS)
+            self._changed.wait_for(lambda: self._found or self._failure, POLL_SECONDS)
+            self._asked = False
             if self._failure is not None:
                 raise self._failure
-            ended, self._ended = self._ended, []
+            found, self._found = self._found, []
             still = time.monotonic() - self._moved
-            if self._running and still > 1 and _compiling():
+            if self._works and still > 1 and _compiling():
                 self._moved = time.monotonic()
-            elif self._running and still > STEP_SECONDS and not ended:
+            elif self._works and still > STEP_SECONDS and not found:
                 raise Hung(f"no step for {still:.0f} s")
-            return ended
+            return found
 
     def close(self) -> None:
         with self._changed:
@@ -140,7 +182,7 @@ class _Call:
 
     def _source(self) -> Iterator[Work | None]:
         while not self._closed:
-            if self._running and not self._new:
+            if (self._works or self._gone) and not self._new:
                 yield None
                 continue
             with self._changed:
@@ -148,26 +190,57 @@ class _Call:
                 if self._closed:
                     return
                 item = self._new.popleft()
-                self._running += 1
                 self._moved = time.monotonic()
             yield item
 
     def _work(self, llm: Any) -> None:
+        gathered, growing = Gathered(llm.tokenizer, llm.reasoning), dict[Request, GrowingOutput]()
+        grown: dict[Request, Work] = {}
         try:
-            with closing(llm.run_steps(self._source())) as steps:
-                for ended in steps:
+            with closing(feed(llm.calls, self._source(), gone=self._gone)) as steps:
+                for ended, more in steps:
                     self._moved = time.monotonic()
                     if self._closed:
                         return
-                    if ended:
+                    grown |= {request: work for work, request in more}
+                    found: list[tuple[Any, Found]] = []
+                    if grown and self._asked:  # what comes until then is one part
+                        with llm.calls.alone():
+                            found += [
+                                (w.key, self._part(llm, r, growing)) for r, w in grown.items() if r.slot is not None
+                            ]
+                        grown.clear()
+                    for work, request in ended:
+                        grown.pop(request, None)
+                        if work.scored_from is not None:
+                            found.append((work.key, score_of(request)))
+                            continue
+                        if work.watched:
+                            found.append((work.key, self._part(llm, request, growing)))
+                        output = gathered.take(work, request)
+                        if not gathered.is_open(work):
+                            found.append((work.key, output))
+                    if found:
                         with self._changed:
-                            self._ended += [(item.key, output) for item, output in ended]
-                            self._running -= len(ended)
+                            self._found += [(key, one) for key, one in found if key in self._works]
+                            for key, one in found:
+                                if not isinstance(one, Growth):
+                                    self._works.pop(key, None)
                             self._changed.notify_all()
         except BaseException as error:
             with self._changed:
                 self._failure = error
                 self._changed.notify_all()
+
+    def _part(self, llm: Any, request: Request, growing: dict[Request, GrowingOutput]) -> Growth:
+        logprobs = None
+        if (output := growing.get(request)) is None:
+            output = growing[request] = GrowingOutput(request, llm.tokenizer, llm.reasoning)
+            logprobs = prompt_output(request, llm.tokenizer).prompt_logprobs
+        if request.finish_reason:
+            return Growth(growing.pop(request).finish(), request.metrics, logprobs)
+        tokens = llm.engine.running.tokens[request.slot, : llm.engine.running.known[request.slot]]
+        return Growth(output.take(tokens[output.num_tokens :].tolist()), request.metrics, logprobs)
 
 
 def _compiling() -> bool:

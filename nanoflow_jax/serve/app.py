@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -30,7 +31,7 @@ from nanoflow_jax.evaluate.batch import Settings, prepare
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, Body, Problem, parse_body
 from nanoflow_jax.evaluate.response import Json, chunk_head, response_body
 from nanoflow_jax.serve.chunks import Chunks
-from nanoflow_jax.serve.engine_thread import EngineThread, Exchange
+from nanoflow_jax.serve.engine_thread import Distant, EngineThread, Exchange, Worker
 from nanoflow_jax.serve.http import (
     Gone,
     Refused,
@@ -44,6 +45,7 @@ from nanoflow_jax.serve.http import (
 )
 from nanoflow_jax.serve.metrics import CONTENT_TYPE, Metrics
 from nanoflow_jax.serve.openapi import schema
+from nanoflow_jax.serve.replica_thread import ReplicaThread
 
 if TYPE_CHECKING:
     from nanoflow_jax.api import LLM
@@ -80,15 +82,20 @@ class Server:
     ):
         self._llm, self._settings, self._limits = llm, settings, limits
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
-        self.engine = EngineThread(llm.calls, on_death)
+        self.engine: Worker
+        if llm.replicas is None:
+            self.engine = EngineThread(llm.calls, on_death)
+        else:
+            self.engine = ReplicaThread(llm.replicas, on_death)
         self.metrics = Metrics()
         self._started, self._count = int(time.time()), 0
+        self._name, self._names = uuid.uuid4().hex[:24], itertools.count()  # of responses
         self._tokenizing = ThreadPoolExecutor(1, "tokenizing")
         self._open, self._draining, self._idle = 0, False, asyncio.Event()
         self._idle.set()
         self._schema = schema(settings.model, limits.prompts)
         self._rate = _Rate()
-        self._most = llm.engine.running.count + limits.queue  # completions that are running or waiting
+        self._most = self.engine.counts()["slots"] + limits.queue  # completions that are running or waiting
         generate = [Route(path, _Endpoint(self, path), methods=["POST"]) for path in (CHAT, COMPLETIONS)]
         routes = [
             *generate,
@@ -146,10 +153,13 @@ class Server:
 
     async def _health(self, _: HttpRequest) -> Response:
         self._check_open()
-        return json_response({"status": "ok"})
+        several = self._llm.replicas
+        more = {} if several is None else {"replicas": len(several.members), "replicas_ready": several.num_ready}
+        return json_response({"status": "ok", **more})
 
     async def _metrics_text(self, _: HttpRequest) -> Response:
-        text = self.metrics.text(self._llm.engine, self.engine.load)
+        counts = await asyncio.get_running_loop().run_in_executor(None, self.engine.counts)
+        text = self.metrics.text(counts, self.engine.load)
         return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
     async def _openapi(self, _: HttpRequest) -> Response:
@@ -180,7 +190,7 @@ class Server:
             body = await read_body(Headers(scope=scope), receive, self._limits.body_bytes)
             asked, work = await self._prepare(endpoint, body)
             async with self._running(work, asked.stream, receive) as exchange:
-                name, created = uuid.uuid4().hex, int(time.time())
+                name, created = f"{self._name}{next(self._names):08x}", int(time.time())
                 if asked.stream:
                     await self._stream(asked, exchange, name, created, send)
                 else:
@@ -236,7 +246,7 @@ class Server:
                 self.metrics.gone(exchange.left)
                 self.engine.cancel(exchange)
 
-    def _ended(self, request: Request) -> None:
+    def _ended(self, request: Request | Distant) -> None:
         self.metrics.ended(request)
         self._rate.count()
 
@@ -247,10 +257,14 @@ class Server:
                 raise Gone
             for request, _ in news:
                 self._ended(request)
-        outputs = [request_output(group, self._llm.tokenizer, self._llm.reasoning) for group in exchange.requests]
-        for group in exchange.requests:
+        groups = exchange.requests
+        for group in groups:
             for request in group:
                 _check(request, exchange)
+        outputs = exchange.outputs or [
+            request_output([r for r in group if isinstance(r, Request)], self._llm.tokenizer, self._llm.reasoning)
+            for group in groups
+        ]
         model, tokenizer = self._settings.model, self._llm.tokenizer
         return json_response(response_body(asked.records, outputs, model, tokenizer, name, created))
 
@@ -305,7 +319,7 @@ class _Rate:
         return low if not self._per_second else int(min(max(completions / self._per_second, low), high))
 
 
-def _check(request: Request, exchange: Exchange) -> None:
+def _check(request: Request | Distant, exchange: Exchange) -> None:
     """Raises Refused for a completion that has failed."""
     if request.finish_reason == "error":
         raise Refused(500, request.error or "the request failed", "server_error")

@@ -17,19 +17,44 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
+from nanoflow_jax.config import ConfigError
 from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.feed import Work, add_work
-from nanoflow_jax.engine.request import Request, error_line
+from nanoflow_jax.engine.request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput, error_line
+from nanoflow_jax.replicas.process import engine_counts
+from nanoflow_jax.sampling_params import SamplingParams
 
 logger = logging.getLogger("nanoflow_jax")
 
 REST = 1.0  # the event loop's, in multiples of what a delivery took
 LONGEST_REST = 0.25  # seconds
 
-News = tuple[Request, list[int] | None]  # a request and tokens that it has got; None: it has ended
+
+@dataclass(eq=False)
+class Distant:
+    """A completion that a replica makes, as far as it is looked at here. last: its last part, when it has ended."""
+
+    index: int
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    metrics: RequestMetrics
+    finish_reason: str | None = None
+    error: str | None = None
+    num_generated: int = 0
+    last: CompletionOutput | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.prompt_token_ids)
+
+
+# A completion, and tokens that it has got, or the part that a replica has made of them. None: it has ended.
+News = tuple[Request | Distant, list[int] | CompletionOutput | None]
 
 
 class Exchange:
@@ -37,13 +62,15 @@ class Exchange:
 
     watched   its tokens are wanted as they come
     requests  the completions of each prompt
+    outputs   of the prompts, where replicas make them
     left      of them, those whose end has not been taken in
     failure   why the engine has lost it
     """
 
     def __init__(self, work: Sequence[Work], watched: bool):
         self.work, self.watched = work, watched
-        self.requests: list[list[Request]] = []
+        self.requests: Sequence[Sequence[Request | Distant]] = []
+        self.outputs: list[RequestOutput] = []
         self.failure: str | None = None
         self.gone = False  # nobody waits for it any more
         self.left = self.size = sum(item.params.n for item in work)
@@ -74,14 +101,13 @@ class Exchange:
             self._waiter.set_result(None)
 
 
-class EngineThread:
-    """Runs an engine for an event loop, from which all methods are called.
+class Worker:
+    """A thread that answers the requests of an event loop, from which all methods are called.
 
     on_death  called on the event loop when the thread has ended by an error, which no request can cause
     """
 
-    def __init__(self, calls: Calls, on_death: Callable[[], None] = lambda: None):
-        self._calls, self._call = calls, Call(calls)
+    def __init__(self, on_death: Callable[[], None] = lambda: None):
         self._loop = asyncio.get_running_loop()
         self._on_death = on_death
         self._wanted = threading.Condition()  # of what follows, up to the next empty line
@@ -90,10 +116,6 @@ class EngineThread:
         self._ready = True  # the event loop can take in what has come
         self._stopping = False
         self.load = 0  # completions that have been submitted and have not ended
-
-        self._exchange_of: dict[Request, Exchange] = {}
-        self._seen: dict[Request, int] = {}  # of watched requests: length of prompt and tokens that were handed over
-        self._ended: list[Request] = []
         self.is_alive = True
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -118,6 +140,10 @@ class EngineThread:
             self._wanted.notify()
         self._thread.join()
 
+    def counts(self) -> dict[str, int]:
+        """`engine_counts` of what answers. May wait: called off the event loop."""
+        raise NotImplementedError
+
     # -- on the event loop
 
     def _deliver(self, news: list[tuple[Exchange, News]], failure: str | None) -> None:
@@ -136,16 +162,53 @@ class EngineThread:
             self._ready = True
             self._wanted.notify()
 
-    # -- on the engine thread
+    # -- on the thread
 
     def _run(self) -> None:
         try:
+            self._work()
+        except ConfigError as error:  # one line
+            self._died("%s", error)
+        except BaseException as error:
+            self._died("the engine has stopped: %s", error_line(error), exc_info=True)
+
+    def _died(self, told: str, why: object, exc_info: bool = False) -> None:
+        logger.error(told, why, exc_info=exc_info)
+        self.is_alive = False
+        self._call_loop(self._on_death)
+
+    def _work(self) -> None:
+        """Runs until it is stopping."""
+        raise NotImplementedError
+
+    def _forget(self, completions: int) -> None:
+        with self._wanted:
+            self.load -= completions
+
+    def _call_loop(self, what: Callable[..., None], *arguments: object) -> None:
+        try:
+            self._loop.call_soon_threadsafe(what, *arguments)
+        except RuntimeError:  # it is closed: nobody waits any more
+            logger.debug("nobody to tell")
+
+
+class EngineThread(Worker):
+    """Runs an engine in this process."""
+
+    def __init__(self, calls: Calls, on_death: Callable[[], None] = lambda: None):
+        self._calls, self._call = calls, Call(calls)
+        self._exchange_of: dict[Request, Exchange] = {}
+        self._seen: dict[Request, int] = {}  # of watched requests: length of prompt and tokens that were handed over
+        self._ended: list[Request] = []
+        super().__init__(on_death)
+
+    def counts(self) -> dict[str, int]:
+        return engine_counts(self._calls.engine)
+
+    def _work(self) -> None:
+        try:
             while self._turn():
                 pass
-        except BaseException as error:
-            logger.exception("the engine has stopped: %s", error_line(error))
-            self.is_alive = False
-            self._call_loop(self._on_death)
         finally:
             self._call.close()
             with self._calls.alone():
@@ -185,13 +248,14 @@ class EngineThread:
                 if exchange.gone:
                     self._forget(exchange.size)
                     continue
-                exchange.requests = [[add_work(self._call, w, i) for i in range(w.completions)] for w in exchange.work]
-                for request in (r for group in exchange.requests for r in group):
+                groups = [[add_work(self._call, w, i) for i in range(w.completions)] for w in exchange.work]
+                exchange.requests = groups
+                for request in (r for group in groups for r in group):
                     self._exchange_of[request] = exchange
                     if exchange.watched:
                         self._seen[request] = request.prompt_length
             for exchange in cancelled:
-                gone = [r for group in exchange.requests for r in group if r in self._exchange_of]
+                gone = [r for r, other in self._exchange_of.items() if other is exchange]
                 self._call.end(gone)
                 for request in gone:
                     del self._exchange_of[request]
@@ -199,10 +263,6 @@ class EngineThread:
                 if gone:
                     self._ended = [r for r in self._ended if r in self._exchange_of]
                     self._forget(len(gone))
-
-    def _forget(self, completions: int) -> None:
-        with self._wanted:
-            self.load -= completions
 
     def _hand_over(self, failure: str | None) -> None:
         """Gives the event loop what has come since the last time."""
@@ -234,9 +294,3 @@ class EngineThread:
             self._seen[request] = int(known[i])
             found.append((self._exchange_of[request], (request, tokens)))
         return found
-
-    def _call_loop(self, what: Callable[..., None], *arguments: object) -> None:
-        try:
-            self._loop.call_soon_threadsafe(what, *arguments)
-        except RuntimeError:  # it is closed: nobody waits any more
-            logger.debug("nobody to tell")

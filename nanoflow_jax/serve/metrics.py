@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from nanoflow_jax.engine.engine import Engine
 from nanoflow_jax.engine.request import Request
+from nanoflow_jax.serve.engine_thread import Distant
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500, 1000)  # bounds of the histograms
@@ -49,22 +49,21 @@ class Metrics:
         """Their client went away."""
         self._ends["cancelled"] += completions
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: Request | Distant) -> None:
         times = request.metrics
         self._ends[request.finish_reason or "abort"] += 1
         if not request.index:
             self._prompt_tokens += request.prompt_length
-        self._output_tokens += len(request.tokens) - request.prompt_length
+        self._output_tokens += request.num_generated
         self._cached_tokens += times.num_cached_tokens
         if times.first_token_time is not None:
             self._first.add(times.first_token_time - times.arrival_time)
         if times.finished_time is not None:
             self._whole.add(times.finished_time - times.arrival_time)
 
-    def text(self, engine: Engine, load: int) -> str:
-        """load: completions that are in the engine's hands, running or waiting."""
-        running, pool = engine.running.num_running, engine.scheduler.pool
-        preempted = engine.scheduler.stats.preemptions
+    def text(self, engine: Mapping[str, int], load: int) -> str:
+        """engine: `engine_counts`; load: completions that are in its hands, running or waiting."""
+        running = engine.get("running", 0)
         answers = [
             ((("endpoint", path), ("status", str(code))), n) for (path, code), n in sorted(self._answers.items())
         ]
@@ -76,13 +75,13 @@ class Metrics:
             ("prompt_tokens_total", "counter", "Tokens of their prompts.", self._prompt_tokens),
             ("generated_tokens_total", "counter", "Tokens of their outputs.", self._output_tokens),
             ("cached_tokens_total", "counter", "Prompt tokens found in the prefix cache.", self._cached_tokens),
-            ("preemptions_total", "counter", "Completions put back for want of pages.", preempted),
-            ("steps_total", "counter", "Steps of the engine.", engine.num_steps),
+            ("preemptions_total", "counter", "Completions put back for want of pages.", engine.get("preemptions", 0)),
+            ("steps_total", "counter", "Steps of the engine.", engine.get("steps", 0)),
             ("completions_running", "gauge", "Completions that have a slot.", running),
             ("completions_waiting", "gauge", "Completions that wait for one.", max(load - running, 0)),
-            ("slots", "gauge", "Completions that can run at once.", engine.running.count),
-            ("kv_pages", "gauge", "Pages of the KV cache.", pool.num_pages),
-            ("kv_pages_in_use", "gauge", "Of these, held by completions.", pool.num_pages - pool.num_available),
+            ("slots", "gauge", "Completions that can run at once.", engine.get("slots", 0)),
+            ("kv_pages", "gauge", "Pages of the KV cache.", engine.get("pages", 0)),
+            ("kv_pages_in_use", "gauge", "Of these, held by completions.", engine.get("pages_in_use", 0)),
         ):  # fmt: skip
             many = values if isinstance(values, list) else [((), values)]
             lines += _head(name, kind, told) + [_sample(name, labels, value) for labels, value in many]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import signal
 import socket
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -58,8 +59,35 @@ def is_loopback(host: str) -> bool:
 def serve(llm: LLM, at: socket.socket, settings: Settings, limits: Limits, api_key: str | None, quiet: bool) -> int:
     """Serves until a signal comes (SIGTERM, SIGINT). Returns the exit status: 0 when everything that ran was finished,
     1 when a second signal, or an engine that stopped, ended it."""
+    return run_loop(_serve(llm, at, settings, limits, api_key, quiet))
+
+
+def run_loop[T](main: Coroutine[Any, Any, T]) -> T:
+    """On an event loop as a server has it."""
     with asyncio.Runner(loop_factory=uvicorn.Config(lambda: None, loop="auto").get_loop_factory()) as runner:
-        return runner.run(_serve(llm, at, settings, limits, api_key, quiet))
+        return runner.run(main)
+
+
+@contextlib.asynccontextmanager
+async def listening(server: Server, at: socket.socket) -> AsyncIterator[asyncio.Future[None]]:
+    """The server at a socket, until this is left; yields what ends when it can serve no longer."""
+    # What is there by now stays: a collection that looks at all of it (with JAX 300,000 objects, 150 ms) stops every
+    # thread, and many requests at once would bring several.
+    gc.collect()
+    gc.freeze()
+    config = uvicorn.Config(
+        server.app, lifespan="off", log_level="warning", access_log=False, server_header=False, backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=1, interface="asgi3", proxy_headers=False,
+    )  # fmt: skip
+    http = _Uvicorn(config)
+    running = asyncio.ensure_future(http.serve(sockets=[at]))
+    while not http.started and not running.done():
+        await asyncio.sleep(0.01)
+    try:
+        yield running
+    finally:
+        http.should_exit = True
+        await running
 
 
 async def _serve(
@@ -78,32 +106,23 @@ async def _serve(
         wanted.set()
 
     server = Server(llm, settings, limits, api_key, on_death)
-    config = uvicorn.Config(
-        server.app, lifespan="off", log_level="warning", access_log=False, server_header=False, backlog=BACKLOG,
-        timeout_keep_alive=KEEP_ALIVE, timeout_graceful_shutdown=1, interface="asgi3", proxy_headers=False,
-    )  # fmt: skip
-    http = _Uvicorn(config)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
-    running = asyncio.ensure_future(http.serve(sockets=[at]))
-    while not http.started and not running.done():
-        await asyncio.sleep(0.01)
-    if not quiet:
-        host, port = at.getsockname()[:2]
-        host = f"[{host}]" if ":" in host else host
-        print(f"serving {settings.model} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
-    ends = {asyncio.ensure_future(wanted.wait()), running}
-    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-    drained = asyncio.ensure_future(server.drain())
-    if not quiet and not failed:
-        print("shutting down: what runs is finished", file=sys.stderr, flush=True)
-    cut = asyncio.ensure_future(now.wait())
-    await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
-    finished = drained.done() and not failed
-    if finished:
-        await asyncio.sleep(0.1)  # the last responses leave, and who comes now is told
-    http.should_exit = True
-    await running
+    async with listening(server, at) as running:
+        if not quiet:
+            host, port = at.getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
+            print(f"serving {settings.model} on http://{host}:{port}/v1", file=sys.stderr, flush=True)
+        ends = {asyncio.ensure_future(wanted.wait()), running}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        drained = asyncio.ensure_future(server.drain())
+        if not quiet and not failed:
+            print("shutting down: what runs is finished", file=sys.stderr, flush=True)
+        cut = asyncio.ensure_future(now.wait())
+        await asyncio.wait({drained, cut}, return_when=asyncio.FIRST_COMPLETED)
+        finished = drained.done() and not failed
+        if finished:
+            await asyncio.sleep(0.1)  # the last responses leave, and who comes now is told
     drained.cancel()
     cut.cancel()
     server.close()

@@ -181,7 +181,7 @@ def test_replicas_that_are_killed_or_hang_are_named_and_started_again(
     thread.start()
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING, "nanoflow_jax"):
         patch.setattr("nanoflow_jax.evaluate.journal.SYNC_SECONDS", 0.01)
-        patch.setattr("nanoflow_jax.replicas.front.SILENT_SECONDS", 8.0)  # a busy machine's processes say nothing, too
+        patch.setattr("nanoflow_jax.replicas.members.SILENT_SECONDS", 8.0)  # a busy machine is silent, too
         found = answered(several, source, out)
         thread.join()
         assert harmed and harmed[0] < LINES * 3 // 4, "it came too late to say anything"
@@ -217,9 +217,25 @@ def test_one_is_measured_against_all(several: LLM) -> None:
     assert found.ratio == found.all[0] / found.one[0] > 0
 
 
-def test_streams_are_refused(several: LLM) -> None:
-    with pytest.raises(ValueError, match=r"^stream: not with data_parallel_size; accepted: run_stream"):
-        several.stream("12+30=")
+def test_streams_grow_to_what_one_gives(llm: LLM, several: LLM) -> None:
+    """Each part goes on where the one before ended."""
+    params = SamplingParams(temperature=1.5, max_tokens=60, n=2, seed=3, ignore_eos=True, logprobs=1, stop="zz")
+    prompts = ["12+30=", "reverse abcdef="]
+    seen: dict[str | None, list[Any]] = {}
+    for output in several.stream(prompts, params):
+        before = seen.setdefault(output.prompt, [])
+        if before:
+            for old, new in zip(before[-1].outputs, output.outputs, strict=True):
+                assert new.text.startswith(old.text) and new.token_ids[: len(old.token_ids)] == old.token_ids
+                assert len(new.logprobs or ()) == len(new.token_ids)
+        before.append(output)
+    whole = llm.generate(prompts, params, use_tqdm=False)
+    assert [seen[prompt][-1].outputs for prompt in prompts] == [output.outputs for output in whole]
+    assert all(len(parts) > 2 for parts in seen.values())
+    stream = several.stream(prompts, params)
+    next(stream)
+    stream.close()
+    assert replicas(several).counts()["slots"] == 16
 
 
 def test_wrong_prompts_are_refused_before_any_is_sent(several: LLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from typing import Any
 
@@ -16,7 +17,8 @@ from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.evaluate.batch import Settings, answer
 from nanoflow_jax.evaluate.lines import Line
 from nanoflow_jax.evaluate.records import CHAT, COMPLETIONS, parse_line
-from nanoflow_jax.serve.app import Limits
+from nanoflow_jax.serve.app import Limits, Server
+from nanoflow_jax.serve.run import bind, listening
 from tests.serve.client import Client, serving
 
 HELLO = [{"role": "user", "content": "What is 25+17?"}]
@@ -285,6 +287,20 @@ def test_a_request_on_which_the_engine_fails_is_told_and_the_next_is_served(
             assert (await client.complete("12+30=")).json["choices"][0]["text"] == "42"
 
     asyncio.run(ask())
+
+
+def test_a_collection_does_not_look_at_what_was_there(llm: LLM) -> None:
+    """The model's and JAX's objects: a full collection in the middle of requests would stop all threads."""
+
+    async def ask() -> None:
+        server = Server(llm, Settings("tiny"))
+        before = len(gc.get_objects())
+        async with listening(server, bind("127.0.0.1", 0)):
+            assert len(gc.get_objects()) < before / 10
+        server.close()
+
+    asyncio.run(ask())
+    gc.unfreeze()
 
 
 def test_metrics_count(llm: LLM) -> None:
