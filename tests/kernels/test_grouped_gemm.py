@@ -116,15 +116,15 @@ def test_tiles() -> None:
         assert found == [(e, row) for e in range(12) for row in range(ends[e] - sizes[e], ends[e])]
 
 
-@pytest.mark.parametrize("used", [0, 8, 40, 64])
-def test_gather_rows(used: int) -> None:
-    rng = np.random.default_rng(used)
+def test_gather_rows() -> None:
+    rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((20, 192)), jnp.bfloat16)
     rows = jnp.asarray(rng.integers(0, 20, 64), jnp.int32)
-    call = partial(gather_rows, backend="mosaic", tuning=SMALL, interpret=INTERPRET)
-    out = jax.jit(call)(x, rows, jnp.int32(used))
-    np.testing.assert_array_equal(out[:used], x[rows][:used])
-    np.testing.assert_array_equal(gather_rows(x, rows, jnp.int32(used)), x[rows])
+    call = jax.jit(partial(gather_rows, backend="mosaic", tuning=SMALL, interpret=INTERPRET))
+    want = np.asarray(x)[np.asarray(rows)]
+    for used in (0, 8, 40, 64):
+        np.testing.assert_array_equal(np.asarray(call(x, rows, jnp.int32(used)))[:used], want[:used])
+    np.testing.assert_array_equal(gather_rows(x, rows, jnp.int32(40)), want)
 
 
 @pytest.mark.parametrize(

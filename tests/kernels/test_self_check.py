@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -80,6 +80,9 @@ def test_other_kernels_know_no_window() -> None:
     assert all(SLIDING.checked_windows(kernel) == [None] for kernel in KERNELS if kernel not in WINDOWED)
 
 
+MADE = cache(make_check)  # the XLA path is compiled once for all twins of a kernel
+
+
 def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
     """The check calls `twin(real, *arrays, **options)` where it asks for the Mosaic kernel; XLA's stands in for it.
     options: sm_budget, first_page and scales; the stand-in knows no budget."""
@@ -91,6 +94,7 @@ def as_mosaic(monkeypatch: pytest.MonkeyPatch, kernel: str, twin: Any) -> None:
     def call(*arrays: Any, backend: str = "xla", tuning: Any = None, interpret: Any = None, **options: Any) -> Any:
         return twin(real, *arrays, **options) if backend == "mosaic" else real(*arrays, **options)
 
+    monkeypatch.setattr(self_check, "make_check", MADE)
     monkeypatch.setattr(self_check, kernel, call)
     if kernel == "grouped_gemm":
         monkeypatch.setattr(self_check, "gather_rows", lambda x, rows, used, **more: x[rows])

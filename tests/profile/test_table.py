@@ -48,7 +48,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captur
     """A process is killed; this one goes on, the same machine with as many devices."""
     output = tmp_path / "profile.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "nanoflow_jax", *arguments(output)], env=environment, cwd=tmp_path)
+    command = [sys.executable, "-m", "nanoflow_jax", *arguments(output)]
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 300
     while (not output.exists() or output.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it was killed"
