@@ -82,7 +82,7 @@ def test_prefill(backend: str, repeats: int) -> None:
     integers = [jnp.asarray(x, jnp.int32) for x in (paged.page_table, STARTS, paged.lengths)]
     args = (q, paged.k_pages, paged.v_pages, *integers)
     out = np.asarray(call(*args, sinks=sinks), np.float32)
-    want, plain = np.zeros((2, *out.shape))
+    want, plain = np.zeros(out.shape), np.zeros(out.shape)
     for s, (count, length) in enumerate(zip(CHUNKS, CONTEXTS, strict=True)):
         for i in range(count):
             row, seen = STARTS[s] + i, length - count + i + 1
