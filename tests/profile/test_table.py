@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 
 def arguments(output: Path, *more: str) -> list[str]:
     options = ["--model", "tiny", "--devices", "1", "--tokens-per-step", "32", "--context", "64", "--points", "few"]
-    return ["profile", *options, "--ops", "gemm", "norm", "append", "--output", str(output), "--quiet", *more]
+    return ["profile", *options, "--ops", "norm", "append", "--output", str(output), "--quiet", *more]
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -51,7 +51,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captur
     command = [sys.executable, "-m", "nanoflow_jax", *arguments(output)]
     process = subprocess.Popen(command, env=environment, cwd=tmp_path)
     deadline = time.monotonic() + 300
-    while (not output.exists() or output.read_bytes().count(b"\n") < 4) and time.monotonic() < deadline:
+    while (not output.exists() or output.read_bytes().count(b"\n") < 3) and time.monotonic() < deadline:
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
