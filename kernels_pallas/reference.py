@@ -9,39 +9,41 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def _context(pages: jax.Array, table: jax.Array, length: int, scale: jax.Array | None) -> jax.Array:
+def _wide(x: Any) -> np.ndarray:
+    """float32. These are NumPy's: JAX would compile every operation anew for each shape."""
+    return np.asarray(x).astype(np.float32)
+
+
+def _context(pages: jax.Array, table: np.ndarray, length: int, scale: jax.Array | None) -> np.ndarray:
     """The first `length` tokens of one request, [length, Hkv, d] float32; scale [Hkv] with pages of fp8."""
     size, t = pages.shape[2], np.arange(length)
-    context = jnp.asarray(pages[table[t // size], :, t % size]).astype(jnp.float32)
-    return context if scale is None else context * scale[None, :, None]
+    context = _wide(np.asarray(pages)[table[t // size], :, t % size])
+    return context if scale is None else context * _wide(scale)[None, :, None]
 
 
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
     scale: float,
     seen: int,
     window: int | None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """One query row: q [Hq, d] over the first `seen` of k, v [length, Hkv, d], of those over the last `window`, with
     sinks [Hq] beside -> out [Hq, d], log-sum-exp [Hq] of the scores."""
-    token = np.arange(k.shape[0])
-    inside = jnp.asarray((token < seen) & (token >= (0 if window is None else seen - window)))
     # What a window leaves behind may be anything, even NaN.
-    k, v = (jnp.where(inside[:, None, None], x, 0) for x in (k, v))
+    inside = slice(0 if window is None else max(0, seen - window), seen)
     repeats = q.shape[0] // k.shape[1]
-    k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
-    scores = jnp.einsum("hd,thd->ht", q.astype(jnp.float32), k, precision="highest") * scale
-    scores = jnp.where(inside[None, :], scores, -jnp.inf)
+    k, v = (np.repeat(x[inside], repeats, axis=1) for x in (k, v))
+    scores = np.einsum("hd,thd->ht", _wide(q), k) * np.float32(scale)
     top = scores.max(axis=1, keepdims=True)
-    weights = jnp.exp(scores - top)
+    weights = np.exp(scores - top)
     total = weights.sum(axis=1, keepdims=True)
-    lse = (top + jnp.log(total))[:, 0]
+    lse = (top + np.log(total))[:, 0]
     if sinks is not None:
-        total += jnp.exp(sinks[:, None] - top)
-    return jnp.einsum("ht,thd->hd", weights / total, v, precision="highest"), lse
+        total += np.exp(_wide(sinks)[:, None] - top)
+    return np.einsum("ht,thd->hd", weights / total, v), lse
 
 
 def decode_attention(
@@ -56,20 +58,19 @@ def decode_attention(
     v_scale: jax.Array | None = None,
     window: int | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """Row r attends to the first lengths[r] tokens of its pages, of those to the last `window`. See
     `kernels_pallas.decode_attention` for the shapes.
 
     Empty rows (length 0) give zeros and a log-sum-exp of -inf.
     """
-    out = jnp.zeros(q.shape, jnp.float32)
-    lse = jnp.full(q.shape[:2], -jnp.inf, jnp.float32)
+    out, lse = np.zeros(q.shape, np.float32), np.full(q.shape[:2], -np.inf, np.float32)
+    queries, tables = np.asarray(q), np.asarray(page_table)
     for row, length in enumerate(np.asarray(lengths)):
         if length:
-            k = _context(k_pages, page_table[row], int(length), k_scale)
-            v = _context(v_pages, page_table[row], int(length), v_scale)
-            row_out, row_lse = _attend(q[row], k, v, scale, int(length), window, sinks)
-            out, lse = out.at[row].set(row_out), lse.at[row].set(row_lse)
+            k = _context(k_pages, tables[row], int(length), k_scale)
+            v = _context(v_pages, tables[row], int(length), v_scale)
+            out[row], lse[row] = _attend(queries[row], k, v, scale, int(length), window, sinks)
     return out, lse
 
 
@@ -86,19 +87,19 @@ def prefill_attention(
     v_scale: jax.Array | None = None,
     window: int | None = None,
     sinks: jax.Array | None = None,
-) -> jax.Array:
+) -> np.ndarray:
     """Each row of segment s attends to its pages up to and including itself, to `window` tokens at most. See
     `kernels_pallas.prefill_attention`."""
-    out = jnp.zeros(q.shape, jnp.float32)
-    starts = np.asarray(row_starts)
+    out, starts = np.zeros(q.shape, np.float32), np.asarray(row_starts)
+    queries, tables = np.asarray(q), np.asarray(page_table)
     for s, length in enumerate(np.asarray(lengths)):
         if starts[s] == starts[s + 1]:
             continue
-        k = _context(k_pages, page_table[s], int(length), k_scale)
-        v = _context(v_pages, page_table[s], int(length), v_scale)
+        k = _context(k_pages, tables[s], int(length), k_scale)
+        v = _context(v_pages, tables[s], int(length), v_scale)
         for row in range(starts[s], starts[s + 1]):
             seen = int(length) - (int(starts[s + 1]) - row) + 1
-            out = out.at[row].set(_attend(q[row], k, v, scale, seen, window, sinks)[0])
+            out[row] = _attend(queries[row], k, v, scale, seen, window, sinks)[0]
     return out
 
 
@@ -133,15 +134,15 @@ def append_kv(
 
 def add_rms_norm(
     x: jax.Array, update: jax.Array, weight: jax.Array, *, bias: jax.Array | None = None, eps: float
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[np.ndarray, np.ndarray]:
     """total = x [n, H] + update (+ bias [H]), rounded to x's dtype after each sum, and its RMS norm times weight [H],
     float32. update is [n, H], or [p, n, H/p] of columns that stand side by side."""
 
-    def added(a: jax.Array, b: jax.Array) -> jax.Array:
-        return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(x.dtype)
+    def added(a: Any, b: Any) -> np.ndarray:
+        return (_wide(a) + _wide(b)).astype(x.dtype)
 
-    total = added(x, jnp.concatenate(list(update), axis=1) if update.ndim == 3 else update)
+    total = added(x, np.concatenate(np.asarray(update), axis=1) if update.ndim == 3 else update)
     if bias is not None:
-        total = added(total, bias[None, :])
-    wide = total.astype(jnp.float32)
-    return total, wide / jnp.sqrt((wide**2).mean(axis=1, keepdims=True) + eps) * weight.astype(jnp.float32)[None, :]
+        total = added(total, bias)
+    wide = _wide(total)
+    return total, wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + np.float32(eps)) * _wide(weight)

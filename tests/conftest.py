@@ -15,9 +15,11 @@ import jax
 import pytest
 
 from nanoflow_jax.system.platform import without_compile_cache
+from tests import interpreter
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+interpreter.on_the_host()
 
 # On a busy machine a draw may be slow; that says nothing about the code.
 hypothesis.settings.register_profile(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ ROUNDING = 0.03  # of a row's norm: three bits of mantissa
 GATE = Gate()
 
 
+@cache  # a program for all of the tests that run it
 def interpreted(tuning: RowsTuning = SMALL, **more: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
     params = plgpu.InterpretGPUParams(detect_races=True)
     return jax.jit(partial(rows_to_fp8, backend="mosaic", tuning=tuning, interpret=params, **more))

@@ -24,8 +24,8 @@ INTERPRET = plgpu.InterpretGPUParams(detect_races=True)
 LIMITS = {"xla": 1e-5, "mosaic": 5e-3}
 
 
-def dense(q: Any, k: Any, v: Any, sinks: np.ndarray) -> np.ndarray:
-    """One row, in float64: q [Hq, d], k and v [seen, Hkv, d]."""
+def dense(q: Any, k: Any, v: Any, sinks: np.ndarray | float = -np.inf) -> np.ndarray:
+    """One row, in float64: q [Hq, d], k and v [seen, Hkv, d]. Sinks of -inf are none."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     k, v = (np.repeat(x, q.shape[0] // x.shape[1], axis=1) for x in (k, v))
     weights = np.exp(np.einsum("hd,thd->ht", q, k) * q.shape[1] ** -0.5)
@@ -81,15 +81,16 @@ def test_prefill(backend: str, repeats: int) -> None:
         call = partial(reference.prefill_attention, scale=64**-0.5)
     integers = [jnp.asarray(x, jnp.int32) for x in (paged.page_table, STARTS, paged.lengths)]
     args = (q, paged.k_pages, paged.v_pages, *integers)
-    out, plain = (np.asarray(call(*args, sinks=s), np.float32) for s in (sinks, None))
-    want = np.zeros(out.shape)
+    out = np.asarray(call(*args, sinks=sinks), np.float32)
+    want, plain = np.zeros(out.shape), np.zeros(out.shape)
     for s, (count, length) in enumerate(zip(CHUNKS, CONTEXTS, strict=True)):
         for i in range(count):
             row, seen = STARTS[s] + i, length - count + i + 1
-            want[row] = dense(q[row], *context(paged, s, seen), np.asarray(sinks))
+            given = q[row], *context(paged, s, seen)
+            want[row], plain[row] = dense(*given, np.asarray(sinks)), dense(*given)
     limit = LIMITS.get(backend, 1e-5)
     assert row_errors(out, want).max() < limit
-    assert row_errors(plain, want)[: STARTS[-1]].min() > limit
+    assert row_errors(plain, want)[: STARTS[-1]].min() > limit  # what it would be without them
 
 
 def test_sinks_that_do_not_fit() -> None:
