@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # prompts are made, and replicas' processes led, without JAX
+    from nanoflow_jax.engine.calls import Call, Calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +77,8 @@ def feed(calls: Calls, work: Iterable[Work | None], watched: bool = False) -> Ge
     again". The completions of a prompt are requests from when there is room for them: there are never more of them
     than slots and what waits for the next steps, however large `n` is.
     """
+    from nanoflow_jax.engine.calls import Call
+
     scheduler, ahead = calls.engine.scheduler, room_ahead(calls)
     capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
     source, more = iter(work), True
