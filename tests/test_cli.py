@@ -489,8 +489,8 @@ def test_no_parser_guesses() -> None:
 
 
 def test_importing_loads_no_jax_and_prints_nothing() -> None:
-    """Nor does asking for help."""
-    code = "import sys, nanoflow_jax, nanoflow_jax.cli; sys.exit('jax' in sys.modules)"
+    """Nor do prompts that replicas are handed."""
+    code = "import sys, nanoflow_jax, nanoflow_jax.cli, nanoflow_jax.engine.feed; sys.exit('jax' in sys.modules)"
     done = process("-W", "error", "-c", code, JAX_PLATFORMS=None)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
