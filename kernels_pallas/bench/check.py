@@ -53,7 +53,7 @@ MODELS = (
     Heads(q_heads=8, kv_heads=1, head_dim=128, hidden=8192, ffn=3584),  # 70B rank
     Heads(q_heads=32, kv_heads=8, head_dim=128, hidden=4096, ffn=14336),  # 8B
 )
-TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64, hidden=512),)  # for the interpreter
+TINY = (Heads(q_heads=2, kv_heads=2, head_dim=64, hidden=512, ffn=256),)  # for the interpreter
 
 
 def changed(tuning: Any, stages: int | None, step_pages: int | None, ping_pong: bool) -> Any:

@@ -92,7 +92,8 @@ def measure_in_turn(options: ThroughputOptions, other: str | None, repeat: int, 
     requests = options.requests
     for _ in range(repeat):
         for runs, side in zip(found, pair, strict=False):
-            gc.collect()  # the engine before holds the device's memory
+            if found[0]:
+                gc.collect()  # the engine before holds the device's memory
             runs.append(measure(replace(side.options, requests=requests)))
             requests = requests or runs[-1].options["requests"]
     labels = (found[0][0].plan, found[1][0].plan) if other and other not in TOGGLES else None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanoflow_jax.engine.calls import Call, Calls
 from nanoflow_jax.engine.request import Request
 from nanoflow_jax.sampling_params import SamplingParams
+
+if TYPE_CHECKING:  # prompts are made, and replicas' processes led, without JAX
+    from nanoflow_jax.engine.calls import Call, Calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,8 @@ def feed(
     watched  all of the work is, whatever it says itself
     gone     work that is not wanted any more is put there; it is ended, and taken out when nothing of it is left
     """
+    from nanoflow_jax.engine.calls import Call
+
     scheduler, ahead = calls.engine.scheduler, room_ahead(calls)
     capacity = calls.engine.running.count + ahead  # also where failed requests wait apart from the queue
     source, more = _completions(work), True

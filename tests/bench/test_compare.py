@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from nanoflow_jax.bench import compare
 from nanoflow_jax.bench.compare import measure_in_turn, sides
 from nanoflow_jax.bench.report import ThroughputOptions, ThroughputReport, text
 from nanoflow_jax.bench.timeline import TimedStep, Window, steady_window
@@ -40,7 +42,16 @@ def report(plan: str, options: ThroughputOptions, served: float) -> ThroughputRe
     )  # fmt: skip
 
 
-def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio():
+@pytest.fixture
+def collections(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where runs are made up: one line for each time that what an engine held would be given back, which takes a second
+    where many tests ran before."""
+    found: list[str] = []
+    monkeypatch.setattr(compare, "gc", SimpleNamespace(collect=lambda: found.append("collected")))
+    return found
+
+
+def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio(collections: list[str]):
     calls: list[tuple[object, bool, int | None]] = []
     speeds = iter([10.0, 5.0, 30.0, 10.0, 50.0, 50.0])
 
@@ -50,6 +61,7 @@ def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio():
 
     found = measure_in_turn(OPTIONS, "deterministic", 3, measure)
     assert calls == [("a", False, None), *[("a", True, 77), ("a", False, 77)] * 2, ("a", True, 77)]
+    assert len(collections) == len(calls) - 1  # between runs
     assert found.ratios == [2.0, 3.0, 1.0]
     data = found.to_json()
     assert (data["ratio"], data["ratio_range"]) == (2.0, [1.0, 3.0])
@@ -60,14 +72,16 @@ def test_pairs_run_in_turn_with_the_same_requests_and_give_the_median_ratio():
     assert "median of 3 pairs in turn, 1.000 to 3.000" in found.text()
 
 
-def test_a_plan_and_a_single_run():
+def test_a_plan_and_a_single_run(collections: list[str]):
     def measure(options: ThroughputOptions) -> ThroughputReport:
         return report(str(options.plan), options, 8.0)
 
     found = measure_in_turn(OPTIONS, "b", 1, measure)
     assert found.labels == ("a", "b")
     assert found.text() == "a / b: 1.000 times the tokens/s served, in one run"
+    assert len(collections) == 1
     assert measure_in_turn(OPTIONS, None, 1, measure).to_json() == {}
+    assert len(collections) == 1  # there was none before
 
 
 def test_options_are_toggled_both_ways():

@@ -25,8 +25,10 @@ TINY = str(Path(__file__).parents[2] / "nanoflow_jax" / "assets" / "tiny_llama")
 TOKENS, HIDDEN, LAYERS, DEVICES = 128, 128, 3, 2
 
 
-def compiled(tokens: int = TOKENS, plan: str = "two_all_reduce", **options: str | int | bool) -> StepInspection:
-    return inspect_step(TINY, "a100_sxm_80", plan, devices=DEVICES, tokens=tokens, options=options)
+def compiled(
+    tokens: int = TOKENS, plan: str = "two_all_reduce", layers: int | None = None, **options: str | int | bool
+) -> StepInspection:
+    return inspect_step(TINY, "a100_sxm_80", plan, devices=DEVICES, tokens=tokens, layers=layers, options=options)
 
 
 @cache
@@ -79,11 +81,11 @@ def test_temporaries_say_which_layers_they_are_of() -> None:
 
 def test_plot_takes_the_nano_batches_of_an_inspection() -> None:
     """KQV.3 is of nano-batch 2: its own number would give it a third colour."""
-    step = compiled(tokens=2048, plan="nanoflow_70b")
+    step = compiled(tokens=2048, plan="nanoflow_70b", layers=1)
     assert step.nano_batches["KQV", 3] == 2
-    labels = [text.get_text() for text in plot(step, layers=(1, 1)).axes[0].get_legend().get_texts()]  # pyright: ignore
+    labels = [text.get_text() for text in plot(step, layers=(0, 0)).axes[0].get_legend().get_texts()]  # pyright: ignore
     assert [text for text in labels if text.startswith("nano-batch")] == ["nano-batch 1", "nano-batch 2"]
-    bare = plot(step.report, layers=(1, 1)).axes[0].get_legend().get_texts()  # pyright: ignore
+    bare = plot(step.report, layers=(0, 0)).axes[0].get_legend().get_texts()  # pyright: ignore
     assert "nano-batch 3" in [text.get_text() for text in bare]
 
 
@@ -100,7 +102,7 @@ def test_what_saves_compile_time_changes_nothing() -> None:
     """The same program without the saving options, but for the fusion tuner's note that it kept the default."""
     slow = {"xla_gpu_experimental_enable_fusion_autotuner": True, "xla_gpu_kernel_cache_file": ""}
     assert set(slow) == set(saving_options(load_hardware("a100_sxm_80")))
-    plain, saved = [compiled(**options) for options in (slow, {})]
+    plain, saved = [compiled(layers=1, **options) for options in (slow, {})]
 
     def program(step: StepInspection) -> str:
         default = ',"native_emitter_backend_config":{"type":"NATIVE_EMITTER_TYPE_INVALID","unroll_factor":0}'
@@ -124,7 +126,7 @@ def test_the_compile_cache_is_not_used(tmp_path: Path) -> None:
         jax.jit(lambda x: x + 1)(jax.numpy.zeros(3))
         written = {path.name for path in tmp_path.iterdir()}
         assert written
-        first, second = compiled(), compiled()  # warnings are errors
+        first, second = compiled(layers=1), compiled(layers=1)  # warnings are errors
         assert first.report.totals == second.report.totals
         assert {path.name for path in tmp_path.iterdir() if path.suffix != ".pbtxt"} == written
         jax.jit(lambda x: x + 2)(jax.numpy.zeros(3))
@@ -146,5 +148,5 @@ def test_a_kernel_is_traced_once_per_shape(monkeypatch: pytest.MonkeyPatch) -> N
         return attend(q, *rest)
 
     monkeypatch.setattr(module, "attend_paged", counted)
-    compiled(tokens=TOKENS + 64)
+    compiled(tokens=TOKENS + 64, layers=2)
     assert len(traced) == 1

@@ -272,7 +272,7 @@ def tiny(part: Part) -> Part:
     module, arguments = part.arguments[1], list(part.arguments)
     if module == CHECK[1]:
         arguments = [a for a in arguments if a not in ("--repeats", "100", "--smallest")]
-        arguments += ["--smallest", "--interpret", "--repeats", "1"]
+        arguments += ["--smallest", "--interpret"]
     elif module == KERNELS[1]:
         for at in (i + 1 for i, argument in enumerate(arguments) if argument == "--case"):
             kernel = arguments[at].partition("/")[0]
