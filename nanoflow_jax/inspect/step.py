@@ -3,11 +3,8 @@ it."""
 
 from __future__ import annotations
 
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nanoflow_jax.config import ConfigError, ModelConfig
@@ -16,11 +13,12 @@ from nanoflow_jax.cost.footprint import kv_bytes_per_token, page_bytes, weight_b
 from nanoflow_jax.cost.latency import LatencyModel, Prediction, RooflineModel
 from nanoflow_jax.cost.shapes import OpCosts, Shapes, optimum
 from nanoflow_jax.hardware import Hardware, load_hardware
-from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
+from nanoflow_jax.inspect.compiled import compile_absent
+from nanoflow_jax.inspect.gpu_target import gpu_mesh
 from nanoflow_jax.inspect.report import GIB, Report, inspect_compiled, render
 from nanoflow_jax.inspect.small import SmallKernels, small_kernels
 from nanoflow_jax.inspect.small import text as small_text
-from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks
+from nanoflow_jax.inspect.thunks import Thunks
 from nanoflow_jax.inspect.versions import compiler_versions
 from nanoflow_jax.inspect.versions import text as versions_text
 from nanoflow_jax.models.infos import param_infos
@@ -33,10 +31,9 @@ from nanoflow_jax.plan.ops import APPEND
 from nanoflow_jax.plan.plan import OpPiece, SchedulePlan, row_quantum
 from nanoflow_jax.step.attention import check_quantization, choose_backend, page_dtype
 from nanoflow_jax.step.batch import StepShape
-from nanoflow_jax.step.compile import Option, Program, compile_step, step_bytes
+from nanoflow_jax.step.compile import Option, Program, step_bytes
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
-from nanoflow_jax.system.platform import without_compile_cache
 from nanoflow_jax.timeline.totals import InnerLayer, of_all_layers, whole_periods
 
 PAGE_SIZE = 64
@@ -109,7 +106,7 @@ class StepInspection:
     model_layers: int
     period: int  # of the kinds of layers
     experts: bool  # some layers have them
-    compile_seconds: float
+    compile_seconds: float  # when it was compiled: the program may have been kept
     memory: StepMemory
     report: Report
     hlo: str
@@ -246,26 +243,20 @@ def inspect_step(
     rows = PAGE_SIZE * kv_groups(config, devices) // devices * page_tables(config).depth  # of a page, 32 bits count
     pages = min(pool, (2**31 - 1) // rows)
 
-    started = time.monotonic()
     mesh = gpu_mesh(hardware, devices)
     spec = StepSpec(
         config, plan, shape, attention_backend, kv_cache_dtype, enforce_order=enforce_order, expected_context=context
     )
     sizes = SlotSizes(max(decode_tokens, 1), BIAS_ROWS, shape.table_width)
-    lowered = Program(spec, mesh, infos, sizes, pages, PAGE_SIZE).lower(shape)
-    with tempfile.TemporaryDirectory(prefix="nanoflow-thunks-") as folder, without_compile_cache():
-        options = {**saving_options(hardware), **dump_options(Path(folder)), **(options or {})}
-        compiled = compile_step(lowered, "cuda", plan, pin_starts=enforce_order, options=options)
-        hlo, analysis = compiled.as_text(), compiled.memory_analysis()
-        thunks = dumped_thunks(Path(folder), hlo)
-    seconds = time.monotonic() - started
+    traced = Program(spec, mesh, infos, sizes, pages, PAGE_SIZE).trace(shape)
+    compiled = compile_absent(traced, hardware, plan, pin_starts=enforce_order, options=options)
     latency = latency or RooflineModel(hardware)
     pieces = plan.pieces(decode_tokens, prefill, row_quantum(devices), experts=config.experts is not None)
     lanes = plan.lanes if attention_backend == "mosaic" else {}  # elsewhere a plan's lanes are ignored
     budgets = {op: lane.sms for op, lane in lanes.items() if lane.sms}
     report = inspect_compiled(
-        hlo,
-        analysis,
+        compiled.hlo,
+        compiled.memory,
         hardware,
         devices,
         costs=kernel_costs(config, plan, pieces, devices, context, latency, item, budgets.get("GEMV")),
@@ -291,11 +282,11 @@ def inspect_step(
         model_layers=full.num_layers,
         period=len(full.pattern),
         experts=full.experts is not None,
-        compile_seconds=seconds,
+        compile_seconds=compiled.seconds,
         memory=memory,
         report=report,
-        hlo=hlo,
-        thunks=thunks,
+        hlo=compiled.hlo,
+        thunks=compiled.thunks,
         versions=compiler_versions(),
     )
 

@@ -131,14 +131,22 @@ class Program:
     def _leaves(self) -> tuple[Any, ...]:
         return tuple(jax.tree.leaves(abstract_params(self.infos, self.mesh)))
 
-    def lower(self, shape: StepShape, *, enforce_order: bool | None = None) -> jax.stages.Lowered:
+    def trace(self, shape: StepShape, *, enforce_order: bool | None = None) -> jax.stages.Traced:
         """Traces the step of a size. enforce_order: None is what `spec` says."""
         ordered = self.spec.enforce_order if enforce_order is None else enforce_order
         spec = replace(self.spec, shape=shape, enforce_order=ordered)
         step = build_step(spec, self.mesh, self.infos, self.page_size)
-        return step.lower(self._leaves, self.state, self._replicated(packed_length(shape)))
+        return step.trace(self._leaves, self.state, self._replicated(packed_length(shape)))
+
+    def lower(self, shape: StepShape, *, enforce_order: bool | None = None) -> jax.stages.Lowered:
+        """The step of a size, traced and lowered."""
+        return self.trace(shape, enforce_order=enforce_order).lower()
 
     def lower_extra(self, extra: Extra, shape: StepShape) -> jax.stages.Lowered:
+        """What some rows want after a step of a size, traced and lowered."""
+        return self.trace_extra(extra, shape).lower()
+
+    def trace_extra(self, extra: Extra, shape: StepShape) -> jax.stages.Traced:
         """Traces what some rows want after a step of a size; `Score` needs one with prefill rows."""
         program = build_extra(extra, replace(self.spec, shape=shape), self.mesh, self.infos)
         packed, count, config = self._replicated(packed_length(shape)), shape.sampled_rows, self.spec.config
@@ -150,13 +158,13 @@ class Program:
                 (extra.masks, vocab // 8), jnp.uint8, sharding=NamedSharding(whole, MASK_SPECS.bits)
             )
             masks = (Masks(self._local(bits), self._replicated(count)),) if extra.masks else ()
-            return program.lower(self.state.slots, packed, logits, *masks)
+            return program.trace(self.state.slots, packed, logits, *masks)
         if isinstance(extra, Logprobs):
-            return program.lower(packed, logits, self._replicated(count))
+            return program.trace(packed, logits, self._replicated(count))
         hidden = self._replicated(shape.prefill_rows, config.hidden_size, dtype=self.infos.embedding.dtype)
         scores = jax.eval_shape(lambda: no_scores(shape.prefill_rows))
         scores = jax.tree.map(lambda x: self._replicated(*x.shape, dtype=x.dtype), scores)
-        return program.lower(self._leaves, packed, hidden, scores)
+        return program.trace(self._leaves, packed, hidden, scores)
 
 
 def extras_of(shape: StepShape) -> tuple[Extra, ...]:

@@ -3,29 +3,27 @@ rank of eight of LLaMA-3.1-70B, and 8B on one GPU, with two narrow layers, real 
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanoflow_jax.engine.engine import step_shapes
 from nanoflow_jax.hardware import load_hardware
-from nanoflow_jax.inspect.gpu_target import gpu_mesh, saving_options
+from nanoflow_jax.inspect.compiled import compile_absent
+from nanoflow_jax.inspect.gpu_target import gpu_mesh
 from nanoflow_jax.inspect.report import Report, inspect_compiled
-from nanoflow_jax.inspect.thunks import Thunks, dump_options, dumped_thunks, parse_thunks
+from nanoflow_jax.inspect.thunks import Thunks, parse_thunks
 from nanoflow_jax.models.infos import param_infos
 from nanoflow_jax.models.params import rank_infos
 from nanoflow_jax.models.registry import model_config
 from nanoflow_jax.plan.file import load_plan
 from nanoflow_jax.plan.plan import row_quantum
-from nanoflow_jax.step.compile import Option, Program, compile_step
+from nanoflow_jax.step.compile import Option, Program
 from nanoflow_jax.step.extras import LARGEST, Extra
 from nanoflow_jax.step.slots import BIAS_ROWS, SlotSizes
 from nanoflow_jax.step.trace import StepSpec
-from nanoflow_jax.system.platform import without_compile_cache
 
 PAGE, PAGES = 64, 2000
 ROW_PAGES = 17  # odd, so that a row of a page table is no multiple of anything
@@ -82,16 +80,11 @@ def compiled(case: Case, *options: tuple[str, Option]) -> tuple[Report, Thunks]:
     ordered = devices > 1 or bool(plan.lanes)
     spec = StepSpec(config, plan, shape, "mosaic", case.pages, enforce_order=ordered, rank_of=rank)
     program = Program(spec, mesh, infos, SlotSizes(case.slots, BIAS_ROWS, ROW_PAGES), PAGES, PAGE)
-    with tempfile.TemporaryDirectory() as folder, without_compile_cache():
-        chosen = {**saving_options(hardware), **dump_options(Path(folder)), **dict(options)}
-        if case.extra is None:
-            result = compile_step(program.lower(shape), "cuda", plan, pin_starts=ordered, options=chosen)
-        else:
-            result = compile_step(program.lower_extra(case.extra, shape), "cuda", None, options=chosen)
-        hlo = result.as_text()
-        thunks = dumped_thunks(Path(folder), hlo)
-    assert thunks is not None
-    return inspect_compiled(hlo, None, hardware, case.devices), thunks
+    traced = program.trace_extra(case.extra, shape) if case.extra else program.trace(shape)
+    plan, ordered = (None, False) if case.extra else (plan, ordered)
+    found = compile_absent(traced, hardware, plan, pin_starts=ordered, options=dict(options))
+    assert found.thunks is not None
+    return inspect_compiled(found.hlo, None, hardware, case.devices), found.thunks
 
 
 def name_of(case: Case) -> str:

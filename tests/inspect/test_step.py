@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -17,6 +18,7 @@ from nanoflow_jax.hardware import load_hardware
 from nanoflow_jax.inspect.compare import compare
 from nanoflow_jax.inspect.gpu_target import saving_options
 from nanoflow_jax.inspect.step import StepInspection, inspect_step
+from nanoflow_jax.step.compile import compile_step
 from nanoflow_jax.timeline.plot import plot, plot_inspections
 
 pytestmark = pytest.mark.aot
@@ -115,8 +117,20 @@ def test_what_saves_compile_time_changes_nothing() -> None:
     assert plain.memory == saved.memory
 
 
-def test_the_compile_cache_is_not_used(tmp_path: Path) -> None:
-    """JAX would write the executable and, the second time, warn that it cannot be read."""
+def test_a_program_is_compiled_once_and_kept_beside_the_compile_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not in JAX's: it would write the executable and, the second time, warn that it cannot be read. What is damaged,
+    and what another option makes, is compiled."""
+    runs: list[Any] = []
+
+    def counted(*args: Any, **settings: Any) -> Any:
+        runs.append(settings["options"])
+        if "xla_gpu_dot_merger_threshold_mb" in settings["options"]:
+            raise RuntimeError("compiling")
+        return compile_step(*args, **settings)
+
+    monkeypatch.setattr("nanoflow_jax.inspect.compiled.compile_step", counted)
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     try:
@@ -126,9 +140,15 @@ def test_the_compile_cache_is_not_used(tmp_path: Path) -> None:
         jax.jit(lambda x: x + 1)(jax.numpy.zeros(3))
         written = {path.name for path in tmp_path.iterdir()}
         assert written
-        first, second = compiled(layers=1), compiled(layers=1)  # warnings are errors
-        assert first.report.totals == second.report.totals
-        assert {path.name for path in tmp_path.iterdir() if path.suffix != ".pbtxt"} == written
+        first, again = compiled(layers=1), compiled(layers=1)
+        assert len(runs) == 1 and again == first
+        (kept,) = (tmp_path / "absent").iterdir()
+        kept.write_bytes(kept.read_bytes()[:-100])
+        second = compiled(layers=1)  # warnings are errors
+        assert len(runs) == 2 and second.report.totals == first.report.totals and second.memory == first.memory
+        with pytest.raises(RuntimeError, match="compiling"):
+            compiled(layers=1, xla_gpu_dot_merger_threshold_mb=32)
+        assert {path.name for path in tmp_path.iterdir() if path.suffix != ".pbtxt"} == written | {"absent"}
         jax.jit(lambda x: x + 2)(jax.numpy.zeros(3))
         assert len(list(tmp_path.glob("*-cache"))) > len(written & {p.name for p in tmp_path.glob("*-cache")})
     finally:
