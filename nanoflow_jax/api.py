@@ -169,7 +169,7 @@ class LLM:
         """Completes the prompts like `generate`, yielding a prompt's output so far whenever it has grown; the last one
         of each has `finished` set. Closing the iterator ends what is still running."""
         checked = self._checked([self._tokens(p, True) for p in as_list(prompts)], sampling_params)
-        return self._stream(checked) if self.replicas is None else self.replicas.stream(self._works(checked))
+        return self._stream(checked) if self.replicas is None else self.replicas.stream(checked)
 
     def _stream(self, work: list[Work]) -> Generator[RequestOutput]:
         gathered = Gathered(self.tokenizer, self.reasoning)

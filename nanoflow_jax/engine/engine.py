@@ -239,17 +239,17 @@ def step_shapes(
     tokens_per_step: int, decode_slots: int, pages_per_request: int, quantum: int = 8, tables: int = 1
 ) -> list[StepShape]:
     """The compiled shapes: few decode rows or all of them, each with no prefill, a little, or all that the budget
-    leaves.
+    leaves; what is not a quarter of the next larger one is not worth compiling.
 
     A shape is chosen by load, so that one request does not pay for a full step's rows. Rows are multiples of `quantum`,
     as the two sizes given must be.
     """
     few = -(-decode_slots // (8 * quantum)) * quantum
     shapes = []
-    for decode in sorted({min(few, decode_slots), decode_slots}):
+    for decode in [few, decode_slots] if 4 * few <= decode_slots else [decode_slots]:
         most = tokens_per_step - decode
         little = max(-(-64 // quantum), tokens_per_step // (16 * quantum)) * quantum
-        for prefill in sorted({0, min(most, little), most}):
+        for prefill in sorted({0, little if 4 * little <= most else most, most}):
             segments = max(1, min(64, prefill // 16))
             shapes.append(StepShape(decode, prefill, segments if prefill else 0, pages_per_request, tables))
     return shapes

@@ -70,6 +70,18 @@ def jobs(draw: st.DrawFn) -> Job:
     )
 
 
+@pytest.mark.parametrize(
+    ("tokens", "slots", "rows"),
+    [
+        (2048, 1280, [(160, 0), (160, 128), (160, 1888), (1280, 0), (1280, 128), (1280, 768)]),
+        (256, 64, [(8, 0), (8, 248), (64, 0), (64, 192)]),  # 64 prompt rows would be more than a quarter
+        (256, 16, [(16, 0), (16, 240)]),  # and so would 8 decode rows
+    ],
+)
+def test_step_shapes(tokens: int, slots: int, rows: list[tuple[int, int]]) -> None:
+    assert [(shape.decode_rows, shape.prefill_rows) for shape in step_shapes(tokens, slots, 8)] == rows
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> Load:
     page_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
