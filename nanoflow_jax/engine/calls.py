@@ -90,6 +90,13 @@ class Calls:
                 self._lock.release()
 
     def _release(self, me: int) -> None:
+        try:
+            self._let_go(me)
+        except BaseException:  # an interruption: nobody would have the engine until this thread comes again
+            self._let_go(me)
+            raise
+
+    def _let_go(self, me: int) -> None:
         with self._lock:
             self._asking.discard(me)
             try:

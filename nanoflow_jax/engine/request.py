@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from nanoflow_jax.engine.pages import Key
 from nanoflow_jax.engine.reasoning import Marks
 from nanoflow_jax.engine.structured import Constraint
 from nanoflow_jax.sampling_params import SamplingParams
-from nanoflow_jax.step.logprobs import TokenLogprobs
+
+if TYPE_CHECKING:  # without JAX: see `feed`
+    from nanoflow_jax.step.logprobs import TokenLogprobs
 
 
 @dataclass
@@ -88,9 +91,14 @@ class LogprobRows:
     def add(self, source: TokenLogprobs, start: int, stop: int, top: int) -> None:
         """Rows [start, stop) of what a step gave, with so many of the likeliest tokens."""
         rows = slice(start, stop)
-        tokens, logprobs = np.asarray(source.top_tokens)[rows, :top], np.asarray(source.top_logprobs)[rows, :top]
-        own = np.asarray(source.logprob)[rows], np.asarray(source.rank)[rows]
-        self.parts.append(TokenLogprobs(*own, tokens, logprobs))
+        part = replace(
+            source,
+            logprob=np.asarray(source.logprob)[rows],
+            rank=np.asarray(source.rank)[rows],
+            top_tokens=np.asarray(source.top_tokens)[rows, :top],
+            top_logprobs=np.asarray(source.top_logprobs)[rows, :top],
+        )
+        self.parts.append(part)
         self.count += stop - start
 
     def between(self, first: int, last: int) -> LogprobRows:
