@@ -218,7 +218,8 @@ def test_interrupted_anywhere(llm: LLM, load: Load, calm: list[list[int]], monke
     for line in np.random.default_rng(6).integers(0, lines, 25).tolist():
         if (outputs := interrupted(llm, load, line)) is None:
             continue
-        assert_idle(llm)
+        if llm.calls._holder is None:  # else it came just ahead of letting go, which the thread's next call makes good
+            assert_idle(llm)
         if not outputs:  # before the first request was queued
             continue
         finished.append(sum(o is not None for o in outputs))
