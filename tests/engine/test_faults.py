@@ -183,8 +183,8 @@ class Interrupt:
             return None
         if event == "line" and self.left >= 0:
             self.left -= 1
-            # A `with` is left on its own line, where Python sees no signal: raised there, a lock would stay taken.
-            if self.left < 0 and linecache.getline(name, frame.f_lineno).lstrip().startswith("with "):
+            # Python sees no signal at a `try`, nor where a `with` is left, on its own line: a lock would stay taken.
+            if self.left < 0 and linecache.getline(name, frame.f_lineno).lstrip().startswith(("with ", "try:")):
                 self.left = 0
             if self.left < 0:
                 sys.settrace(None)
