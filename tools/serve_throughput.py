@@ -17,6 +17,8 @@ import sys
 import time
 from typing import Any
 
+from nanoflow_jax.commands.options import positive
+
 PROMPT = 32  # tokens
 
 
@@ -102,11 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tools.serve_throughput", description="LLM.generate and the server on the same requests."
     )
-    parser.add_argument("--requests", type=int, default=2048)
-    parser.add_argument("--output-tokens", type=int, default=90, help="of each")
-    parser.add_argument("--slots", type=int, default=512)
+    parser.add_argument("--requests", type=positive, default=2048)
+    parser.add_argument("--output-tokens", type=positive, default=90, help="of each")
+    parser.add_argument("--slots", type=positive, default=512)
     parser.add_argument("--device-ms", type=float, default=50, help="that a step takes")
-    parser.add_argument("--repeat", type=int, default=1, help="pairs of runs")
+    parser.add_argument("--repeat", type=positive, default=1, help="pairs of runs")
     parser.add_argument("--stream", action="store_true", help="streamed answers; whole ones when not given")
     parser.add_argument("--client", type=int, metavar="PORT", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

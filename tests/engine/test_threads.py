@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from nanoflow_jax import LLM, SamplingParams
+from nanoflow_jax.engine.calls import Calls
 from nanoflow_jax.engine.request import RequestOutput
-from tests.engine.engine_driver import crowd, greedy, shared_llm, tokens
+from tests.engine.engine_driver import assert_idle, crowd, greedy, shared_llm, tokens
 
 pytestmark = pytest.mark.usefixtures("no_leak")
 
@@ -182,6 +183,23 @@ def test_an_interrupted_call_leaves_others_running(llm: LLM) -> None:
     over.set()
     found = [tokens(outputs) for outputs in other()]
     assert found == [alone] * len(found) != []
+
+
+def test_an_interruption_as_the_engine_is_let_go(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of the lock: the engine is let go all the same, and what ran is ended without another call."""
+    alone = tokens(llm.generate([[8, 9]], greedy(10), use_tqdm=False))
+    let_go, presses = Calls._let_go, iter([False] * 5 + [True])
+
+    def interrupted(self: Calls, me: int) -> None:
+        if next(presses, False):
+            raise KeyboardInterrupt
+        let_go(self, me)
+
+    monkeypatch.setattr(Calls, "_let_go", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate([[5, 6, 7]], greedy(50), use_tqdm=False)
+    assert_idle(llm)
+    assert tokens(llm.generate([[8, 9]], greedy(10), use_tqdm=False)) == alone
 
 
 def test_a_failed_step_is_told_to_all(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
