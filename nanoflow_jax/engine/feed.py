@@ -114,7 +114,8 @@ def feed(
                     lost = [request for request in call.unfinished if work_of[request] in unwanted]
                     call.end(lost)
                 gone -= unwanted - {work_of.pop(request) for request in lost}
-            call.step()
+            if not call.step() and room <= 0:
+                calls.step()  # all the room is others', and perhaps nobody takes them on: a half-read stream
             ended: Changed = []
             grown: Changed = []
             while call.ended:

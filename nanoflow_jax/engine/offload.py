@@ -8,8 +8,10 @@ a full disk, a damaged file) costs a page and never more: the page is not here, 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +27,13 @@ PAGES_IN_FLIGHT = 128  # pages on their way to the host, which still take device
 PINNED = "pinned_host"
 
 logger = logging.getLogger("nanoflow_jax")
+
+
+def _wait_for_copies(pages: dict[Key, jax.Array]) -> None:
+    """A process that ends during one would abort in XLA's threads."""
+    for page in pages.values():
+        with contextlib.suppress(*COPY_ERRORS):
+            np.asarray(page)
 
 
 class OffloadStore:
@@ -50,6 +59,7 @@ class OffloadStore:
         self._lock = threading.Condition()
         self._files = PageFiles(disk_bytes, folder, self.stats, self._lock, self._left_disk, self._failed)
         self._closed = self._warned = False
+        self._wait = weakref.finalize(self, _wait_for_copies, self._in_flight)  # called when the process ends, too
         if disk_bytes:
             atexit.register(self.close)
 
@@ -136,6 +146,7 @@ class OffloadStore:
             if self._closed:
                 return
             self._closed = True
+            self._wait()
             self.clear()
         self._files.close()
         atexit.unregister(self.close)

@@ -50,6 +50,7 @@ def _wait_for_steps() -> None:
     for output in _LATEST:
         with contextlib.suppress(Exception):
             jax.block_until_ready(output)
+            np.asarray(output.sampled.tokens)  # their copy to the host ends later still
 
 
 @dataclass(frozen=True)

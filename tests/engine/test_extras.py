@@ -61,7 +61,8 @@ def test_prompt_rows_are_scored_in_as_many_chunks_as_they_need() -> None:
 
 
 def test_the_end_of_the_process_waits_for_steps_of_runners_that_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step ahead that nobody waits for: its runner may be collected before it has run."""
+    """A step ahead that nobody waits for: its runner may be collected before it has run. And for its tokens' copy to
+    the host, which ends later: XLA's thread would find no interpreter (`terminate called`)."""
     llm, waited = shared_llm(), list[Any]()
     monkeypatch.setattr(runner, "_RUNNERS", set())  # all of them gone
     dispatched = list[Any]()
@@ -74,5 +75,8 @@ def test_the_end_of_the_process_waits_for_steps_of_runners_that_are_gone(monkeyp
     monkeypatch.setattr(runner.Runner, "dispatch", spy)
     llm.generate([[5, 6, 7]], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), use_tqdm=False)
     monkeypatch.setattr(runner.jax, "block_until_ready", waited.append)
+    copied, real_copy = list[Any](), np.asarray
+    monkeypatch.setattr(runner.np, "asarray", lambda x, *more: copied.append(x) or real_copy(x, *more))
     runner._wait_for_steps()
     assert any(output is dispatched[-1] for output in waited)
+    assert any(tokens is dispatched[-1].sampled.tokens for tokens in copied)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing
@@ -253,6 +255,27 @@ def test_put_does_not_wait_for_the_pages(unfinished: Any, pinned: bool, monkeypa
         assert store.count([key_of(0)]) == 1
         finish.set()
         assert check_get(store, [0]) == 1
+
+
+ENDS = """
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from nanoflow_jax.engine.offload import OffloadStore
+
+whole = NamedSharding(jax.make_mesh((2,), ("tp",)), PartitionSpec())
+page = jax.device_put(np.full((1500, 1500), 1e-3, np.float32), whole)
+double = jax.jit(lambda x: x @ x, out_shardings=whole)
+for _ in range(8):
+    page = double(page)
+store = OffloadStore(2**30)
+store.put(["a page"], [page])
+"""
+
+
+def test_a_process_may_end_while_pages_come() -> None:
+    """XLA's thread that copies one would find no interpreter, and abort."""
+    done = subprocess.run([sys.executable, "-c", ENDS], capture_output=True, text=True, check=False, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_pages_in_flight_are_bounded(unfinished: Any, monkeypatch: pytest.MonkeyPatch) -> None:

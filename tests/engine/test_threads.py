@@ -14,6 +14,7 @@ import pytest
 
 from nanoflow_jax import LLM, SamplingParams
 from nanoflow_jax.engine.calls import Calls
+from nanoflow_jax.engine.feed import room_ahead
 from nanoflow_jax.engine.request import RequestOutput
 from tests.engine.engine_driver import assert_idle, crowd, greedy, shared_llm, tokens
 
@@ -138,6 +139,25 @@ def test_a_half_read_stream_holds_up_nothing(llm: LLM) -> None:
                 other = start(lambda: llm.generate(prompts, params, use_tqdm=False))
                 assert tokens(other()) == alone
         return tokens(list(last.values()))
+
+    assert start(work)() == alone
+
+
+def test_a_half_read_stream_of_more_than_there_is_room_for(llm: LLM) -> None:
+    """What waits for slots is the stream's: a call of the same thread takes those on until there is room for its own."""
+    prompts, params = crowd()
+    alone = tokens(llm.generate(prompts, params, use_tqdm=False))
+
+    def work() -> list[list[int]]:
+        last: dict[str, RequestOutput] = {}
+        called = False
+        for output in llm.stream(prompts, params):
+            last[output.request_id] = output
+            if not called and len(llm.engine.scheduler.waiting) >= room_ahead(llm.calls):
+                called = True
+                assert tokens(llm.generate(prompts[:2], params[:2], use_tqdm=False)) == alone[:2]
+        assert called
+        return tokens(sorted(last.values(), key=lambda o: int(o.request_id)))
 
     assert start(work)() == alone
 
