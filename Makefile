@@ -11,16 +11,21 @@ WORKERS ?= 2
 pytest notebooks: export NANOFLOW_COMPILE_CACHE ?= $(CURDIR)/build/xla
 # pyright comes with everything it needs; this keeps it from asking for newer versions.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Python files are compiled when they are first imported, and that is kept: most that are installed never are. (Images of
+# containers often turn the keeping off, which has every process compile them again.)
+export PYTHONDONTWRITEBYTECODE :=
+INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check
+PIP := $(BIN)/python $(INSTALL) --constraint constraints.txt
 
 # The oldest transformers that pyproject.toml accepts, with the tokenizers that belong to it.
 FLOOR := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: help demo test lint types docs pytest floor notebooks wheel clean
+.PHONY: help demo test checks lint types docs pytest floor notebooks wheel clean
 
 help:
 	@echo "make demo        generate text with the embedded model on eight CPU devices"
 	@echo "make test        lint, types, the site of docs/, and all tests (README and notebooks included), some at the oldest transformers"
+	@echo "make checks      what needs no test: lint, types and docs, and the floor, two at a time"
 	@echo "make lint        ruff check and ruff format --check"
 	@echo "make types       pyright"
 	@echo "make pytest      the tests alone; ARGS='-k words' selects, WORKERS=n sets the processes"
@@ -36,8 +41,11 @@ demo: $(VENV)/base
 	@echo; echo "Chat:"
 	@set -x; $(BIN)/nanoflow generate --cpu-devices 8 --quiet --chat 'What is 25+17?' 'Reverse overlap' 'Thank you'
 
-test: lint types docs floor pytest
+test: checks pytest
 	@echo "All checks passed."
+
+checks:
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target lint types docs floor
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -62,8 +70,8 @@ build/floor-$(FLOOR)/made: $(VENV)/base constraints.txt
 	@mkdir -p build
 	@grep -viE '^(transformers|tokenizers|huggingface)' constraints.txt > build/floor-constraints.txt
 	@$(BIN)/python -m venv --clear build/floor-$(FLOOR)
-	@build/floor-$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check \
-	    --constraint build/floor-constraints.txt transformers==$(FLOOR) jinja2 ml_dtypes numpy safetensors pytest hypothesis
+	@build/floor-$(FLOOR)/bin/python $(INSTALL) --constraint build/floor-constraints.txt \
+	    transformers==$(FLOOR) jinja2 ml_dtypes numpy safetensors pytest hypothesis
 	@touch $@
 
 notebooks: $(VENV)/dev

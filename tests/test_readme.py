@@ -76,7 +76,7 @@ def commands(block: Block) -> list[tuple[str, str]]:
 def run(arguments: list[str], folder: Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     # Without LLVM's optimisations a step that reads fp8 pages takes seconds, more than compiling saves.
-    flags = "" if "--kv-cache-dtype" in arguments else FAST_FLAGS
+    flags = os.environ["XLA_FLAGS"] if "--kv-cache-dtype" in arguments else FAST_FLAGS
     environment = {**os.environ, "PATH": path, "XLA_FLAGS": flags}
     return subprocess.run(
         arguments, cwd=folder, input=text, env=environment, capture_output=True, text=True, timeout=400

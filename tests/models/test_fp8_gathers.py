@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from nanoflow_jax.step.trace import StepSpec
 from nanoflow_jax.workload import load_workload
 from tests.reference.checkpoints import PROMPT_LENGTHS, load_reference, write_checkpoint
 from tests.reference.fp8_checkpoints import FORMS, write
-from tests.step.step_driver import Driver, Packer, against_reference, logits_of
+from tests.step.step_driver import FAST_COMPILE, Driver, Packer, against_reference, logits_of
 from tests.tolerances import row_errors
 
 FP8 = ml_dtypes.float8_e4m3fn
@@ -97,6 +97,15 @@ def test_next_power_of_two() -> None:
 
 
 # -- a step
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_code_generator() -> Iterator[None]:
+    """XLA's own, and not that of other tests (tests/conftest.py): fused otherwise, the same row would be rounded
+    otherwise by two programs that are compared bit for bit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FAST_COMPILE, "xla_backend_extra_options", "")
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import time
 from typing import Any
 
 import pytest
@@ -303,7 +304,13 @@ def test_a_collection_does_not_look_at_what_was_there(llm: LLM) -> None:
     gc.unfreeze()
 
 
-def test_metrics_count(llm: LLM) -> None:
+def test_metrics_count(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llm.engine.step
+
+    def slow() -> Any:
+        time.sleep(0.005)  # so that a request is still running when it is looked at
+        return step()
+
     async def counts(client: Client) -> dict[str, float]:
         reply = await client.get("/metrics")
         assert reply.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -320,10 +327,11 @@ def test_metrics_count(llm: LLM) -> None:
             await client.chat("What is 25+17?", stream=True)
             await client.complete("12", top_p=3)
             await client.complete("12", stream=True, leaves=lambda parts: parts > 1, max_tokens=100, ignore_eos=True)
-            running = asyncio.ensure_future(client.complete("12", max_tokens=100, ignore_eos=True))
-            while not llm.engine.running.num_running:
-                await asyncio.sleep(0)
-            found = await counts(client)
+            with monkeypatch.context() as patch:
+                patch.setattr(llm.engine, "step", slow)
+                running = asyncio.ensure_future(client.complete("12", max_tokens=100, ignore_eos=True))
+                while not (found := await counts(client))["completions_running"]:  # it is counted after its first step
+                    assert not running.done()
             assert found["completions_running"] == 1 and found["kv_pages_in_use"] > 0
             await running
             found = await counts(client)

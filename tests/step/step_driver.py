@@ -6,6 +6,7 @@ written, so reading what was not written shows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,8 +40,11 @@ FAST_COMPILE: dict[str, str | int | bool] = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
 }
-# The same for XLA_FLAGS of other processes. Not for those that compile for a GPU: its code would be another.
-FAST_FLAGS = " ".join(f"--{name}={str(value).lower()}" for name, value in FAST_COMPILE.items())
+# The same for XLA_FLAGS of other processes, beside those of all tests. Not for those that compile for a GPU: its code
+# would be another.
+FAST_FLAGS = " ".join(
+    [os.environ["XLA_FLAGS"], *(f"--{name}={str(value).lower()}" for name, value in FAST_COMPILE.items())]
+)
 
 Chunk = tuple[int, int, int]  # sequence, first position, one past the last
 RowOf = tuple[int, int, int]  # row of the step, sequence, position
