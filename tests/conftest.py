@@ -8,22 +8,12 @@ import signal
 from collections import Counter
 from collections.abc import Iterator
 
-
-def _one_processor() -> None:
-    """Each test process keeps to a processor of its own where there are enough: threads of two on the same ones wake
-    and take turns on all of them, which costs up to a fifth of the time of an engine's step."""
-    workers, name = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), os.environ.get("PYTEST_XDIST_WORKER", "")
-    processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 1 < workers and len(processors) == workers:
-        os.sched_setaffinity(0, {processors[int(name.removeprefix("gw")) % workers]})
-
-
-_one_processor()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # XLA's former code generator for fusions on CPUs: compiles in half the time, to code as fast. GPUs' is as it is.
-EMITTER = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {EMITTER}".strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [*os.environ.get("XLA_FLAGS", "").split(), "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters=true"]
+)
 
 import hypothesis
 import jax
@@ -47,6 +37,15 @@ hypothesis.settings.load_profile("busy")
 
 
 LONG = ("test_notebooks.py", "test_gpu_session_whole.py", "test_families_on_gpus.py", "test_readme.py")  # few tests
+
+
+def pytest_configure() -> None:
+    """Each test process keeps to a processor of its own where there are as many: threads of two on the same ones wake
+    and take turns on all of them, which costs up to a fifth of the time of an engine's step."""
+    workers, name = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")), os.environ.get("PYTEST_XDIST_WORKER", "")
+    processors = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if workers > 1 and len(processors) == workers:
+        os.sched_setaffinity(0, {processors[int(name.removeprefix("gw")) % workers]})
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

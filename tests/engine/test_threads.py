@@ -144,7 +144,7 @@ def test_a_half_read_stream_holds_up_nothing(llm: LLM) -> None:
 
 
 def test_a_half_read_stream_of_more_than_there_is_room_for(llm: LLM) -> None:
-    """What waits for slots is the stream's: a call of the same thread takes those on until there is room for its own."""
+    """What waits for slots is the stream's: a call of the same thread takes it on until there is room for its own."""
     prompts, params = crowd()
     alone = tokens(llm.generate(prompts, params, use_tqdm=False))
 
