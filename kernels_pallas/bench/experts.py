@@ -34,13 +34,16 @@ def expert_call(case: ExpertCase, options: dict[str, Any]) -> Callable[..., jax.
     return call
 
 
+_normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+
+
 def make_inputs(case: ExpertCase, sets: int) -> tuple[jax.Array, tuple[jax.Array, ...], list[tuple[jax.Array, ...]]]:
     """Random: rows of experts, choices in any order, each in a row of its own."""
     first, _, own = case.avals()
-    rng, names = np.random.default_rng(1), iter(jax.random.split(jax.random.key(0), 1 + sets * len(own)))
+    rng, names = np.random.default_rng(1), iter(jax.random.split(jax.random.key(0, impl="rbg"), 1 + sets * len(own)))
 
     def draw(aval: jax.ShapeDtypeStruct) -> jax.Array:
-        return jax.jit(lambda name: jax.random.normal(name, aval.shape, aval.dtype))(next(names))
+        return _normal(next(names), aval.shape, aval.dtype)
 
     drawn = [tuple(draw(aval) for aval in own) for _ in range(sets)]
     if case.kernel == "gather_rows":

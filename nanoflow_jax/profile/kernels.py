@@ -59,8 +59,10 @@ def kernel(point: Point, page_size: int, backend: str) -> Kernel:
     return _BUILDERS[point.op](point, page_size, backend)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _random(seed: int, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    """One program for all of a shape, by the generator that XLA compiles fastest."""
+    return jax.random.normal(jax.random.key(seed, impl="rbg"), shape, jnp.float32).astype(dtype)
 
 
 def _copy(point: Point, *_: Any) -> Kernel:
@@ -83,8 +85,8 @@ def _gemm(point: Point, *_: Any) -> Kernel:
 
 def _page_sets(sets: int, rows: int, pages: int) -> list[jax.Array]:
     """Page tables [rows, pages], in no order, no two with a page in common."""
-    names = jax.random.permutation(jax.random.key(7), jnp.arange(sets * rows * pages, dtype=jnp.int32))
-    return list(names.reshape(sets, rows, pages))
+    names = np.random.default_rng(7).permutation(sets * rows * pages).astype(np.int32)
+    return [jnp.asarray(table) for table in names.reshape(sets, rows, pages)]
 
 
 def _pool(point: Point, pages: int, page_size: int) -> tuple[jax.Array, jax.Array]:
@@ -217,8 +219,8 @@ def _gather(point: Point, _: int, backend: str) -> Kernel:
     bring = partial(gather_rows, backend="mosaic" if mosaic else "xla")
 
     def make(sets: int) -> tuple[Any, list[Any]]:
-        at = jax.random.randint(jax.random.key(7), (_aligned(rows * point["room"]),), 0, rows, jnp.int32)
-        return (at, jnp.int32(used)), [_random(i, (rows, hidden), dtype) for i in range(sets)]
+        at = np.random.default_rng(7).integers(0, rows, _aligned(rows * point["room"]), np.int32)
+        return (jnp.asarray(at), jnp.int32(used)), [_random(i, (rows, hidden), dtype) for i in range(sets)]
 
     return Kernel(make, lambda shared, x: bring(x, *shared), 2 * rows * hidden * BYTES[point["dtype"]])
 

@@ -215,8 +215,7 @@ def compile_for_gpu(
 
 def _inputs(bench: Bench, kernel: Kernel, sets: int, network: bool) -> list[Any]:
     """[shared, sets]."""
-    make = partial(kernel.make, sets)
-    return [*jax.jit(make, out_shardings=placement(bench, network))()]
+    return [*jax.device_put(kernel.make(sets), placement(bench, network))]
 
 
 def _avals(bench: Bench, kernel: Kernel, sets: int, network: bool) -> list[Any]:
