@@ -58,8 +58,9 @@ docs: $(VENV)/dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # not --quiet, which would count no warnings
 	@echo "The site is in build/site: open build/site/index.html"
 
+# With files whole in a process, pytest-xdist waits for ever for a process started in place of one that has ended.
 pytest: $(VENV)/dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15 $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --durations=15 $(ARGS)
 
 floor: build/floor-$(FLOOR)/made
 	build/floor-$(FLOOR)/bin/python -m pytest --noconftest tests/test_tokenizer.py

@@ -31,7 +31,7 @@ logger = logging.getLogger("nanoflow_jax")
 
 def _wait_for_copies(pages: dict[Key, jax.Array]) -> None:
     """A process that ends during one would abort in XLA's threads."""
-    for page in pages.values():
+    for page in list(pages.values()):
         with contextlib.suppress(*COPY_ERRORS):
             np.asarray(page)
 

@@ -47,7 +47,7 @@ def _wait_for_steps() -> None:
     for runner in list(_RUNNERS):
         with contextlib.suppress(Exception):  # it failed, or was donated to one that failed
             jax.block_until_ready(runner.state)
-    for output in _LATEST:
+    for output in list(_LATEST):
         with contextlib.suppress(Exception):
             jax.block_until_ready(output)
             np.asarray(output.sampled.tokens)  # their copy to the host ends later still

@@ -173,13 +173,14 @@ def test_kernels_of_experts_have_the_rows_that_they_are_named_for():
     """All rows in groups, in any of them; half of the choices here, each with a row of its own."""
     rows, sizes = 40, {"experts": 4, "n": 8, "k": 16, "room": 2, "dtype": "f32"}
     up = kernel(Point.of("grouped_gemm", rows=rows, parts=2, **sizes), 64, "xla")
-    (grouped, tiles), own = jax.jit(lambda: up.make(2))()
+    (grouped, tiles), own = up.make(2)
     assert tiles is None and grouped.sum() == rows and (grouped > 0).all() and len(set(grouped.tolist())) > 1
     assert own[0][0].shape == (2 * rows, 16) and own[1][1].shape == (4, 2, 8, 16)
     assert up.call((grouped, tiles), own[0]).shape == (2 * rows, 8)
     gather = kernel(Point.of("gather", rows=rows, hidden=8, room=2, dtype="f32"), 64, "xla")
     (at, used), (x,) = gather.make(1)
     assert used == rows and at.shape == (2 * rows,) and gather.call((at, used), x).shape == (2 * rows, 8)
+    assert len(set(at.tolist())) > rows / 2 and at.min() >= 0 and at.max() < rows
     combine = kernel(Point.of("combine", rows=rows, hidden=8, choices=4, spread=2, dtype="f32"), 64, "xla")
     (place, weights), (x,) = combine.make(1)
     here = np.asarray(place)[np.asarray(place) >= 0]
@@ -190,8 +191,9 @@ def test_kernels_of_experts_have_the_rows_that_they_are_named_for():
 def test_in_place_calls_update_what_they_should():
     pool = jnp.zeros((8, 1, 4, 8)), jnp.zeros((8, 1, 4, 8))
     append = kernel(Point.of("append", rows=4, kv_heads=1, head_dim=8, dtype="f32"), 4, "xla")
-    own = jax.jit(lambda: append.make(2))()[1]
+    own = append.make(2)[1]
     k_pages, v_pages = programs.chained(append, 2, pool, own)
+    assert len({x.tobytes() for one in own for x in map(np.asarray, one[:2])}) == 4, "each of its own"
     for k, v, pages, slots in own:
         np.testing.assert_array_equal(k_pages[pages, :, slots], k)
         np.testing.assert_array_equal(v_pages[pages, :, slots], v)
